@@ -1,0 +1,47 @@
+// Argument checks and layouts for 4-d tensors (N, C, H, W); host code of both devices.
+// The Python side checks first and raises ValueError or TypeError: the checks here only keep a
+// direct call of torch.ops.diffad_fast.* from touching memory that is not its own.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+#include <cstdint>
+
+namespace diffad {
+
+using torch::stable::Tensor;
+
+// A tensor counts as channels_last when the channels lie next to each other and the columns do not
+// lie within them. This holds for slices of a channels_last tensor too, and for one channel it
+// tells (HW, 1, W, 1) from (HW, HW, W, 1). diffad_fast/ops/layout.py has the same rule.
+inline bool is_channels_last(const Tensor& x) {
+  return x.stride(1) == 1 && x.stride(3) >= x.size(1);
+}
+
+// A new dense tensor of `like`'s dtype and device.
+inline Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> size, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt,
+                              like.device(), std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// Calls f(scalar_t{}) for a tensor of float, double, bfloat16 or half.
+template <class F>
+void for_floating_dtype(const Tensor& x, const char* name, F&& f) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return f(torch::headeronly::Half{});
+    default: STD_TORCH_CHECK(false, name, ": not implemented for ", x.scalar_type());
+  }
+}
+
+}  // namespace diffad

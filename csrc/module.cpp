@@ -1,0 +1,42 @@
+// diffad_fast._host: what speaks NumPy and plain Python objects, not tensors.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "build_info.h"  // written by setup.py: constexpr char kBuildInfo[], a JSON object
+
+namespace py = pybind11;
+
+namespace {
+
+py::object build_info() { return py::module_::import("json").attr("loads")(kBuildInfo); }
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__) && defined(__GNUC__)
+  // __builtin_cpu_supports takes literals only.
+  const std::pair<const char*, int> known[] = {
+      {"sse4.2", __builtin_cpu_supports("sse4.2")},     {"avx", __builtin_cpu_supports("avx")},
+      {"avx2", __builtin_cpu_supports("avx2")},         {"fma", __builtin_cpu_supports("fma")},
+      {"avx512f", __builtin_cpu_supports("avx512f")},   {"avx512bw", __builtin_cpu_supports("avx512bw")},
+      {"avx512vl", __builtin_cpu_supports("avx512vl")},
+      {"avx512vnni", __builtin_cpu_supports("avx512vnni")},
+      {"avx512bf16", __builtin_cpu_supports("avx512bf16")},
+  };
+  for (const auto& [name, here] : known) {
+    if (here) found.emplace_back(name);
+  }
+#endif
+  return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.def("build_info", &build_info,
+        "What was built: a dict with compiler, flags, torch, cuda, cuda_archs and nvcc.");
+  m.def("cpu_features", &cpu_features,
+        "Names of the x86-64 instruction sets that this processor has, of those worth knowing.");
+}

@@ -1,0 +1,1 @@
+"""Where data come from: files, arrays, loaders, data-set layouts; decoded beside the computing."""

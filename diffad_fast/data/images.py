@@ -1,0 +1,632 @@
+"""Images from anywhere, as float32 batches in [0, 1], decoded beside the computing.
+
+`open_images` takes a folder, files, an array, a tensor or a loader of batches and gives `Images`,
+whose `batches` streams them: at most about two batches are decoded ahead, whatever the number of
+images. `read_image` alone decides what a usable image file is, `_usable` what usable values are.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import InputError, SkippedInput
+from ..progress import progress
+
+__all__ = [
+    "Batch",
+    "Images",
+    "TestImage",
+    "mvtec_test",
+    "mvtec_train",
+    "open_images",
+    "read_image",
+    "read_mask",
+]
+
+# Formats that Pillow registers but cannot decode by itself (EPS would start Ghostscript).
+_NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_GREY_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
+_DTYPES = {"uint8", "uint16", "float16", "bfloat16", "float32", "float64"}
+_WORKERS = min(8, os.cpu_count() or 1)
+# Interpolation leaves values such as 1.0000001; they are clipped instead of refused.
+_ROUNDING = 1e-5
+
+
+class Batch(NamedTuple):
+    """Some images of a source.
+
+    `images` (n, C, H, W) float32 in [0, 1], contiguous, on the CPU; `index` (n,) int64, the place
+    of each image in its source; `paths` n names, or None where the source is not files.
+    """
+
+    images: torch.Tensor
+    index: torch.Tensor
+    paths: list[str] | None
+
+
+class TestImage(NamedTuple):
+    """One test image in the MVTec AD layout.
+
+    `defect` is "good" or the name of the defect's folder; `mask_path` is the ground truth, None for
+    a good image and where the data set has no masks.
+    """
+
+    __test__ = False  # pytest would collect the class by its name
+
+    path: str
+    defect: str
+    mask_path: str | None
+
+
+def open_images(
+    source,
+    image_size: tuple[int, int],
+    channels: int,
+    *,
+    strict: bool = False,
+    min_side: int = 1,
+) -> Images:
+    """Open a source of images.
+
+    Args:
+        source: a folder (searched recursively, in sorted order; hidden files and suffixes that are
+            no image's are ignored), one file, a list or tuple of files, an array or tensor
+            (N, C, H, W) or (N, H, W), or anything that can be iterated more than once and gives
+            batches: tensors, tuples or lists that begin with one, or dicts with the key "image".
+            Arrays are uint8, uint16, or floats in [0, 1].
+        image_size: (height, width) to which every image is resized, ignoring its aspect.
+        channels: channels of the result; files give 1 or 3.
+        strict: raise `InputError` at the first unusable file instead of leaving it out with a
+            `SkippedInput` warning. A single file is always needed.
+        min_side: images with a shorter side (pixels, before resizing) are unusable: the stride of
+            the model that will see them.
+
+    Raises:
+        InputError: nothing is there, or it cannot be images of that many channels. Unusable values
+            in an array or a loader raise while they are read.
+    """
+    size = int(image_size[0]), int(image_size[1])
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return Images(_ArrayItems(source, size, channels, min_side), None, strict)
+    if isinstance(source, (str, os.PathLike)):
+        paths = _image_files(os.fspath(source))
+        strict = strict or os.path.isfile(source)
+    elif isinstance(source, (list, tuple)) and source and _is_path(source[0]):
+        paths = [os.fspath(path) for path in source]
+    elif isinstance(source, Iterable) and not isinstance(source, Iterator):
+        if isinstance(source, Sequence) and len(source) == 0:
+            raise InputError("the list of images is empty: give at least one file or batch.")
+        return Images(None, _LoaderItems(source, size, channels, min_side), strict)
+    else:
+        raise InputError(
+            f"images cannot be read from a {type(source).__name__}: give a folder, files, an "
+            "array, a tensor, or a loader that can be iterated more than once."
+        )
+    return Images(_FileItems(paths, size, channels, min_side), None, strict)
+
+
+class Images:
+    """Images of one size from one source; made by `open_images`.
+
+    `paths` holds the files' names as they were given, None for arrays and loaders. `skipped` is
+    filled with (path, reason) as unusable files are met. `len` is `length`, or a TypeError where
+    that is None.
+    """
+
+    def __init__(self, items, loader: _LoaderItems | None, strict: bool):
+        self.paths: list[str] | None = getattr(items, "paths", None)
+        self.skipped: list[tuple[str, str]] = []
+        self._items = items
+        self._loader = loader
+        self._strict = strict
+        self._unusable: set[int] = set()
+        self._kept: dict[int, np.ndarray] | None = None
+        self._usable: list[int] | None = None
+
+    @property
+    def length(self) -> int | None:
+        """How many images the source has, usable or not; None for a loader before `load`."""
+        if self._items is not None:
+            return len(self._items)
+        return None if self._usable is None else len(self._usable)
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("the number of images in a loader is not known before load()")
+        return self.length
+
+    def batches(self, batch_size: int, indices: Iterable[int] | None = None) -> Iterator[Batch]:
+        """Batches of usable images, in the order of `indices` (default: all, in order).
+
+        Unusable files are left out, each with one warning; every batch but the last is full.
+        Threads decode about two batches ahead and end with the iteration, however that ends.
+
+        Raises:
+            InputError: at the first unusable file if `strict`; at any unusable item of an array or
+                loader; at the end if no image at all was usable.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
+        found: list[tuple[int, np.ndarray]] = []
+        yielded = False
+        for pair in self._decoded(indices, 2 * batch_size):
+            found.append(pair)
+            if len(found) == batch_size:
+                yield self._batch(found)
+                found, yielded = [], True
+        if found:
+            yield self._batch(found)
+        elif not yielded and indices is None:
+            raise self._nothing_usable()
+
+    def load(self, max_bytes: int = 4 << 30) -> list[int]:
+        """Read everything once and return the indices of the usable images.
+
+        The resized images stay in memory, in the type they were stored in, if they take up to
+        `max_bytes`; otherwise `batches` decodes again. Arrays that need no resizing are not copied.
+        A loader is materialised, so that `batches` may ask for any order.
+
+        Raises:
+            InputError: as `batches`; or a loader's images take more than `max_bytes`.
+        """
+        if self._usable is not None:
+            return list(self._usable)
+        usable: list[int] = []
+        kept: dict[int, np.ndarray] | None = {}
+        size = 0
+        if isinstance(self._items, _ArrayItems) and self._items.fits:
+            kept = None
+        for index, image in progress(self._decoded(None, 64), self.length, "reading", "image"):
+            usable.append(index)
+            if kept is None:
+                continue
+            kept[index] = image
+            size += image.nbytes
+            if size > max_bytes:
+                if self._items is None:
+                    raise InputError(
+                        f"the loader's images take more than {max_bytes / 2**30:.3g} GiB after "
+                        "resizing: give a folder or a list of files, which are read again instead."
+                    )
+                kept = None
+        if not usable:
+            raise self._nothing_usable()
+        self._usable, self._kept = usable, kept
+        return list(usable)
+
+    def _decoded(
+        self, indices: Iterable[int] | None, ahead: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(index, usable image) in order, at most `ahead` (and one a thread) of them in flight."""
+        if self._items is None and self._kept is None:
+            if indices is not None:
+                raise InputError("a loader gives its images in its own order: call load() first.")
+            yield from enumerate(self._loader)
+            return
+        wanted = map(int, range(len(self)) if indices is None else indices)
+        if self._kept is not None:
+            yield from ((i, self._kept[i]) for i in wanted if i not in self._unusable)
+            return
+        pending: deque[tuple[int, Future]] = deque()
+        pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="diffad-fast-decode")
+        try:
+            for index in wanted:
+                if index in self._unusable:
+                    continue
+                pending.append((index, pool.submit(self._items.read, index)))
+                if len(pending) > max(ahead, _WORKERS):
+                    yield from self._finished(*pending.popleft())
+            while pending:
+                yield from self._finished(*pending.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _finished(self, index: int, future: Future) -> Iterator[tuple[int, np.ndarray]]:
+        try:
+            image = future.result()
+        except InputError as error:
+            if self._strict or self.paths is None:
+                raise
+            if index not in self._unusable:  # it may have been asked for twice
+                self._unusable.add(index)
+                self.skipped.append((self.paths[index], str(error)))
+                warnings.warn(f"left out: {error}", SkippedInput, stacklevel=2)
+        else:
+            yield index, image
+
+    def _batch(self, found: list[tuple[int, np.ndarray]]) -> Batch:
+        images = torch.empty((len(found), *found[0][1].shape), dtype=torch.float32)
+        for out, (_, image) in zip(images.numpy(), found, strict=True):
+            if image.dtype.kind == "u":
+                np.divide(image, np.iinfo(image.dtype).max, out=out, dtype=np.float32)
+            else:
+                out[:] = image
+        index = [index for index, _ in found]
+        paths = None if self.paths is None else [self.paths[i] for i in index]
+        return Batch(images, torch.tensor(index, dtype=torch.int64), paths)
+
+    def _nothing_usable(self) -> InputError:
+        if not self.skipped:
+            return InputError("the loader gave no image: give one that has at least one batch.")
+        return InputError(
+            f"none of the {len(self)} image files can be used, the first because "
+            f"{self.skipped[0][1]}"
+        )
+
+
+def read_image(
+    path: str, size: tuple[int, int], channels: int, min_side: int = 1
+) -> np.ndarray:
+    """Read one image file.
+
+    Anything that Pillow decodes: 8 or 16 bit, palette, CMYK, float; the EXIF orientation is
+    applied, alpha is dropped, grey is replicated to colour, and colour becomes grey by ITU-R 601-2
+    luma. Only the first frame is read. Resized to `size` by the antialiased bilinear filter.
+
+    Args:
+        path: the file.
+        size: (height, width) of the result.
+        channels: 1 or 3.
+        min_side: the shortest side that is accepted, in pixels.
+
+    Returns:
+        (channels, height, width) uint8, uint16 (16-bit grey), or float32 in [0, 1].
+
+    Raises:
+        InputError: missing, unreadable, damaged, no image, a decompression bomb (by Pillow's
+            limit), constant, NaN or out of range, or smaller than `min_side`; the file is named.
+    """
+    with _opened(path) as image:
+        image = _upright(image)
+    _check_side(image.height, image.width, min_side, path)
+    if image.mode in _GREY_16 or image.mode in ("I", "F"):
+        values = np.asarray(image)[None]
+        if image.mode == "I":
+            low, high = values.min(), values.max()
+            if low < 0 or high > 65535:
+                raise InputError(
+                    f"{path} has values from {low} to {high}: integers must fit into 16 bits, so "
+                    "convert it to 8 or 16 bit."
+                )
+        if image.mode != "F":
+            values = values.astype(np.uint16)
+    else:
+        image = _grey_or_colour(image, path)
+        if image.mode == "RGB" and channels == 1:
+            image = image.convert("L")
+        values = np.asarray(image)
+        values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    values = _resized(_usable(values, path), size)
+    if len(values) != channels:
+        values = np.repeat(values, channels, axis=0)
+    return np.ascontiguousarray(values)
+
+
+def read_mask(path: str | None, image_path: str) -> np.ndarray:
+    """Read the ground-truth mask of an image; all False where `path` is None.
+
+    Returns:
+        (h, w) bool, True where any channel is > 0, of the image's own size (after EXIF rotation).
+
+    Raises:
+        InputError: one of the files cannot be read, or their sizes differ.
+    """
+    with _opened(image_path) as image:
+        # Orientations 5 to 8 of EXIF swap the sides; the pixels themselves are not needed here.
+        turned = image.getexif().get(0x0112, 1) >= 5
+        width, height = image.size[::-1] if turned else image.size
+    if path is None:
+        return np.zeros((height, width), dtype=bool)
+    with _opened(path) as mask:
+        mask = _upright(mask)
+    if mask.size != (width, height):
+        raise InputError(
+            f"{path} is {mask.width}x{mask.height} pixels but its image {image_path} is "
+            f"{width}x{height}: a mask must have the size of its image."
+        )
+    if mask.mode not in _GREY_16 and mask.mode not in ("I", "F"):
+        mask = _grey_or_colour(mask, path)
+    values = np.asarray(mask) > 0
+    return values if values.ndim == 2 else values.any(axis=-1)
+
+
+def mvtec_train(root: str) -> str:
+    """The folder of normal training images: `root/train/good`, or `root` if it holds images itself.
+
+    Raises:
+        InputError: neither is there.
+    """
+    root = os.fspath(root)
+    good = os.path.join(root, "train", "good")
+    if os.path.isdir(good):
+        return good
+    if os.path.isdir(root) and any(_is_image(name) for name in os.listdir(root)):
+        return root
+    raise InputError(
+        f"{root} has neither a folder train/good nor images of its own: give a data set in the "
+        "MVTec AD layout or a folder of normal images."
+    )
+
+
+def mvtec_test(root: str) -> list[TestImage]:
+    """The test images of a data set in the MVTec AD layout, sorted by defect and name.
+
+    Images are `root/test/<defect>/*`; masks are `root/ground_truth/<defect>/<stem>_mask.*` or
+    `<stem>.*`. A data set without a folder `ground_truth` has no masks.
+
+    Raises:
+        InputError: there is no folder `test` with images in it, or a mask is missing.
+    """
+    root = os.fspath(root)
+    test, truth = os.path.join(root, "test"), os.path.join(root, "ground_truth")
+    if not os.path.isdir(test):
+        raise InputError(
+            f"{root} has no folder test: evaluation needs the MVTec AD layout, test/good and "
+            "test/<defect> with masks in ground_truth/<defect>."
+        )
+    found: list[TestImage] = []
+    for defect in sorted(os.listdir(test)):
+        folder = os.path.join(test, defect)
+        if defect.startswith(".") or not os.path.isdir(folder):
+            continue
+        need_mask = defect != "good" and os.path.isdir(truth)
+        masks = _masks(os.path.join(truth, defect)) if need_mask else {}
+        for name in sorted(filter(_is_image, os.listdir(folder))):
+            path, stem = os.path.join(folder, name), os.path.splitext(name)[0]
+            mask = masks.get(f"{stem}_mask", masks.get(stem))
+            if need_mask and mask is None:
+                raise InputError(
+                    f"{path} has no mask: {os.path.join(truth, defect, stem + '_mask.png')} is "
+                    "missing; add it, or remove the whole folder ground_truth."
+                )
+            found.append(TestImage(path, defect, mask))
+    if not found:
+        raise InputError(f"{test} holds no images: it needs folders of images, such as test/good.")
+    return found
+
+
+def _masks(folder: str) -> dict[str, str]:
+    names = sorted(filter(_is_image, os.listdir(folder))) if os.path.isdir(folder) else []
+    return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
+
+
+class _FileItems:
+    def __init__(self, paths: list[str], size: tuple[int, int], channels: int, min_side: int):
+        if channels not in (1, 3):
+            raise InputError(
+                f"image files give 1 (grey) or 3 (colour) channels, not {channels}: give an array "
+                f"(N, {channels}, H, W) instead."
+            )
+        self.paths = paths
+        self._how = size, channels, min_side
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> np.ndarray:
+        return read_image(self.paths[index], *self._how)
+
+
+class _ArrayItems:
+    """Images of an array or tensor (N, C, H, W) or (N, H, W), each checked when it is read."""
+
+    def __init__(
+        self,
+        array: np.ndarray | torch.Tensor,
+        size: tuple[int, int],
+        channels: int,
+        min_side: int,
+        first: int | None = None,
+    ):
+        shape = tuple(array.shape)
+        if len(shape) not in (3, 4):
+            raise InputError(
+                f"an array of images has shape (N, C, H, W) or (N, H, W), not {shape}: reshape it."
+            )
+        found = shape[1] if len(shape) == 4 else 1
+        if found != channels:
+            hint = "convert the array, or choose the number of channels accordingly."
+            if len(shape) == 4 and shape[3] == channels:
+                hint = "its channels seem to be last, so transpose it to (N, C, H, W)."
+            raise InputError(
+                f"the array of shape {shape} has {found} channels instead of {channels}: {hint}"
+            )
+        if 0 in shape:
+            raise InputError(f"the array of shape {shape} is empty: give at least one image.")
+        dtype = getattr(array.dtype, "name", str(array.dtype)).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise InputError(
+                f"images of dtype {dtype} have no known range: convert them to uint8 "
+                "(0..255), uint16 (0..65535) or floats in [0, 1]."
+            )
+        _check_side(*shape[-2:], min_side, "each image of the array")
+        self.fits = shape[-2:] == size
+        self._array = array
+        self._size = size
+        self._first = 0 if first is None else first
+        self._name = "image {} of the " + ("array" if first is None else "loader")
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def read(self, index: int) -> np.ndarray:
+        item = self._array[index]
+        if isinstance(item, torch.Tensor):
+            item = item.detach().cpu()
+            item = (item.float() if item.dtype == torch.bfloat16 else item).numpy()
+        item = item if item.ndim == 3 else item[None]
+        return _resized(_usable(item, self._name.format(self._first + index)), self._size)
+
+
+class _LoaderItems:
+    """The images of a loader, in its order; each iteration iterates the loader anew."""
+
+    def __init__(self, loader: Iterable, size: tuple[int, int], channels: int, min_side: int):
+        self._loader = loader
+        self._how = size, channels, min_side
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        number = 0
+        for batch in self._loader:
+            items = _ArrayItems(_images_of(batch), *self._how, first=number)
+            yield from map(items.read, range(len(items)))
+            number += len(items)
+
+
+def _images_of(batch) -> np.ndarray | torch.Tensor:
+    images = batch
+    if isinstance(batch, Mapping):
+        images = batch.get("image")
+    elif isinstance(batch, (list, tuple)) and batch:
+        images = batch[0]
+    if not isinstance(images, (np.ndarray, torch.Tensor)):
+        kind = f"dict with the keys {list(batch)}" if isinstance(batch, Mapping) else type(batch)
+        raise InputError(
+            f"the loader gave a {getattr(kind, '__name__', kind)}: a batch is a tensor, a tuple or "
+            'list that begins with one, or a dict whose "image" is one.'
+        )
+    return images
+
+
+def _usable(values: np.ndarray, name: str) -> np.ndarray:
+    """`values` (C, H, W) as uint8, uint16 or float32 in [0, 1], unless they are of no use."""
+    low, high = values.min(axis=(1, 2)), values.max(axis=(1, 2))
+    if values.dtype.kind == "f":
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise InputError(f"{name} has NaN or infinite values: replace them or leave it out.")
+        if low.min() < -_ROUNDING or high.max() > 1 + _ROUNDING:
+            raise InputError(
+                f"{name} has values from {low.min():.6g} to {high.max():.6g}: floats must lie in "
+                "[0, 1], so rescale them, or give uint8 (0..255) or uint16 (0..65535)."
+            )
+        values = values.astype(np.float32, copy=False)
+        if low.min() < 0 or high.max() > 1:
+            values = values.clip(0, 1)
+    if (low == high).all():
+        raise InputError(f"{name} is constant, every pixel has one value: leave it out.")
+    return values
+
+
+def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(C, h, w) to (C, *size) by Pillow's antialiased bilinear filter, of the same dtype.
+
+    8-bit planes are filtered in Pillow's fixed point; others in float32, and 16-bit ones rounded.
+    """
+    if values.shape[1:] == size:
+        return values
+    from PIL import Image
+
+    eight_bit = values.dtype == np.uint8
+    planes = values if eight_bit else values.astype(np.float32, copy=False)
+    out = np.empty((len(values), *size), dtype=planes.dtype)
+    for plane, target in zip(planes, out, strict=True):
+        image = Image.fromarray(np.ascontiguousarray(plane))
+        target[:] = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    if eight_bit:
+        return out
+    return np.rint(out).astype(np.uint16) if values.dtype.kind == "u" else out.clip(0, 1)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator:
+    """Open an image file with Pillow, and turn whatever goes wrong with it into an InputError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=_formats()[0]) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise InputError(
+            f"{path} is not an image that Pillow can read: convert or remove it."
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path} is a decompression bomb or far too large ({error}): shrink it, or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files decoders raise all kinds of exceptions
+        if isinstance(error, OSError) and error.errno is not None:
+            raise InputError(
+                f"{path} cannot be read ({error.strerror}): check the path and its permissions."
+            ) from error
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} is damaged ({reason}): replace or remove it.") from error
+
+
+def _upright(image):
+    """The decoded pixels, turned as EXIF asks; they outlive the file."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _grey_or_colour(image, path: str):
+    """An 8-bit image in mode L or RGB; alpha is dropped, a palette is looked up."""
+    if image.mode in ("L", "RGB"):
+        return image
+    image.info.pop("transparency", None)  # alpha in another guise, which convert() would warn about
+    try:
+        return image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    except ValueError:
+        raise InputError(
+            f"{path} is of colour mode {image.mode}, which Pillow cannot convert: save it as RGB."
+        ) from None
+
+
+def _check_side(height: int, width: int, min_side: int, name: str) -> None:
+    if min(height, width) < min_side:
+        raise InputError(
+            f"{name} is {width}x{height} pixels, smaller than the model's stride of {min_side}: "
+            "use larger images or a model with a smaller stride."
+        )
+
+
+@cache
+def _formats() -> tuple[list[str], frozenset[str]]:
+    """The formats that Pillow can decode by itself, and the suffixes of their files."""
+    from PIL import Image
+
+    Image.preinit()  # first, so that common formats are tried first
+    Image.init()
+    formats = [name for name in Image.ID if name not in _NOT_RASTER]
+    suffixes = {
+        suffix
+        for suffix, name in Image.registered_extensions().items()
+        if name in formats or name == "MPO"  # MPO is opened as JPEG
+    }
+    return formats, frozenset(suffixes)
+
+
+def _is_path(value) -> bool:
+    return isinstance(value, (str, os.PathLike))
+
+
+def _is_image(name: str) -> bool:
+    """Whether a bare file name is visible and has an image's suffix."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _formats()[1]
+
+
+def _image_files(source: str) -> list[str]:
+    if os.path.isfile(source):
+        return [source]
+    if not os.path.isdir(source):
+        raise InputError(f"{source} is no file or folder: check the path.")
+    found = []
+    for folder, below, names in os.walk(source):
+        below[:] = [name for name in below if not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in names if _is_image(name)]
+    if not found:
+        raise InputError(f"{source} holds no image files: give a folder with images in it.")
+    return sorted(found)

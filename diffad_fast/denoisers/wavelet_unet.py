@@ -1,0 +1,205 @@
+"""A U-Net on wavelet coefficients whose resampling and attention are wavelet transforms too."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .. import ops
+
+UNET_SIZES = {
+    "unet-tiny": {"widths": (48, 64, 64), "blocks": 1},
+    "unet-small": {"widths": (80, 128, 128), "blocks": 2},
+    "unet-base": {"widths": (128, 256, 352), "blocks": 2},
+}
+"""Sizes by name: about 1, 6 and 30 million parameters."""
+
+GROUP_CHANNELS = 16
+HEAD_CHANNELS = 32
+
+
+class WaveletUNet(nn.Module):
+    """Denoiser for represented images.
+
+    Three resolutions: residual blocks (GroupNorm + SiLU, modulated by the noise level), Haar
+    down- and up-sampling (invertible, where pooling is not), ``wavelet_attention`` at the two
+    coarsest. The Haar front-end is the representation itself
+    (:class:`~diffad_fast.representations.WaveletRepresentation`).
+
+    Input x (N,channels,h,w) with h and w divisible by 8, and log_sigma (N,); output of the shape
+    of x. Channels_last runs fastest. The last convolution starts at zero.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, int, int], blocks: int):
+        super().__init__()
+        embedding = 4 * widths[0]
+        self.embedding = NoiseLevelEmbedding(embedding)
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+
+        self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
+        previous = widths[0]
+        for level, width in enumerate(widths):
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(Stage(previous, width, embedding, attention=level > 0))
+                previous = width
+            self.encoder.append(stage)
+            if level < len(widths) - 1:
+                self.down.append(nn.Conv2d(4 * width, width, 1))
+
+        self.middle = Stage(previous, previous, embedding, attention=True)
+
+        self.decoder, self.up = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(Stage(previous + width, width, embedding, attention=level > 0))
+                previous = width
+            self.decoder.append(stage)
+            if level > 0:
+                self.up.append(nn.Conv2d(width, 4 * width, 1))
+
+        self.norm_out = NormSiLU(previous)
+        self.conv_out = zero_init(nn.Conv2d(previous, channels, 3, padding=1))
+
+    def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+        e = self.embedding(log_sigma)
+        h, skips = self._encode(x, e)
+        h = self.middle(h, e)
+        for level, stage in enumerate(self.decoder):
+            for block in stage:
+                h = block(torch.cat([h, skips.pop()], dim=1), e)
+            if level < len(self.up):
+                h = ops.haar_unpack(self.up[level](h))
+        return self.conv_out(self.norm_out(h))
+
+    def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of the encoder, fine to coarse: [(N,w0,h,w), (N,w1,h/2,w/2), (N,w2,h/4,w/4)].
+
+        Half the cost of :meth:`forward`: the decoder does not run.
+        """
+        e = self.embedding(log_sigma)
+        h, skips = self._encode(x, e)
+        blocks = len(self.encoder[0])
+        return [*skips[blocks - 1 : -1 : blocks], self.middle(h, e)]
+
+    def _encode(self, x: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        h = self.conv_in(x)
+        skips = []
+        for level, stage in enumerate(self.encoder):
+            for block in stage:
+                h = block(h, e)
+                skips.append(h)
+            if level < len(self.down):
+                h = self.down[level](ops.haar_pack(h))
+        return h, skips
+
+
+class Stage(nn.Module):
+    """A residual block, then attention where asked for."""
+
+    def __init__(self, channels: int, width: int, embedding: int, attention: bool):
+        super().__init__()
+        self.residual = ResidualBlock(channels, width, embedding)
+        self.attention = WaveletAttention(width) if attention else None
+
+    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        x = self.residual(x, e)
+        return x if self.attention is None else self.attention(x)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(norm-silu(conv(norm-silu(x)); scale and shift from the noise level))."""
+
+    def __init__(self, channels: int, width: int, embedding: int):
+        super().__init__()
+        self.norm1 = NormSiLU(channels)
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * width)
+        self.norm2 = NormSiLU(width)
+        self.conv2 = zero_init(nn.Conv2d(width, width, 3, padding=1))
+        self.skip = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
+
+    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.modulation(e).chunk(2, dim=1)
+        h = self.conv1(self.norm1(x))
+        return self.skip(x) + self.conv2(self.norm2(h, scale, shift))
+
+
+class WaveletAttention(nn.Module):
+    """x + projection of ``ops.wavelet_attention`` over the Haar sub-bands of q, k and v."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = max(1, width // HEAD_CHANNELS)
+        while width % self.heads:
+            self.heads -= 1
+        self.norm = NormSiLU(width, activation=False)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.logit_gain = nn.Parameter(torch.ones(self.heads, 4))
+        self.value_gain = nn.Parameter(torch.ones(self.heads, 4))
+        self.projection = zero_init(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)
+        # Views of one channels_last projection: (3, N, heads, H, W, d) without a copy.
+        q, k, v = qkv.reshape(n, h, w, 3, self.heads, c // self.heads).permute(3, 0, 4, 1, 2, 5)
+        o = ops.wavelet_attention(q, k, v, self.logit_gain, self.value_gain)
+        return x + self.projection(o.permute(0, 1, 4, 2, 3).reshape(n, c, h, w))
+
+
+class NormSiLU(nn.Module):
+    """GroupNorm with affine part, optional modulation (scale, shift) and SiLU, in one operator."""
+
+    def __init__(self, channels: int, activation: bool = True):
+        super().__init__()
+        self.groups = math.gcd(channels, max(1, channels // GROUP_CHANNELS))
+        self.activation = activation
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return ops.group_norm_silu(
+            x,
+            self.groups,
+            self.weight,
+            self.bias,
+            scale=scale,
+            shift=shift,
+            activation=self.activation,
+        )
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """log sigma (N,) -> (N,width): sinusoids, then two layers."""
+
+    def __init__(self, width: int, frequencies: int = 32):
+        super().__init__()
+        # log sigma spans about [-5, 5] over a schedule: wavelengths from a fraction of a unit
+        # (neighbouring levels differ) to longer than the span (the order of levels is visible).
+        self.register_buffer(
+            "frequencies", torch.logspace(math.log10(0.2), math.log10(20), frequencies)
+        )
+        self.layers = nn.Sequential(
+            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
+
+    def forward(self, log_sigma: torch.Tensor) -> torch.Tensor:
+        angles = log_sigma.to(self.frequencies.dtype)[:, None] * self.frequencies
+        return self.layers(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Start a residual branch (or the output) at zero, so that training begins at the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

@@ -1,0 +1,77 @@
+"""Noise schedules and the tables of steps that are derived from them, in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..errors import InputError
+
+
+class ReverseStep(NamedTuple):
+    """One step from a noise level to another, as Python floats."""
+
+    alpha_t: float
+    """Cumulative alpha at the source level, where the network is evaluated."""
+    alpha_s: float
+    """Cumulative alpha at the target level; 1 is clean."""
+    log_sigma: float
+    """log of the source level's sigma, on which the network is conditioned."""
+
+
+class NoiseSchedule:
+    """Cumulative products of a variance schedule of T steps.
+
+    ``linear``: beta from 1e-4 to 0.02 (Ho et al. 2020). ``cosine``: f(u) = cos^2((u + .008)/1.008
+    pi/2), beta_i = min(1 - f((i+1)/T)/f(i/T), 0.999) (Nichol & Dhariwal 2021).
+    ``scaled_linear``: beta = linspace(sqrt(0.00085), sqrt(0.012))^2 (latent diffusion).
+    Raises InputError for another name.
+    """
+
+    def __init__(self, name: str = "cosine", steps: int = 1000):
+        if name == "linear":
+            betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
+        elif name == "scaled_linear":
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
+        elif name == "cosine":
+            u = torch.arange(steps + 1, dtype=torch.float64) / steps
+            f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        else:
+            raise InputError(f"unknown schedule {name!r}: choose linear, cosine, scaled_linear")
+        self.name = name
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        """(T,) float64, on the CPU."""
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    @property
+    def log_sigma(self) -> torch.Tensor:
+        """(T,) float64: log of sigma = sqrt((1 - alpha)/alpha), increasing with t."""
+        return 0.5 * (torch.log1p(-self.alphas_cumprod) - torch.log(self.alphas_cumprod))
+
+    def timestep(self, sigma: float) -> int:
+        """The t whose noise level is nearest to ``sigma`` on the logarithmic scale."""
+        return int((self.log_sigma - math.log(sigma)).abs().argmin())
+
+    def reverse_steps(self, start: int, steps: int) -> list[ReverseStep]:
+        """``steps`` steps from timestep ``start`` to the clean end, uniform in t.
+
+        Step i goes from t_i = round((start + 1)(1 - i/steps)) - 1 to t_{i+1}; the level t = -1
+        beyond the schedule's first is the clean one, alpha = 1. Raises InputError if there are
+        more steps than timesteps.
+        """
+        if not 1 <= steps <= start + 1:
+            raise InputError(
+                f"reverse_steps must be from 1 to {start + 1}, the number of timesteps up to "
+                f"start_sigma; got {steps}"
+            )
+        times = [round((start + 1) * (1 - i / steps)) - 1 for i in range(steps + 1)]
+        alphas = [1.0 if t < 0 else float(self.alphas_cumprod[t]) for t in times]
+        return [
+            ReverseStep(a_t, a_s, 0.5 * math.log((1 - a_t) / a_t))
+            for a_t, a_s in zip(alphas[:-1], alphas[1:], strict=True)
+        ]

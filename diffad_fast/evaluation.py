@@ -1,0 +1,135 @@
+"""The figures of a fitted detector on a labelled test set in the MVTec AD layout."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import metrics
+from .data.images import TestImage, mvtec_test, read_mask
+from .errors import InputError
+from .scoring import Score
+
+if TYPE_CHECKING:
+    from .detector import Detector
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores, ground truth and figures of a labelled test set, as the report draws them."""
+
+    images: list[TestImage]
+    score: Score
+    label: np.ndarray
+    """(N,) int64, 1 for an image with a defect."""
+    metrics: dict
+
+
+def evaluate(detector: Detector, root: Path, strict: bool) -> Evaluation:
+    """Score every image below ``root``/test and compare with the masks; figures as documented at
+    :meth:`diffad_fast.Detector.evaluate`."""
+    tests = mvtec_test(root)
+    for test in tests:
+        if test.mask_path is not None:
+            read_mask(test.mask_path, test.path)  # a wrong mask is told before the work
+    score = detector.score([test.path for test in tests], strict=strict)
+    tests = [tests[i] for i in score.index]
+    label = np.array([test.defect != "good" for test in tests], dtype=np.int64)
+    figures, undefined = _figures(tests, score, label)
+    figures["per_defect"] = {}
+    for defect in sorted({test.defect for test in tests} - {"good"}):
+        rows = [i for i, test in enumerate(tests) if test.defect in ("good", defect)]
+        part, _ = _figures([tests[i] for i in rows], score.take(rows), label[rows])
+        figures["per_defect"][defect] = part
+    figures["latency_ms"] = _latency(detector, tests[0].path)
+    figures["undefined"] = undefined
+    return Evaluation(tests, score, label, figures)
+
+
+def _figures(tests: Sequence[TestImage], score: Score, label: np.ndarray) -> tuple[dict, dict]:
+    """The figures of one set of test images, and why any of them is None."""
+    figures: dict[str, float | int | None] = {
+        "n_normal": int((label == 0).sum()),
+        "n_anomalous": int(label.sum()),
+    }
+    undefined: dict[str, str] = {}
+
+    def put(names: Sequence[str], compute: Callable[[], Sequence[float]]) -> None:
+        try:
+            figures.update(zip(names, compute(), strict=True))
+        except InputError as error:
+            figures.update(dict.fromkeys(names))
+            undefined.update(dict.fromkeys(names, str(error)))
+
+    def pixel() -> Sequence[float]:
+        unmasked = sum(
+            bool(defect) and t.mask_path is None for t, defect in zip(tests, label, strict=True)
+        )
+        if unmasked:
+            raise InputError(f"{unmasked} defective images have no mask")
+        values = metrics.pixel_metrics(_Masks(tests), _MapsAtMaskSize(score.map, tests))
+        return values["auroc"], values["aupro"], values["f1_max"]
+
+    def rate(value: int) -> Sequence[float]:
+        if score.label is None:
+            raise InputError("too few normals were held out for labels")
+        if not (label == value).any():
+            raise InputError(f"there are no {'anomalous' if value else 'normal'} test images")
+        return (float(score.label[label == value].mean()),)
+
+    put(["image_auroc"], lambda: (metrics.auroc(label, score.score),))
+    put(["f1_max"], lambda: (metrics.f1_max(label, score.score),))
+    put(["pixel_auroc", "aupro", "pixel_f1_max"], pixel)
+    put(["false_positive_rate"], lambda: rate(0))
+    put(["true_positive_rate"], lambda: rate(1))
+    return figures, undefined
+
+
+class _Masks:
+    """The ground truth of test images at its own size, read from disk each time it is iterated."""
+
+    def __init__(self, tests: Sequence[TestImage]):
+        self.tests = tests
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        from PIL import Image
+
+        for test in self.tests:
+            if test.mask_path is not None:
+                yield read_mask(test.mask_path, test.path)
+            else:
+                with Image.open(test.path) as image:
+                    yield np.zeros(image.size[::-1], dtype=bool)
+
+
+class _MapsAtMaskSize:
+    """Maps (N,H,W), each resized bilinearly to its mask's size, one at a time."""
+
+    def __init__(self, maps: np.ndarray, tests: Sequence[TestImage]):
+        self.maps, self.masks = maps, _Masks(tests)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for map_, mask in zip(self.maps, self.masks, strict=True):
+            resized = nn.functional.interpolate(
+                torch.from_numpy(map_)[None, None], mask.shape, mode="bilinear", align_corners=False
+            )
+            yield resized[0, 0].numpy()
+
+
+def _latency(detector: Detector, path: str, runs: int = 15) -> float:
+    """Median milliseconds from one decoded image to its score and map on the host."""
+    batch = next(iter(detector.open([path]).batches(1)))
+    times = []
+    for _ in range(runs + 2):
+        start = time.perf_counter()
+        detector.score_images(batch.images)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]) * 1e3

@@ -1,0 +1,288 @@
+"""Exact detection metrics that stream over the data: AUROC, partial AUROC, F1-max and AUPRO.
+
+Anomalous scores are few, normal ones are many, and every metric here changes only where the
+threshold crosses an anomalous score. So the distinct anomalous scores are sorted once, and the
+normal scores are counted between and at them, one image after another: O(N log N) time, and memory
+for one image and the anomalous pixels.
+
+Everywhere a higher score means "more anomalous" and a label > 0 is an anomaly. A metric that the
+data leaves undefined (only one class) raises `InputError` and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+
+import numpy as np
+import torch
+
+from .errors import InputError
+
+__all__ = ["aupro", "auroc", "f1_max", "pauc", "pixel_metrics"]
+
+_BLOCK = 1 << 20  # scores of a whole array that are looked at together
+_END = object()
+
+
+def auroc(labels, scores) -> float:
+    """Area under the ROC curve, ties counted half; in [0, 1].
+
+    Args:
+        labels: bool or numbers, > 0 is an anomaly. An array, tensor or list of numbers of any
+            shape, or a sequence of arrays, one an image (sizes may differ).
+        scores: real numbers of the same shape(s).
+
+    Raises:
+        InputError: shapes differ, a value is NaN or infinite, or only one class is there.
+    """
+    return _Counts(lambda: _flat_pairs(labels, scores)).auroc()
+
+
+def pauc(labels, scores, max_fpr: float = 0.1) -> float:
+    """Partial area under the ROC curve up to `max_fpr`; in [0, 1], standardised: chance is 0.5.
+
+    Equals `sklearn.metrics.roc_auc_score(labels, scores, max_fpr=max_fpr)`, which DCASE's evaluator
+    uses (McClish, "Analyzing a portion of the ROC curve", 1989).
+
+    Args:
+        labels, scores: as for `auroc`.
+        max_fpr: the largest false-positive rate, in (0, 1].
+
+    Raises:
+        InputError: as for `auroc`, or `max_fpr` is out of range.
+    """
+    _check_max_fpr(max_fpr)
+    return _Counts(lambda: _flat_pairs(labels, scores)).pauc(max_fpr)
+
+
+def f1_max(labels, scores) -> float:
+    """Largest F1 = 2PR/(P+R) over all thresholds ("anomaly" means score >= threshold); in (0, 1].
+
+    Args:
+        labels, scores: as for `auroc`.
+
+    Raises:
+        InputError: as for `auroc`.
+    """
+    return _Counts(lambda: _flat_pairs(labels, scores)).f1_max()
+
+
+def aupro(masks, maps, max_fpr: float = 0.3) -> float:
+    """Area under the per-region overlap curve, as MVTec AD defines it; in [0, 1].
+
+    At each distinct threshold the overlap is the mean, over the 8-connected regions of the ground
+    truth of all images, of the share of the region whose score reaches the threshold; the
+    false-positive rate is taken over all normal pixels of all images. The curve starts at (0, 0),
+    is joined by straight lines (interpolated at `max_fpr`), integrated to `max_fpr` and divided by
+    it.
+    Source: Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, section 5.
+
+    Args:
+        masks: ground truth, > 0 is an anomaly: an array or tensor (N, H, W), or anything that can
+            be iterated twice and gives (H, W) arrays, whose sizes may differ.
+        maps: anomaly maps, the same.
+        max_fpr: where to stop, in (0, 1].
+
+    Raises:
+        InputError: shapes differ, an image is not 2-D, a score is NaN or infinite, no pixel or
+            every pixel is anomalous, or `max_fpr` is out of range.
+    """
+    return pixel_metrics(masks, maps, max_fpr)["aupro"]
+
+
+def pixel_metrics(masks, maps, max_fpr: float = 0.3) -> dict[str, float]:
+    """`auroc`, `aupro` and `f1_max` of the pixels in one pair of passes over `masks` and `maps`.
+
+    Both are iterated exactly twice, side by side, so they may be computed as they are read.
+
+    Args:
+        masks, maps, max_fpr: as for `aupro`.
+
+    Raises:
+        InputError: as for `aupro`.
+    """
+    _check_max_fpr(max_fpr)
+    counts = _Counts(lambda: _image_pairs(masks, maps), regions=True)
+    return {"auroc": counts.auroc(), "aupro": counts.aupro(max_fpr), "f1_max": counts.f1_max()}
+
+
+class _Counts:
+    """What lies at and above each distinct anomalous score, from the highest (first) to the lowest.
+
+    Args:
+        pairs: called twice; gives (anomalous, scores) array pairs of equal shape, the same ones
+            both times.
+        regions: also measure the overlap with the connected regions of each pair (2-D images).
+    """
+
+    def __init__(
+        self, pairs: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], regions: bool = False
+    ):
+        found, shares = [], []
+        num_normal = num_regions = 0
+        for anomalous, scores in pairs():
+            values = scores[anomalous]
+            num_normal += scores.size - values.size
+            if values.size:
+                found.append(values)
+                if regions:
+                    share, number = _region_shares(anomalous)
+                    shares.append(share)
+                    num_regions += number
+        if not found:
+            raise InputError("no label is > 0: without an anomaly the metric is undefined.")
+        if num_normal == 0:
+            raise InputError("every label is > 0: without normal data the metric is undefined.")
+
+        levels, position, number = np.unique(
+            np.concatenate(found), return_inverse=True, return_counts=True
+        )
+        # Bin 2k holds the normal scores between levels k-1 and k, bin 2k+1 those equal to level k.
+        bins = np.zeros(2 * levels.size + 1, dtype=np.int64)
+        for anomalous, scores in pairs():
+            normal = np.sort(scores[~anomalous])  # sorted keys make the search below run in cache
+            at = np.searchsorted(levels, normal)
+            bin_of = 2 * at + (levels[np.minimum(at, levels.size - 1)] == normal)
+            starts = np.flatnonzero(np.diff(bin_of, prepend=-1))
+            bins[bin_of[starts]] += np.diff(starts, append=bin_of.size)
+
+        # Summed from the top, the even entries count the normal scores above a level and the odd
+        # ones those that reach it; the last entry (below every level) is the total.
+        self._passed = np.cumsum(bins[::-1])
+        self._hits = np.cumsum(number[::-1])
+        self._overlap = None
+        if regions:
+            share = np.bincount(position.ravel(), weights=np.concatenate(shares))
+            self._overlap = np.minimum(np.cumsum(share[::-1]) / num_regions, 1.0)
+
+    def auroc(self) -> float:
+        return self._area(self._hits / self._hits[-1], 1.0)
+
+    def pauc(self, max_fpr: float) -> float:
+        chance = 0.5 * max_fpr**2
+        area = self._area(self._hits / self._hits[-1], max_fpr)
+        return 0.5 * (1.0 + (area - chance) / (max_fpr - chance))
+
+    def aupro(self, max_fpr: float) -> float:
+        return min(self._area(self._overlap, max_fpr) / max_fpr, 1.0)
+
+    def f1_max(self) -> float:
+        # Lowering the threshold between two anomalous scores only adds false positives, so the
+        # largest F1 = 2TP / (TP + FP + positives) is met at an anomalous score.
+        predicted = self._hits + self._passed[1::2]
+        return float((2.0 * self._hits / (predicted + self._hits[-1])).max())
+
+    def _area(self, reached: np.ndarray, max_fpr: float) -> float:
+        """Area from 0 to `max_fpr` under the curve through (false-positive rate, `reached`).
+
+        Each level gives two points: normal scores above it with what the previous level reached,
+        and normal scores at or above it with what it reaches itself. The line between them is
+        vertical without ties and is the tie's diagonal otherwise; between levels the curve is flat,
+        so thresholds at normal scores add no area.
+        """
+        x = np.concatenate([[0], self._passed]) / self._passed[-1]
+        y = np.concatenate([[0.0, 0.0], np.repeat(reached, 2)])
+        y[-1] = 1.0
+        stop = int(np.searchsorted(x, max_fpr, side="right"))
+        if stop < x.size:
+            end = np.interp(max_fpr, x[stop - 1 : stop + 1], y[stop - 1 : stop + 1])
+            x, y = np.append(x[:stop], max_fpr), np.append(y[:stop], end)
+        return float(0.5 * np.dot(np.diff(x), y[1:] + y[:-1]))
+
+
+def _region_shares(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """1 / the size of the region of each anomalous pixel (row-major), and how many regions."""
+    from scipy import ndimage
+
+    regions, number = ndimage.label(mask, structure=np.ones((3, 3), dtype=int))
+    own = regions[mask]
+    return 1.0 / np.bincount(own)[own], number
+
+
+def _check_max_fpr(max_fpr: float) -> None:
+    if not 0.0 < max_fpr <= 1.0:
+        raise InputError(f"max_fpr is {max_fpr}: give a false-positive rate in (0, 1].")
+
+
+def _flat_pairs(labels, scores) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(anomalous, scores) pairs whose shapes have no meaning."""
+    if not (_is_whole(labels) and _is_whole(scores)):
+        yield from _item_pairs(labels, scores)
+        return
+    labels, scores = _array(labels, "labels"), _array(scores, "scores")
+    _check_shapes(labels.shape, scores.shape)
+    labels, scores = labels.reshape(-1), scores.reshape(-1)
+    for start in range(0, labels.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        yield _anomalous(labels[part]), _finite(scores[part])
+
+
+def _image_pairs(masks, maps) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(anomalous, scores) pairs, each (H, W)."""
+    for anomalous, scores in _item_pairs(masks, maps):
+        if anomalous.ndim != 2:
+            raise InputError(
+                f"masks and maps hold an image of shape {anomalous.shape}: give (N, H, W) arrays "
+                "or sequences of (H, W) arrays."
+            )
+        yield anomalous, scores
+
+
+def _item_pairs(labels: Iterable, scores: Iterable) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for values in (labels, scores):
+        if not isinstance(values, Iterable) or isinstance(values, Iterator):
+            raise InputError(
+                "labels and scores are read twice, which does not work with a "
+                f"{type(values).__name__}: give arrays, or lists of arrays."
+            )
+    if hasattr(labels, "shape") and hasattr(scores, "shape"):
+        _check_shapes(tuple(labels.shape), tuple(scores.shape))
+    for number, (label, score) in enumerate(zip_longest(labels, scores, fillvalue=_END)):
+        if label is _END or score is _END:
+            longer = "scores" if label is _END else "labels"
+            raise InputError(
+                f"labels and scores differ in length: {longer} go on after {number} items."
+            )
+        label, score = _array(label, "labels"), _array(score, "scores")
+        _check_shapes(label.shape, score.shape, f" in item {number}")
+        yield _anomalous(label), _finite(score)
+
+
+def _is_whole(values) -> bool:
+    """Whether `values` is one array (or a list of numbers), not a sequence of arrays."""
+    if isinstance(values, (list, tuple)):
+        return not values or not (hasattr(values[0], "shape") or hasattr(values[0], "__len__"))
+    return hasattr(values, "shape")
+
+
+def _array(values, what: str) -> np.ndarray:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    values = np.asarray(values)
+    if values.dtype.kind not in "biuf":
+        raise InputError(f"{what} are of dtype {values.dtype}: give booleans or real numbers.")
+    return values
+
+
+def _anomalous(labels: np.ndarray) -> np.ndarray:
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        raise InputError("labels hold NaN: give 0 for normal and 1 for anomalous.")
+    return labels > 0
+
+
+def _finite(scores: np.ndarray) -> np.ndarray:
+    if scores.dtype.kind != "f":
+        return scores.astype(np.float64)
+    if not np.isfinite(scores).all():
+        raise InputError("scores hold NaN or infinite values, which have no order: remove them.")
+    return scores
+
+
+def _check_shapes(labels: tuple, scores: tuple, where: str = "") -> None:
+    if labels != scores:
+        raise InputError(
+            f"labels of shape {labels} and scores of shape {scores} differ{where}: "
+            "each label needs one score."
+        )

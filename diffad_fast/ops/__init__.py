@@ -1,0 +1,34 @@
+"""The operators: public functions that check their arguments and call the chosen backend.
+
+Which one that is, :mod:`diffad_fast.ops.dispatch` decides; ``diffad_fast.reference`` has the same
+functions in plain PyTorch.
+"""
+
+from .attention import wavelet_attention
+from .diffusion import ddim_step, q_sample
+from .dispatch import select_from_environment
+from .haar import haar_pack, haar_unpack
+from .maps import anomaly_map
+from .noise import philox_normal
+from .norm import group_norm_silu
+from .token_mlp import PackedTokenMLP, token_mlp_loop
+from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
+
+__all__ = [
+    "PackedTokenMLP",
+    "anomaly_map",
+    "ddim_step",
+    "dwt2d",
+    "group_norm_silu",
+    "haar_pack",
+    "haar_unpack",
+    "idwt2d",
+    "philox_normal",
+    "q_sample",
+    "token_mlp_loop",
+    "wavedec2",
+    "wavelet_attention",
+    "waverec2",
+]
+
+select_from_environment()

@@ -1,0 +1,102 @@
+"""The anomaly map and score of an image and its reconstruction."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from . import checks
+from .dispatch import Operator
+
+_anomaly_map = Operator("anomaly_map", reference.anomaly_map)
+
+MAPS = ("pixel", "feature", "sub-band")
+
+
+def anomaly_map(
+    x,
+    x_hat,
+    features=(),
+    features_hat=(),
+    weights=(1.0, 1.0, 1.0),
+    levels=0,
+    stats=None,
+    sigma=4.0,
+    top=0.01,
+):
+    """Where and how much ``x`` differs from ``x_hat``: a map (N,H,W) and a score (N,).
+
+    x, x_hat: (N,C,H,W). Three maps at the resolution of ``x`` are standardised, weighted by
+    ``weights`` and added:
+    - pixel: mean over channels of |x - x_hat|;
+    - feature, if ``features`` are given: sum over l of 1 - cos(features[l], features_hat[l]) over
+      channels, each (N,C_l,h_l,w_l), upsampled bilinearly (align_corners=False);
+    - sub-band, if ``levels`` > 0: sum over all sub-bands of the Haar pyramid of that many levels
+      of mean over channels of |difference|, upsampled by nearest; H and W divide by 2^levels.
+    A map whose weight is 0 is left out.
+
+    stats: None, or three entries in that order, each (mean, deviation) as floats or tensors that
+    broadcast to (H,W): z = (D - mean) / deviation. An entry may be None where its map is left out.
+    sigma: deviation in pixels of the Gaussian that smooths the sum, cut at 4 sigma, borders
+    reflected as ``scipy.ndimage.gaussian_filter`` does; 0 leaves it as it is.
+    top: the score is the mean of the max(1, round(top H W)) largest values of the map; 0 is its
+    maximum.
+
+    Returns float32, or float64 for float64 input. Differentiable in x, x_hat and the features.
+    Raises TypeError for dtypes, ValueError for shapes, devices and options.
+    """
+    checks.tensor("x", x, 4)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x has no pixels: shape {tuple(x.shape)}")
+    checks.shaped("x_hat", x_hat, x.shape, x.device)
+    if len(features) != len(features_hat):
+        raise ValueError(f"{len(features)} features but {len(features_hat)} features_hat")
+    for i, (f, f_hat) in enumerate(zip(features, features_hat, strict=True)):
+        name = f"features[{i}]"
+        checks.tensor(name, f, 4)
+        if len(f) != len(x):
+            raise ValueError(f"{name} has {len(f)} samples, x has {len(x)}")
+        checks.on_device(name, f, x.device)
+        checks.shaped(f"features_hat[{i}]", f_hat, f.shape, x.device)
+    if len(weights) != 3:
+        raise ValueError(f"weights must be three, for {', '.join(MAPS)}; got {len(weights)}")
+    for name, weight in zip(MAPS, weights, strict=True):
+        checks.number(f"the {name} map's weight", weight, -float("inf"))
+    checks.integer("levels", levels, 0, 16)
+    height, width = x.shape[2:]
+    if height % 2**levels or width % 2**levels:
+        raise ValueError(
+            f"H and W must be divisible by {2**levels} for levels = {levels}, got {height}x{width}"
+        )
+    if stats is not None:
+        used = [w != 0 for w in weights]
+        used[1] &= len(features) > 0
+        used[2] &= levels > 0
+        _check_stats(stats, used, (height, width), x.device)
+    checks.number("sigma", sigma, 0.0, 1e6)
+    checks.number("top", top, 0.0, 1.0)
+    return _anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma, top)
+
+
+def _check_stats(stats, used, size, device):
+    if len(stats) != 3:
+        raise ValueError(f"stats must be three entries, for {', '.join(MAPS)}; got {len(stats)}")
+    for name, entry, needed in zip(MAPS, stats, used, strict=True):
+        if entry is None:
+            if needed:
+                raise ValueError(f"stats has None for the {name} map, which takes part")
+            continue
+        if len(entry) != 2:
+            raise ValueError(f"stats of the {name} map must be (mean, deviation)")
+        for value in entry:
+            if not isinstance(value, torch.Tensor):
+                continue
+            shape = tuple(value.shape)
+            if len(shape) > 2 or any(
+                a not in (1, b) for a, b in zip(reversed(shape), reversed(size), strict=False)
+            ):
+                raise ValueError(
+                    f"stats of the {name} map have shape {shape}, which does not broadcast to {size}"
+                )
+            if shape:
+                checks.on_device(f"stats of the {name} map", value, device)

@@ -1,0 +1,32 @@
+"""Every operator in plain PyTorch: the definition of right, and the baseline of every benchmark.
+
+The same names and signatures as in :mod:`diffad_fast.ops`, any floating dtype, any device, no
+argument checks beyond what the computation needs.
+"""
+
+from .attention import wavelet_attention
+from .diffusion import ddim_step, q_sample
+from .haar import haar_pack, haar_unpack
+from .maps import anomaly_map
+from .noise import philox4x32, philox_normal
+from .norm import group_norm_silu
+from .token_mlp import PackedTokenMLP, token_mlp_loop
+from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
+
+__all__ = [
+    "PackedTokenMLP",
+    "anomaly_map",
+    "ddim_step",
+    "dwt2d",
+    "group_norm_silu",
+    "haar_pack",
+    "haar_unpack",
+    "idwt2d",
+    "philox4x32",
+    "philox_normal",
+    "q_sample",
+    "token_mlp_loop",
+    "wavedec2",
+    "wavelet_attention",
+    "waverec2",
+]

@@ -1,0 +1,33 @@
+"""Group normalisation with modulation and activation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def group_norm_silu(
+    x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=None, activation=True
+):
+    """(N,C,H,W) -> the same shape: ``silu(GroupNorm(x) * (1 + scale) + shift)``.
+
+    GroupNorm(x) = (x - mean) / sqrt(variance + eps) * weight + bias, with mean and (biased)
+    variance over each group of C / num_groups channels of an image; weight and bias (C,), scale
+    and shift (N,C). Source: Wu & He 2018; the modulation is that of Dhariwal & Nichol 2021.
+    """
+    y = F.group_norm(
+        x,
+        num_groups,
+        None if weight is None else weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        eps,
+    )
+    if scale is not None:
+        y = y * (1 + scale.to(x.dtype)[:, :, None, None])
+    if shift is not None:
+        y = y + shift.to(x.dtype)[:, :, None, None]
+    if activation:
+        y = F.silu(y)
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        y = y.contiguous(memory_format=torch.channels_last)
+    return y

@@ -1,0 +1,16 @@
+"""From an input and its reconstruction to a map, a score, a p-value and a label."""
+
+from .calibration import Conformal
+from .maps import MAPS, MapStatistics, fit_statistics
+from .score import Score
+from .split import Split, split_by_group
+
+__all__ = [
+    "MAPS",
+    "Conformal",
+    "MapStatistics",
+    "Score",
+    "Split",
+    "fit_statistics",
+    "split_by_group",
+]

@@ -1,0 +1,131 @@
+"""What the anomaly maps look like on normal data: the statistics that standardise them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+MAPS = ("pixel", "feature", "sub-band")
+"""The maps of ``ops.anomaly_map``, in its order."""
+
+# A share of the map's mean deviation below which no position's deviation may fall: where normals
+# never differ (a constant border), any rounding error would otherwise be an infinite anomaly.
+SMALLEST_SHARE = 1e-3
+
+
+class MapStatistics(NamedTuple):
+    """Mean and deviation of one map on held-out normals: (H,W) each, or scalars of shape ()."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+
+class _Moments:
+    """Count, mean and summed squared deviation per position, merged batch by batch in float64."""
+
+    def __init__(self):
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def add(self, maps: torch.Tensor) -> None:
+        maps = maps.double()
+        n = len(maps)
+        if n == 0:
+            return
+        mean = maps.mean(dim=0)
+        m2 = (maps - mean).square().sum(dim=0)
+        # Chan et al. (1979).
+        delta = mean - self.mean
+        total = self.count + n
+        self.m2 = self.m2 + m2 + delta**2 * (self.count * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.count = total
+
+    def merged(self, other: _Moments) -> _Moments:
+        result = _Moments()
+        result.count = self.count + other.count
+        delta = other.mean - self.mean
+        result.mean = self.mean + delta * (other.count / result.count)
+        result.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / result.count)
+        return result
+
+    def scalar(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance over images and positions together."""
+        mean = self.mean.mean()
+        variance = self.m2.mean() / self.count + (self.mean - mean).square().mean()
+        return mean, variance
+
+    def position(self, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance (H,W), smoothed over positions by a Gaussian of ``sigma`` pixels.
+
+        The first two moments are smoothed, so that the variance keeps what the mean loses.
+        """
+        second = self.m2 / self.count + self.mean**2
+        mean, second = _blur(torch.stack([self.mean, second]), sigma)
+        return mean, (second - mean**2).clamp(min=0)
+
+
+def fit_statistics(
+    batches: Iterable[list[torch.Tensor | None]], kind: str, smoothing: float
+) -> list[MapStatistics | None]:
+    """Statistics of each map from batches of maps (n,H,W) of held-out normals.
+
+    A batch is a list with one entry a map of :data:`MAPS`, None where that map has no weight.
+    ``kind`` is "position", "scalar" or "auto": then each map takes what predicts better, by the
+    Gaussian log-likelihood, the even normals from the odd ones and the other way round.
+    ``smoothing`` is the deviation in pixels of the Gaussian over positions.
+    """
+    halves: list[list[_Moments]] | None = None
+    seen = 0
+    for maps in batches:
+        if halves is None:
+            halves = [[_Moments(), _Moments()] if m is not None else [] for m in maps]
+        for moments, map_ in zip(halves, maps, strict=True):
+            if moments:
+                moments[seen % 2].add(map_[::2])
+                moments[1 - seen % 2].add(map_[1::2])
+        seen += next(len(m) for m in maps if m is not None)
+    return [_choose(m[0], m[1], kind, smoothing) if m else None for m in halves or []]
+
+
+def _choose(even: _Moments, odd: _Moments, kind: str, smoothing: float) -> MapStatistics:
+    if even.count == 0 or odd.count == 0:
+        # A single normal has no spread between images; only that within its map is known.
+        both, kind = (odd if even.count == 0 else even), "scalar"
+    else:
+        both = even.merged(odd)
+    if kind == "auto":
+        by_position, by_scalar = 0.0, 0.0
+        for fitted, held_out in ((even, odd), (odd, even)):
+            by_position += _misfit(fitted.position(smoothing), held_out)
+            by_scalar += _misfit(fitted.scalar(), held_out)
+        kind = "position" if by_position < by_scalar else "scalar"
+    mean, variance = both.position(smoothing) if kind == "position" else both.scalar()
+    deviation = variance.sqrt()
+    floor = (deviation.mean() * SMALLEST_SHARE).clamp(min=1e-12)
+    return MapStatistics(mean.float(), deviation.clamp(min=floor).float())
+
+
+def _misfit(prediction: tuple[torch.Tensor, torch.Tensor], held_out: _Moments) -> float:
+    """Mean negative Gaussian log-likelihood of held-out maps, up to a constant.
+
+    Over n maps with mean m and variance v, the mean of (x - mu)^2 is v + (m - mu)^2: the moments
+    are enough, and no second pass over the maps is needed.
+    """
+    mean, variance = prediction
+    variance = variance.clamp(min=(variance.mean() * SMALLEST_SHARE**2).clamp(min=1e-24))
+    squared = held_out.m2 / held_out.count + (held_out.mean - mean).square()
+    return float((variance.log() / 2 + squared / (2 * variance)).mean())
+
+
+def _blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian over the last two axes; at the borders the weights inside the image are renormalised."""
+    if sigma == 0:
+        return x
+    for axis in (-1, -2):
+        position = torch.arange(x.shape[axis], dtype=x.dtype, device=x.device)
+        weights = torch.exp(-((position[:, None] - position) ** 2) / (2 * sigma**2))
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        x = x @ weights.T if axis == -1 else weights @ x
+    return x

@@ -1,0 +1,67 @@
+"""The held-out parts of the normals, split by group."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from ..config import DetectorConfig
+from ..errors import InputError
+
+SMALLEST_SET = 8
+
+
+class Split(NamedTuple):
+    """Indices of the four parts; disjoint, and no group stands in two of them."""
+
+    fit: list[int]
+    validation: list[int]
+    statistics: list[int]
+    conformal: list[int]
+    conformal_groups: int
+    """How many groups the conformal part holds."""
+
+
+def split_by_group(
+    indices: Sequence[int], groups: Sequence[Hashable] | None, config: DetectorConfig
+) -> Split:
+    """Split ``indices`` by the shares of the configuration, shuffled by its seed.
+
+    groups: one label for every image of the data set (indexed by ``indices``), None where every
+    image is an object of its own. Every part gets at least one group.
+    Raises InputError with fewer than 8 images or 4 groups.
+    """
+    label = (lambda i: i) if groups is None else (lambda i: groups[i])
+    members: dict[Hashable, list[int]] = {}
+    for i in indices:
+        members.setdefault(label(i), []).append(i)
+    if len(indices) < SMALLEST_SET:
+        raise InputError(
+            f"{len(indices)} usable image{'' if len(indices) == 1 else 's'} of normals: fit needs "
+            f"at least {SMALLEST_SET}, because parts are held out for calibration"
+        )
+    if len(members) < 4:
+        raise InputError(
+            f"the groups put all normals into {len(members)} object(s): fit needs at least 4, "
+            "because whole groups are held out for calibration"
+        )
+
+    # Ordered by a hash and not by a shuffled list: adding images moves few others to another part.
+    def position(group: Hashable) -> bytes:
+        return hashlib.sha256(f"{config.seed} {group}".encode()).digest()
+
+    order = sorted(members, key=position)
+    n = len(order)
+    sizes = [
+        max(1, round(n * share))
+        for share in (config.validation_share, config.statistics_share, config.conformal_share)
+    ]
+    while sum(sizes) > n - 1:
+        sizes[sizes.index(max(sizes))] -= 1
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(sorted(i for group in order[start : start + size] for i in members[group]))
+        start += size
+    fit = sorted(i for group in order[start:] for i in members[group])
+    return Split(fit, *parts, sizes[-1])

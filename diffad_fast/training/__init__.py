@@ -1,0 +1,1 @@
+"""Training: the loop, the moving average, checkpoints on disk."""

@@ -1,0 +1,162 @@
+"""Checkpoints: one safetensors file with a checksum, written whole or not at all.
+
+The header's metadata holds ``format`` (what kind of file this is), ``format_version``, ``version``
+(of the library), ``sha256`` and the caller's own JSON texts. The checksum covers all of these and
+every tensor's name, type, shape and bytes. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, InputError
+from ..version import __version__
+
+FORMAT_VERSION = 1
+
+
+def save(
+    path: str | os.PathLike,
+    kind: str,
+    tensors: Mapping[str, torch.Tensor],
+    texts: Mapping[str, str],
+) -> None:
+    """Write ``tensors`` and ``texts`` to ``path`` as a file of that ``kind``, atomically.
+
+    Raises InputError where the folder is missing or cannot be written to; ``path`` then still
+    holds what it held before.
+    """
+    from safetensors.torch import save as to_bytes
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {
+        **texts,
+        "format": kind,
+        "format_version": str(FORMAT_VERSION),
+        "version": __version__,
+    }
+    metadata["sha256"] = _checksum(tensors, metadata)
+    write_atomically(path, to_bytes(tensors, metadata))
+
+
+def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read what :func:`save` wrote. Raises CheckpointError in one sentence that names the file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    metadata = _metadata(path, content)
+    if metadata.get("format") != kind:
+        raise CheckpointError(
+            f"{path} is not a {kind} file: "
+            + (
+                f"it is a {metadata['format']} file"
+                if "format" in metadata
+                else "no such mark in it"
+            )
+        )
+    found = metadata.get("format_version", "")
+    if not found.isdigit():
+        raise CheckpointError(f"{path} is damaged: its format version is {found!r}")
+    if int(found) > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {found}, written by diffad_fast {metadata.get('version', '?')}; "
+            f"diffad_fast {__version__} reads formats up to {FORMAT_VERSION}: upgrade diffad_fast"
+        )
+    try:
+        tensors = from_bytes(content)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short: {error}") from None
+    if _checksum(tensors, metadata) != metadata.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+    return tensors, metadata
+
+
+def _metadata(path: str | os.PathLike, content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: 8 bytes of header length, then the JSON header."""
+    wrong = CheckpointError(f"{path} is not a diffad_fast file, or it is damaged")
+    if len(content) < 8:
+        raise wrong
+    (length,) = struct.unpack("<Q", content[:8])
+    if length > len(content) - 8:
+        raise wrong
+    try:
+        header = json.loads(content[8 : 8 + length])
+        metadata = header.get("__metadata__", {})
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError):
+        raise wrong from None
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise wrong
+    return metadata
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    texts = {name: text for name, text in metadata.items() if name != "sha256"}
+    digest.update(json.dumps(texts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Write to a temporary name in the same folder, flush to the disk, then rename.
+
+    Whoever reads ``path``, at any moment and after any crash, finds the old content or the new.
+    Raises InputError where the folder is missing or not writable, or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        if temporary is not None:
+            os.unlink(temporary)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise InputError if a file could not be written at ``path``; leaves nothing behind."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give a file name")
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(descriptor)
+        os.unlink(temporary)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""Triton kernels, one file a kernel; imported as ``diffad_fast.kernels``."""

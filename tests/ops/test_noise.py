@@ -1,0 +1,134 @@
+"""philox_normal: published test vectors, the layout of the counter, and the distribution."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from diffad_fast import ops, reference
+from diffad_fast.reference import noise as implementation
+
+# kat_vectors of Random123, philox4x32 with 10 rounds: counter, key, result.
+KNOWN = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000",
+     "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff",
+     "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+     "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]  # fmt: skip
+
+
+def words(text):
+    return [int(word, 16) for word in text.split()]
+
+
+@pytest.mark.parametrize("counter, key, expected", KNOWN)
+def test_published_vectors(counter, key, expected):
+    tensors = [torch.tensor([word] * 2) for word in words(counter)]
+    got = reference.philox4x32(tensors, [torch.tensor(word) for word in words(key)])
+    assert [w.tolist() for w in got] == [[word] * 2 for word in words(expected)]
+    assert list(reference.philox4x32(words(counter), words(key))) == words(expected)
+
+
+def by_integers(count, seed, draw, step):
+    """The documented layout with Python's integers and math, element by element."""
+    result = []
+    for i in range(-(-count // 4)):
+        counter = (i, draw % 2**32, step, draw >> 32)
+        w = reference.philox4x32(counter, (seed % 2**32, seed >> 32))
+        for a, b in ((w[0], w[1]), (w[2], w[3])):
+            radius = math.sqrt(-2 * math.log((a + 1) / 2**32))
+            angle = 2 * math.pi * b / 2**32
+            result += [radius * math.cos(angle), radius * math.sin(angle)]
+    return np.float32(result[:count])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+@pytest.mark.parametrize(
+    "seed, draw, step",
+    [(0, 0, 0), (1, 2, 3), (2**63 - 1, 2**63 - 1, 2**32 - 1), (7 << 32, 5 << 32, 0)],
+)
+def test_layout(count, seed, draw, step):
+    got = ops.philox_normal((count,), seed, draw, step)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), by_integers(count, seed, draw, step), rtol=1e-6, atol=0)
+
+
+def test_each_index_of_a_tensor_draw_is_a_field_of_its_own():
+    draw = torch.tensor([0, 3, 2**40 + 1])
+    step = torch.tensor([9, 0, 2**32 - 1])
+    for shape in [(5,), (2, 3, 3), ()]:
+        batch = ops.philox_normal((3, *shape), 11, draw, step)
+        for n in range(3):
+            alone = ops.philox_normal(shape, 11, int(draw[n]), int(step[n]))
+            assert torch.equal(batch[n], alone)
+        assert torch.equal(
+            ops.philox_normal((3, *shape), 11, draw)[1], ops.philox_normal(shape, 11, 3)
+        )
+        assert torch.equal(
+            ops.philox_normal((3, *shape), 11, 4, step)[0], ops.philox_normal(shape, 11, 4, 9)
+        )
+
+
+def test_shapes():
+    flat = ops.philox_normal((24,), 5)
+    assert torch.equal(ops.philox_normal((2, 3, 4), 5), flat.view(2, 3, 4))
+    assert torch.equal(ops.philox_normal(torch.Size([10]), 5), flat[:10])
+    assert ops.philox_normal((), 5).shape == ()
+    assert ops.philox_normal((0, 4), 5).shape == (0, 4)
+    assert ops.philox_normal((0, 4), 5, torch.zeros(0, dtype=torch.int64)).shape == (0, 4)
+    assert ops.philox_normal((2, 0), 5, torch.zeros(2, dtype=torch.int64)).shape == (2, 0)
+
+
+def test_chunks_do_not_show(monkeypatch):
+    draw = torch.tensor([1, 2, 3])
+    whole = ops.philox_normal((3, 11), 3, draw)
+    monkeypatch.setattr(implementation, "CHUNK", 2)
+    assert torch.equal(ops.philox_normal((3, 11), 3, draw), whole)
+
+
+def test_every_argument_matters():
+    base = ops.philox_normal((8,), 1, 1, 1)
+    for other in [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1 + 2**32, 1, 1), (1, 1 + 2**32, 1)]:
+        assert not torch.isclose(ops.philox_normal((8,), *other), base).any()
+
+
+def test_distribution():
+    """At these sizes a right generator fails each bound with probability below 1e-5."""
+    n = 1 << 18
+    x = ops.philox_normal((n,), 2024).double().numpy()
+    assert abs(x.mean()) < 4.5 / math.sqrt(n)
+    assert abs(x.var() - 1) < 4.5 * math.sqrt(2 / n)
+    assert abs((x**3).mean()) < 4.5 * math.sqrt(15 / n)
+    assert abs((x**4).mean() - 3) < 4.5 * math.sqrt(96 / n)
+    assert scipy.stats.kstest(x, "norm").pvalue > 1e-5
+    # Neighbours, the two of one Box-Muller pair included, and fields of neighbouring keys.
+    y = ops.philox_normal((n,), 2024, draw=1).double().numpy()
+    z = ops.philox_normal((n,), 2025).double().numpy()
+    for a, b in [(x[:-1], x[1:]), (x[0::2], x[1::2]), (x, y), (x, z)]:
+        assert abs(np.mean(a * b)) < 4.5 / math.sqrt(len(a))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (((2,), -1), ValueError, "seed must be in"),
+        (((2,), 2**63), ValueError, "seed must be in"),
+        (((2,), 1.0), TypeError, "seed must be an integer, got 1.0"),
+        (((2, -1), 0), ValueError, "entry of shape must be in"),
+        (((2,), 0, -3), ValueError, "draw must be in"),
+        (((2,), 0, 0, 2**32), ValueError, "step must be in"),
+        (((2,), 0, torch.zeros(2)), TypeError, "draw must be an integer or an int64 tensor"),
+        (((2,), 0, torch.zeros(3, dtype=torch.int64)), ValueError, r"draw has shape \(3,\)"),
+        (((), 0, torch.tensor(0)), ValueError, r"draw has shape \(\)"),
+        (((2**20, 2**20), 0), ValueError, "more than 2\\^34 elements"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.philox_normal(*arguments)

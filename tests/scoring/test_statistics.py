@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+import torch
+
+from diffad_fast.scoring import fit_statistics
+
+torch.manual_seed(0)
+
+
+def batches(maps, size):
+    return ([maps[i : i + size], None] for i in range(0, len(maps), size))
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_moments_do_not_depend_on_the_batches(size):
+    maps = torch.rand(37, 8, 6) * 3 + torch.arange(6)
+    scalar, none = fit_statistics(batches(maps, size), "scalar", 0.0)
+    assert none is None
+    np.testing.assert_allclose(scalar.mean, maps.double().mean(), rtol=1e-6)
+    np.testing.assert_allclose(scalar.deviation, maps.double().std(correction=0), rtol=1e-6)
+    position, _ = fit_statistics(batches(maps, size), "position", 0.0)
+    np.testing.assert_allclose(position.mean, maps.double().mean(0), rtol=1e-6)
+    np.testing.assert_allclose(position.deviation, maps.double().std(0, correction=0), rtol=1e-5)
+
+
+def test_auto_takes_positions_only_where_they_differ():
+    flat = torch.rand(60, 16, 16)
+    bumpy = flat + 10 * torch.rand(16, 16)
+    assert fit_statistics(batches(flat, 8), "auto", 0.0)[0].mean.shape == ()
+    assert fit_statistics(batches(bumpy, 8), "auto", 0.0)[0].mean.shape == (16, 16)
+
+
+def test_smoothing_keeps_constants_and_total_variance():
+    """A smoothed map of moments is still that of a mixture: a constant stays, a step spreads."""
+    step = torch.zeros(40, 16, 16)
+    step[:, :, 8:] = 1
+    fitted, _ = fit_statistics(batches(step, 8), "position", 2.0)
+    assert fitted.mean[0, 0] < 1e-3 and fitted.mean[0, -1] > 1 - 1e-3
+    # At the step the neighbourhood holds both values: mean 1/2, deviation 1/2.
+    assert 0.3 < fitted.mean[8, 8] < 0.7 and fitted.deviation[8, 8] > 0.45
+
+
+def test_one_normal_and_constant_maps_stay_finite():
+    fitted, _ = fit_statistics(batches(torch.rand(1, 4, 4), 8), "auto", 1.0)
+    assert torch.isfinite(fitted.mean) and fitted.deviation > 0
+    fitted, _ = fit_statistics(batches(torch.ones(5, 4, 4), 8), "auto", 1.0)
+    assert (fitted.deviation > 0).all()

@@ -1,0 +1,69 @@
+import dataclasses
+import json
+
+import pytest
+
+from diffad_fast.config import PRESETS, DetectorConfig, read_options
+from diffad_fast.errors import InputError
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_override_defaults_and_options_override_presets(preset):
+    config = DetectorConfig.create(preset)
+    assert config.denoiser == PRESETS[preset]["denoiser"]
+    assert DetectorConfig.create(preset, reverse_steps=7).reverse_steps == 7
+
+
+@pytest.mark.parametrize("size, level, stride", [(32, 1, 16), (64, 1, 16), (128, 2, 32), (256, 3, 64), (512, 4, 128)])
+def test_haar_level_follows_the_size(size, level, stride):
+    config = DetectorConfig.create(image_size=size)
+    assert (config.haar_level, config.stride) == (level, stride)
+    assert config.smoothing == size / 64
+
+
+def test_json_round_trip():
+    config = DetectorConfig.create("fast", image_size=(128, 256), clip=3.0)
+    assert DetectorConfig.from_json(config.to_json()) == config
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DetectorConfig().seed = 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"preset": "quick"}, "'quick'.*fast, balanced, best"),
+        ({"kind": "audio"}, "'audio'"),
+        ({"mode": "guess"}, "'guess'"),
+        ({"image_size": 100}, "100 is not a multiple of .*96 or 128"),
+        ({"image_size": 8}, "8 is smaller than the model's stride of 16"),
+        ({"image_size": (64,)}, "image_size"),
+        ({"channels": 4}, "4"),
+        ({"train_steps": 0}, "train_steps .*not 0"),
+        ({"eta": 2.0}, "eta .*not 2.0"),
+        ({"eta": float("nan")}, "eta"),
+        ({"trainsteps": 3}, "'trainsteps': did you mean 'train_steps'"),
+        ({"map_weights": (0, 0, 0)}, "map_weights"),
+        ({"conformal_share": 0.85}, "held-out"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(InputError, match=words):
+        DetectorConfig.create(**options)
+
+
+def test_read_options(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"seed": 4}))
+    assert read_options(str(path)) == {"seed": 4}
+    path.write_text("{")
+    with pytest.raises(InputError, match="c.json is not JSON"):
+        read_options(str(path))
+    path.write_text("[1]")
+    with pytest.raises(InputError, match="one JSON object"):
+        read_options(str(path))
+    with pytest.raises(InputError, match="no configuration file"):
+        read_options(str(tmp_path / "missing.json"))

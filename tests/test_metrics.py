@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
+from sklearn.metrics import precision_recall_curve, roc_auc_score
+
+from diffad_fast import metrics
+from diffad_fast.errors import InputError
+
+
+def aupro_by_definition(masks, maps, max_fpr):
+    """MVTec AD, word by word: at every distinct score, look at every region."""
+    regions = []
+    for mask, scores in zip(masks, maps, strict=True):
+        labels, number = ndimage.label(mask, structure=np.ones((3, 3)))
+        regions += [scores[labels == i + 1] for i in range(number)]
+    normal = np.concatenate([s[m == 0] for m, s in zip(masks, maps, strict=True)])
+    points = [(0.0, 0.0)]
+    for threshold in np.unique(np.concatenate([s.ravel() for s in maps]))[::-1]:
+        overlap = np.mean([(region >= threshold).mean() for region in regions])
+        points.append(((normal >= threshold).mean(), overlap))
+    area = 0.0
+    for (x0, y0), (x1, y1) in zip(points[:-1], points[1:], strict=True):
+        if x1 <= max_fpr:
+            area += (x1 - x0) * (y0 + y1) / 2
+        elif x0 < max_fpr:
+            y = y0 + (y1 - y0) * (max_fpr - x0) / (x1 - x0)
+            area += (max_fpr - x0) * (y0 + y) / 2
+    return area / max_fpr
+
+
+def f1_by_sklearn(labels, scores):
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    total = precision + recall
+    return (2 * precision * recall / np.where(total == 0, 1, total)).max()
+
+
+def scene(seed, number=4, size=14, levels=6, density=0.12):
+    """Masks with touching regions, maps with heavy ties that know something about the masks."""
+    rng = np.random.default_rng(seed)
+    masks = (rng.random((number, size, size)) < density).astype(np.uint8)
+    masks[0] = 0
+    maps = rng.integers(0, levels, masks.shape) + masks * rng.integers(0, 3, masks.shape)
+    return masks, maps.astype(np.float32) / levels
+
+
+BINARY = st.integers(2, 60).flatmap(
+    lambda n: st.tuples(
+        hnp.arrays(np.int64, n, elements=st.integers(0, 1)).filter(lambda a: 0 < a.sum() < a.size),
+        hnp.arrays(np.float64, n, elements=st.sampled_from([-1.0, -0.0, 0.0, 0.25, 0.5, 2.0, 1e9])),
+    )
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(BINARY, st.sampled_from([0.05, 0.1, 0.3, 0.5, 1.0]))
+def test_scalars_equal_sklearn(data, max_fpr):
+    labels, scores = data
+    assert metrics.auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert metrics.pauc(labels, scores, max_fpr) == pytest.approx(
+        roc_auc_score(labels, scores, max_fpr=max_fpr), abs=1e-12
+    )
+    assert metrics.f1_max(labels, scores) == pytest.approx(f1_by_sklearn(labels, scores), abs=1e-12)
+    for value in (metrics.auroc, metrics.pauc, metrics.f1_max):
+        assert 0.0 <= value(labels, scores) <= 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([2, 6, 1000]), st.sampled_from([0.05, 0.3, 1.0]))
+def test_aupro_equals_the_definition(seed, levels, max_fpr):
+    masks, maps = scene(seed, number=3, size=9, levels=levels)
+    masks[1, 2, 2] = masks[1, 3, 3] = 1  # touching at a corner: one region
+    value = metrics.aupro(masks, maps, max_fpr)
+    assert value == pytest.approx(aupro_by_definition(masks, maps, max_fpr), abs=1e-9)
+    assert 0.0 <= value <= 1.0
+
+
+def test_corners_join_regions():
+    mask = np.zeros((1, 6, 6), bool)
+    mask[0, 1, 1] = mask[0, 2, 2] = mask[0, 4, 5] = True
+    scores = np.zeros((1, 6, 6))
+    scores[0, 1, 1] = scores[0, 2, 2] = 1.0
+    # Two regions, one found before any false positive; the other is tied with all normal pixels,
+    # so the curve rises from 1/2 at FPR 0 to 1 at FPR 1. With three regions it would start at 2/3.
+    assert metrics.aupro(masks=mask, maps=scores, max_fpr=1.0) == pytest.approx(0.75, abs=1e-12)
+
+
+def test_pixel_metrics_agree_with_the_single_ones():
+    masks, maps = scene(3, number=6, size=20)
+    found = metrics.pixel_metrics(masks, maps)
+    assert found["aupro"] == metrics.aupro(masks, maps)
+    assert found["auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
+    assert found["f1_max"] == pytest.approx(f1_by_sklearn(masks.ravel(), maps.ravel()), abs=1e-12)
+
+
+def test_images_that_are_all_background_or_all_foreground():
+    masks, maps = scene(5)
+    masks[1] = 1
+    masks[2] = 0
+    found = metrics.pixel_metrics(masks, maps)
+    assert found["aupro"] == pytest.approx(aupro_by_definition(masks, maps, 0.3), abs=1e-9)
+    assert found["auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
+
+
+def test_lists_of_images_of_any_size():
+    rng = np.random.default_rng(0)
+    shapes = [(5, 9), (12, 4), (7, 7)]
+    masks = [rng.random(s) < 0.2 for s in shapes]
+    maps = [rng.integers(0, 9, s) / 8 for s in shapes]
+    flat = np.concatenate([m.ravel() for m in masks]), np.concatenate([m.ravel() for m in maps])
+    assert metrics.auroc(masks, maps) == pytest.approx(roc_auc_score(*flat), abs=1e-12)
+    assert metrics.f1_max(masks, maps) == pytest.approx(f1_by_sklearn(*flat), abs=1e-12)
+    assert metrics.aupro(masks, maps) == pytest.approx(
+        aupro_by_definition(masks, maps, 0.3), abs=1e-9
+    )
+    tensors = [torch.tensor(m) for m in masks], [torch.tensor(m) for m in maps]
+    assert metrics.pixel_metrics(*tensors) == metrics.pixel_metrics(masks, maps)
+
+
+def test_iterables_are_read_exactly_twice_one_image_at_a_time():
+    masks, maps = scene(11)
+
+    class Lazy:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return (torch.from_numpy(m) for m in maps)
+
+    lazy = Lazy()
+    assert metrics.pixel_metrics(masks, lazy) == metrics.pixel_metrics(masks, maps)
+    assert lazy.passes == 2
+
+
+def test_arrays_longer_than_a_block_give_the_same(monkeypatch):
+    masks, maps = scene(2, number=5, size=30)
+    whole = metrics.auroc(masks, maps), metrics.f1_max(masks, maps), metrics.pauc(masks, maps)
+    monkeypatch.setattr(metrics, "_BLOCK", 97)
+    assert whole == (
+        metrics.auroc(masks, maps), metrics.f1_max(masks, maps), metrics.pauc(masks, maps)
+    )
+    assert whole[0] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int32])
+def test_dtypes(dtype):
+    scores = torch.tensor([0, 3, 1, 2, 2, 5]).to(dtype)
+    labels = torch.tensor([False, True, False, False, True, True])
+    assert metrics.auroc(labels, scores) == pytest.approx((9 - 0.5) / 9, abs=1e-12)
+
+
+def test_labels_above_one_and_plain_lists():
+    assert metrics.auroc([0, 255, 0, 1], [0.1, 0.9, 0.4, 0.3]) == pytest.approx(0.75)
+
+
+def test_perfect_and_worst_scores():
+    labels = np.array([0, 0, 1, 1])
+    assert metrics.auroc(labels, labels) == 1.0
+    assert metrics.pauc(labels, labels) == 1.0
+    assert metrics.f1_max(labels, labels) == 1.0
+    assert metrics.auroc(labels, -labels) == 0.0
+    mask = np.eye(8)[None]
+    assert metrics.aupro(mask, mask) == 1.0
+    assert metrics.aupro(mask, -mask) == 0.0
+
+
+@pytest.mark.parametrize("metric", [metrics.auroc, metrics.pauc, metrics.f1_max, metrics.aupro])
+@pytest.mark.parametrize("value, reason", [(0, "no label is > 0"), (1, "every label is > 0")])
+def test_one_class_is_undefined(metric, value, reason):
+    scores = np.random.default_rng(0).random((2, 4, 4))
+    with pytest.raises(InputError, match=reason):
+        metric(np.full(scores.shape, value), scores)
+
+
+@pytest.mark.parametrize("metric", [metrics.auroc, metrics.pauc, metrics.f1_max, metrics.aupro])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_must_be_finite(metric, bad):
+    masks, maps = scene(1)
+    maps[0, 0, 0] = bad
+    with pytest.raises(InputError, match="NaN or infinite"):
+        metric(masks, maps)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(InputError, match=r"\(3,\).*\(4,\)"):
+        metrics.auroc(np.zeros(3), np.zeros(4))
+    with pytest.raises(InputError, match=r"\(2, 4, 4\).*\(2, 4, 5\)"):
+        metrics.aupro(np.zeros((2, 4, 4)), np.zeros((2, 4, 5)))
+    with pytest.raises(InputError, match=r"\(4, 4\).*\(4, 5\).*item 1"):
+        metrics.aupro([np.ones((4, 4))] * 2, [np.ones((4, 4)), np.ones((4, 5))])
+    with pytest.raises(InputError, match="scores go on after 1 items"):
+        metrics.auroc([np.eye(2)], [np.eye(2), np.eye(2)])
+    with pytest.raises(InputError, match=r"\(1, 4, 4\)"):
+        metrics.aupro(np.ones((2, 1, 4, 4)), np.ones((2, 1, 4, 4)))
+
+
+def test_other_bad_input():
+    masks, maps = scene(1)
+    with pytest.raises(InputError, match="read twice"):
+        metrics.aupro(masks, (m for m in maps))
+    with pytest.raises(InputError, match="dtype"):
+        metrics.auroc([0, 1], ["a", "b"])
+    with pytest.raises(InputError, match="labels hold NaN"):
+        metrics.auroc([0.0, np.nan], [0.0, 1.0])
+    for max_fpr in (0.0, 1.5, float("nan")):
+        with pytest.raises(InputError, match="max_fpr"):
+            metrics.aupro(masks, maps, max_fpr)
+        with pytest.raises(InputError, match="max_fpr"):
+            metrics.pauc(masks, maps, max_fpr)
