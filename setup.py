@@ -184,7 +184,8 @@ class BuildNative(build_ext):
         # among our dependencies, so that the weak CUDA symbols are found there.
         link = [f"-L{self.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if self.nvcc:
-            link += [f"-L{cudart_folder(self.nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            link += [f"-L{cudart_folder(self.nvcc)}", "-lcudart_static", "-ldl", "-lrt"]
+            link += ["-lpthread"]
         return list(commands), link
 
     def host(self, ext: Extension) -> tuple[list[Path], list[str]]:

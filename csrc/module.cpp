@@ -1,5 +1,6 @@
 // diffad_fast._host: what speaks NumPy and plain Python objects, not tensors.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 #include <utility>

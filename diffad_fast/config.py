@@ -56,7 +56,7 @@ class DetectorConfig:
 
     # Inference
     mode: str = "reconstruct"
-    start_sigma: float = 1.0
+    start_sigma: float = 3.0
     """Noise level (sigma = noise over signal) from which `reconstruct` goes back."""
     reverse_steps: int = 5
     eta: float = 0.0

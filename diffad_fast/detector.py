@@ -8,7 +8,6 @@ import os
 import re
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
-from operator import length_hint
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +146,8 @@ class Detector:
 
     def open(self, source, *, strict: bool = False) -> Images:
         """The images of ``source`` as this detector sees them: size and channels; see :meth:`fit`."""
+        if isinstance(source, Images):
+            return source
         config = self.config
         return open_images(
             source, config.image_size, config.channels, strict=strict, min_side=config.stride
@@ -181,7 +182,7 @@ class Detector:
 
     def _score_batches(self, images: Images, maps: bool, batch_size: int) -> Iterator[Score]:
         reported = 0
-        with progress(None, length_hint(images) or None, "scoring", "image") as bar:
+        with progress(None, images.length, "scoring", "image") as bar:
             for batch in images.batches(batch_size):
                 map_, score = self.score_images(batch.images)
                 skipped = images.skipped[reported:]

@@ -37,11 +37,11 @@ def evaluate(detector: Detector, root: Path, strict: bool) -> Evaluation:
     """Score every image below ``root``/test and compare with the masks; figures as documented at
     :meth:`diffad_fast.Detector.evaluate`."""
     tests = mvtec_test(root)
+    images = detector.open([test.path for test in tests], strict=strict)
+    tests = [tests[i] for i in images.load()]
     for test in tests:
-        if test.mask_path is not None:
-            read_mask(test.mask_path, test.path)  # a wrong mask is told before the work
-    score = detector.score([test.path for test in tests], strict=strict)
-    tests = [tests[i] for i in score.index]
+        read_mask(test.mask_path, test.path)  # a wrong mask is told before the work
+    score = detector.score(images)
     label = np.array([test.defect != "good" for test in tests], dtype=np.int64)
     figures, undefined = _figures(tests, score, label)
     figures["per_defect"] = {}
@@ -100,14 +100,7 @@ class _Masks:
         self.tests = tests
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        from PIL import Image
-
-        for test in self.tests:
-            if test.mask_path is not None:
-                yield read_mask(test.mask_path, test.path)
-            else:
-                with Image.open(test.path) as image:
-                    yield np.zeros(image.size[::-1], dtype=bool)
+        return (read_mask(test.mask_path, test.path) for test in self.tests)
 
 
 class _MapsAtMaskSize:

@@ -6,12 +6,17 @@ everything still works, on the reference backend, after one warning.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
+
+try:
+    from . import _host
+except ImportError:
+    _host = None
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -19,65 +24,63 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 def implementations(name: str) -> dict[str, Callable]:
     """The native implementations of operator ``name`` here: ``{"cpu": ..., "cuda": ...}``.
 
-    Each value is ``torch.ops.diffad_fast.<name>``; a backend that the library was built without is
-    left out, and without the library the result is empty.
+    Each value is ``torch.ops.diffad_fast.<name>``. A backend that is unavailable here or that the
+    operator was not built for is left out.
     """
+    from .ops.dispatch import unavailable
+
     if not loaded():
         return {}
     operator = getattr(torch.ops.diffad_fast, name)
     return {
         backend: operator
         for backend, key in _DISPATCH_KEYS.items()
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"diffad_fast::{name}", key)
-        and missing(backend) is None
+        if backend not in unavailable()
+        and torch._C._dispatch_has_kernel_for_dispatch_key(f"diffad_fast::{name}", key)
     }
 
 
 def loaded() -> bool:
     """Is the library of native operators loaded? The first call loads it."""
-    return _load() is None
+    # Imported here: the operator files call this while they are being imported themselves.
+    from .ops.dispatch import mark_unavailable
+
+    return _load(mark_unavailable)
 
 
-def missing(backend: str) -> str | None:
-    """Why ``backend`` (``"cpu"`` or ``"cuda"``) cannot serve here; None where it can."""
-    why = _load()
-    if why is None and backend == "cuda":
-        if torch.version.cuda is None:
-            return f"torch {torch.__version__} was built without CUDA"
-        if not build_info().get("cuda", True):
-            return "the native library was built without CUDA (no nvcc at build time)"
-    return why
-
-
-@cache
 def build_info() -> dict:
     """What was built: compiler, flags, torch, cuda, cuda_archs, nvcc; empty without the module."""
-    try:
-        from . import _host
-    except ImportError:
-        return {}
-    return _host.build_info()
+    return _host.build_info() if _host else {}
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets of this processor that matter here; empty without the module."""
+    return _host.cpu_features() if _host else []
 
 
 @cache
-def _load() -> str | None:
-    """Load the library; None, or why that failed (after one warning)."""
+def _load(mark_unavailable: Callable[[str, str], None]) -> bool:
+    """Load the library, once, and mark the backends that it cannot serve."""
     why = _try_load()
     if why is not None:
         warnings.warn(
-            f"diffad_fast runs on the slower reference backend: {why}",
-            RuntimeWarning,
-            stacklevel=2,
+            f"diffad_fast runs on the slower reference backend: {why}", RuntimeWarning, stacklevel=3
         )
-    return why
+        mark_unavailable("cpu", why)
+        mark_unavailable("cuda", why)
+    elif torch.version.cuda is None:
+        mark_unavailable("cuda", f"torch {torch.__version__} was built without CUDA")
+    elif not build_info().get("cuda", True):
+        mark_unavailable("cuda", "the native library was built without CUDA, no nvcc was there")
+    return why is None
 
 
 def _try_load() -> str | None:
-    spec = importlib.util.find_spec(f"{__package__}._C")
-    if spec is None or spec.origin is None:
-        return "its native library is missing, reinstall with a C++ compiler at hand"
+    library = Path(__file__).with_name("_C.abi3.so")
+    if not library.exists():
+        return f"its native library {library} is missing, reinstall with a C++ compiler at hand"
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(library)
     except OSError as error:
-        return f"its native library {spec.origin} does not load: {error}"
+        return f"its native library {library} does not load: {error}"
     return None

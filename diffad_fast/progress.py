@@ -14,7 +14,8 @@ def progress(
 
     It counts from `initial` to `total` (None: unknown), and appears after two seconds. It is silent
     where standard error is no terminal or the environment variable DIFFAD_FAST_PROGRESS is 0;
-    `update`, `set_postfix` and `close` work all the same.
+    `update`, `set_postfix` and `close` work all the same. Give `set_postfix` refresh=False, or it
+    draws the bar at once.
     """
     from tqdm import tqdm
 

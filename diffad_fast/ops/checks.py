@@ -43,12 +43,13 @@ def same_dtype(name: str, x: torch.Tensor, other: str, dtype: torch.dtype) -> No
         raise TypeError(f"{name} is {x.dtype} and {other} {dtype}: convert one")
 
 
-def integer(name: str, value, smallest: int, largest: int) -> None:
-    """``value`` is an integer (Python's or NumPy's) in [smallest, largest]."""
+def integer(name: str, value, smallest: int, largest: int) -> int:
+    """``value``, an integer (Python's or NumPy's) in [smallest, largest], as Python's."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not smallest <= value <= largest:
         raise ValueError(f"{name} must be in [{smallest}, {largest}], got {value}")
+    return int(value)
 
 
 def number(name: str, value, smallest: float, largest: float = float("inf")) -> None:

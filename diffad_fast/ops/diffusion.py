@@ -29,7 +29,7 @@ def q_sample(x0, t, noise, alphas_cumprod):
     if not isinstance(t, torch.Tensor) or t.dtype != torch.int64:
         raise TypeError(f"t must be an int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
     if tuple(t.shape) != (len(x0),):
-        raise ValueError(f"t must have shape ({len(x0)},), one entry a sample, got {tuple(t.shape)}")
+        raise ValueError(f"t must have shape ({len(x0)},), one a sample, got {tuple(t.shape)}")
     checks.on_device("t", t, x0.device)
     _check_noise(noise, x0, "x0")
     checks.tensor("alphas_cumprod", alphas_cumprod, 1)
@@ -53,10 +53,10 @@ def ddim_step(
     """One step of DDIM from the level of ``x_t`` to another (Song, Meng, Ermon 2021, eq. 12).
 
     x_t, model_output: (N,...). alpha_t, alpha_s: cumulative products of 1 - beta at the source
-    and at the target, floats or tensors (N,) or () in (0, 1]: alpha_s > alpha_t denoises, alpha_s = 1
-    ends the process, alpha_s < alpha_t inverts it (eta = 0 only). alpha_t = 1 is allowed only
-    where nothing is divided by sqrt(1 - alpha_t): with "epsilon" and "v_prediction", without
-    ``use_clipped_model_output``, at eta = 0.
+    and at the target, floats or tensors (N,) or () in (0, 1]. alpha_s > alpha_t denoises,
+    alpha_s = 1 ends the process, alpha_s < alpha_t inverts it (eta = 0 only). alpha_t = 1 is
+    allowed only where nothing is divided by sqrt(1 - alpha_t): with "epsilon" and "v_prediction",
+    without ``use_clipped_model_output``, at eta = 0.
 
     prediction_type: "epsilon", "sample" or "v_prediction", what ``model_output`` is.
     eta: in [0, 1]; 0 is deterministic, 1 ancestral sampling. eta > 0 needs ``noise``, standard
@@ -95,7 +95,7 @@ def ddim_step(
     checks.number("eta", eta, 0.0, 1.0)
     if eta > 0:
         if noise is None:
-            raise ValueError(f"eta = {eta} needs noise: pass noise=, for example philox_normal(...)")
+            raise ValueError(f"eta = {eta} needs noise: pass noise=, for example philox_normal")
         floats = not isinstance(alpha_t, torch.Tensor) and not isinstance(alpha_s, torch.Tensor)
         if floats and not alpha_t <= alpha_s:
             raise ValueError(

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from ..errors import BackendError, InputError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -24,11 +26,11 @@ _selected = "auto"
 
 
 class Operator:
-    """One operator and its implementations, called like a function.
+    """One operator and its implementations.
 
     ``reference`` is required. Each further keyword names a backend; an implementation of ``None``
-    means that the backend does not have this operator (or did not load).
-    The first positional argument that is a tensor decides the device.
+    means that the backend does not have this operator (or did not load). Called like a function,
+    the device of the first argument, a tensor, decides; :meth:`on` takes the device by itself.
     """
 
     def __init__(self, name: str, reference: Callable, **implementations: Callable | None):
@@ -58,7 +60,11 @@ class Operator:
         return _selected
 
     def __call__(self, x, *args):
-        return self.implementations[self.backend(x.device.type)](x, *args)
+        return self.on(x.device)(x, *args)
+
+    def on(self, device: torch.device) -> Callable:
+        """The implementation that serves a call on ``device`` now."""
+        return self.implementations[self.backend(device.type)]
 
 
 def mark_unavailable(backend: str, why: str) -> None:

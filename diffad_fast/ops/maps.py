@@ -96,7 +96,7 @@ def _check_stats(stats, used, size, device):
                 a not in (1, b) for a, b in zip(reversed(shape), reversed(size), strict=False)
             ):
                 raise ValueError(
-                    f"stats of the {name} map have shape {shape}, which does not broadcast to {size}"
+                    f"stats of the {name} map have shape {shape}: it must broadcast to {size}"
                 )
             if shape:
                 checks.on_device(f"stats of the {name} map", value, device)

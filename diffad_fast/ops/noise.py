@@ -34,27 +34,27 @@ def philox_normal(shape, seed, draw=0, step=0, device=None):
 
     Raises TypeError for types, ValueError for values and shapes.
     """
-    shape = tuple(shape)
-    for size in shape:
-        checks.integer("every entry of shape", size, 0, LARGEST_KEY)
-    checks.integer("seed", seed, 0, LARGEST_KEY)
-    tensors = []
-    for name, value, largest in (("draw", draw, LARGEST_KEY), ("step", step, LARGEST_STEP)):
-        if not isinstance(value, torch.Tensor):
-            checks.integer(name, value, 0, largest)
-            continue
-        tensors.append(value)
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name} must be an integer or an int64 tensor, got {value.dtype}")
-        if tuple(value.shape) != shape[:1] or not shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}: for noise of shape {shape} it must be an "
-                f"integer or have one entry per leading index"
-            )
+    shape = tuple(checks.integer("every entry of shape", n, 0, LARGEST_KEY) for n in shape)
+    seed = checks.integer("seed", seed, 0, LARGEST_KEY)
+    draw = _check_key("draw", draw, LARGEST_KEY, shape)
+    step = _check_key("step", step, LARGEST_STEP, shape)
+    tensors = [x for x in (draw, step) if isinstance(x, torch.Tensor)]
     if math.prod(shape[1:] if tensors else shape) > LARGEST_FIELD:
         raise ValueError(f"a field of shape {shape} has more than 2^34 elements: draw it in parts")
     if device is None:
         device = tensors[0].device if tensors else torch.get_default_device()
     device = torch.device(device)
-    backend = _philox_normal.backend(device.type)
-    return _philox_normal.implementations[backend](shape, seed, draw, step, device)
+    return _philox_normal.on(device)(shape, seed, draw, step, device)
+
+
+def _check_key(name, value, largest, shape):
+    if not isinstance(value, torch.Tensor):
+        return checks.integer(name, value, 0, largest)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be an integer or an int64 tensor, got {value.dtype}")
+    if not shape or tuple(value.shape) != shape[:1]:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: for noise of shape {shape} it must be an "
+            f"integer or have one entry per leading index"
+        )
+    return value

@@ -51,8 +51,7 @@ def idwt2d(coeffs, wavelet="haar", mode="periodization", output_size=None):
     first = _check_bands(coeffs, ("cA", "cH", "cV", "cD"))
     if output_size is not None and len(output_size) != 2:
         raise ValueError(f"output_size must be (H, W), got {output_size!r}")
-    backend = _idwt2d.backend(first.device.type)
-    return _idwt2d.implementations[backend](coeffs, wavelet, mode, output_size)
+    return _idwt2d.on(first.device)(coeffs, wavelet, mode, output_size)
 
 
 def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
@@ -85,11 +84,11 @@ def waverec2(coeffs, wavelet="haar", mode="periodization"):
         if not isinstance(bands, (tuple, list)) or len(bands) != 3:
             raise ValueError(f"level {number} must be (cH, cV, cD), got {_describe(bands)}")
         if any(band is not None for band in bands):
-            first = _check_bands(bands, [f"{kind} of level {number}" for kind in ("cH", "cV", "cD")])
+            names = [f"{kind} of level {number}" for kind in ("cH", "cV", "cD")]
+            first = _check_bands(bands, names)
             checks.on_device(f"level {number}", first, low.device)
             checks.same_dtype(f"level {number}", first, "cA", low.dtype)
-    backend = _waverec2.backend(low.device.type)
-    return _waverec2.implementations[backend](coeffs, wavelet, mode)
+    return _waverec2.on(low.device)(coeffs, wavelet, mode)
 
 
 def _check_image(x, name="x"):

@@ -86,7 +86,10 @@ def ddim_step(
         x_s = b.sqrt().to(compute) * x0 + (1 - b).sqrt().to(compute) * epsilon
     else:
         variance = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
-        x_s = b.sqrt().to(compute) * x0 + (1 - b - variance).sqrt().to(compute) * epsilon
+        # 1 - b - sigma^2 = (1-b) (1 - eta^2 (1 - r)) >= 0 with r = a (1-b) / (b (1-a)), the ratio
+        # of the signal-to-noise ratios; rounding must not take it below 0 where r is tiny.
+        rest = (1 - b - variance).clamp(min=0).sqrt().to(compute)
+        x_s = b.sqrt().to(compute) * x0 + rest * epsilon
         x_s = x_s + variance.sqrt().to(compute) * noise.to(compute)
     return x_s.to(x_t.dtype)
 
@@ -100,7 +103,7 @@ def _column(alpha, ndim):
 
 
 def _threshold(x0, ratio, largest):
-    """Dynamic thresholding of Saharia et al. 2022 (Imagen), section 2.3, with s at most ``largest``."""
+    """Dynamic thresholding (Imagen, Saharia et al. 2022, section 2.3), s at most ``largest``."""
     magnitude = x0.flatten(1).abs().sort(dim=1).values
     # The quantile with linear interpolation; torch.quantile refuses large tensors.
     position = ratio * (magnitude.shape[1] - 1)

@@ -26,9 +26,11 @@ def haar_pack(x: Tensor, level: int = 1) -> Tensor:
     ``x`` (N, C, H, W) of a floating dtype → (N, 4**level · C, H / 2**level, W / 2**level).
     Output channel = band · C + c; ``band`` in base 4 has the coarsest level as its most significant
     digit, digits 0..3 = cA, cH, cV, cD. Orthonormal: norms and white noise are preserved.
+    Dense in the memory format of ``x``, contiguous or channels_last.
     Any ``level`` ≥ 1. Raises ValueError unless H and W divide by 2**level.
     """
     _check(x, level)
+    memory_format = _memory_format(x)
     if x.shape[-2] % 2**level or x.shape[-1] % 2**level:
         raise ValueError(
             f"haar_pack: height {x.shape[-2]} and width {x.shape[-1]} must divide by {2**level} "
@@ -39,7 +41,7 @@ def haar_pack(x: Tensor, level: int = 1) -> Tensor:
         block = [half[..., column::2] for half in rows for column in (0, 1)]
         # The level done last is the coarsest, and cat puts its digit in front.
         x = torch.cat(_butterfly(*block), dim=1)
-    return x
+    return x.contiguous(memory_format=memory_format)
 
 
 def haar_unpack(y: Tensor, level: int = 1) -> Tensor:
@@ -49,6 +51,7 @@ def haar_unpack(y: Tensor, level: int = 1) -> Tensor:
     Any ``level`` ≥ 1. Raises ValueError unless the channels divide by 4**level.
     """
     _check(y, level)
+    memory_format = _memory_format(y)
     if y.shape[1] % 4**level:
         raise ValueError(
             f"haar_unpack: {y.shape[1]} channels must divide by {4**level} for level {level}"
@@ -57,7 +60,7 @@ def haar_unpack(y: Tensor, level: int = 1) -> Tensor:
         a, b, c, d = _butterfly(*y.chunk(4, dim=1))
         top, bottom = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((a, b), (c, d)))
         y = torch.stack((top, bottom), dim=-2).flatten(-3, -2)
-    return y
+    return y.contiguous(memory_format=memory_format)
 
 
 def _check(x: Tensor, level: int) -> None:
@@ -65,3 +68,9 @@ def _check(x: Tensor, level: int) -> None:
         raise ValueError(f"expected a tensor (N, C, H, W), got shape {tuple(x.shape)}")
     if level < 1:
         raise ValueError(f"level must be at least 1, got {level}")
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    if x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
+        return torch.channels_last
+    return torch.contiguous_format

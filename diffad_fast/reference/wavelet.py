@@ -79,8 +79,8 @@ def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
     """(N,C,H,W) -> [cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1)]."""
     import pywt
 
-    length = _as_wavelet(wavelet).dec_len
-    most = int(pywt.dwtn_max_level(tuple(x.shape[2:]), length))
+    filters = _as_wavelet(wavelet)
+    most = int(pywt.dwtn_max_level(tuple(x.shape[2:]), filters))
     if level is None:
         level = most
     elif level < 0:
@@ -88,8 +88,8 @@ def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
     elif level > most:
         warnings.warn(
             f"level {level} is more than the {most} that a {x.shape[2]}x{x.shape[3]} image and a "
-            f"filter of length {length} allow: borders affect every coefficient",
-            stacklevel=2,
+            f"filter of length {filters.dec_len} allow: borders affect every coefficient",
+            stacklevel=4,  # whoever called ops.wavedec2
         )
     details = []
     for _ in range(level):

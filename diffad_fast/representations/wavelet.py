@@ -49,10 +49,21 @@ class WaveletRepresentation(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N,C,H,W) to standardised coefficients, channels_last."""
-        x = ops.haar_pack(images.contiguous(memory_format=torch.channels_last), self.level)
+        x = ops.haar_pack(_channels_last(images), self.level)
         return (x - self.mean[:, None, None]) / self.deviation[:, None, None]
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`encode`."""
         x = x * self.deviation[:, None, None] + self.mean[:, None, None]
         return ops.haar_unpack(x, self.level)
+
+
+def _channels_last(images: torch.Tensor) -> torch.Tensor:
+    """The same images in channels_last strides, which the packet then keeps.
+
+    With one channel both formats have the same bytes, and PyTorch leaves the strides as they are.
+    """
+    n, c, h, w = images.shape
+    if c == 1:
+        return images.reshape(n, h, w, 1).permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=torch.channels_last)

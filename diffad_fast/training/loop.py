@@ -98,7 +98,7 @@ class Trainer:
                 bar.update(size)
                 if step % 20 == 0 or step == total - 1:
                     self.history.loss.append((step, float(loss)))
-                    bar.set_postfix(loss=f"{self.history.loss[-1][1]:.4f}")
+                    bar.set_postfix(refresh=False, loss=f"{self.history.loss[-1][1]:.4f}")
                     if not math.isfinite(self.history.loss[-1][1]):
                         raise InputError(
                             f"the training loss became {float(loss)} at step {step}: lower "

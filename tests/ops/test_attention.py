@@ -98,9 +98,7 @@ def test_dtypes_and_strides(dtype, atol):
     got = ops.wavelet_attention(q, k, v, w, g, 2)
     assert got.dtype == dtype and got.shape == q.shape
     wide = [x.double() for x in (q, k, v, w, g)]
-    torch.testing.assert_close(
-        got.double(), ops.wavelet_attention(*wide, 2), rtol=0, atol=atol
-    )
+    torch.testing.assert_close(got.double(), ops.wavelet_attention(*wide, 2), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("level", [1, 2])

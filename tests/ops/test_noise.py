@@ -10,6 +10,8 @@ import scipy.stats
 import torch
 
 from diffad_fast import ops, reference
+from diffad_fast.errors import BackendError
+from diffad_fast.ops.dispatch import use_backend
 from diffad_fast.reference import noise as implementation
 
 # kat_vectors of Random123, philox4x32 with 10 rounds: counter, key, result.
@@ -59,6 +61,14 @@ def test_layout(count, seed, draw, step):
     np.testing.assert_allclose(got.numpy(), by_integers(count, seed, draw, step), rtol=1e-6, atol=0)
 
 
+def test_the_smallest_and_the_largest_word():
+    """u1 is (0 + 1) 2^-32, not 0 whose logarithm is infinite, and 1, of which it is 0."""
+    words = torch.tensor([0, 2**32 - 1])
+    cosine, sine = implementation._box_muller(words, torch.tensor([0, 2**30]))
+    assert cosine.tolist() == pytest.approx([math.sqrt(64 * math.log(2)), 0.0], rel=1e-7, abs=0)
+    assert sine.tolist() == [0.0, 0.0]
+
+
 def test_each_index_of_a_tensor_draw_is_a_field_of_its_own():
     draw = torch.tensor([0, 3, 2**40 + 1])
     step = torch.tensor([9, 0, 2**32 - 1])
@@ -83,6 +93,17 @@ def test_shapes():
     assert ops.philox_normal((0, 4), 5).shape == (0, 4)
     assert ops.philox_normal((0, 4), 5, torch.zeros(0, dtype=torch.int64)).shape == (0, 4)
     assert ops.philox_normal((2, 0), 5, torch.zeros(2, dtype=torch.int64)).shape == (2, 0)
+
+
+def test_numpy_integers_count_as_integers():
+    got = ops.philox_normal((np.int32(5),), np.int64(2**40 + 1), np.int64(3), np.int32(2))
+    assert torch.equal(got, ops.philox_normal((5,), 2**40 + 1, 3, 2))
+
+
+def test_the_backend_is_chosen_by_the_device():
+    with pytest.raises(BackendError), use_backend("triton"):
+        ops.philox_normal((2,), 0, device="cpu")
+    assert ops.philox_normal((2,), 0, device="cpu").device.type == "cpu"
 
 
 def test_chunks_do_not_show(monkeypatch):

@@ -1,0 +1,41 @@
+# Every target makes .venv if it is not there, installs the pinned packages for a machine without
+# a GPU, builds the library and runs. A second call installs nothing; a changed native source
+# rebuilds the library alone.
+PYTHON ?= python3
+# PyPI's torch for Linux brings several GB of CUDA; this index has the build without.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+
+.PHONY: demo test test-all bench lint clean
+
+demo: .venv/.built
+	$(BIN)/python -m diffad_fast.data.demo --out out/demo
+
+test: .venv/.built
+	$(BIN)/python -m pytest
+
+test-all: .venv/.built
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: .venv/.built
+	$(BIN)/python -m benchmarks cpu
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build dist out diffad_fast.egg-info diffad_fast/*.so
+	find diffad_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -r {} +
+
+# torch comes first and alone: the other packages are to take the one that is there.
+.venv/.installed: requirements-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --extra-index-url $(TORCH_INDEX) \
+		$$(grep '^torch==' requirements-cpu.txt)
+	$(BIN)/python -m pip install -r requirements-cpu.txt
+	touch $@
+
+.venv/.built: .venv/.installed pyproject.toml setup.py $(NATIVE)
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@

@@ -1,0 +1,331 @@
+"""The command line ``diffad-fast``: fit, score, evaluate, info, bench.
+
+Results go to standard output or to the files that were named; progress, warnings and errors go to
+standard error. Exit status: 0 done, 2 an error (one sentence, nothing half-written), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import re
+import runpy
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import DiffadError, InputError, SkippedInput
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .data.images import Images
+    from .detector import Detector
+    from .scoring import Score
+    from .scoring.split import Split
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; ``argv`` defaults to the program's arguments."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command is _bench:
+        args.arguments = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    with _one_line_warnings():
+        try:
+            args.command(args)
+        except DiffadError as error:
+            return _fail(str(error))
+        except OSError as error:
+            name = "" if error.filename is None else f"{error.filename}: "
+            return _fail(f"{name}{error.strerror or error}")
+        except KeyboardInterrupt as interrupt:
+            print(f"interrupted{interrupt}", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Show each warning as one line that names no source file of ours."""
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        from tqdm import tqdm
+
+        # Through tqdm, which moves a visible progress bar out of the way.
+        tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SkippedInput)
+        warnings.showwarning = show
+        yield
+
+
+# --------------------------------------------------------------- commands
+
+
+def _fit(args: argparse.Namespace) -> None:
+    from .config import read_options
+    from .data.images import mvtec_train
+    from .detector import Detector, groups_by_regex
+    from .scoring import split_by_group
+    from .training.checkpoint import check_writable
+    from .training.loop import TrainingCheckpoint
+
+    options = read_options(args.config) if args.config else {}
+    options |= {key: getattr(args, key) for key in _FIT_OPTIONS if getattr(args, key) is not None}
+    detector = Detector(**options)
+    state = f"{args.out}.training"
+    check_writable(args.out)
+    check_writable(state)
+    if args.resume and not os.path.exists(state):
+        raise InputError(
+            f"there is no unfinished training to resume: {state} does not exist; leave out --resume"
+        )
+    images = detector.open(mvtec_train(args.data), strict=args.strict)
+    groups = groups_by_regex(images.paths, args.group_regex) if args.group_regex else None
+    kept = TrainingCheckpoint(state, seconds=args.checkpoint_every, resume=args.resume)
+    try:
+        detector.fit(images, groups=groups, training_checkpoint=kept)
+        detector.save(args.out)
+    except KeyboardInterrupt:
+        if not os.path.exists(state):
+            raise KeyboardInterrupt(" before there was a state to keep") from None
+        raise KeyboardInterrupt(
+            f": the training is kept in {state}; repeat the command with --resume to continue"
+        ) from None
+    if os.path.exists(state):
+        os.unlink(state)
+    split = split_by_group(images.load(), groups, detector.config)
+    print(_fit_summary(detector, images, split, args.out), file=sys.stderr)
+
+
+def _fit_summary(detector: Detector, images: Images, split: Split, out: str) -> str:
+    left_out = f" ({len(images.skipped)} left out)" if images.skipped else ""
+    loss = detector.history.validation_loss
+    return (
+        f"trained on {len(split.fit)} of {len(images.load())} images{left_out}, held out "
+        f"{len(split.validation)} for validation, {len(split.statistics)} for statistics, "
+        f"{len(split.conformal)} for p-values; {detector.history.seconds:.1f} s"
+        + (f", final validation loss {loss[-1][1]:.4f}" if loss else "")
+        + f"; saved as {out}"
+    )
+
+
+def _score(args: argparse.Namespace) -> None:
+    from .detector import load
+    from .report import result_folder
+
+    detector = load(args.model, device=args.device)
+    with result_folder(args.out) as staged:
+        path = staged / "scores.csv"
+        with open(path, "w", newline="", encoding="utf-8") as file, ThreadPoolExecutor() as pool:
+            writer = csv.writer(file)
+            writer.writerow(["path", "score", "p_value", "label", "left_out"])
+            parts = detector.score_iter(
+                args.data, maps=args.maps, batch_size=args.batch_size, strict=args.strict
+            )
+            for part in parts:
+                for skipped, reason in part.skipped:
+                    writer.writerow([skipped, "", "", "", reason])
+                labels = [""] * len(part) if part.label is None else part.label.tolist()
+                writer.writerows(
+                    [name, repr(score), repr(p_value), label, ""]
+                    for name, score, p_value, label in zip(
+                        part.paths, part.score.tolist(), part.p_value.tolist(), labels, strict=True
+                    )
+                )
+                if args.maps and len(part):
+                    _write_heatmaps(detector, part, Path(args.data), staged / "heatmaps", pool)
+
+
+def _write_heatmaps(
+    detector: Detector, part: Score, root: Path, folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    """One picture for each image of a batch, in the same tree of folders as below ``root``."""
+    from .report import colour_range, encode_png, overlay
+
+    low, high = colour_range(detector)
+    images = next(iter(detector.open(part.paths, strict=True).batches(len(part)))).images.numpy()
+
+    def write(path: str, image, map_) -> None:
+        name = Path(path).relative_to(root if root.is_dir() else root.parent)
+        if name.suffix.lower() != ".png":
+            name = name.with_name(f"{name.name}.png")
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(encode_png(overlay(image, map_, low, high)))
+
+    list(pool.map(write, part.paths, images, part.map))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from .detector import load
+    from .report import check_result_folder
+
+    if args.report is not None:
+        check_result_folder(args.report)
+    detector = load(args.model, device=args.device)
+    if args.mode is not None:
+        detector.mode = args.mode
+    metrics = detector.evaluate(args.data, strict=args.strict, report=args.report)
+    print(json.dumps(metrics, allow_nan=False) if args.json else _metrics_text(metrics))
+
+
+def _metrics_text(metrics: dict) -> str:
+    """A table with a line for all images and one for each defect, and why a figure is missing."""
+    from .report import FIGURES, table
+
+    lines = [["defect", "images", *FIGURES.values()]]
+    for name, row in table(metrics):
+        values = ["-" if row[key] is None else f"{row[key]:.3f}" for key in FIGURES]
+        lines.append([name, str(row["n_anomalous"]), *values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+    text.append(f"{metrics['n_normal']} normal images; {metrics['latency_ms']:.1f} ms an image")
+    for reason in dict.fromkeys(metrics["undefined"].values()):
+        names = [FIGURES.get(k, k) for k, why in metrics["undefined"].items() if why == reason]
+        text.append(f"- {', '.join(names)}: {reason}")
+    return "\n".join(text)
+
+
+def _info(args: argparse.Namespace) -> None:
+    import diffad_fast
+
+    print(json.dumps(diffad_fast.info(), indent=None if args.json else 2))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    try:
+        found = importlib.util.find_spec("benchmarks.__main__") is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        raise InputError(
+            "the benchmark suite is not installed: it is in the folder benchmarks of the source "
+            "repository, run `python -m benchmarks` there"
+        )
+    sys.argv[1:] = args.arguments
+    runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
+
+
+# ---------------------------------------------------------------- options
+
+_FIT_OPTIONS = (
+    "kind", "preset", "denoiser", "image_size", "channels", "train_steps", "batch_size", "seed",
+    "device",
+)  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diffad-fast",
+        description="Anomaly detection with diffusion models.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"diffad-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, **options) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, **options
+        )
+        sub.set_defaults(command=run)
+        return sub
+
+    fit = command("fit", _fit, "Train a detector on normal images.")
+    fit.add_argument("data", help="folder of normal images, or the root of an MVTec AD layout")
+    fit.add_argument("--out", required=True, metavar="FILE", help="detector, such as m.diffad")
+    fit.add_argument("--kind", help="what the data is: image (default)")
+    fit.add_argument("--preset", help="recipe: fast, balanced (default) or best")
+    fit.add_argument("--denoiser", help="unet-tiny, unet-small or unet-base (the preset's)")
+    fit.add_argument(
+        "--image-size", type=_size, metavar="S", help="side in pixels, or HEIGHTxWIDTH (256)"
+    )
+    fit.add_argument("--channels", type=int, metavar="C", help="1 for grey (default), 3 for colour")
+    fit.add_argument("--steps", type=int, dest="train_steps", metavar="N", help="training steps")
+    fit.add_argument("--batch-size", type=int, metavar="N", help="images in a training step (16)")
+    fit.add_argument("--seed", type=int, metavar="N", help="of everything random (0)")
+    fit.add_argument(
+        "--config", metavar="FILE", help="JSON object of options; those given here override it"
+    )
+    fit.add_argument(
+        "--group-regex", metavar="RE",
+        help="files whose names agree in what its first parenthesis matches show one object and "
+        "are held out together",
+    )  # fmt: skip
+    fit.add_argument(
+        "--resume", action="store_true", help="continue the interrupted training of --out"
+    )
+    fit.add_argument(
+        "--checkpoint-every", type=_duration, default=300.0, metavar="TIME",
+        help="how often the training is kept on disk: 300, 300s, 5min (default), 2h",
+    )  # fmt: skip
+
+    score = command("score", _score, "Score images: scores.csv and a heatmap for each.")
+    score.add_argument("model", help="detector that fit wrote")
+    score.add_argument("data", help="folder of images, or one image")
+    score.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    score.add_argument("--batch-size", type=_positive, metavar="N", help="images scored together")
+    score.add_argument("--no-maps", action="store_false", dest="maps", help="scores.csv only")
+
+    evaluate = command("evaluate", _evaluate, "Compare scores with ground truth: AUROC and others.")
+    evaluate.add_argument("model", help="detector that fit wrote")
+    evaluate.add_argument("data", help="root of an MVTec AD layout: test/*, ground_truth/*")
+    evaluate.add_argument("--mode", help="how scores are made; default: as fitted")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--report", metavar="DIR", help="folder for an HTML report")
+
+    for sub in (fit, score, evaluate):
+        sub.add_argument("--device", help="cpu or cuda; default: the best there is")
+        sub.add_argument(
+            "--strict", action="store_true", help="stop at the first unusable image"
+        )
+
+    info = command("info", _info, "Tell versions, what was built and which backends serve.")
+    info.add_argument("--json", action="store_true", help="on one line")
+    # The suite has options of its own, --help among them.
+    command("bench", _bench, "Run the benchmark suite of the source repository.", add_help=False)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: give a side such as 256, or HEIGHTxWIDTH such as 192x256"
+        )
+    return int(match[1]) if match[2] is None else (int(match[1]), int(match[2]))
+
+
+def _duration(text: str) -> float:
+    """Seconds, from "300", "300s", "5min" or "2h"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a duration: give seconds such as 300, or 300s, 5min, 2h"
+        )
+    return float(match[1]) * {None: 1, "s": 1, "min": 60, "h": 3600}[match[2]]

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffad_fast.data import demo
+from diffad_fast.data.images import mvtec_test, mvtec_train, read_mask
+from diffad_fast.errors import InputError
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return demo.photographs()
+
+
+def write(folder, **options):
+    options = {"texture": "brick", "side": 64, "train": 8, "test": 2, "seed": 0, **options}
+    demo.write_data(folder / "data", folder / "null", **options)
+
+
+def digests(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*.png")
+    }
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def found_in(photograph, square):
+    """Whether the square, or its mirror image, is cut out of the photograph."""
+    bytes_ = np.rint(photograph * 255).astype(np.uint8)
+    side = len(square)
+    windows = np.lib.stride_tricks.sliding_window_view(bytes_, (1, side))[: -side + 1, :, 0]
+    for candidate in (square, square[:, ::-1]):
+        for y, x in np.argwhere((windows == candidate[0]).all(axis=-1)):
+            if np.array_equal(bytes_[y : y + side, x : x + side], candidate):
+                return True
+    return False
+
+
+def test_train_and_test_share_no_pixel(photos, tmp_path):
+    write(tmp_path)
+    left, right = np.split(photos["brick"], [demo.TRAIN_COLUMNS], axis=1)
+    for folder, part in (
+        (tmp_path / "data" / "train" / "good", left),
+        (tmp_path / "data" / "test" / "good", right),
+        (tmp_path / "null" / "test" / "good", right),
+        (tmp_path / "null" / "test" / "swap-null", right),  # a null control changes nothing
+    ):
+        images = [read(path) for path in sorted(folder.iterdir())]
+        assert images and all(found_in(part, image) for image in images)
+    assert not found_in(right, read(tmp_path / "data" / "train" / "good" / "000.png"))
+
+
+def test_layout_is_read_back(tmp_path):
+    write(tmp_path)
+    data, null = str(tmp_path / "data"), str(tmp_path / "null")
+    assert mvtec_train(data).endswith("good")
+    kinds = [f"{kind}-{contrast}" for kind in demo.STRENGTHS for contrast in ("high", "low")]
+    tests = mvtec_test(data)
+    assert [t.defect for t in tests] == sorted([*kinds * 2, *["good"] * 6])
+    assert {t.defect for t in mvtec_test(null)} == {"good", *(f"{k}-null" for k in demo.STRENGTHS)}
+    for test in [*tests, *mvtec_test(null)]:
+        mask = read_mask(test.mask_path, test.path)
+        assert mask.shape == (64, 64) and mask.any() == (test.defect != "good")
+
+
+def test_a_seed_is_a_data_set(tmp_path):
+    for name, options in (("a", {}), ("b", {}), ("c", {"seed": 1}), ("longer", {"test": 3})):
+        write(tmp_path / name, **options)
+    a, b, c, longer = (digests(tmp_path / name) for name in ("a", "b", "c", "longer"))
+    assert a == b
+    assert not set(a.values()) & set(c.values())
+    assert a.items() <= longer.items()
+
+
+@pytest.mark.parametrize("kind", demo.STRENGTHS)
+def test_defects_change_what_the_mask_says(kind, photos):
+    photo, others = photos["gravel"], [photos["brick"], photos["grass"]]
+    for seed in range(20):
+        image = demo.crop(rng(seed), photo, 64)
+        strengths = demo.STRENGTHS[kind]
+        made = {
+            contrast: demo.add_defect(rng(seed), image, kind, strength, photo.std(), others)
+            for contrast, strength in strengths.items()
+        }
+        (high, mask), (low, low_mask), (null, null_mask) = (
+            made[contrast] for contrast in ("high", "low", "null")
+        )
+        # One draw for every strength: only the amplitude differs.
+        assert np.array_equal(mask, low_mask) and np.array_equal(mask, null_mask)
+        assert 0 < mask.mean() < 0.2
+        assert np.array_equal(null, image)
+        change, weak = np.abs(high - image), np.abs(low - image)
+        grown = np.pad(mask, 2)
+        near = sum(np.roll(grown, (y, x), (0, 1)) for y in range(-2, 3) for x in range(-2, 3))
+        assert not change[near[2:-2, 2:-2] == 0].any()
+        assert change[mask].mean() > 3 * change[~mask].mean()
+        assert weak[mask].mean() < change[mask].mean()
+        for changed in (high, low):
+            assert changed.min() >= 0 and changed.max() <= 1
+        if kind != "swap":  # the stated amplitude, where the range of values leaves it whole
+            whole = (high > 0) & (high < 1) & (change > 0.999 * change.max())
+            assert change[whole & mask] == pytest.approx(2.5 * photo.std(), rel=1e-3)
+
+
+def test_swapped_patches_keep_mean_and_contrast(photos):
+    image = demo.crop(rng(1), photos["gravel"], 128)
+    changed, mask = demo.add_defect(rng(2), image, "swap", 1.0, 0.1, [photos["grass"]])
+    assert np.corrcoef(changed[mask], image[mask])[0, 1] < 0.5
+    assert changed[mask].mean() == pytest.approx(image[mask].mean(), abs=0.02)
+    assert changed[mask].std() == pytest.approx(image[mask].std(), rel=0.1)
+
+
+def test_centres_of_masks_are_anywhere():
+    # Where masks prefer the middle, a map that does so too would find them without looking.
+    mean = np.mean([demo.blob_shape(rng(s), 48, 0.05, 0.09) > 0.5 for s in range(3000)], axis=0)
+    middle, frame = mean[16:32, 16:32].mean(), mean.mean()
+    assert middle == pytest.approx(frame, rel=0.25)
+
+
+def test_the_whole_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SIZES", {"side": 32, "train": 30, "test": 2})
+    result = demo.run(tmp_path / "out" / "demo", steps=2, device="cpu")
+    out = tmp_path / "out" / "demo"
+    names = {"data", "null", "report", "figures.json", "model.diffad", "overview.png"}
+    assert {path.name for path in out.iterdir()} == names
+    assert json.loads((out / "figures.json").read_text()) == result
+    assert [row["contrast"] for row in result["by_kind"]] == ["high", "low", "null"] * 3
+    assert result["overall"]["n_anomalous"] == 12  # null controls do not count
+    for row in result["by_kind"]:
+        assert 0 <= row["image_auroc"] <= 1
+    assert len(demo.table(result).splitlines()) == 1 + 9 + 1
+    with Image.open(out / "overview.png") as image:
+        assert image.height > image.width
+    with pytest.raises(InputError, match="model.diffad"):
+        demo.run(out / "model.diffad", steps=1)
+
+
+def test_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert demo.main(["--out", str(tmp_path / "out"), "--steps", "0"]) == 2
+    assert "train_steps" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    assert demo.main(["--out", str(tmp_path / "out")]) == 2
+    assert "pip install scikit-image" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from diffad_fast.denoisers import UNET_SIZES, create
+from diffad_fast.errors import InputError
+
+
+def randomised(name, channels):
+    """A network whose zero-initialised parts are not zero, so that every path matters."""
+    torch.manual_seed(0)
+    model = create(name, channels).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return model
+
+
+@pytest.mark.parametrize("name, millions", [("unet-tiny", 1), ("unet-small", 6), ("unet-base", 30)])
+def test_sizes(name, millions):
+    with torch.device("meta"):
+        count = sum(p.numel() for p in create(name, 64).parameters())
+    assert count == pytest.approx(millions * 1e6, rel=0.05)
+
+
+def test_shapes_and_features():
+    model = randomised("unet-tiny", 16)
+    x, level = torch.randn(2, 16, 16, 24), torch.tensor([0.0, 1.0])
+    assert model(x, level).shape == x.shape
+    widths = UNET_SIZES["unet-tiny"]["widths"]
+    shapes = [tuple(f.shape) for f in model.features(x, level)]
+    assert shapes == [(2, widths[0], 16, 24), (2, widths[1], 8, 12), (2, widths[2], 4, 6)]
+
+
+def test_starts_at_zero_and_every_parameter_is_trained():
+    model = create("unet-small", 4)
+    x = torch.randn(2, 4, 16, 16)
+    assert not model(x, torch.zeros(2)).any()
+    model = randomised("unet-small", 4)
+    model(x, torch.zeros(2)).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_the_noise_level_matters_and_samples_do_not_mix():
+    model = randomised("unet-tiny", 4)
+    x, level = torch.randn(3, 4, 16, 16), torch.tensor([-2.0, 0.5, 3.0])
+    with torch.inference_mode():
+        together = model(x, level)
+        for i in range(3):
+            torch.testing.assert_close(model(x[i : i + 1], level[i : i + 1])[0], together[i])
+        assert not torch.allclose(model(x, level + 0.5), together, rtol=1e-2)
+
+
+def test_channels_last_and_float64_agree():
+    model = randomised("unet-tiny", 4)
+    x, level = torch.randn(2, 4, 16, 16), torch.tensor([-1.0, 1.0])
+    exact = model.double()(x.double(), level.double())
+    model.float()
+    plain = model(x, level)
+    model.to(memory_format=torch.channels_last)
+    last = model(x.contiguous(memory_format=torch.channels_last), level)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    for output in (plain, last):
+        torch.testing.assert_close(output.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_name():
+    with pytest.raises(InputError, match="'unet-huge'.*unet-tiny"):
+        create("unet-huge", 4)

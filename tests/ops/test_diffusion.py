@@ -1,0 +1,283 @@
+"""q_sample and ddim_step against diffusers and against the equations in NumPy, float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffad_fast import ops
+
+PREDICTIONS = ["epsilon", "sample", "v_prediction"]
+
+
+def random(shape, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def alphas(steps=1000):
+    beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
+    return torch.cumprod(1 - beta, dim=0)
+
+
+def by_formula(x, m, a, b, prediction="epsilon", eta=0.0, z=0.0, limit=None, recompute=False,
+               guidance=None):  # fmt: skip
+    """DDIM, eq. 12 of Song et al. 2021, for one sample in NumPy."""
+    if prediction == "epsilon":
+        e, x0 = m, (x - np.sqrt(1 - a) * m) / np.sqrt(a)
+    elif prediction == "sample":
+        e, x0 = (x - np.sqrt(a) * m) / np.sqrt(1 - a), m
+    else:
+        e, x0 = np.sqrt(a) * m + np.sqrt(1 - a) * x, np.sqrt(a) * x - np.sqrt(1 - a) * m
+    if guidance is not None:
+        y, w = guidance
+        e = e - w * np.sqrt(1 - a) * (np.sqrt(a) * y + np.sqrt(1 - a) * e - x)
+        x0 = (x - np.sqrt(1 - a) * e) / np.sqrt(a)
+    if limit is not None:
+        x0 = limit(x0)
+    if recompute:
+        e = (x - np.sqrt(a) * x0) / np.sqrt(1 - a)
+    sigma = eta * np.sqrt((1 - b) / (1 - a)) * np.sqrt(1 - a / b) if eta else 0.0
+    return np.sqrt(b) * x0 + np.sqrt(1 - b - sigma**2) * e + sigma * z
+
+
+def imagen_threshold(ratio, largest):
+    def limit(x0):
+        s = np.clip(np.quantile(np.abs(x0), ratio), 1, largest)
+        return np.clip(x0, -s, s) / s
+
+    return limit
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4, 5), (3, 7), (3,)])
+@pytest.mark.parametrize("table", [torch.float64, torch.float32])
+def test_q_sample(shape, table):
+    x0, noise, t = random(shape, 0), random(shape, 1), torch.tensor([0, 999, 500])
+    a = alphas().to(table)
+    got = ops.q_sample(x0, t, noise, a)
+    for i in range(3):
+        level = a[t[i]].double().numpy()
+        expected = np.sqrt(level) * x0[i].numpy() + np.sqrt(1 - level) * noise[i].numpy()
+        atol = 1e-14 if table == torch.float64 else 1e-6
+        np.testing.assert_allclose(got[i].numpy(), expected, rtol=0, atol=atol)
+    shared = ops.q_sample(x0, t, noise[:1], a)
+    assert torch.equal(shared, ops.q_sample(x0, t, noise[:1].expand(shape).clone(), a))
+
+
+def test_q_sample_against_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    x0, noise, t = random((4, 3, 6, 6), 0), random((4, 3, 6, 6), 1), torch.tensor([1, 20, 300, 998])
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    expected = scheduler.add_noise(x0, noise, t)
+    got = ops.q_sample(x0, t, noise, scheduler.alphas_cumprod)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_is_computed_in_float32(dtype, atol):
+    x, m, z = (random((2, 3, 8, 8), s, dtype) for s in range(3))
+    a = alphas()
+    got = ops.q_sample(x, torch.tensor([3, 990]), m, a)
+    wide = ops.q_sample(x.double(), torch.tensor([3, 990]), m.double(), a)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    got = ops.ddim_step(x, m, 0.3, 0.5, eta=1.0, noise=z)
+    wide = ops.ddim_step(x.double(), m.double(), 0.3, 0.5, eta=1.0, noise=z.double())
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), wide, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+LIMITS = {
+    "none": ({}, {"clip_sample": False}),
+    "clip": ({"clip": 0.8}, {"clip_sample": True, "clip_sample_range": 0.8}),
+    "threshold": (
+        {"dynamic_threshold": (0.9, 1.5)},
+        {"clip_sample": False, "thresholding": True, "dynamic_thresholding_ratio": 0.9,
+         "sample_max_value": 1.5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+def test_against_diffusers(prediction, limit, spacing):
+    """Every step of a schedule, eta 0 and 1, epsilon recomputed or not, final abar 1 or not."""
+    diffusers = pytest.importorskip("diffusers")
+    ours, theirs = LIMITS[limit]
+    for to_one in (True, False):
+        scheduler = diffusers.DDIMScheduler(
+            prediction_type=prediction, timestep_spacing=spacing, set_alpha_to_one=to_one, **theirs
+        )
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+        scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
+        scheduler.set_timesteps(7)
+        for i, t in enumerate(scheduler.timesteps.tolist()):
+            x, m, z = (random((2, 3, 4, 5), 3 * i + s) for s in range(3))
+            previous = t - 1000 // 7
+            a = scheduler.alphas_cumprod[t]
+            b = scheduler.alphas_cumprod[previous] if previous >= 0 else None
+            b = scheduler.final_alpha_cumprod if b is None else b
+            for eta in (0.0, 1.0):
+                for recompute in (False, True):
+                    expected = scheduler.step(
+                        m, t, x, eta=eta, use_clipped_model_output=recompute, variance_noise=z
+                    ).prev_sample
+                    got = ops.ddim_step(
+                        x, m, float(a), float(b), prediction, eta, z,
+                        use_clipped_model_output=recompute, **ours,
+                    )  # fmt: skip
+                    # 1/sqrt(abar) is up to 160, times the size of the numbers here.
+                    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("limit", ["none", "clip", "threshold"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_against_formula_with_a_level_per_sample(prediction, eta, limit, recompute, guided):
+    x, m, z, y = (random((3, 2, 4, 3), s) * 1.5 for s in range(4))
+    a, b = torch.tensor([0.01, 0.5, 0.9]).double(), torch.tensor([0.03, 1.0, 0.95]).double()
+    limits = {"none": None, "clip": lambda v: np.clip(v, -0.7, 0.7),
+              "threshold": imagen_threshold(0.8, 2.0)}  # fmt: skip
+    options = {"none": {}, "clip": {"clip": 0.7}, "threshold": {"dynamic_threshold": (0.8, 2.0)}}
+    got = ops.ddim_step(
+        x, m, a, b, prediction, eta, z if eta else None, use_clipped_model_output=recompute,
+        guidance=(y, 0.6) if guided else None, **options[limit],
+    )  # fmt: skip
+    for i in range(3):
+        expected = by_formula(
+            x[i].numpy(), m[i].numpy(), a[i].item(), b[i].item(), prediction, eta, z[i].numpy(),
+            limits[limit], recompute, (y[i].numpy(), 0.6) if guided else None,
+        )  # fmt: skip
+        np.testing.assert_allclose(got[i].numpy(), expected, rtol=0, atol=1e-12)
+        alone = ops.ddim_step(
+            x[i : i + 1], m[i : i + 1], a[i].item(), b[i], prediction, eta, z[:1] * 0 + z[i],
+            use_clipped_model_output=recompute,
+            guidance=(y[i : i + 1], 0.6) if guided else None, **options[limit],
+        )  # fmt: skip
+        torch.testing.assert_close(alone[0], got[i], rtol=0, atol=1e-13)
+
+
+def test_inversion_and_back():
+    """With one prediction for both, the step from s to t undoes the step from t to s."""
+    x, e = random((2, 3, 4, 4), 0), random((2, 3, 4, 4), 1)
+    up = ops.ddim_step(x, e, 0.9, 0.2)
+    np.testing.assert_allclose(
+        up.numpy(), by_formula(x.numpy(), e.numpy(), 0.9, 0.2), rtol=0, atol=1e-14
+    )
+    torch.testing.assert_close(ops.ddim_step(up, e, 0.2, 0.9), x, rtol=0, atol=1e-14)
+
+
+def test_guidance_worked_by_hand():
+    """abar = 0.36, so sqrt(abar) = 0.6 and sqrt(1 - abar) = 0.8; to abar = 1.
+
+    x_t = 1, epsilon = 0.5, y = 2: y_t = 1.2 + 0.4 = 1.6; w = 0.5:
+    epsilon' = 0.5 - 0.5 * 0.8 * 0.6 = 0.26; x0 = (1 - 0.8 * 0.26) / 0.6 = 1.32,
+    where without guidance it is (1 - 0.4) / 0.6 = 1. It moved towards y.
+    """
+    x, e, y = (torch.full((1, 1), v, dtype=torch.float64) for v in (1.0, 0.5, 2.0))
+    assert ops.ddim_step(x, e, 0.36, 1.0).item() == pytest.approx(1.0, abs=1e-14)
+    guided = ops.ddim_step(x, e, 0.36, 1.0, guidance=(y, 0.5))
+    assert guided.item() == pytest.approx(1.32, abs=1e-14)
+    clipped = ops.ddim_step(x, e, 0.36, 1.0, guidance=(y, 0.5), clip=1.1)
+    assert clipped.item() == pytest.approx(1.1, abs=1e-14)
+
+
+def test_thresholding_worked_by_hand():
+    """Five values, ratio 0.75: the quantile of |x0| is the fourth, limited to [1, 2]."""
+    x0 = torch.tensor([[0.1, -0.2, 0.3, 0.4, 0.5], [1, -2, 1.2, 1.6, 0], [3, 4, -5, 6, 1]]).double()
+    got = ops.ddim_step(x0, x0, 0.5, 1.0, "sample", dynamic_threshold=(0.75, 2.0))
+    expected = [
+        [0.1, -0.2, 0.3, 0.4, 0.5],  # s = 0.4, raised to 1
+        [0.625, -1, 0.75, 1, 0],  # s = 1.6
+        [1, 1, -1, 1, 0.5],  # s = 5, lowered to 2
+    ]
+    torch.testing.assert_close(got, torch.tensor(expected).double(), rtol=0, atol=1e-7)
+
+
+def test_perfect_predictions_give_the_perfect_sample():
+    x0, e, a = random((2, 5), 0), random((2, 5), 1), 0.3
+    x_t = a**0.5 * x0 + (1 - a) ** 0.5 * e
+    v = a**0.5 * e - (1 - a) ** 0.5 * x0
+    for prediction, m in [("epsilon", e), ("sample", x0), ("v_prediction", v)]:
+        for eta in (0.0, 1.0):
+            got = ops.ddim_step(x_t, m, a, 1.0, prediction, eta, torch.zeros_like(x_t))
+            torch.testing.assert_close(got, x0, rtol=0, atol=1e-14)
+
+
+def test_channels_last_is_kept():
+    x, m = (random((2, 3, 4, 5), s).contiguous(memory_format=torch.channels_last) for s in (0, 1))
+    for options in ({}, {"dynamic_threshold": (0.9, 2.0)}):
+        got = ops.ddim_step(x, m, 0.3, 0.5, **options)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        plain = ops.ddim_step(x.contiguous(), m.contiguous(), 0.3, 0.5, **options)
+        torch.testing.assert_close(got, plain, rtol=0, atol=1e-14)
+    t = torch.zeros(2, dtype=torch.int64)
+    assert ops.q_sample(x, t, m, alphas()).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_gradients(prediction):
+    inputs = [random((2, 3), s).requires_grad_() for s in range(4)]
+    inputs += [torch.tensor([0.3, 0.6]).double().requires_grad_(),
+               torch.tensor([0.4, 0.7]).double().requires_grad_()]  # fmt: skip
+
+    def step(x, m, z, y, a, b):
+        return ops.ddim_step(x, m, a, b, prediction, 0.5, z, guidance=(y, 0.3))
+
+    assert torch.autograd.gradcheck(step, inputs)
+    t = torch.tensor([4, 900])
+    assert torch.autograd.gradcheck(lambda x, z: ops.q_sample(x, t, z, alphas()), inputs[:2])
+
+
+X = torch.zeros(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"eta": 0.5}, ValueError, "eta = 0.5 needs noise"),
+        ({"eta": 1.5}, ValueError, "eta must be in"),
+        ({"eta": 1.0, "noise": X, "alpha_t": 0.6}, ValueError, "inversion is deterministic"),
+        ({"prediction_type": "v"}, ValueError, "unknown prediction_type 'v'"),
+        ({"alpha_t": 0.0}, ValueError, "alpha_t must be above 0"),
+        ({"alpha_s": 1.2}, ValueError, "alpha_s must be in"),
+        ({"alpha_t": torch.ones(3)}, ValueError, r"alpha_t must have shape \(2,\), got \(3,\)"),
+        ({"alpha_t": torch.ones(2, dtype=torch.int64)}, TypeError, "alpha_t must be float32"),
+        ({"model_output": X[:1]}, ValueError, "model_output must have shape"),
+        ({"noise": X[:, :2]}, ValueError, "noise must have the shape of x_t"),
+        ({"clip": 1.0, "dynamic_threshold": (0.9, 1.0)}, ValueError, "not both"),
+        ({"clip": -1.0}, ValueError, "clip must be in"),
+        ({"dynamic_threshold": (1.9, 1.0)}, ValueError, "ratio of dynamic_threshold must be in"),
+        ({"dynamic_threshold": (0.9, 0.5)}, ValueError, "maximum of dynamic_threshold must be in"),
+        ({"guidance": X}, ValueError, r"guidance must be \(y, w\)"),
+        ({"guidance": (X[0], 1.0)}, ValueError, "y of guidance must have shape"),
+        ({"guidance": (X, None)}, TypeError, "w of guidance must be a number"),
+        ({"x_t": X.long()}, TypeError, "x_t must be float32"),
+    ],
+)
+def test_bad_arguments_of_ddim_step(change, error, message):
+    arguments = {"x_t": X, "model_output": X, "alpha_t": 0.3, "alpha_s": 0.5}
+    with pytest.raises(error, match=message):
+        ops.ddim_step(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"t": torch.zeros(2)}, TypeError, "t must be an int64 tensor, got torch.float32"),
+        ({"t": 3}, TypeError, "t must be an int64 tensor, got int"),
+        ({"t": torch.zeros(3, dtype=torch.int64)}, ValueError, r"t must have shape \(2,\)"),
+        ({"noise": X[:, :1]}, ValueError, "noise must have the shape of x0"),
+        ({"alphas_cumprod": alphas()[None]}, ValueError, "alphas_cumprod must have 1 dim"),
+        ({"alphas_cumprod": [0.5]}, TypeError, "alphas_cumprod must be a torch.Tensor"),
+    ],
+)
+def test_bad_arguments_of_q_sample(change, error, message):
+    arguments = {"x0": X, "t": torch.tensor([0, 1]), "noise": X, "alphas_cumprod": alphas()}
+    with pytest.raises(error, match=message):
+        ops.q_sample(**{**arguments, **change})

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import diffad_fast as daf
+from diffad_fast import native, ops
+from diffad_fast.errors import BackendError, InputError
+from diffad_fast.ops import dispatch
+
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+
+
+def serving(name: str = "haar_pack", device: str = "cpu") -> str:
+    return daf.info()["operators"][name][device]
+
+
+@needs_native
+def test_use_backend_chooses_and_restores():
+    assert serving() == "cpu"
+    with daf.use_backend("reference"):
+        assert serving() == "reference"
+        with daf.use_backend("auto"):
+            assert serving() == "cpu"
+        assert serving() == "reference"
+        assert daf.info()["backend"] == "reference"
+    assert serving() == "cpu"
+    with pytest.raises(KeyError), daf.use_backend("reference"):
+        raise KeyError
+    assert serving() == "cpu"
+
+
+@needs_native
+def test_the_chosen_backend_runs(monkeypatch):
+    called = []
+    for name in ("reference", "cpu"):
+        original = dispatch.OPERATORS["haar_pack"].implementations[name]
+        monkeypatch.setitem(
+            dispatch.OPERATORS["haar_pack"].implementations,
+            name,
+            lambda *a, name=name, original=original: called.append(name) or original(*a),
+        )
+    x = torch.zeros(1, 1, 2, 2)
+    ops.haar_pack(x)
+    with daf.use_backend("reference"):
+        ops.haar_pack(x)
+    with daf.use_backend("cpu"):
+        ops.haar_pack(x)
+    assert called == ["cpu", "reference", "cpu"]
+
+
+def test_unknown_backend():
+    with pytest.raises(InputError, match="'gpu'.*auto, reference, cpu, triton, cuda"):
+        with daf.use_backend("gpu"):
+            pass
+    assert dispatch.selected() == "auto"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_backend_raises_at_once():
+    with pytest.raises(BackendError, match="'cuda' is not available here: "):
+        with daf.use_backend("cuda"):
+            pass
+    assert "cuda" in daf.info()["unavailable"]
+
+
+def test_a_backend_that_the_operator_lacks_raises_at_the_call():
+    operator = dispatch.Operator("only_reference", lambda x: x)
+    try:
+        with daf.use_backend("cpu" if native.loaded() else "triton"):
+            with pytest.raises(BackendError, match="'only_reference' has only reference"):
+                operator(torch.zeros(1))
+        assert operator(torch.ones(1)) == 1
+    finally:
+        del dispatch.OPERATORS["only_reference"]
+
+
+def test_an_operator_of_another_device_raises_at_the_call(monkeypatch):
+    operator = dispatch.Operator("elsewhere", lambda x: x, triton=lambda x: x)
+    try:
+        with daf.use_backend("triton"):
+            with pytest.raises(BackendError, match="'triton' cannot serve 'elsewhere' on a cpu"):
+                operator(torch.zeros(1))
+    finally:
+        del dispatch.OPERATORS["elsewhere"]
+
+
+def run(code: str, backend: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DIFFAD_FAST_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_environment_variable():
+    code = "import diffad_fast as d; print(d.info()['operators']['haar_pack']['cpu'])"
+    assert run(code, "reference").stdout == "reference\n"
+    wrong = run(code, "fastest")
+    assert wrong.returncode and "unknown backend 'fastest'" in wrong.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch was built with CUDA")
+def test_environment_variable_with_a_missing_backend():
+    missing = run("import diffad_fast.ops", "cuda")
+    assert missing.returncode and "backend 'cuda' is not available here" in missing.stderr

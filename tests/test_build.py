@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffad_fast
+from diffad_fast import native
+
+ROOT = Path(__file__).parents[1]
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+
+
+def python(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+def library() -> Path:
+    return Path(native.__file__).with_name("_C.abi3.so")
+
+
+def copy_without_library(folder: Path) -> None:
+    package = Path(diffad_fast.__file__).parent
+    shutil.copytree(
+        package, folder / "diffad_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+
+
+# Run in a copy: the finder of an editable install would lead back to the original.
+NO_EDITABLE = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+"""
+
+
+@needs_native
+def test_build_info():
+    build = diffad_fast.info()["build"]
+    assert set(build) == {"compiler", "flags", "torch", "cuda", "cuda_archs", "nvcc"}
+    assert "-O3" in build["flags"]
+    for unwanted in ("-march=native", "-ffast-math", "-Ofast"):
+        assert unwanted not in build["flags"]
+    assert build["cuda"] == bool(build["cuda_archs"]) == bool(build["nvcc"])
+
+
+@needs_native
+def test_the_library_holds_what_build_info_says():
+    def registered(key: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key("diffad_fast::haar_pack", key)
+
+    assert registered("CPU") and registered("Meta") and registered("Autograd")
+    cuda = diffad_fast.info()["build"]["cuda"]
+    assert registered("CUDA") == cuda
+    # The images of the architectures sit in a section of their own.
+    assert (b".nv_fatbin" in library().read_bytes()) == cuda
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_the_library_needs_no_cuda_to_load():
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", library()], capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    kind = {line.split()[-1]: line.split()[-2] for line in symbols if line}
+    stream = "aoti_torch_get_current_cuda_stream"
+    if diffad_fast.info()["build"]["cuda"]:
+        assert kind[stream] == "w"
+    strong = {name for name in kind if kind[name] == "U"}
+    strong -= {"aoti_torch_device_type_cuda"}  # a number, which a CPU-only torch tells too
+    assert not [name for name in strong if "cuda" in name.lower() or name.startswith("cu")]
+    # The stable ABI is C: no C++ symbol of torch may be needed.
+    assert not [name for name in strong if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch"))]
+
+
+def test_cuda_on_request_without_nvcc_fails():
+    bare = str(Path(sys.executable).parent)
+    if shutil.which("nvcc", path=bare):
+        pytest.skip("nvcc lies beside python")
+    done = python("setup.py", "--version", DIFFAD_FAST_CUDA="1", PATH=bare, CUDA_HOME="")
+    assert done.returncode == 1
+    assert "DIFFAD_FAST_CUDA=1 asks for the CUDA operators, but there is no nvcc" in done.stderr
+    done = python("setup.py", "--version", DIFFAD_FAST_CUDA="yes", PATH=bare)
+    assert done.returncode == 1 and "DIFFAD_FAST_CUDA='yes' is not known" in done.stderr
+    done = python("setup.py", "--version", DIFFAD_FAST_CUDA="auto", PATH=bare, CUDA_HOME="")
+    assert done.returncode == 0 and done.stdout.split()[-1] == diffad_fast.__version__
+
+
+def test_cuda_architectures(monkeypatch):
+    spec = importlib.util.spec_from_file_location("diffad_fast_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;10.0+PTX")
+    archs = setup.cuda_archs("nvcc")
+    assert archs == ["8.0", "9.0a", "10.0+PTX"]
+    assert setup.gencode(archs) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_100,code=sm_100",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(SystemExit, match="'Hopper' is not of the form 9.0"):
+        setup.cuda_archs("nvcc")
+    # An nvcc that is older than the newest default.
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(setup, "output_of", lambda command: "sm_80\nsm_90\n")
+    assert setup.cuda_archs("nvcc") == ["8.0", "9.0+PTX"]
+
+
+def test_works_without_the_native_library(tmp_path):
+    copy_without_library(tmp_path)
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, diffad_fast
+    x = torch.randn(1, 1, 8, 8)
+    torch.testing.assert_close(diffad_fast.ops.haar_unpack(diffad_fast.ops.haar_pack(x, 2), 2), x)
+    info = diffad_fast.info()
+ours = [str(w.message) for w in caught if "diffad_fast" in str(w.message)]
+assert len(ours) == 1 and "slower reference backend" in ours[0], ours
+assert info["build"] is None and set(info["unavailable"]) == {"cpu", "cuda"}, info
+assert set(info["operators"]["haar_pack"].values()) == {"reference"}, info
+try:
+    diffad_fast.use_backend("cpu").__enter__()
+except diffad_fast.errors.BackendError as error:
+    assert "missing" in str(error)
+else:
+    raise AssertionError("a missing backend was accepted")
+print(diffad_fast.__file__)
+"""
+    done = python("-c", NO_EDITABLE + code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "diffad_fast" / "__init__.py")
+
+
+def test_a_library_that_does_not_load_is_reported(tmp_path):
+    copy_without_library(tmp_path)
+    (tmp_path / "diffad_fast" / "_C.abi3.so").write_bytes(b"not a library")
+    done = python("-c", NO_EDITABLE + "import diffad_fast.ops", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("RuntimeWarning") == 1 and "does not load" in done.stderr
+
+
+def test_import_is_light():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import diffad_fast
+heavy = {"PIL", "scipy", "sklearn", "matplotlib", "tqdm", "pywt", "skimage", "safetensors"}
+print(sorted(heavy & (set(sys.modules) - before)))
+"""
+    done = python("-c", code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_kernels_import_under_the_package():
+    import diffad_fast.kernels
+
+    assert Path(diffad_fast.kernels.__file__).parent.name == "kernels"

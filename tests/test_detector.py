@@ -1,0 +1,238 @@
+"""The detector on small synthetic images: stripes of a random phase; anomalies have a bright square."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import diffad_fast as daf
+from diffad_fast.errors import BackendError, CheckpointError, InputError
+from diffad_fast.training.loop import TrainingCheckpoint
+
+OPTIONS = {
+    "image_size": 32,
+    "denoiser": "unet-tiny",
+    "train_steps": 60,
+    "batch_size": 8,
+    "reverse_steps": 3,
+    "warmup_steps": 5,
+}
+
+
+def normals(n, seed=0):
+    rng = np.random.default_rng(seed)
+    x = np.arange(32)
+    phase, angle = rng.uniform(0, 2 * np.pi, (2, n, 1, 1))
+    waves = np.sin((x * np.cos(angle) + x[:, None] * np.sin(angle)) * 0.6 + phase)
+    return (0.5 + 0.2 * waves + 0.02 * rng.normal(size=(n, 32, 32))).clip(0, 1).astype(np.float32)
+
+
+def with_squares(images):
+    images, masks = images.copy(), np.zeros(images.shape, dtype=bool)
+    masks[:, 10:18, 14:22] = True
+    images[masks] = 0.95
+    return images, masks
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return daf.Detector(**OPTIONS).fit(normals(160))
+
+
+def test_finds_the_squares(fitted):
+    clean = normals(40, seed=1)
+    broken, masks = with_squares(normals(40, seed=2))
+    score = fitted.score(np.concatenate([clean, broken]))
+    label = np.repeat([0, 1], 40)
+    assert daf.metrics.auroc(label, score.score) > 0.95
+    assert daf.metrics.auroc(masks, score.map[40:]) > 0.9
+    assert score.map.shape == (80, 32, 32) and score.map.dtype == np.float32
+    assert score.label[40:].mean() > 0.6 and score.label[:40].mean() < 0.25
+    assert ((score.p_value > 0) & (score.p_value <= 1)).all()
+    np.testing.assert_array_equal(score.index, np.arange(80))
+    assert score.paths is None and score.skipped == []
+
+
+def test_score_does_not_depend_on_neighbours(fitted):
+    images = np.concatenate([normals(10, seed=3), with_squares(normals(10, seed=4))[0]])
+    together = fitted.score(images)
+    alone = [fitted.score(images[i : i + 1]) for i in range(20)]
+    order = np.random.default_rng(0).permutation(20)
+    shuffled = fitted.score(images[order], batch_size=7)
+    np.testing.assert_allclose([s.score[0] for s in alone], together.score, rtol=1e-5)
+    np.testing.assert_allclose(shuffled.score, together.score[order], rtol=1e-5)
+
+
+def test_score_iter_is_score(fitted):
+    images = normals(11, seed=5)
+    parts = list(fitted.score_iter(images, batch_size=4))
+    assert [len(p) for p in parts] == [4, 4, 3]
+    whole = fitted.score(images, maps=False, batch_size=4)
+    assert whole.map is None
+    np.testing.assert_array_equal(np.concatenate([p.score for p in parts]), whole.score)
+
+
+def test_one_seed_one_result(fitted):
+    again = daf.Detector(**OPTIONS).fit(normals(160))
+    images = normals(5, seed=6)
+    assert np.array_equal(again.score(images).score, fitted.score(images).score)
+    other = daf.Detector(**OPTIONS, seed=1).fit(normals(160))
+    assert not np.allclose(other.score(images).score, fitted.score(images).score)
+
+
+def test_save_and_load(fitted, tmp_path):
+    fitted.save(tmp_path / "m.diffad")
+    loaded = daf.load(tmp_path / "m.diffad")
+    images = normals(6, seed=7)
+    a, b = fitted.score(images), loaded.score(images)
+    for name in ("score", "map", "p_value", "label"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert loaded.config == fitted.config
+
+
+def test_reference_backend_agrees(fitted):
+    images = normals(6, seed=8)
+    with daf.use_backend("reference"):
+        expected = fitted.score(images).score
+    np.testing.assert_allclose(fitted.score(images).score, expected, rtol=1e-4)
+
+
+class Interrupt(Exception):
+    pass
+
+
+def test_interrupted_training_ends_with_the_same_weights(fitted, tmp_path, monkeypatch):
+    from diffad_fast.training.loop import Trainer
+
+    step = Trainer._step
+
+    def failing(self, number, *args):
+        if number == 37:
+            raise Interrupt
+        return step(self, number, *args)
+
+    state = tmp_path / "m.training"
+    monkeypatch.setattr(Trainer, "_step", failing)
+    with pytest.raises(Interrupt):
+        daf.Detector(**OPTIONS).fit(
+            normals(160), training_checkpoint=TrainingCheckpoint(state, seconds=0.0)
+        )
+    monkeypatch.undo()
+    resumed = daf.Detector(**OPTIONS).fit(
+        normals(160), training_checkpoint=TrainingCheckpoint(state, resume=True)
+    )
+    for (name, a), b in zip(
+        resumed.denoiser.state_dict().items(), fitted.denoiser.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    images = normals(5, seed=9)
+    np.testing.assert_array_equal(resumed.score(images).score, fitted.score(images).score)
+    # The loss log has no gap and no repeat.
+    assert [s for s, _ in resumed.history.loss] == [s for s, _ in fitted.history.loss]
+
+    with pytest.raises(CheckpointError, match="other options or other data"):
+        daf.Detector(**{**OPTIONS, "learning_rate": 1e-4}).fit(
+            normals(160), training_checkpoint=TrainingCheckpoint(state, resume=True)
+        )
+
+
+def test_test_data_changes_nothing(fitted):
+    before = fitted.score(normals(3, seed=10)).score
+    statistics = [s.mean.clone() for s in fitted.statistics]
+    fitted.score(with_squares(normals(30, seed=11))[0])
+    assert all(torch.equal(a, s.mean) for a, s in zip(statistics, fitted.statistics, strict=True))
+    np.testing.assert_array_equal(fitted.score(normals(3, seed=10)).score, before)
+
+
+def test_few_normals_give_no_label_and_one_warning():
+    detector = daf.Detector(**{**OPTIONS, "train_steps": 2}).fit(normals(40))
+    with pytest.warns(UserWarning, match="label is None: .* 20 .* 6") as caught:
+        score = detector.score(normals(5, seed=1))
+    assert score.label is None and len(caught) == 1
+
+
+def test_a_module_of_ones_own(tmp_path):
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x, log_sigma):
+            return self.conv(x)
+
+        def features(self, x, log_sigma):
+            return [self.conv(x)]
+
+    options = {**OPTIONS, "denoiser": Tiny(), "train_steps": 3}
+    detector = daf.Detector(**options).fit(normals(40))
+    detector.save(tmp_path / "m.diffad")
+    with pytest.raises(CheckpointError, match="denoiser of its own"):
+        daf.load(tmp_path / "m.diffad")
+    loaded = daf.load(tmp_path / "m.diffad", denoiser=Tiny())
+    images = normals(3, seed=1)
+    with pytest.warns(UserWarning):
+        np.testing.assert_array_equal(detector.score(images).score, loaded.score(images).score)
+
+
+def test_colour_and_rectangles():
+    images = np.stack([normals(30), normals(30, 1), normals(30, 2)], axis=1)
+    images = np.concatenate([images, images], axis=3)
+    options = {**OPTIONS, "image_size": (32, 64), "channels": 3, "train_steps": 2}
+    with pytest.warns(UserWarning):
+        score = daf.Detector(**options).fit(images).score(images[:2])
+    assert score.map.shape == (2, 32, 64) and np.isfinite(score.score).all()
+
+
+def test_groups_must_match():
+    with pytest.raises(InputError, match="groups has 3 labels for 40 images"):
+        daf.Detector(**OPTIONS).fit(normals(40), groups=[1, 2, 3])
+
+
+def test_errors_before_and_after_fit(fitted, tmp_path):
+    with pytest.raises(InputError, match="not fitted"):
+        daf.Detector(**OPTIONS).score(normals(2))
+    with pytest.raises(InputError, match="not fitted"):
+        daf.Detector(**OPTIONS).save(tmp_path / "m.diffad")
+    with pytest.raises(InputError, match="'guess'"):
+        fitted.mode = "guess"
+    with pytest.raises(InputError, match="cannot write"):
+        fitted.save(tmp_path / "missing" / "m.diffad")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_missing_gpu():
+    with pytest.raises(BackendError, match="no CUDA GPU"):
+        daf.Detector(**OPTIONS, device="cuda")
+
+
+def test_a_broken_training_stops(monkeypatch):
+    with pytest.raises(InputError, match="loss became .*learning_rate"):
+        daf.Detector(**{**OPTIONS, "learning_rate": 1.0, "gradient_clip": 1e9}).fit(
+            normals(40) * np.float32(1.0)
+        )
+
+
+def test_evaluate_on_a_folder(fitted, tmp_path):
+    from PIL import Image
+
+    def write(path, array):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((array * 255).astype(np.uint8)).save(path)
+
+    broken, masks = with_squares(normals(6, seed=12))
+    for i, image in enumerate(normals(6, seed=13)):
+        write(tmp_path / f"test/good/{i}.png", image)
+    for i in range(6):
+        kind = ("dent", "spot")[i % 2]
+        write(tmp_path / f"test/{kind}/{i}.png", broken[i])
+        write(tmp_path / f"ground_truth/{kind}/{i}_mask.png", masks[i])
+    result = fitted.evaluate(tmp_path)
+    json.dumps(result)
+    for name in ("image_auroc", "pixel_auroc", "aupro", "f1_max", "latency_ms"):
+        assert np.isfinite(result[name])
+    assert set(result["per_defect"]) == {"dent", "spot"} and result["undefined"] == {}
+    score = fitted.score(np.concatenate([normals(6, seed=13), broken]))
+    # 8-bit files instead of floats.
+    expected = daf.metrics.auroc([0] * 6 + [1] * 6, score.score)
+    assert result["image_auroc"] == pytest.approx(expected, abs=0.1)
