@@ -42,21 +42,31 @@ def evaluate(detector: Detector, root: Path, strict: bool) -> Evaluation:
     for test in tests:
         read_mask(test.mask_path, test.path)  # a wrong mask is told before the work
     score = detector.score(images)
-    label = np.array([test.defect != "good" for test in tests], dtype=np.int64)
-    figures, undefined = _figures(tests, score, label)
-    figures["per_defect"] = {}
+    result = {**figures(tests, score), "latency_ms": _latency(detector, tests[0].path)}
+    return Evaluation(tests, score, labels(tests), result)
+
+
+def labels(tests: Sequence[TestImage]) -> np.ndarray:
+    """(N,) int64, 1 for an image with a defect."""
+    return np.array([test.defect != "good" for test in tests], dtype=np.int64)
+
+
+def figures(tests: Sequence[TestImage], score: Score) -> dict:
+    """The figures of these images, with ``per_defect`` and, for those that are null, ``undefined``."""
+    label = labels(tests)
+    result, undefined = _figures(tests, score, label)
+    result["per_defect"] = {}
     for defect in sorted({test.defect for test in tests} - {"good"}):
         rows = [i for i, test in enumerate(tests) if test.defect in ("good", defect)]
         part, _ = _figures([tests[i] for i in rows], score.take(rows), label[rows])
-        figures["per_defect"][defect] = part
-    figures["latency_ms"] = _latency(detector, tests[0].path)
-    figures["undefined"] = undefined
-    return Evaluation(tests, score, label, figures)
+        result["per_defect"][defect] = part
+    result["undefined"] = undefined
+    return result
 
 
 def _figures(tests: Sequence[TestImage], score: Score, label: np.ndarray) -> tuple[dict, dict]:
     """The figures of one set of test images, and why any of them is None."""
-    figures: dict[str, float | int | None] = {
+    result: dict[str, float | int | None] = {
         "n_normal": int((label == 0).sum()),
         "n_anomalous": int(label.sum()),
     }
@@ -64,9 +74,9 @@ def _figures(tests: Sequence[TestImage], score: Score, label: np.ndarray) -> tup
 
     def put(names: Sequence[str], compute: Callable[[], Sequence[float]]) -> None:
         try:
-            figures.update(zip(names, compute(), strict=True))
+            result.update(zip(names, compute(), strict=True))
         except InputError as error:
-            figures.update(dict.fromkeys(names))
+            result.update(dict.fromkeys(names))
             undefined.update(dict.fromkeys(names, str(error)))
 
     def pixel() -> Sequence[float]:
@@ -90,7 +100,7 @@ def _figures(tests: Sequence[TestImage], score: Score, label: np.ndarray) -> tup
     put(["pixel_auroc", "aupro", "pixel_f1_max"], pixel)
     put(["false_positive_rate"], lambda: rate(0))
     put(["true_positive_rate"], lambda: rate(1))
-    return figures, undefined
+    return result, undefined
 
 
 class _Masks:

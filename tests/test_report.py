@@ -259,5 +259,6 @@ def test_result_folder_replaces_its_own_entries(tmp_path, monkeypatch):
             (staged / "maps").mkdir()
             (staged / "maps" / text).write_text(text)
             (staged / "list").write_text(text)
-    assert sorted(str(p) for p in Path("a").rglob("*")) == ["a/b", "a/b/list", "a/b/maps", "a/b/maps/two"]
+    left = sorted(str(p) for p in Path("a").rglob("*"))
+    assert left == ["a/b", "a/b/list", "a/b/maps", "a/b/maps/two"]
     assert Path("a/b/list").read_text() == "two"

@@ -7,9 +7,8 @@ crop at a random place, mirrored left-right at random. Training crops overlap ea
 detector's held-out normals are less independent than photographs of many objects would be: its
 p-values are optimistic, and the table shows the false alarms that really happen.
 
-**Defects.** Each is a soft shape a(y,x) in [0,1] and a strength. The centre of the shape is anywhere
-in the image, which may cut the shape. With the image x and s the standard deviation of the whole
-photograph:
+**Defects.** Each is a soft shape a(y,x) in [0,1] and a strength. The shape's centre is anywhere in the
+image, whose border may cut it. With the image x and s the standard deviation of the photograph:
 
 - ``blob``: a smooth irregular spot, radius 5 to 9% of the side; x + strength * sign * s * a with a
   random sign, strength 2.5 (high) or 1.0 (low).

@@ -91,7 +91,7 @@ def test_a_seed_is_a_data_set(tmp_path):
 def test_defects_change_what_the_mask_says(kind, photos):
     photo, others = photos["gravel"], [photos["brick"], photos["grass"]]
     for seed in range(20):
-        image = demo.crop(rng(seed), photo, 64)
+        image = demo.crop(rng(seed), photo, 128)
         strengths = demo.STRENGTHS[kind]
         made = {
             contrast: demo.add_defect(rng(seed), image, kind, strength, photo.std(), others)
@@ -113,8 +113,8 @@ def test_defects_change_what_the_mask_says(kind, photos):
         for changed in (high, low):
             assert changed.min() >= 0 and changed.max() <= 1
         if kind != "swap":  # the stated amplitude, where the range of values leaves it whole
-            whole = (high > 0) & (high < 1) & (change > 0.999 * change.max())
-            assert change[whole & mask] == pytest.approx(2.5 * photo.std(), rel=1e-3)
+            highest = change[(high > 0) & (high < 1)].max()
+            assert 0.95 < highest / (2.5 * photo.std()) < 1 + 1e-9
 
 
 def test_swapped_patches_keep_mean_and_contrast(photos):

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks SUITE`. Results and their tables lie in benchmarks/results/."""
