@@ -41,7 +41,7 @@ import numpy as np
 from ..errors import DiffadError, InputError
 
 TEXTURES = ("brick", "gravel", "grass")
-TRAIN_COLUMNS = 312
+TRAIN_COLUMNS = 352
 STRENGTHS = {
     "blob": {"high": 2.5, "low": 1.0, "null": 0.0},
     "scratch": {"high": 2.5, "low": 1.0, "null": 0.0},
@@ -130,11 +130,15 @@ def add_defect(
 
 
 def crop(rng: np.random.Generator, photograph: np.ndarray, side: int) -> np.ndarray:
-    """A random square of a photograph, mirrored left-right half of the time."""
+    """A random square of a photograph, resized to (side,side), mirrored half of the time."""
+    from PIL import Image
+
     height, width = photograph.shape
-    y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    square = photograph[y : y + side, x : x + side]
-    return square[:, ::-1] if rng.integers(2) else square
+    size = int(rng.uniform(0.75, 1.125) * side)
+    y, x = rng.integers(height - size + 1), rng.integers(width - size + 1)
+    square = Image.fromarray(photograph[y : y + size, x : x + size].astype(np.float32))
+    resized = np.asarray(square.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float64)
+    return resized[:, ::-1] if rng.integers(2) else resized
 
 
 def write_data(
