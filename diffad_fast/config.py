@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "best": {"denoiser": "unet-base", "train_steps": 10000, "reverse_steps": 10},
 }
 
-# The U-Net halves the resolution of its input twice, and its coarsest attention works on 2x2 blocks.
+# The U-Net halves the resolution twice, and its coarsest attention works on blocks of 2x2.
 UNET_STRIDE = 8
 
 
@@ -76,7 +76,7 @@ class DetectorConfig:
     top_fraction: float = 0.01
     """Share of the map whose mean is the image's score; 0: its maximum."""
     statistics: str = "auto"
-    """Standardise maps per `position`, by one `scalar`, or by what predicts held-out normals best."""
+    """Standardise maps per `position`, by a `scalar`, or (`auto`) by what fits held-out normals."""
     false_positive_rate: float = 0.05
     """Share of normal images that may be labelled anomalous."""
 

@@ -145,7 +145,7 @@ class Detector:
         )
 
     def open(self, source, *, strict: bool = False) -> Images:
-        """The images of ``source`` as this detector sees them: size and channels; see :meth:`fit`."""
+        """The images of ``source`` (as in :meth:`fit`) in this detector's size and channels."""
         if isinstance(source, Images):
             return source
         config = self.config

@@ -52,7 +52,7 @@ def labels(tests: Sequence[TestImage]) -> np.ndarray:
 
 
 def figures(tests: Sequence[TestImage], score: Score) -> dict:
-    """The figures of these images, with ``per_defect`` and, for those that are null, ``undefined``."""
+    """The figures of these images, with ``per_defect`` and, for null ones, ``undefined``."""
     label = labels(tests)
     result, undefined = _figures(tests, score, label)
     result["per_defect"] = {}

@@ -14,7 +14,9 @@ def test_presets_override_defaults_and_options_override_presets(preset):
     assert DetectorConfig.create(preset, reverse_steps=7).reverse_steps == 7
 
 
-@pytest.mark.parametrize("size, level, stride", [(32, 1, 16), (64, 1, 16), (128, 2, 32), (256, 3, 64), (512, 4, 128)])
+@pytest.mark.parametrize(
+    "size, level, stride", [(32, 1, 16), (64, 1, 16), (128, 2, 32), (256, 3, 64), (512, 4, 128)]
+)
 def test_haar_level_follows_the_size(size, level, stride):
     config = DetectorConfig.create(image_size=size)
     assert (config.haar_level, config.stride) == (level, stride)

@@ -1,4 +1,4 @@
-"""The detector on small synthetic images: stripes of a random phase; anomalies have a bright square."""
+"""The detector on small synthetic images: stripes; anomalies have a bright square."""
 
 import json
 

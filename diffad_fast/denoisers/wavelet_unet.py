@@ -77,7 +77,7 @@ class WaveletUNet(nn.Module):
         return self.conv_out(self.norm_out(h))
 
     def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of the encoder, fine to coarse: [(N,w0,h,w), (N,w1,h/2,w/2), (N,w2,h/4,w/4)].
+        """Feature maps of the encoder, fine to coarse: (N,w0,h,w), (N,w1,h/2,w/2), (N,w2,h/4,w/4).
 
         Half the cost of :meth:`forward`: the decoder does not run.
         """

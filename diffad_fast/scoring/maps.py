@@ -120,7 +120,7 @@ def _misfit(prediction: tuple[torch.Tensor, torch.Tensor], held_out: _Moments) -
 
 
 def _blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian over the last two axes; at the borders the weights inside the image are renormalised."""
+    """Gaussian over the last two axes; at borders the weights inside are renormalised."""
     if sigma == 0:
         return x
     for axis in (-1, -2):

@@ -173,7 +173,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> float:
-        """The averaged model's loss on held-out normals, with the same levels and noise each time."""
+        """The averaged model's loss on held-out normals, at the same levels and noise each time."""
         current = [p.detach().clone() for p in self.denoiser.parameters()]
         self.ema.copy_to(self.denoiser)
         self.denoiser.eval()

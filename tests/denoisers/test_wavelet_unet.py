@@ -37,7 +37,9 @@ def test_starts_at_zero_and_every_parameter_is_trained():
     assert not model(x, torch.zeros(2)).any()
     model = randomised("unet-small", 4)
     model(x, torch.zeros(2)).square().mean().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
 
 
 def test_the_noise_level_matters_and_samples_do_not_mix():

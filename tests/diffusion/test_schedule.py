@@ -74,6 +74,8 @@ def test_training_weights_agree_between_predictions():
         target = training_target(kind, x0, t, noise, alphas)
         error = (output - target).square().mean(dim=(1, 2, 3))
         losses.append(error * min_snr_weight(kind, t, alphas).double())
-    expected = (wrong - x0).square().mean(dim=(1, 2, 3)) * (a.view(-1) / (1 - a.view(-1))).clamp(max=5)
+    expected = (wrong - x0).square().mean(dim=(1, 2, 3)) * (a.view(-1) / (1 - a.view(-1))).clamp(
+        max=5
+    )
     for loss in losses:
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
