@@ -1,6 +1,7 @@
 """The detector on small synthetic images: stripes; anomalies have a bright square."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,22 @@ def test_colour_and_rectangles():
     assert score.map.shape == (2, 32, 64) and np.isfinite(score.score).all()
 
 
+def test_features_are_read_at_their_noise_level(fitted, monkeypatch):
+    """Clean inputs in the scale of the variance-preserving process: x / sqrt(1 + sigma^2)."""
+    seen = []
+    features = fitted.denoiser.features
+    monkeypatch.setattr(
+        fitted.denoiser, "features", lambda x, level: seen.append((x, level)) or features(x, level)
+    )
+    images = torch.from_numpy(normals(2, seed=1))[:, None]
+    fitted.score_images(images)
+    (x, level), _ = seen
+    sigma = fitted.config.feature_sigma
+    expected = fitted.representation.encode(images) / (1 + sigma**2) ** 0.5
+    torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(level.exp(), torch.full((2,), sigma))
+
+
 def test_groups_must_match():
     with pytest.raises(InputError, match="groups has 3 labels for 40 images"):
         daf.Detector(**OPTIONS).fit(normals(40), groups=[1, 2, 3])
@@ -232,7 +249,13 @@ def test_evaluate_on_a_folder(fitted, tmp_path):
     for name in ("image_auroc", "pixel_auroc", "aupro", "f1_max", "latency_ms"):
         assert np.isfinite(result[name])
     assert set(result["per_defect"]) == {"dent", "spot"} and result["undefined"] == {}
-    score = fitted.score(np.concatenate([normals(6, seed=13), broken]))
-    # 8-bit files instead of floats.
-    expected = daf.metrics.auroc([0] * 6 + [1] * 6, score.score)
-    assert result["image_auroc"] == pytest.approx(expected, abs=0.1)
+    score = fitted.score([str(p) for p in sorted(tmp_path.glob("test/*/*.png"))])
+    kinds = np.array([p.parent.name for p in sorted(tmp_path.glob("test/*/*.png"))])
+    assert result["image_auroc"] == daf.metrics.auroc(kinds != "good", score.score)
+    truth = [masks[int(p.stem)] & (p.parent.name != "good") for p in map(Path, score.paths)]
+    assert result["aupro"] == pytest.approx(daf.metrics.aupro(truth, list(score.map)), abs=1e-6)
+    dent = np.isin(kinds, ("good", "dent"))
+    part = result["per_defect"]["dent"]
+    assert (part["n_normal"], part["n_anomalous"]) == (6, 3)
+    assert part["image_auroc"] == daf.metrics.auroc(kinds[dent] != "good", score.score[dent])
+    assert result["true_positive_rate"] == score.label[kinds != "good"].mean()

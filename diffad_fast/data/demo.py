@@ -1,14 +1,15 @@
 """A complete run on real photographs without a download: ``python -m diffad_fast.data.demo``.
 
 **Photographs.** The brick, gravel and grass textures that are part of the scikit-image package,
-512x512 grey. One of them (``--texture``) is the normal material. Its left 312 columns give the
-training images and its right 200 columns the test images: no pixel is in both. An image is a square
-crop at a random place, mirrored left-right at random. Training crops overlap each other, so the
-detector's held-out normals are less independent than photographs of many objects would be: its
-p-values are optimistic, and the table shows the false alarms that really happen.
+512x512 grey. One of them (``--texture``) is the normal material. Its left 352 columns give the
+training images and its right 160 columns the test images: no pixel is in both. An image is a square
+crop at a random place, 0.75 to 1.125 times as large as the image, resized, and mirrored left-right
+at random. Training crops overlap each other, so the detector's held-out normals are less
+independent than photographs of many objects would be: its p-values are optimistic, and more good
+test images are called anomalous than its false-positive rate says. The demo prints how many.
 
-**Defects.** Each is a soft shape a(y,x) in [0,1] and a strength. The shape's centre is anywhere in the
-image, whose border may cut it. With the image x and s the standard deviation of the photograph:
+**Defects.** Each is a soft shape a(y,x) in [0,1] and a strength. The shape's centre is anywhere in
+the image, whose border may cut it. With the image x and s the standard deviation of the photograph:
 
 - ``blob``: a smooth irregular spot, radius 5 to 9% of the side; x + strength * sign * s * a with a
   random sign, strength 2.5 (high) or 1.0 (low).
@@ -35,10 +36,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import DiffadError, InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..detector import Detector
+    from ..evaluation import Evaluation
 
 TEXTURES = ("brick", "gravel", "grass")
 TRAIN_COLUMNS = 352
@@ -48,7 +56,7 @@ STRENGTHS = {
     "swap": {"high": 1.0, "low": 0.4, "null": 0.0},
 }
 """Strength of each kind of defect at each contrast."""
-SIZES = {"side": 128, "train": 400, "test": 20}
+SIZES = {"side": 128, "train": 1500, "test": 25}
 """Arguments of :func:`write_data` in the demo: a compromise between certainty and minutes."""
 
 
@@ -202,10 +210,10 @@ def figures(metrics: dict, null: dict) -> list[dict]:
     return rows
 
 
-def overview(detector, folder: Path, null: Path):
-    """A figure with a row a kind and contrast: image, reconstruction, heatmap, ground truth.
+def overview(detector: Detector, evaluations: Sequence[Evaluation]) -> Figure:
+    """A picture with a row a folder of test images: image, reconstruction, heatmap, ground truth.
 
-    Each row shows the test image with the median score of its folder: a typical one.
+    Each row shows the image with the median score of its folder: a typical one.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -213,35 +221,38 @@ def overview(detector, folder: Path, null: Path):
     from ..report import colour_range, outline, overlay
     from .images import read_mask
 
+    # Good images stand in both sets; those of the first are shown.
+    members: dict[str, tuple[Evaluation, list[int]]] = {}
+    for evaluation in reversed(evaluations):
+        for name in {test.defect for test in evaluation.images}:
+            rows = [i for i, test in enumerate(evaluation.images) if test.defect == name]
+            members[name] = evaluation, rows
     names = [f"{kind}-{contrast}" for kind, all_ in STRENGTHS.items() for contrast in all_]
     names.append("good")
     columns = ("image", "reconstruction", "anomaly map", "ground truth")
     figure = Figure(figsize=(6.6, 1.62 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(names), len(columns))
-    for row, name in zip(axes, names, strict=True):
-        root = null if name.endswith("null") else folder
-        score = detector.score(root / "test" / name)
-        typical = np.argsort(score.score)[len(score) // 2]
-        path = score.paths[typical]
-        image = next(iter(detector.open([path]).batches(1))).images
-        mask = None
-        if name != "good":
-            mask_name = f"{Path(path).stem}_mask.png"
-            mask = read_mask(str(root / "ground_truth" / name / mask_name), path)
+    for cells, name in zip(axes, names, strict=True):
+        evaluation, rows = members[name]
+        typical = sorted(rows, key=lambda i: evaluation.score.score[i])[len(rows) // 2]
+        test = evaluation.images[typical]
+        image = next(iter(detector.open([test.path]).batches(1))).images
+        mask = None if test.mask_path is None else read_mask(test.mask_path, test.path)
         pictures = (
             outline(image[0].numpy(), None),
             outline(detector.reconstruct(image)[0].numpy(), None),
-            overlay(image[0].numpy(), score.map[typical], *colour_range(detector)),
+            overlay(image[0].numpy(), evaluation.score.map[typical], *colour_range(detector)),
             outline(image[0].numpy(), mask),
         )
-        for cell, picture, column in zip(row, pictures, columns, strict=True):
+        for cell, picture, column in zip(cells, pictures, columns, strict=True):
             cell.imshow(picture)
             cell.set(xticks=[], yticks=[])
             cell.spines[:].set_visible(False)
             if name == names[0]:
                 cell.set_title(column, fontsize=10)
-        row[0].set_ylabel(f"{name}\np = {score.p_value[typical]:.3f}", fontsize=9)
+        p_value = evaluation.score.p_value[typical]
+        cells[0].set_ylabel(f"{name}\np = {p_value:.3f}", fontsize=9)
     return figure
 
 
@@ -254,21 +265,24 @@ def run(
     scikit-image is missing.
     """
     from ..detector import Detector
-    from ..report import check_result_folder
+    from ..evaluation import evaluate
+    from ..report import check_result_folder, write_report
 
     began = time.perf_counter()
     check_result_folder(out)
     detector = Detector(
         image_size=SIZES["side"], channels=1, preset="fast", denoiser="unet-tiny",
-        train_steps=steps, seed=seed, device=device,
+        train_steps=steps, validation_share=0.02, statistics_share=0.05, conformal_share=0.05,
+        seed=seed, device=device,
     )  # fmt: skip
     data, null = out / "data", out / "null"
     write_data(data, null, texture=texture, seed=seed, **SIZES)
     detector.fit(data / "train" / "good")
     detector.save(out / "model.diffad")
-    metrics = detector.evaluate(data, report=out / "report")
-    null_metrics = detector.evaluate(null)
-    overview(detector, data, null).savefig(out / "overview.png", dpi=110)
+    evaluations = [evaluate(detector, root, strict=False) for root in (data, null)]
+    write_report(out / "report", detector, evaluations[0])
+    overview(detector, evaluations).savefig(out / "overview.png", dpi=110)
+    metrics, null_metrics = (evaluation.metrics for evaluation in evaluations)
     result = {
         "texture": texture,
         "seed": seed,

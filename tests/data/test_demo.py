@@ -39,30 +39,35 @@ def read(path):
         return np.asarray(image)
 
 
-def found_in(photograph, square):
-    """Whether the square, or its mirror image, is cut out of the photograph."""
-    bytes_ = np.rint(photograph * 255).astype(np.uint8)
-    side = len(square)
-    windows = np.lib.stride_tricks.sliding_window_view(bytes_, (1, side))[: -side + 1, :, 0]
-    for candidate in (square, square[:, ::-1]):
-        for y, x in np.argwhere((windows == candidate[0]).all(axis=-1)):
-            if np.array_equal(bytes_[y : y + side, x : x + side], candidate):
-                return True
-    return False
-
-
-def test_train_and_test_share_no_pixel(photos, tmp_path):
+def test_train_and_test_share_no_pixel(photos, tmp_path, monkeypatch):
+    # The training part of this photograph is dark and the test part is bright.
+    marked = np.where(np.arange(512) < demo.TRAIN_COLUMNS, 0.2, 0.8) + 0.1 * photos["brick"]
+    monkeypatch.setattr(demo, "photographs", lambda: {**photos, "brick": marked})
     write(tmp_path)
-    left, right = np.split(photos["brick"], [demo.TRAIN_COLUMNS], axis=1)
-    for folder, part in (
-        (tmp_path / "data" / "train" / "good", left),
-        (tmp_path / "data" / "test" / "good", right),
-        (tmp_path / "null" / "test" / "good", right),
-        (tmp_path / "null" / "test" / "swap-null", right),  # a null control changes nothing
+    for folder, low, high in (
+        (tmp_path / "data" / "train" / "good", 0.2, 0.3),
+        (tmp_path / "data" / "test" / "good", 0.8, 0.9),
+        (tmp_path / "null" / "test" / "good", 0.8, 0.9),
+        (tmp_path / "null" / "test" / "swap-null", 0.8, 0.9),  # null controls change nothing
     ):
         images = [read(path) for path in sorted(folder.iterdir())]
-        assert images and all(found_in(part, image) for image in images)
-    assert not found_in(right, read(tmp_path / "data" / "train" / "good" / "000.png"))
+        assert images
+        for image in images:
+            assert image.min() >= np.floor(255 * low) and image.max() <= np.ceil(255 * high)
+
+
+def test_crops_are_real_squares():
+    y, x = np.mgrid[:200, :300] / 500.0
+    seen = set()
+    for seed in range(40):
+        image = demo.crop(rng(seed), x, 64)
+        step = np.diff(image[:, 2:-2], axis=1) * 500  # pixels of the photograph for one of the crop
+        assert image.shape == (64, 64) and np.ptp(np.sign(step)) == 0
+        seen.add(bool(step.mean() < 0))
+        assert 0.73 < abs(step.mean()) <= 1.125
+        upright = np.diff(demo.crop(rng(seed), y, 64)[2:-2], axis=0) * 500
+        assert upright.mean() == pytest.approx(abs(step.mean()), rel=0.01)
+    assert seen == {True, False}
 
 
 def test_layout_is_read_back(tmp_path):
@@ -133,7 +138,7 @@ def test_centres_of_masks_are_anywhere():
 
 
 def test_the_whole_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "SIZES", {"side": 32, "train": 30, "test": 2})
+    monkeypatch.setattr(demo, "SIZES", {"side": 32, "train": 40, "test": 2})
     result = demo.run(tmp_path / "out" / "demo", steps=2, device="cpu")
     out = tmp_path / "out" / "demo"
     names = {"data", "null", "report", "figures.json", "model.diffad", "overview.png"}

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from diffad_fast.denoisers import UNET_SIZES, create
+from diffad_fast.denoisers.wavelet_unet import WaveletAttention
 from diffad_fast.errors import InputError
 
 
@@ -63,6 +64,32 @@ def test_channels_last_and_float64_agree():
     assert last.is_contiguous(memory_format=torch.channels_last)
     for output in (plain, last):
         torch.testing.assert_close(output.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_the_last_block_of_each_resolution():
+    model = randomised("unet-small", 4)
+    seen = {}
+    for level, stage in enumerate(model.encoder):
+        stage[-1].register_forward_hook(lambda m, i, o, level=level: seen.update({level: o}))
+    model.middle.register_forward_hook(lambda m, i, o: seen.update(middle=o))
+    features = model.features(torch.randn(1, 4, 16, 16), torch.zeros(1))
+    for feature, key in zip(features, (0, 1, "middle"), strict=True):
+        assert torch.equal(feature, seen[key])
+
+
+def test_attention_is_attention_between_blocks():
+    """With all gains 1 the transform cancels: PyTorch's attention over 2x2 blocks of pixels."""
+    torch.manual_seed(0)
+    model = WaveletAttention(64).double()
+    torch.nn.init.normal_(model.projection.weight)
+    x = torch.randn(2, 64, 6, 10, dtype=torch.float64)
+    qkv = model.qkv(torch.nn.functional.group_norm(x, model.norm.groups))
+    heads, d = model.heads, 64 // model.heads
+    tokens = torch.nn.functional.pixel_unshuffle(qkv.unflatten(1, (3 * heads, d)), 2)
+    q, k, v = tokens.flatten(3).mT.chunk(3, dim=1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    out = torch.nn.functional.pixel_shuffle(out.mT.unflatten(3, (3, 5)), 2).flatten(1, 2)
+    torch.testing.assert_close(model(x), x + model.projection(out))
 
 
 def test_unknown_name():

@@ -45,3 +45,17 @@ def test_one_normal_and_constant_maps_stay_finite():
     assert torch.isfinite(fitted.mean) and fitted.deviation > 0
     fitted, _ = fit_statistics(batches(torch.ones(5, 4, 4), 8), "auto", 1.0)
     assert (fitted.deviation > 0).all()
+
+
+def test_misfit_is_the_gaussian_log_likelihood():
+    from scipy import stats
+
+    from diffad_fast.scoring.maps import _misfit, _Moments
+
+    fitted, held_out, maps = _Moments(), _Moments(), torch.rand(30, 4, 5)
+    fitted.add(torch.rand(20, 4, 5) * 2)
+    held_out.add(maps)
+    mean, variance = fitted.position(0.0)
+    law = stats.norm(mean.numpy(), variance.sqrt().numpy())
+    expected = -law.logpdf(maps.double().numpy()).mean() - 0.5 * np.log(2 * np.pi)
+    assert _misfit((mean, variance), held_out) == pytest.approx(expected, rel=1e-12)
