@@ -1,6 +1,6 @@
-# Every target makes .venv if it is not there, installs the pinned packages for a machine without
-# a GPU, builds the library and runs. A second call installs nothing; a changed native source
-# rebuilds the library alone.
+# Every target but gpu-check makes .venv if it is not there, installs the pinned packages for a
+# machine without a GPU, builds the library and runs. A second call installs nothing; a changed
+# native source rebuilds the library alone.
 PYTHON ?= python3
 # PyPI's torch for Linux brings several GB of CUDA; this index has the build without.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -11,7 +11,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 # small operators 25 times slower.
 test test-all demo: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all bench gpu-check lint clean
 
 demo: .venv/.built
 	$(BIN)/python -m diffad_fast.data.demo --out out/demo
@@ -24,6 +24,10 @@ test-all: .venv/.built
 
 bench: .venv/.built
 	$(BIN)/python -m benchmarks cpu
+
+# On a machine with a GPU, with its own Python and torch: no .venv, no network.
+gpu-check:
+	PYTHON=$(PYTHON) benchmarks/gpu_check.sh $(or $(OUT),out/gpu-check)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from . import metrics, ops, reference
     from .config import DetectorConfig
     from .detector import Detector, load
-    from .info import info
+    from .installation import info
     from .ops.dispatch import use_backend
     from .scoring import Score
 
@@ -40,7 +40,7 @@ _ORIGIN = {
     "DetectorConfig": "config",
     "Score": "scoring",
     "load": "detector",
-    "info": "info",
+    "info": "installation",
     "use_backend": "ops.dispatch",
 }
 

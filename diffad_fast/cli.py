@@ -244,9 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, text: str, **options) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=text, allow_abbrev=False, **options
-        )
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **options)
         sub.set_defaults(command=run)
         return sub
 
@@ -295,9 +293,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for sub in (fit, score, evaluate):
         sub.add_argument("--device", help="cpu or cuda; default: the best there is")
-        sub.add_argument(
-            "--strict", action="store_true", help="stop at the first unusable image"
-        )
+        sub.add_argument("--strict", action="store_true", help="stop at the first unusable image")
 
     info = command("info", _info, "Tell versions, what was built and which backends serve.")
     info.add_argument("--json", action="store_true", help="on one line")

@@ -378,12 +378,18 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the best there is. Raises BackendError if it is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = device
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise InputError(f"unknown device {device!r}: choose cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(f"device {device} was asked for, but PyTorch finds no CUDA GPU: use cpu")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {str(name)!r}: choose cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendError(
+            f"device {device} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA "
+            "GPU(s): use cpu"
+        )
     return device
 
 

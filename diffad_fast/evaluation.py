@@ -58,8 +58,8 @@ def figures(tests: Sequence[TestImage], score: Score) -> dict:
     result["per_defect"] = {}
     for defect in sorted({test.defect for test in tests} - {"good"}):
         rows = [i for i, test in enumerate(tests) if test.defect in ("good", defect)]
-        part, _ = _figures([tests[i] for i in rows], score.take(rows), label[rows])
-        result["per_defect"][defect] = part
+        part, why = _figures([tests[i] for i in rows], score.take(rows), label[rows])
+        result["per_defect"][defect] = {**part, "undefined": why}
     result["undefined"] = undefined
     return result
 

@@ -148,9 +148,7 @@ def _replace(source: Path, target: Path) -> None:
     source.replace(target)
 
 
-def write_report(
-    folder: str | os.PathLike, detector: Detector, evaluation: Evaluation
-) -> None:
+def write_report(folder: str | os.PathLike, detector: Detector, evaluation: Evaluation) -> None:
     """Write ``folder``/index.html: figures, ROC curve, histogram of scores, worst and best cases.
 
     The page holds its pictures itself and needs no other file. Raises InputError where ``folder``
@@ -198,8 +196,7 @@ def _page(detector: Detector, evaluation: Evaluation) -> str:
         "<title>diffad_fast report</title>",
         f"<style>{_STYLE}</style></head><body>",
         "<h1>Anomaly detection report</h1>",
-        f"<p class='note'>{' · '.join(map(html.escape, facts))} · "
-        f"diffad_fast {__version__}</p>",
+        f"<p class='note'>{' · '.join(map(html.escape, facts))} · diffad_fast {__version__}</p>",
         "<h2>Figures</h2>",
         *_figures(metrics),
         "<h2>Scores</h2>",
@@ -226,7 +223,7 @@ def _figures(metrics: dict) -> Iterator[str]:
         cells = "".join(
             f"<td>{row[key]:.3f}</td>"
             if row[key] is not None
-            else f"<td title='{html.escape(undefined.get(key, 'undefined here'))}'>—</td>"
+            else f"<td title='{html.escape(row['undefined'][key])}'>—</td>"
             for key in FIGURES
         )
         yield f"<tr><td>{html.escape(name)}</td><td>{row['n_anomalous']}</td>{cells}</tr>"
@@ -267,9 +264,7 @@ def _plots(detector: Detector, evaluation: Evaluation) -> Iterator[str]:
 def _roc(evaluation: Evaluation) -> Figure:
     from sklearn.metrics import roc_curve
 
-    false, true, _ = roc_curve(
-        evaluation.label, evaluation.score.score, drop_intermediate=False
-    )
+    false, true, _ = roc_curve(evaluation.label, evaluation.score.score, drop_intermediate=False)
     figure, axes = _axes((5, 4.4))
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", label="chance")
     auroc = evaluation.metrics["image_auroc"]
@@ -361,9 +356,7 @@ def _cases(detector: Detector, evaluation: Evaluation) -> Iterator[str]:
             yield "</div>"
 
 
-def _case_figures(
-    detector: Detector, evaluation: Evaluation, rows: Sequence[int]
-) -> Iterator[str]:
+def _case_figures(detector: Detector, evaluation: Evaluation, rows: Sequence[int]) -> Iterator[str]:
     from .data.images import read_mask
 
     score, low_high = evaluation.score, colour_range(detector)

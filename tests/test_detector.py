@@ -219,8 +219,14 @@ def test_errors_before_and_after_fit(fitted, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_missing_gpu():
-    with pytest.raises(BackendError, match="no CUDA GPU"):
+    with pytest.raises(BackendError, match="cuda was asked for.* 0 CUDA"):
         daf.Detector(**OPTIONS, device="cuda")
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "abacus", "cuda:x"])
+def test_unknown_devices(device):
+    with pytest.raises(InputError, match=f"'{device}'"):
+        daf.Detector(**OPTIONS, device=device)
 
 
 def test_a_broken_training_stops(monkeypatch):

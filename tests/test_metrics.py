@@ -142,7 +142,9 @@ def test_arrays_longer_than_a_block_give_the_same(monkeypatch):
     whole = metrics.auroc(masks, maps), metrics.f1_max(masks, maps), metrics.pauc(masks, maps)
     monkeypatch.setattr(metrics, "_BLOCK", 97)
     assert whole == (
-        metrics.auroc(masks, maps), metrics.f1_max(masks, maps), metrics.pauc(masks, maps)
+        metrics.auroc(masks, maps),
+        metrics.f1_max(masks, maps),
+        metrics.pauc(masks, maps),
     )
     assert whole[0] == pytest.approx(roc_auc_score(masks.ravel(), maps.ravel()), abs=1e-12)
 

@@ -15,7 +15,7 @@ import diffad_fast as daf
 from diffad_fast import report
 from diffad_fast.data import demo
 from diffad_fast.errors import InputError
-from diffad_fast.evaluation import evaluate
+from diffad_fast.evaluation import evaluate, figures
 from diffad_fast.scoring import Conformal
 
 
@@ -127,6 +127,13 @@ def test_outline_surrounds_the_mask_at_any_size():
     large[73, 118] = True
     ys, xs = np.nonzero((report.outline(image, large) != 0).any(axis=-1))
     assert (ys.min(), ys.max(), xs.min(), xs.max()) == (6, 8, 10, 12)
+    # Cells that the mask covers in part are inside.
+    large[:] = False
+    large[75:98, 42:55] = True
+    ring[:] = False
+    ring[6:11, 3:7] = True
+    ring[7:10, 4:6] = False
+    np.testing.assert_array_equal((report.outline(image, large) != 0).any(axis=-1), ring)
     assert not report.outline(image, None).any() and not report.outline(image, ~mask & mask).any()
 
 
@@ -191,8 +198,8 @@ def test_missing_figures_have_a_dash_and_the_reason(detector, root, tmp_path):
 def test_without_a_threshold(detector, evaluation, tmp_path, monkeypatch):
     few = Conformal(detector.conformal.scores[:5], 5, 0.05)
     monkeypatch.setattr(detector, "conformal", few)
-    metrics = {**evaluation.metrics, "true_positive_rate": None, "false_positive_rate": None}
     score = dataclasses.replace(evaluation.score, label=None)
+    metrics = {**figures(evaluation.images, score), "latency_ms": 1.0}
     report.write_report(
         tmp_path, detector, dataclasses.replace(evaluation, metrics=metrics, score=score)
     )

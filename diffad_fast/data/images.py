@@ -264,9 +264,7 @@ class Images:
         )
 
 
-def read_image(
-    path: str, size: tuple[int, int], channels: int, min_side: int = 1
-) -> np.ndarray:
+def read_image(path: str, size: tuple[int, int], channels: int, min_side: int = 1) -> np.ndarray:
     """Read one image file.
 
     Anything that Pillow decodes: 8 or 16 bit, palette, CMYK, float; the EXIF orientation is

@@ -122,19 +122,26 @@ def test_defects_change_what_the_mask_says(kind, photos):
             assert 0.95 < highest / (2.5 * photo.std()) < 1 + 1e-9
 
 
-def test_swapped_patches_keep_mean_and_contrast(photos):
+def test_swapped_patches_keep_mean_and_contrast(photos, monkeypatch):
     image = demo.crop(rng(1), photos["gravel"], 128)
-    changed, mask = demo.add_defect(rng(2), image, "swap", 1.0, 0.1, [photos["grass"]])
-    assert np.corrcoef(changed[mask], image[mask])[0, 1] < 0.5
-    assert changed[mask].mean() == pytest.approx(image[mask].mean(), abs=0.02)
-    assert changed[mask].std() == pytest.approx(image[mask].std(), rel=0.1)
+    everywhere = np.ones((128, 128))
+    monkeypatch.setattr(demo, "blob_shape", lambda *args: everywhere)
+    changed, _ = demo.add_defect(rng(2), image, "swap", 1.0, 0.1, [photos["grass"]])
+    assert abs(np.corrcoef(changed.ravel(), image.ravel())[0, 1]) < 0.2
+    # Up to the few values that leave the range.
+    assert changed.mean() == pytest.approx(image.mean(), abs=0.01)
+    assert changed.std() == pytest.approx(image.std(), rel=0.03)
 
 
-def test_centres_of_masks_are_anywhere():
-    # Where masks prefer the middle, a map that does so too would find them without looking.
-    mean = np.mean([demo.blob_shape(rng(s), 48, 0.05, 0.09) > 0.5 for s in range(3000)], axis=0)
-    middle, frame = mean[16:32, 16:32].mean(), mean.mean()
-    assert middle == pytest.approx(frame, rel=0.25)
+def test_places_of_masks():
+    ys, xs = [], []
+    for seed in range(1000):
+        y, x = np.nonzero(demo.blob_shape(rng(seed), 64, 0.05, 0.09) > 0.5)
+        ys.append(y.mean())
+        xs.append(x.mean())
+    for centres in (ys, xs):
+        share, _ = np.histogram(centres, bins=4, range=(0.15 * 64, 0.85 * 64))
+        assert share.sum() > 900 and share.min() > 190
 
 
 def test_the_whole_demo(tmp_path, monkeypatch):

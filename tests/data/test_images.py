@@ -79,9 +79,7 @@ def test_resizing_equals_antialiased_interpolation(tmp_path, shape, size):
         path = save(tmp_path / f"{np.dtype(dtype)}.tif", array)
         scale = 1.0 if dtype == np.float32 else np.iinfo(dtype).max
         tensor = torch.from_numpy((array / scale).astype(np.float32))[None, None]
-        expected = F.interpolate(
-            tensor, size, mode="bilinear", antialias=True, align_corners=False
-        )
+        expected = F.interpolate(tensor, size, mode="bilinear", antialias=True, align_corners=False)
         (batch,) = open_images(path, size, 1).batches(1)
         assert batch.images.shape == (1, 1, *size)
         assert (batch.images - expected).abs().max() <= tolerance
