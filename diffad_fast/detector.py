@@ -163,9 +163,7 @@ class Detector:
         maps=False keeps no maps: memory then does not grow with the number of images, but for a
         few numbers each. Raises InputError for unusable data or before ``fit``.
         """
-        return Score.join(
-            list(self.score_iter(source, maps=maps, batch_size=batch_size, strict=strict))
-        )
+        return Score.join(self.score_iter(source, maps=maps, batch_size=batch_size, strict=strict))
 
     def score_iter(
         self, source, *, maps: bool = True, batch_size: int | None = None, strict: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,17 +42,35 @@ class Score:
         )
 
     @staticmethod
-    def join(parts: Sequence[Score]) -> Score:
-        """One answer from those of successive batches (at least one)."""
-        skipped = [entry for part in parts for entry in part.skipped]
-        parts = [part for part in parts if len(part)] or list(parts[:1])
-        first = parts[0]
+    def join(parts: Iterable[Score]) -> Score:
+        """One answer from those of successive batches, which are read once.
+
+        Numbers are gathered in lists: thousands of small arrays that outlive the large temporary
+        tensors allocated around them would keep the freed memory between them from being used
+        again, and the process would grow with the data.
+        """
+        columns: dict[str, list] = {"score": [], "p_value": [], "label": [], "index": []}
+        maps: list[np.ndarray] = []
+        paths: list[str] = []
+        skipped: list[tuple[str, str]] = []
+        missing = set()
+        for part in parts:
+            skipped += part.skipped
+            if not len(part):
+                continue
+            for name, column in columns.items():
+                values = getattr(part, name)
+                missing |= {name} if values is None else set()
+                column += [] if values is None else values.tolist()
+            missing |= {name for name in ("map", "paths") if getattr(part, name) is None}
+            maps += [] if part.map is None else [part.map]
+            paths += part.paths or []
         return Score(
-            score=np.concatenate([p.score for p in parts]),
-            map=None if first.map is None else np.concatenate([p.map for p in parts]),
-            p_value=np.concatenate([p.p_value for p in parts]),
-            label=None if first.label is None else np.concatenate([p.label for p in parts]),
-            paths=None if first.paths is None else [path for p in parts for path in p.paths],
-            index=np.concatenate([p.index for p in parts]),
+            score=np.array(columns["score"], dtype=np.float64),
+            map=None if "map" in missing else np.concatenate(maps),
+            p_value=np.array(columns["p_value"], dtype=np.float64),
+            label=None if "label" in missing else np.array(columns["label"], dtype=np.int64),
+            paths=None if "paths" in missing else paths,
+            index=np.array(columns["index"], dtype=np.int64),
             skipped=skipped,
         )
