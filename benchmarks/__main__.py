@@ -1,24 +1,59 @@
-"""`python -m benchmarks SUITE [options]`; `python -m benchmarks SUITE --help` lists the options."""
+"""`python -m benchmarks SUITE [options]`; `--help` lists suites and options."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import sys
+from pathlib import Path
 
 SUITES = {
-    "cpu": "operators on this CPU against their baselines",
-    "quality": "accuracy, time and memory of whole detectors on a data set",
+    "cpu": "operators on the CPU against their baselines and peers",
+    "gpu": "the same on the GPU",
+    "train": "the training step, images per second",
+    "metrics": "AUROC, AUPRO, ... against scikit-learn and the usual loops",
+    "end-to-end": "quality against latency of whole detectors on a data set",
+    "compile-report": "registers, shared memory and spills of every CUDA and Triton kernel",
+    "all": "all of the above that this machine can run",
+}
+# With a command line of their own.
+COMMANDS = {
+    "quality": "accuracy, time and memory of our detectors on a data set, over seeds",
+    "compare": "what got faster or slower between two results",
+    "readme": "write the newest results into README.md",
 }
 
 
 def main() -> int:
-    if len(sys.argv) < 2 or sys.argv[1] not in SUITES:
-        print("usage: python -m benchmarks SUITE [--help]\n", file=sys.stderr)
-        for name, text in SUITES.items():
-            print(f"  {name:8} {text}", file=sys.stderr)
-        return 2
-    from importlib import import_module
+    argv = sys.argv[1:]
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+    args = _parser().parse_args(argv)
+    from .suites import run
 
-    return import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+    return run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = [f"  {name:15} {text}" for name, text in {**SUITES, **COMMANDS}.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="suites and commands:\n" + "\n".join(lines),
+        epilog="quality, compare and readme have options of their own: add --help. Exit status 1: "
+        "a contender's result was wrong, or --baseline shows that ours got slower.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suite", choices=list(SUITES), metavar="SUITE")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: what the suite is for")
+    parser.add_argument("--filter", default="", metavar="REGEX", help="cases by name")
+    parser.add_argument("--baseline", type=Path, metavar="JSON", help="compare with it at the end")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results")
+    parser.add_argument("--quick", action="store_true", help="few cases and rounds")
+    end_to_end = parser.add_argument_group("end-to-end")
+    end_to_end.add_argument("--data", type=Path, help="MVTec AD layout; default: the demo's images")
+    end_to_end.add_argument("--size", type=int, default=128, help="side in pixels (%(default)s)")
+    end_to_end.add_argument("--train-steps", type=int, help="default: 500, with --quick 20")
+    return parser
 
 
 if __name__ == "__main__":

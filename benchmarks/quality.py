@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from .machine import describe, write
+from .machine import describe
+from .results import write_quality
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro", "f1_max")
 
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--options", default="{}", help="further detector options, as JSON")
     parser.add_argument("--group-regex", help="first group: the object that a photograph shows")
     parser.add_argument("--name", default="quality", help="name of the result")
+    parser.add_argument("--note", default="", help="what a reader must know, for the table")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -47,8 +49,8 @@ def main(argv: list[str]) -> int:
                 command = [sys.executable, "-m", "benchmarks", "quality", *argv, "--one", one]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 runs.append(json.loads(done.stdout))
-    result = {"machine": describe(), "data": Path(args.data).name, "runs": runs}
-    write(args.name, result, table(result))
+    result = {"machine": describe(), "data": Path(args.data).name, "note": args.note, "runs": runs}
+    write_quality(args.name, result, table(result))
     return 0
 
 
@@ -97,7 +99,8 @@ def table(result: dict) -> str:
     machine = result["machine"]
     groups: dict[tuple, list[dict]] = {}
     for one in result["runs"]:
-        groups.setdefault((one["options"]["denoiser"], one["options"]["image_size"]), []).append(one)
+        key = one["options"]["denoiser"], one["options"]["image_size"]
+        groups.setdefault(key, []).append(one)
     first = result["runs"][0]["report"]
     defects = list(first["per_defect"])
     lines = [
@@ -108,6 +111,7 @@ def table(result: dict) -> str:
         f"Report part of the test set: {first['n_normal']} normal and {first['n_anomalous']} "
         "defective images. Mean over the seeds, and standard deviation where there are several, "
         "in percent; times are of one run on a machine that also does other things.",
+        *([result["note"]] if result["note"] else []),
         "",
     ]
     head = ["denoiser", "size", "seeds", "steps", "defect", "image AUROC", "pixel AUROC", "AUPRO"]
@@ -117,10 +121,10 @@ def table(result: dict) -> str:
         for defect in ["all", *defects]:
             row = [denoiser, str(size), str(len(runs)), str(runs[0]["train_steps"]), defect]
             for name in FIGURES:
-                values = [
-                    (one["report"] if defect == "all" else one["report"]["per_defect"][defect])[name]
-                    for one in runs
-                ]
+                parts = [one["report"] for one in runs]
+                if defect != "all":
+                    parts = [part["per_defect"][defect] for part in parts]
+                values = [part[name] for part in parts]
                 row.append(_spread(values))
             if defect == "all":
                 for name, digits in (("fit_seconds", 0), ("latency_ms", 1), ("peak_memory_mib", 0)):

@@ -1,0 +1,124 @@
+"""A whole detector's score, decoded image in, map and score out on the host: how its time grows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..case import OURS, REFERENCE, Case, Contender, map_tensors, random
+
+SIDE, STEPS = 128, 3
+
+
+def cases(device_type: str, quick: bool) -> Iterator[Case]:
+    # Along each axis the two others stay at (1, 128, 3): a model of the preset "fast".
+    batches = (1, 2, 4, 8, 16, 32) if device_type == "cpu" else (1, 4, 16, 64, 256)
+    sides = (64, 128, 192, 256) if device_type == "cpu" else (64, 128, 256, 512)
+    steps = (1, 3, 5, 10, 20)
+    if quick:
+        batches, sides, steps = batches[::3], sides[:2], steps[:3:2]
+    points = {(n, SIDE, STEPS): {"batch": n} for n in batches}
+    for side in sides:
+        points.setdefault((1, side, STEPS), {})["side"] = side
+    for count in steps:
+        points.setdefault((1, SIDE, count), {})["steps"] = count
+    for (n, side, count), sweep in points.items():
+        yield score_case(device_type, n, side, count, sweep)
+
+
+def score_case(device_type: str, n: int, side: int, steps: int, sweep: dict[str, int]) -> Case:
+    """Ours as it is used; the same weights as a researcher would run them: eager, on the reference
+    operators, in contiguous tensors."""
+    from diffad_fast import use_backend
+
+    device = torch.device(device_type)
+    detector = _detector(device, side, steps)
+
+    def plain(images):
+        with use_backend("reference"):
+            return contiguous(detector).score_images(images)
+
+    def channels_last(images):
+        with use_backend("reference"):
+            return detector.score_images(images)
+
+    def exact(inputs):
+        with use_backend("reference"):
+            return in_float64(detector).score_images(inputs[0].double())
+
+    images = (random(n, 1, side, side) / 8 + 0.5).clamp(0, 1)
+    with FlopCounterMode(display=False) as counter, use_backend("reference"), torch.no_grad():
+        detector.score_images(images[:1])
+    return Case(
+        "detector.score",
+        f"fast, batch {n}, {side}×{side}, {steps} steps",
+        lambda device: (images,),  # on the host, where decoded images are
+        exact,
+        {
+            OURS: Contender(detector.score_images, memory_format="channels_last"),
+            REFERENCE: Contender(plain),
+            f"{REFERENCE}, channels_last": Contender(channels_last, memory_format="channels_last"),
+        },
+        flops=n * counter.get_total_flops(),
+        tolerance=2e-3,  # float32 through a whole reverse process
+        batch=n,
+        unit="image",
+        host=True,
+        sweep=sweep,
+    )
+
+
+def _detector(device: torch.device, side: int, steps: int):
+    """Not fitted: the time of a score does not depend on the weights' values."""
+    from diffad_fast import Detector
+
+    detector = Detector(
+        image_size=side, channels=1, preset="fast", reverse_steps=steps, device=device
+    )
+    return fill_zeros(detector)
+
+
+def fill_zeros(detector):
+    """Random numbers in the place of parameters that start at zero, behind which a wrong result
+    could hide."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in detector.denoiser.parameters():
+            if not p.any():
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+    return detector
+
+
+_variants: dict[tuple[int, str], tuple] = {}
+
+
+def _variant(detector, kind: str, make):
+    """``make`` applied once to a copy; the detector is kept too, so that its id stays its own."""
+    key = (id(detector), kind)
+    if key not in _variants:
+        _variants[key] = (detector, make(copy.deepcopy(detector)))
+    return _variants[key][1]
+
+
+def contiguous(detector):
+    def make(copied):
+        copied.denoiser.to(memory_format=torch.contiguous_format)
+        encode = copied.representation.encode
+        copied.representation.encode = lambda images: encode(images).contiguous()
+        return copied
+
+    return _variant(detector, "contiguous", make)
+
+
+def in_float64(detector):
+    def make(copied):
+        copied.device = torch.device("cpu")
+        copied.denoiser.to("cpu").double()
+        copied.representation.to("cpu").double()
+        copied.statistics = map_tensors(torch.Tensor.cpu, copied.statistics)
+        return copied
+
+    return _variant(detector, "float64", make)

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from .. import peers
+from ..case import Case, Contender, on, operator_case, random
+
+T, STEPS, FROM = 1000, 50, 500
+
+
+def cases(device_type: str, quick: bool) -> Iterator[Case]:
+    n = 32 if device_type == "cpu" else 512
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float32), dim=0)
+    for shape in ((n, 64, 32, 32), (1, 64, 32, 32))[: 1 if quick else None]:
+        numel = math.prod(shape)
+        times = torch.arange(shape[0]) * (T // shape[0])
+        yield operator_case(
+            "q_sample",
+            "×".join(map(str, shape)),
+            lambda device, shape=shape, times=times: on(
+                device, random(*shape), times, random(*shape, seed=1), alphas
+            ),
+            lambda functions, x0, t, noise, table: functions.q_sample(x0, t, noise, table),
+            peers=_add_noise(),
+            bytes=12 * numel,
+            flops=3 * numel,
+            rate=None,
+            batch=shape[0],
+        )
+        a, b = float(alphas[FROM]), float(alphas[FROM - T // STEPS])
+        yield operator_case(
+            "ddim_step",
+            f"v_prediction, {'×'.join(map(str, shape))}",
+            lambda device, shape=shape: on(device, random(*shape), random(*shape, seed=1)),
+            lambda functions, x, m, a=a, b=b: functions.ddim_step(
+                x, m, a, b, prediction_type="v_prediction"
+            ),
+            peers=_scheduler_step(),
+            bytes=12 * numel,
+            flops=9 * numel,
+            rate=None,
+            batch=shape[0],
+        )
+
+
+def _scheduler():
+    diffusers = peers.get("diffusers")
+    scheduler = diffusers.DDIMScheduler(
+        T, 1e-4, 0.02, "linear", clip_sample=False, prediction_type="v_prediction"
+    )
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def _add_noise() -> dict[str, Contender]:
+    if not peers.get("diffusers"):
+        return {}
+    scheduler = _scheduler()
+    return {"diffusers": Contender(lambda x0, t, noise, _: scheduler.add_noise(x0, noise, t))}
+
+
+def _scheduler_step() -> dict[str, Contender]:
+    if not peers.get("diffusers"):
+        return {}
+    scheduler = _scheduler()
+    return {"diffusers": Contender(lambda x, m: scheduler.step(m, FROM, x).prev_sample)}

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from .. import peers
+from ..case import Case, Contender, numpy_inputs, on, operator_case, random
+
+
+def cases(device_type: str, quick: bool) -> Iterator[Case]:
+    n = 16 if device_type == "cpu" else 64
+    # (shape, level, memory format): images at the input, features inside the U-Net, one large
+    # image, one small one where only the overhead of a call counts.
+    table = [
+        ((n, 3, 256, 256), 3, "contiguous"),
+        ((4 * n, 64, 64, 64), 1, "channels_last"),
+        ((1, 3, 2048, 2048), 1, "contiguous"),
+        ((1, 1, 64, 64), 1, "contiguous"),
+    ]
+    for shape, level, memory_format in table[: 2 if quick else None]:
+        batch, channels, height, width = shape
+        numel = batch * channels * height * width
+        name = f"level {level}, {'×'.join(map(str, shape))}, {memory_format}"
+        # Along each axis one addition a sample and level, and one scaling at the end.
+        costs = {"bytes": 8 * numel, "flops": (2 * level + 1) * numel, "rate": None}
+        common = {"memory_format": memory_format, "batch": batch, **costs}
+        fixed = _bank(level)
+        packed = (batch, channels * 4**level, height >> level, width >> level)
+        yield operator_case(
+            "haar_pack",
+            name,
+            lambda device, shape=shape: on(device, random(*shape)),
+            lambda functions, x, level=level: functions.haar_pack(x, level),
+            peers=_peers(_pack_by_pywavelets, _pack_by_conv, level, fixed),
+            **common,
+        )
+        yield operator_case(
+            "haar_unpack",
+            name,
+            lambda device, shape=packed: on(device, random(*shape)),
+            lambda functions, y, level=level: functions.haar_unpack(y, level),
+            peers=_peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed),
+            **common,
+        )
+
+
+def _peers(by_pywavelets, by_conv, level: int, bank: torch.Tensor) -> dict[str, Contender]:
+    result = {
+        "conv2d with fixed filters": Contender(
+            lambda x, filters: by_conv(x, filters, level),
+            lambda inputs: (inputs[0], bank.to(inputs[0].device)),
+        )
+    }
+    if peers.get("pywt"):
+        result["PyWavelets"] = numpy_inputs(lambda x: by_pywavelets(x, level))
+    return result
+
+
+def _bank(level: int) -> torch.Tensor:
+    """(4^level, 1, 2^level, 2^level): the packet's filters, from its response to unit pixels."""
+    from diffad_fast import reference
+
+    side = 2**level
+    pixels = torch.eye(side * side).reshape(-1, 1, side, side)
+    return reference.haar_pack(pixels, level).reshape(side * side, -1).T.reshape(-1, 1, side, side)
+
+
+def _pack_by_conv(x, filters, level):
+    n, c, h, w = x.shape
+    y = F.conv2d(x.reshape(n * c, 1, h, w), filters, stride=2**level)
+    return y.reshape(n, c, 4**level, *y.shape[2:]).transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def _unpack_by_conv(y, filters, level):
+    n, c, h, w = y.shape
+    bands = y.reshape(n, 4**level, -1, h, w).transpose(1, 2).reshape(-1, 4**level, h, w)
+    x = F.conv_transpose2d(bands, filters, stride=2**level)
+    return x.reshape(n, -1, *x.shape[2:])
+
+
+def _pack_by_pywavelets(x, level):
+    import numpy as np
+    import pywt
+
+    bands = [x]
+    for _ in range(level):
+        parts = [pywt.dwt2(band, "haar", mode="periodization") for band in bands]
+        parts = [(low, *high) for low, high in parts]
+        # The digit of the level just done, the coarsest so far, is the most significant.
+        bands = [part[digit] for digit in range(4) for part in parts]
+    return torch.from_numpy(np.concatenate(bands, axis=1))
+
+
+def _unpack_by_pywavelets(y, level):
+    import numpy as np
+    import pywt
+
+    bands = np.split(y, 4**level, axis=1)
+    for _ in range(level):
+        quarter = len(bands) // 4
+        groups = [bands[i::quarter] for i in range(quarter)]
+        bands = [pywt.idwt2((g[0], tuple(g[1:])), "haar", mode="periodization") for g in groups]
+    return torch.from_numpy(bands[0])

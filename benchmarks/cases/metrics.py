@@ -1,0 +1,160 @@
+"""The metrics, on NumPy arrays, against what evaluation scripts usually call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .. import peers
+from ..case import OURS, Case, Contender
+
+THRESHOLDS = 200
+
+
+def cases(device_type: str, quick: bool) -> Iterator[Case]:
+    from diffad_fast import metrics
+
+    n, side = (16, 256) if quick else (64, 256)
+    masks, maps = _data(n, side)
+    sklearn = peers.get("sklearn.metrics")
+    labels, scores = masks.reshape(-1), maps.reshape(-1)
+    for name, ours, by_sklearn in (
+        ("auroc", metrics.auroc, lambda y, s: sklearn.roc_auc_score(y, s)),
+        ("pauc", metrics.pauc, lambda y, s: sklearn.roc_auc_score(y, s, max_fpr=0.1)),
+        ("f1_max", metrics.f1_max, lambda y, s: _f1_from_curve(sklearn, y, s)),
+    ):
+        contenders = {OURS: Contender(ours)}
+        if sklearn:
+            contenders["scikit-learn"] = Contender(by_sklearn)
+        yield _case(name, n, side, (labels, scores), _EXACT[name], contenders)
+    contenders = {
+        OURS: Contender(metrics.aupro),
+        "sort of all pixels": Contender(_aupro_by_sort),
+        f"{THRESHOLDS} thresholds": Contender(
+            _aupro_by_thresholds, tolerance=0.02, note="approximate"
+        ),
+    }
+    if anomalib := peers.get("anomalib.metrics"):
+        contenders["anomalib"] = Contender(
+            lambda *pair: _aupro_by_anomalib(anomalib, *pair), tolerance=0.02, note="approximate"
+        )
+    yield _case("aupro", n, side, (masks, maps), _aupro_by_sort, contenders)
+
+
+def _case(name, n, side, inputs, exact, contenders) -> Case:
+    return Case(
+        f"metrics.{name}",
+        f"{n} maps of {side}×{side}, 1% anomalous",
+        lambda device: inputs,
+        lambda given: exact(given[0], given[1].astype(np.float64)),
+        contenders,
+        bytes=inputs[0].nbytes + inputs[1].nbytes,
+        tolerance=1e-9,
+        batch=n,
+        unit="map",
+        host=True,
+    )
+
+
+def _data(n: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks (bool) with three discs an image, about 1% of it; scores (float32) higher there."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:side, :side]
+    masks = np.zeros((n, side, side), dtype=bool)
+    for mask in masks:
+        for cy, cx in rng.uniform(0, side, size=(3, 2)):
+            mask |= np.hypot(y - cy, x - cx) < side * 0.033
+    maps = rng.standard_normal(masks.shape, dtype=np.float32) + 1.5 * masks
+    return masks, maps.astype(np.float32)
+
+
+# ------------------------------------------------------------ exact values, from all scores sorted
+
+
+def _curve(labels, scores):
+    """True and false positives at each distinct threshold, from the highest."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), scores.size - 1)
+    true = np.cumsum(labels[order])[ends].astype(np.float64)
+    return true, ends + 1 - true
+
+
+def _auroc(labels, scores):
+    true, false = (np.append(0, part) for part in _curve(labels, scores))
+    return _area(true / true[-1], false / false[-1])
+
+
+def _pauc(labels, scores, limit=0.1):
+    true, false = (np.append(0, part) for part in _curve(labels, scores))
+    area = _area_to(false / false[-1], true / true[-1], limit)
+    return (1 + (area - limit**2 / 2) / (limit - limit**2 / 2)) / 2
+
+
+def _f1_max(labels, scores):
+    true, false = _curve(labels, scores)
+    return (2 * true / (true + false + true[-1])).max()
+
+
+def _area(y, x):
+    return 0.5 * np.dot(np.diff(x), y[1:] + y[:-1])
+
+
+def _area_to(x, y, limit):
+    inside = x <= limit
+    x_end, y_end = np.append(x[inside], limit), np.append(y[inside], np.interp(limit, x, y))
+    return _area(y_end, x_end)
+
+
+_EXACT = {"auroc": _auroc, "pauc": _pauc, "f1_max": _f1_max}
+
+
+def _regions(mask):
+    from scipy import ndimage
+
+    return ndimage.label(mask, structure=np.ones((3, 3)))
+
+
+def _aupro_by_sort(masks, maps, limit=0.3):
+    """Every pixel sorted once; a pixel of a region adds 1 / (its size × the number of regions)."""
+    share, number = np.zeros(masks.shape), 0
+    for out, mask in zip(share, masks, strict=True):
+        labelled, count = _regions(mask)
+        out[mask] = 1 / np.bincount(labelled[mask])[labelled[mask]]
+        number += count
+    order = np.argsort(-maps.reshape(-1), kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(maps.reshape(-1)[order])), maps.size - 1)
+    overlap = np.cumsum(share.reshape(-1)[order] / number)[ends]
+    false = np.cumsum(~masks.reshape(-1)[order])[ends]
+    return _area_to(np.append(0, false / false[-1]), np.append(0, overlap), limit) / limit
+
+
+# ------------------------------------------------------------------------ as others compute them
+
+
+def _f1_from_curve(sklearn, labels, scores):
+    precision, recall, _ = sklearn.precision_recall_curve(labels, scores)
+    return (2 * precision * recall / np.maximum(precision + recall, 1e-12)).max()
+
+
+def _aupro_by_thresholds(masks, maps, limit=0.3):
+    """The loop of common evaluation scripts: 200 thresholds between the extremes."""
+    regions = []
+    for i, mask in enumerate(masks):
+        labelled, count = _regions(mask)
+        regions += [(i, labelled == k) for k in range(1, count + 1)]
+    normal = ~masks
+    points = []
+    for threshold in np.linspace(maps.max(), maps.min(), THRESHOLDS):
+        found = maps >= threshold
+        overlap = np.mean([found[i][region].mean() for i, region in regions])
+        points.append((found[normal].mean(), overlap))
+    x, y = np.array([(0.0, 0.0), *points]).T
+    return _area_to(x, y, limit) / limit
+
+
+def _aupro_by_anomalib(anomalib, masks, maps):
+    import torch
+
+    metric = anomalib.AUPRO(fields=None)
+    return float(metric(torch.from_numpy(maps), torch.from_numpy(masks)))

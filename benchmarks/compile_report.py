@@ -1,0 +1,189 @@
+"""What the compilers say of every kernel: registers, shared memory, spills, on each architecture.
+
+Needs nvcc, not a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import machine
+from .tables import grid
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("80", "90", "100")
+
+
+def run(quick: bool, pattern: str = "") -> dict:
+    """The result to write: ``kernels``, a row a kernel and architecture, and ``missing``."""
+    missing = []
+    kernels: list[dict] = []
+    build = _build_script()
+    nvcc = build.find_nvcc()
+    if nvcc is None:
+        missing.append("nvcc is not installed: no report of csrc/cuda/*.cu")
+    else:
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            if re.search(pattern, source.name):
+                kernels += _cuda(build, nvcc, source, ("90",) if quick else ARCHITECTURES)
+    triton = list(_triton(missing))
+    return {
+        "format": 1, "suite": "compile-report", "quick": quick, "device": "none",
+        "machine": machine.describe(), "rows": [], "wrong": [],
+        "nvcc": machine.output([nvcc, "--version"]) if nvcc else None,
+        "kernels": kernels + triton, "missing": missing,
+    }  # fmt: skip
+
+
+def table(result: dict) -> list[str]:
+    """A line a kernel, its architectures side by side."""
+    archs = list(dict.fromkeys(k["architecture"] for k in result["kernels"]))
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for kernel in result["kernels"]:
+        rows.setdefault((kernel["file"], kernel["kernel"]), {})[kernel["architecture"]] = kernel
+    spilled = sum(k["spill_bytes"] > 0 for k in result["kernels"])
+    lines = [*(f"Missing: {text}." for text in result["missing"]), ""]
+    lines += [
+        f"{len(result['kernels'])} kernels compiled, {spilled} of them spill registers to memory. "
+        "Registers a thread / shared memory a block in bytes / bytes spilled.",
+        "",
+    ]
+    head = ["file", "kernel", *archs]
+    body = [
+        [file, f"`{name}`", *(_cell(found.get(arch)) for arch in archs)]
+        for (file, name), found in rows.items()
+    ]
+    return lines + grid(head, body)
+
+
+def _cell(kernel: dict | None) -> str:
+    if kernel is None:
+        return ""
+    spill = kernel["spill_bytes"]
+    return f"{kernel['registers']} / {kernel['shared_bytes']} / {f'**{spill}**' if spill else 0}"
+
+
+def _build_script():
+    """setup.py as a module: its compiler flags are the ones to report on."""
+    spec = importlib.util.spec_from_file_location("diffad_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _cuda(build, nvcc: str, source: Path, architectures) -> Iterator[dict]:
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    for arch in architectures:
+        print(f"  {source.name}, sm_{arch}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                nvcc, "-cubin", str(source), "-o", str(Path(folder, "out.cubin")),
+                f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", *build.NVCC_FLAGS,
+                f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}", "-isystem", str(include),
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc failed on {source.name}:\n{done.stderr[-2000:]}")
+        yield from parse(done.stderr, source.name, f"sm_{arch}")
+
+
+def parse(log: str, file: str, architecture: str) -> Iterator[dict]:
+    """Kernels from what ``ptxas -v`` prints: three lines for each."""
+    blocks = re.split(r"ptxas info\s*: Compiling entry function '", log)[1:]
+    names = _demangled([block.split("'", 1)[0] for block in blocks])
+    for name, block in zip(names, blocks, strict=True):
+
+        def number(pattern: str, text: str = block) -> int:
+            found = re.search(pattern, text)
+            return int(found[1]) if found else 0
+
+        yield {
+            "file": file,
+            "kernel": name,
+            "architecture": architecture,
+            "registers": number(r"Used (\d+) registers"),
+            "shared_bytes": number(r"(\d+) bytes smem"),
+            "stack_bytes": number(r"(\d+) bytes stack frame"),
+            "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        }
+
+
+def _demangled(names: list[str]) -> list[str]:
+    """Readable names, without the arguments of the kernel, the same for all its variants."""
+    if not names or not shutil.which("c++filt"):
+        return names
+    done = subprocess.run(["c++filt", *names], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if len(lines) != len(names):
+        return names
+    kernel = r"void (?:diffad::|\(anonymous namespace\)::)*(.*?>|\w+)\("
+    found = [re.match(kernel, line) for line in lines]
+    return [m[1] if m else line for m, line in zip(found, lines, strict=True)]
+
+
+def _triton(missing: list[str]) -> Iterator[dict]:
+    """Kernels of ``diffad_fast.kernels``: a module names what to compile in ``COMPILE``, a dict of
+    kernel name -> (function, signature, constants), the arguments of ``triton.compiler.ASTSource``.
+    """
+    try:
+        package = importlib.import_module("diffad_fast.kernels")
+    except ModuleNotFoundError:
+        missing.append("diffad_fast.kernels is not installed: no report of kernels/")
+        return
+    names = [entry.name for entry in pkgutil.iter_modules(package.__path__)]
+    if not names:
+        missing.append("there is no Triton kernel in kernels/")
+        return
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+    except ImportError:
+        missing.append("triton is not installed: no report of kernels/")
+        return
+    for name in names:
+        module = importlib.import_module(f"diffad_fast.kernels.{name}")
+        variants = getattr(module, "COMPILE", None)
+        if variants is None:
+            missing.append(f"kernels/{name}.py has no COMPILE, so nothing of it was compiled")
+            continue
+        for kernel, (function, signature, constants) in variants.items():
+            source = triton.compiler.ASTSource(function, signature, constants)
+            for arch in ARCHITECTURES:
+                done = triton.compile(source, target=GPUTarget("cuda", int(arch), 32))
+                usage = _cubin_usage(done.asm["cubin"])
+                known = {"file": f"{name}.py", "kernel": kernel, "architecture": f"sm_{arch}"}
+                yield known | usage
+
+
+def _cubin_usage(cubin: bytes) -> dict[str, int]:
+    """Resources of a compiled kernel, from cuobjdump, Triton's own or the toolkit's."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = str(bundled) if bundled.exists() else "cuobjdump"
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+    def number(name: str) -> int:
+        found = re.search(rf"{name}:(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return {
+        "registers": number("REG"), "shared_bytes": number("SHARED"),
+        "stack_bytes": number("STACK"), "spill_bytes": number("LOCAL"),
+    }  # fmt: skip

@@ -1,0 +1,62 @@
+"""The packages that a user would pick instead: which are here, and why the others are not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.resources
+import sys
+import types
+from functools import cache
+
+# Module to import -> its distribution.
+PEERS = {
+    "pywt": "PyWavelets",
+    "ptwt": "ptwt",
+    "pytorch_wavelets": "pytorch_wavelets",
+    "diffusers": "diffusers",
+    "pyod": "pyod",
+    "sklearn": "scikit-learn",
+    "scipy": "scipy",
+    "anomalib": "anomalib",
+}
+
+
+@cache
+def get(module: str):
+    """The imported module, or None; :func:`absent` then has the reason."""
+    try:
+        if module == "pytorch_wavelets" and importlib.util.find_spec("pkg_resources") is None:
+            _provide_resource_stream()
+        return importlib.import_module(module)
+    except Exception as error:  # whatever stops a foreign package from loading
+        _reasons[module.split(".")[0]] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
+
+
+def absent() -> dict[str, str]:
+    """Package -> why it takes no part."""
+    for module in PEERS:
+        get(module)
+    return {PEERS[module]: _reasons[module] for module in PEERS if module in _reasons}
+
+
+def versions() -> dict[str, str]:
+    """Package -> version, of those that are here."""
+    return {
+        package: importlib.metadata.version(package)
+        for module, package in PEERS.items()
+        if get(module) is not None
+    }
+
+
+_reasons: dict[str, str] = {}
+
+
+def _provide_resource_stream() -> None:
+    """pytorch_wavelets 1.3 reads its filters by pkg_resources, which setuptools 82 removed."""
+    module = types.ModuleType("pkg_resources")
+    module.resource_stream = lambda package, name: (
+        importlib.resources.files(package).joinpath(name).open("rb")
+    )
+    sys.modules["pkg_resources"] = module

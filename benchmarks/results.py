@@ -1,0 +1,64 @@
+"""Results on disk: one JSON file a suite, machine and day, with its table and plots beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .machine import slug
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(result: dict, folder: Path = RESULTS) -> Path:
+    """Write ``<machine>-<date>-<suite>.json``, the same as Markdown, and the plots."""
+    from . import plots, tables
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{slug(result['machine'])}-{result['machine']['date']}-{result['suite']}"
+    path = folder / f"{name}{'-quick' if result.get('quick') else ''}.json"
+    path.write_text(_dump(result), encoding="utf-8")
+    drawn = plots.draw(result, path.with_suffix(""))
+    path.with_suffix(".md").write_text(tables.markdown(result, drawn), encoding="utf-8")
+    return path
+
+
+def write_quality(name: str, result: dict, table: str) -> None:
+    """Keep a result of the suite ``quality`` under its own name, with its table in Markdown."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+    print(f"written to {path} and {path.with_suffix('.md').name}")
+
+
+def read(path: str | Path) -> dict:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def newest(folder: Path = RESULTS) -> dict[str, tuple[Path, dict]]:
+    """Suite -> its newest result; a quick one only where there is no other."""
+    found: dict[str, tuple[tuple, Path, dict]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = read(path)
+        if "suite" not in result:
+            continue
+        rank = (not result["quick"], result["machine"]["date"], path.name)
+        if result["suite"] not in found or rank > found[result["suite"]][0]:
+            found[result["suite"]] = (rank, path, result)
+    return {suite: entry[1:] for suite, entry in sorted(found.items())}
+
+
+def _dump(result: dict) -> str:
+    """JSON with an entry a line, but samples of one contender in one line."""
+    lines = json.dumps(result, indent=1, default=float).split("\n")
+    text, inside = [], False
+    for line in lines:
+        if inside:
+            text[-1] += line.strip() if line.strip().startswith("]") else line.strip() + " "
+            inside = not line.strip().startswith("]")
+        else:
+            text.append(line)
+            inside = line.rstrip().endswith('"ms": [')
+    return "\n".join(text) + "\n"

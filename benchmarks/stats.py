@@ -1,0 +1,46 @@
+"""Quantiles, intervals and slopes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """Of times in ms; p99 is the largest of them where they are few."""
+    values = np.quantile(samples, [0.2, 0.5, 0.8, 0.99])
+    return dict(zip(("p20", "p50", "p80", "p99"), map(float, values), strict=True))
+
+
+def ratio(
+    numerator: Sequence[float], denominator: Sequence[float], paired: bool
+) -> tuple[float, float, float]:
+    """Ratio of the medians with its 95% bootstrap interval (Efron & Tibshirani 1993, percentiles).
+
+    ``paired``: sample i of both was taken in the same round and shares its noise; rounds are drawn,
+    not single samples.
+    """
+    a, b = np.asarray(numerator), np.asarray(denominator)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(len(a), size=(RESAMPLES, len(a)))
+    other = rows if paired else rng.integers(len(b), size=(RESAMPLES, len(b)))
+    drawn = np.median(a[rows], axis=1) / np.median(b[other], axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(np.median(a) / np.median(b)), float(low), float(high)
+
+
+def verdict(low: float, high: float, margin: float = 0.0) -> str:
+    """Of a ratio other / ours: "faster" or "slower" only if the interval excludes 1 (± margin)."""
+    if low > 1 + margin:
+        return "faster"
+    if high < 1 / (1 + margin):
+        return "slower"
+    return "even"
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """b of y ~ x^b, by least squares on logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])

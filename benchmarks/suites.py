@@ -1,0 +1,78 @@
+"""The suites: which cases each one runs, and how its result is written and compared."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+import torch
+
+from . import cases, compare, compile_report, end_to_end, harness, peers, results
+from .harness import Run
+
+FAMILIES = {"cpu": cases.OPERATORS, "gpu": cases.OPERATORS, "train": ("training",),
+            "metrics": ("metrics",)}  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``args.suite``; the exit status."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 is set: times of the interpreter mean nothing, unset it")
+    if args.suite != "all":
+        return _one(args.suite, args)
+    gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
+    suites = ["cpu", *(["gpu"] if gpu else []), "train", "metrics", "end-to-end", "compile-report"]
+    if args.device == "cuda":
+        suites.remove("cpu")
+    if args.baseline:
+        sys.exit("--baseline is the result of one suite: run that suite alone")
+    return max(_one(suite, args) for suite in suites)
+
+
+def _one(suite: str, args: argparse.Namespace) -> int:
+    device = _device(suite, args)
+    began, load = time.perf_counter(), list(os.getloadavg())
+    print(f"suite {suite} on {device}", file=sys.stderr, flush=True)
+    peers.absent()  # imports them all, before anything is timed
+    if suite == "compile-report":
+        result = compile_report.run(args.quick, args.filter)
+    else:
+        effort = harness.FULL
+        if args.quick:
+            effort = harness.QUICK_GPU if device.type == "cuda" else harness.QUICK
+        runner = Run(device, effort, args.quick)
+        if suite == "end-to-end":
+            result = end_to_end.run(runner, args)
+        else:
+            found = cases.load(FAMILIES[suite], device.type, args.quick)
+            runner.measure(found, args.filter)
+            result = runner.result(suite)
+    result["machine"]["clock"]["load_before"] = load
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    path = results.write(result, args.out or results.RESULTS)
+    print(path.with_suffix(".md").read_text(encoding="utf-8"))
+    print(f"written to {path}, .md and .png beside it, in {result['seconds']:.0f} s")
+    for line in result["wrong"]:
+        print(f"WRONG, not timed: {line}", file=sys.stderr)
+    status = 1 if result["wrong"] else 0
+    if args.baseline:
+        text, slower = compare.report(results.read(args.baseline), result)
+        print(text)
+        status = status or (1 if slower else 0)
+    return status
+
+
+def _device(suite: str, args: argparse.Namespace) -> torch.device:
+    fixed = {"cpu": "cpu", "metrics": "cpu", "compile-report": "cpu", "gpu": "cuda"}.get(suite)
+    cuda = torch.cuda.is_available()
+    name = fixed or args.device or ("cuda" if cuda else "cpu")
+    if args.suite == suite and args.device and name != args.device:
+        sys.exit(f"suite {suite} runs on {name}, not on {args.device}")
+    if name == "cuda" and not cuda:
+        sys.exit(
+            f"suite {suite} needs a CUDA device, and torch {torch.__version__} sees none: check "
+            "the driver (nvidia-smi) and that torch was built with CUDA"
+        )
+    return torch.device(name)

@@ -1,0 +1,94 @@
+"""Times of contenders, taken in rounds: each round runs all of them, so that what disturbs the
+machine disturbs them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+SHORTEST_MS = 0.2  # a sample below this would measure the clock
+
+
+class HostClock:
+    """perf_counter around one call, or around as many as make a sample long enough."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._repeats: dict[Callable, int] = {}
+
+    def start(self, run: Callable) -> Callable[[], float]:
+        """Time ``run``; the result gives the milliseconds of a call."""
+        repeats = self._repeats.setdefault(run, 0) or self._calibrate(run)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        self._wait()
+        elapsed = 1e3 * (time.perf_counter() - began) / repeats
+        return lambda: elapsed
+
+    def _calibrate(self, run: Callable) -> int:
+        began = time.perf_counter()
+        run()
+        self._wait()
+        elapsed = 1e3 * (time.perf_counter() - began)
+        self._repeats[run] = max(1, min(1000, round(SHORTEST_MS / max(elapsed, 1e-6))))
+        return self._repeats[run]
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class DeviceClock:
+    """CUDA events around one call, after a write that has pushed everything out of the L2 cache.
+
+    The write also keeps the device busy while the host gets the call under way, so that launch
+    overhead is not counted as the kernel's time.
+    """
+
+    def __init__(self, device: torch.device):
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(max(4 * size, 1 << 26), dtype=torch.int8, device=device)
+
+    def start(self, run: Callable) -> Callable[[], float]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        begin.record()
+        run()
+        end.record()
+
+        def elapsed() -> float:
+            end.synchronize()
+            return begin.elapsed_time(end)
+
+        return elapsed
+
+
+def rounds(
+    runs: Mapping[str, Callable],
+    clock: HostClock | DeviceClock,
+    seconds: float,
+    at_least: int,
+    at_most: int,
+) -> dict[str, list[float]]:
+    """Milliseconds of each contender in each round, in the order of the rounds.
+
+    Goes on for ``seconds``, and for ``at_least`` rounds unless that takes ten times as long; for
+    three rounds in any case and for ``at_most``. The order within a round
+    moves on by one each time, so that nobody always runs after the same neighbour.
+    """
+    names = list(runs)
+    for name in names:  # the first samples fill caches
+        clock.start(runs[name])()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
+    for number in range(at_most):
+        elapsed = time.perf_counter() - began
+        if elapsed > seconds and (number >= at_least or elapsed > 10 * seconds and number >= 3):
+            break
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(clock.start(runs[name])())
+    return times

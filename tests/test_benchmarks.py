@@ -1,0 +1,387 @@
+"""The benchmark suite itself, and a guard on work that can be counted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cases, compare, counting, harness, machine, plots, readme, results, stats
+from benchmarks import tables as report
+from benchmarks.__main__ import main
+from benchmarks.case import OURS, REFERENCE, Case, Contender, random
+from benchmarks.compile_report import parse
+from benchmarks.timing import DeviceClock, rounds
+from benchmarks.verify import wrong
+from diffad_fast import native, ops
+from diffad_fast.ops import dispatch
+
+CPU = torch.device("cpu")
+TINY = harness.Effort(seconds=0.0, at_least=3, compile_seconds=0.0)
+CEILINGS = {
+    "copy_gb_per_s": 10.0, "copy_megabytes": 1, "matrix_gflop_per_s": {"float32": 100.0},
+    "matrix_side": 8,
+}  # fmt: skip
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+
+
+@pytest.fixture(autouse=True)
+def _no_long_measurements(monkeypatch):
+    monkeypatch.setattr(harness.ceilings, "measure", lambda device, quick: CEILINGS)
+    monkeypatch.setattr(harness, "QUICK", TINY)
+
+
+def small(operator: str) -> Case:
+    """The quick case of an operator."""
+    families = (*cases.OPERATORS, "metrics")
+    return next(c for c in cases.load(families, "cpu", quick=True) if c.operator == operator)
+
+
+def measured(case: Case) -> harness.Run:
+    run = harness.Run(CPU, TINY, quick=True)
+    run.measure([case])
+    return run
+
+
+def suite(out: Path, *arguments: str) -> tuple[int, dict | None, str]:
+    """Exit status, JSON and Markdown of `python -m benchmarks ... --quick`."""
+    import sys
+
+    argv = sys.argv
+    sys.argv = ["benchmarks", *arguments, "--quick", "--out", str(out)]
+    try:
+        status = main()
+    finally:
+        sys.argv = argv
+    path = next(out.glob("*.json"))
+    return status, results.read(path), path.with_suffix(".md").read_text()
+
+
+# ------------------------------------------------------------- a wrong result gets no time
+
+
+def test_a_wrong_operator_gets_no_time_and_fails_the_run(tmp_path, monkeypatch):
+    operator = dispatch.OPERATORS["haar_pack"]
+    name = operator.backend("cpu")
+    right = operator.implementations[name]
+
+    def spoiled(x, level):
+        y = right(x, level).clone()
+        y[0, 0, 0, 0] += 1e-3
+        return y
+
+    monkeypatch.setitem(operator.implementations, name, spoiled)
+    status, result, text = suite(tmp_path, "cpu", "--filter", "haar_pack level 3")
+    (row,) = result["rows"]
+    assert status == 1
+    assert "ms" not in row["contenders"][OURS] and "error" in row["contenders"][OURS]["wrong"]
+    assert "ms" in row["contenders"]["conv2d with fixed filters"]
+    assert all("ratio" not in entry for entry in row["contenders"].values())
+    assert "Wrong, and not timed" in text and "WRONG: error" in text
+
+
+def test_a_failing_operator_fails_the_run_and_a_failing_peer_is_named(monkeypatch):
+    case = small("q_sample")
+
+    def refuse(*inputs):
+        raise RuntimeError("no such thing")
+
+    contenders = dict(case.contenders) | {"peer": Contender(refuse)}
+    run = measured(Case(**{**vars(case), "contenders": contenders}))
+    assert not run.wrong
+    assert run.rows[0]["contenders"]["peer"]["failed"] == "RuntimeError: no such thing"
+    contenders = {OURS: Contender(refuse)}
+    run = measured(Case(**{**vars(case), "contenders": contenders}))
+    assert len(run.wrong) == 1 and "no such thing" in run.wrong[0]
+
+
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        (torch.zeros(3), "error"),
+        (torch.ones(4), "shape"),
+        ((torch.ones(3), torch.ones(3)), "results"),
+        (torch.full((3,), torch.nan), "nan"),
+    ],
+)
+def test_what_counts_as_wrong(output, reason):
+    case = Case("op", "name", lambda device: (), lambda inputs: None, {})
+    assert reason in wrong(case, Contender(lambda: None), np.ones(3), output)
+    assert wrong(case, Contender(lambda: None), np.ones(3), torch.ones(3) + 1e-6) is None
+
+
+def test_every_quick_operator_case_is_right():
+    """Each contender of each operator passes its own check: the baselines compute the same."""
+    for case in cases.load(cases.OPERATORS[:-1], "cpu", quick=True):
+        with torch.inference_mode():
+            inputs = case.inputs(CPU)
+            exact = case.exact(inputs)
+            for name, contender in case.contenders.items():
+                if not contender.compiled:
+                    output = contender.run(*contender.prepare(inputs))
+                    assert wrong(case, contender, exact, output) is None, (case.key, name)
+
+
+def test_every_operator_has_a_case():
+    # wavedec2 and waverec2 call dwt2d and idwt2d level by level.
+    here = {case.operator for case in cases.load(cases.OPERATORS, "cpu", quick=True)}
+    assert set(dispatch.OPERATORS) - here == {"wavedec2", "waverec2"}
+
+
+# ------------------------------------------------------------- times and how they are judged
+
+
+def fake(times: dict[str, float], operator: str = "op", note: str = "") -> dict:
+    """A result with samples around the given milliseconds."""
+    noise = 1 + 0.02 * np.random.default_rng(0).permutation(np.linspace(-1, 1, 41))
+    entries = {}
+    for name, ms in times.items():
+        samples = (ms * noise).tolist()
+        settings = Contender(lambda: None, note=note).settings(CPU)
+        entries[name] = {"settings": settings, "ms": samples, **stats.quantiles(samples),
+                         "per_second": 1e3 / ms, "first_call_ms": ms,
+                         "counts": {"operators": 2, "peak_bytes": 0}}  # fmt: skip
+        if name != OURS:
+            ratio = stats.ratio(samples, entries[OURS]["ms"], paired=True)
+            entries[name]["ratio"] = {
+                **dict(zip(("value", "low", "high"), ratio, strict=True)),
+                "ours_is": stats.verdict(*ratio[1:]),
+            }
+    row = {"case": f"{operator} case", "operator": operator, "name": "case", "batch": 1,
+           "unit": "sample", "bytes": 10**7, "flops": 10**6, "sweep": {}, "served_by": "cpu",
+           "clock": "host", "in_cache": False, "bound": "memory", "bound_ms": 1.0,
+           "contenders": entries}  # fmt: skip
+    return {"format": 1, "suite": "cpu", "quick": False, "device": "cpu",
+            "machine": machine.describe(CPU), "ceilings": CEILINGS, "rows": [row],
+            "wrong": []}  # fmt: skip
+
+
+def test_compare_tells_what_got_slower_beyond_noise():
+    before = fake({OURS: 1.0, "peer": 3.0})
+    text, slower = compare.report(before, fake({OURS: 1.3, "peer": 3.0}))
+    assert slower == ["op case"]
+    assert "| op case | diffad_fast | 1" in text and "slower" in text
+    text, slower = compare.report(before, fake({OURS: 0.7, "peer": 3.0}))
+    assert not slower and "faster" in text
+    assert compare.report(before, fake({OURS: 1.02, "peer": 3.0}))[1] == []
+    # The whole machine is slower: what did not change shows it.
+    assert compare.report(before, fake({OURS: 1.3, "peer": 3.9}))[1] == []
+
+
+def test_a_slow_operator_shows_in_compare(tmp_path, monkeypatch):
+    arguments = ("cpu", "--filter", "^q_sample")
+    _, before, _ = suite(tmp_path / "before", *arguments)
+    operator = dispatch.OPERATORS["q_sample"]
+    right = operator.implementations["reference"]
+    monkeypatch.setitem(operator.implementations, operator.backend("cpu"),
+                        lambda *args: [right(*args) for _ in range(5)][0])  # fmt: skip
+    path = next((tmp_path / "before").glob("*.json"))
+    status, after, _ = suite(tmp_path / "after", *arguments, "--baseline", str(path))
+    assert not after["wrong"] and status == 1
+    assert compare.report(before, after)[1] == [before["rows"][0]["case"]]
+
+
+def test_faster_only_if_the_interval_excludes_one():
+    rng = np.random.default_rng(1)
+    ours = 1 + 0.1 * rng.standard_normal(40)
+    ratio, low, high = stats.ratio(2 * ours, ours, paired=True)
+    assert ratio == pytest.approx(2) and low == pytest.approx(2) and high == pytest.approx(2)
+    ratio, low, high = stats.ratio(2 * ours, ours, paired=False)
+    assert low < 1.97 and high > 2.03  # without pairs the noise that both share counts
+    ratio, low, high = stats.ratio(1 + 0.1 * rng.standard_normal(40), ours, paired=False)
+    assert low < 1 < high and stats.verdict(low, high) == "even"
+    assert stats.verdict(1.01, 1.2) == "faster" and stats.verdict(0.8, 0.99) == "slower"
+    assert stats.verdict(1.01, 1.2, margin=0.05) == "even"
+
+
+def test_bootstrap_interval_covers_the_true_ratio():
+    rng = np.random.default_rng(2)
+    hits = 0
+    for _ in range(100):
+        a, b = 3 * np.exp(0.1 * rng.standard_normal((2, 30)))
+        _, low, high = stats.ratio(a, b / 3 * 2, paired=False)
+        hits += low <= 1.5 <= high
+    assert 88 <= hits <= 100  # 95 expected; 88 has a probability below 0.5%
+
+
+def test_rounds_interleave_and_rotate():
+    order = []
+
+    class Clock:
+        def start(self, run):
+            order.append(run)
+            return lambda: 1.0
+
+    times = rounds({"a": "a", "b": "b", "c": "c"}, Clock(), 0.0, 3, 3)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"  # the first round only warms up
+    assert times == {name: [1.0] * 3 for name in "abc"}
+
+
+def test_slope_of_a_power_law():
+    assert stats.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+# ------------------------------------------------------------------------------- the report
+
+
+def test_losses_stand_in_the_table():
+    result = fake({OURS: 2.0, REFERENCE: 4.0, "better peer": 1.0, "equal peer": 2.0})
+    (line,) = report.summary(result["rows"])[2:]
+    assert "2× (2–2)" in line and "better peer **0.5×**" in line and "equal peer *1× even*" in line
+    assert "50% of memory" in line
+    assert report.losses(result["rows"]) == result["rows"]
+
+
+def test_settings_and_machine_stand_in_the_report():
+    text = report.markdown(fake({OURS: 2.0, REFERENCE: 4.0}, note="another function"))
+    m = machine.describe(CPU)
+    for part in (m["cpu"], m["versions"]["torch"], str(m["commit"]), "tf32 off", "10 GB/s",
+                 "another function", "float32 | contiguous | no | off"):  # fmt: skip
+        assert part in text
+    for name, why in m["absent_peers"].items():
+        assert f"{name} ({why}" in text
+
+
+def test_plots_are_drawn_from_the_json_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = fake({OURS: 2.0, REFERENCE: 4.0})
+    for i, (axis, value) in enumerate([("batch", 1), ("batch", 8), ("steps", 1), ("steps", 4)]):
+        row = copy.deepcopy(fake({OURS: 2.0 + i, REFERENCE: 4.0})["rows"][0])
+        result["rows"].append({**row, "case": f"{axis} {value}", "sweep": {axis: value}})
+    result = json.loads(json.dumps(result))
+    drawn = plots.draw(result, tmp_path / "stem")
+    assert [path.name for path in drawn] == [
+        "stem-bars.png",
+        "stem-roofline.png",
+        "stem-growth.png",
+    ]
+    for path in drawn:
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size < 150_000
+
+
+def test_readme_agrees_with_the_newest_results():
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.replaced(text) == text, "run `python -m benchmarks readme`"
+
+
+def test_readme_quotes_every_lost_case(tmp_path):
+    result = fake({OURS: 2.0, REFERENCE: 4.0})
+    lost = fake({OURS: 2.0, "peer": 1.0})["rows"][0]
+    result["rows"] += [{**result["rows"][0], "case": "op minor"}, {**lost, "case": "op lost"}]
+    (tmp_path / "a-cpu.json").write_text(json.dumps(result))
+    older = {**result, "machine": {**result["machine"], "date": "2001-01-01", "cpu": "Old"}}
+    (tmp_path / "b-cpu.json").write_text(json.dumps(older))
+    text = readme.render(tmp_path)
+    assert "| op case |" in text and "| op lost |" in text and "| op minor |" not in text
+    assert "Of 3 cases a contender is faster than ours in 1;" in text and "Old" not in text
+    page = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    assert readme.replaced(page, tmp_path) == page.replace("old", text)
+    with pytest.raises(ValueError, match="benchmarks:begin"):
+        readme.replaced("no markers", tmp_path)
+
+
+def test_compile_report_reads_what_ptxas_prints():
+    log = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1kIfEvPf' for 'sm_90'
+ptxas info    : Function properties for _Z1kIfEvPf
+    24 bytes stack frame, 20 bytes spill stores, 28 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 9216 bytes smem, 128 bytes cmem[0]
+"""
+    (kernel,) = parse(log, "k.cu", "sm_90")
+    assert kernel.pop("kernel") in ("k<float>", "_Z1kIfEvPf")
+    assert kernel == {
+        "file": "k.cu", "architecture": "sm_90", "registers": 40, "shared_bytes": 9216,
+        "stack_bytes": 24, "spill_bytes": 48,
+    }  # fmt: skip
+
+
+def test_the_gpu_suite_fails_loudly_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        suite(tmp_path, "gpu")
+
+
+# ----------------------------------------------------------- counted work: a guard without a clock
+
+
+def counts(function, *args, **options) -> dict[str, int]:
+    with torch.inference_mode():
+        function(*args, **options)  # filters and the like are made once
+        return counting.count(lambda: function(*args, **options), CPU)
+
+
+X = random(4, 16, 32, 32)
+SIZE = X.nbytes
+
+
+@needs_native
+@pytest.mark.parametrize("level", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_native_haar_is_one_call_that_allocates_its_result_alone(level, memory_format):
+    x = X.to(memory_format=memory_format)
+    for found in (
+        counts(ops.haar_pack, x, level),
+        counts(ops.haar_unpack, ops.haar_pack(x, level), level),
+    ):
+        assert found["operators"] == 1
+        assert found["allocated_bytes"] == found["peak_bytes"] == SIZE
+
+
+# Operators called from Python, and the sum of all allocations as a multiple of the first input:
+# what the plain reference needs; a tenth more is allowed. A native version needs less.
+LIMITS = {
+    "group_norm_silu": (ops.group_norm_silu, (X, 4), 2, 2.0),
+    "q_sample": (ops.q_sample, (X, torch.arange(4), X, torch.rand(10)), 16, 3.0),
+    "ddim_step": (ops.ddim_step, (X, X, 0.5, 0.6), 28, 6.0),
+    "dwt2d": (ops.dwt2d, (X, "db4", "symmetric"), 29, 26.4),
+    "idwt2d": (ops.idwt2d, ((X, X, X, X), "db4", "symmetric"), 16, 25.7),
+    "wavelet_attention": (ops.wavelet_attention, (X.reshape(2, 2, 32, 32, 16),) * 3, 132, 42.0),
+    "anomaly_map": (ops.anomaly_map, (X, -X, (), (), (1.0, 1.0, 1.0), 2), 109, 12.4),
+    "philox_normal": (ops.philox_normal, (tuple(X.shape), 7, 0, 0, CPU), 146, 71.5),
+}
+
+
+@pytest.mark.parametrize("operator", LIMITS)
+def test_counted_work_of_operators(operator):
+    function, inputs, calls, passes = LIMITS[operator]
+    found, again = (counts(function, *inputs) for _ in range(2))
+    for key in ("operators", "allocated_bytes", "peak_bytes"):
+        assert found[key] == again[key]
+    assert 0 < found["operators"] <= 1.1 * calls
+    assert found["allocated_bytes"] <= 1.1 * passes * SIZE
+
+
+def test_a_count_sees_what_is_there():
+    found = counts(lambda: (X + 1) * 2)
+    assert found["operators"] == 2
+    assert found["allocated_bytes"] == pytest.approx(2 * SIZE, abs=100)  # and the two scalars
+    assert found["peak_bytes"] == pytest.approx(2 * SIZE, abs=100)
+    found = counts(lambda: [(X + 1).sum() for _ in range(3)])
+    assert found["allocated_bytes"] == pytest.approx(3 * SIZE, rel=0.01)
+    assert found["peak_bytes"] == pytest.approx(SIZE, rel=0.01)
+    found = counts(lambda: np.ones(1 << 20))
+    assert found["numpy_peak_bytes"] == pytest.approx(8 << 20, rel=0.01)
+
+
+@pytest.mark.gpu
+def test_counted_work_and_times_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    device = torch.device("cuda")
+    x = X.to(device)
+    ops.haar_pack(x, 3)
+    found = counting.count(lambda: ops.haar_pack(x, 3), device)
+    assert found["synchronisations"] == 0
+    assert found["kernels"] >= 1 and found["peak_bytes"] >= SIZE
+    if dispatch.OPERATORS["haar_pack"].backend("cuda") == "cuda":
+        assert found["kernels"] == 1 and found["allocated_bytes"] == SIZE
+    clock = DeviceClock(device)
+    small, large = torch.ones(1 << 10, device=device), torch.ones(1 << 28, device=device)
+    times = [clock.start(lambda y=y: y.add_(1))() for y in (small, large)]
+    # 2 GiB are moved: at most 10 TB/s, so at least 0.2 ms, where 8 KiB take microseconds.
+    assert times[0] < 0.2 < times[1]
