@@ -22,7 +22,7 @@ test: .venv/.built
 test-all: .venv/.built
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-bench: .venv/.built
+bench: .venv/.built .venv/.bench
 	$(BIN)/python -m benchmarks cpu
 
 # On a machine with a GPU, with its own Python and torch: no .venv, no network.
@@ -42,6 +42,10 @@ clean:
 	$(BIN)/python -m pip install --extra-index-url $(TORCH_INDEX) \
 		$$(grep '^torch==' requirements-cpu.txt)
 	$(BIN)/python -m pip install -r requirements-cpu.txt
+	touch $@
+
+.venv/.bench: requirements-bench.txt .venv/.installed
+	$(BIN)/python -m pip install --no-deps -r requirements-bench.txt
 	touch $@
 
 .venv/.built: .venv/.installed pyproject.toml setup.py $(NATIVE)
