@@ -39,7 +39,7 @@ clean:
 # torch comes first and alone: the other packages are to take the one that is there.
 .venv/.installed: requirements-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --extra-index-url $(TORCH_INDEX) \
+	$(BIN)/python -m pip install --no-deps --extra-index-url $(TORCH_INDEX) \
 		$$(grep '^torch==' requirements-cpu.txt)
 	$(BIN)/python -m pip install -r requirements-cpu.txt
 	touch $@

@@ -7,6 +7,8 @@ import importlib.metadata
 import importlib.resources
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 # Module to import -> its distribution.
@@ -27,7 +29,8 @@ def get(module: str):
     """The imported module, or None; :func:`absent` then has the reason."""
     try:
         if module == "pytorch_wavelets" and importlib.util.find_spec("pkg_resources") is None:
-            _provide_resource_stream()
+            with _resource_stream():
+                return importlib.import_module(module)
         return importlib.import_module(module)
     except Exception as error:  # whatever stops a foreign package from loading
         _reasons[module.split(".")[0]] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -53,10 +56,15 @@ def versions() -> dict[str, str]:
 _reasons: dict[str, str] = {}
 
 
-def _provide_resource_stream() -> None:
-    """pytorch_wavelets 1.3 reads its filters by pkg_resources, which setuptools 82 removed."""
+@contextmanager
+def _resource_stream() -> Iterator[None]:
+    """What pytorch_wavelets 1.3 imports from pkg_resources, which setuptools 82 removed."""
     module = types.ModuleType("pkg_resources")
     module.resource_stream = lambda package, name: (
         importlib.resources.files(package).joinpath(name).open("rb")
     )
     sys.modules["pkg_resources"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["pkg_resources"]
