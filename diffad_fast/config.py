@@ -17,7 +17,7 @@ SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 STATISTICS = ("auto", "position", "scalar")
 
-# Whole recipes. What they cost is measured by `python -m benchmarks quality`.
+# Whole recipes. `python -m benchmarks end-to-end` measures fast and balanced; best is unmeasured.
 PRESETS: dict[str, dict[str, object]] = {
     "fast": {"denoiser": "unet-tiny", "train_steps": 1500, "reverse_steps": 3},
     "balanced": {"denoiser": "unet-small", "train_steps": 2000, "reverse_steps": 5},
