@@ -2,8 +2,9 @@
 
 ``diffad_fast/_C.abi3.so``   the operators, against PyTorch's stable ABI: not a Python module but a
                              library that ``torch.ops.load_library`` loads, good for every torch
-                             from TORCH_TARGET on. Sources: csrc/ops.cpp, csrc/cpu/*.cpp and,
-                             where nvcc is found, csrc/cuda/*.cu.
+                             from TORCH_TARGET on. Sources: csrc/ops.cpp, csrc/cpu/*.cpp,
+                             csrc/cpu/kernels/*.cpp (once for each instruction set, see isa.h
+                             there) and, where nvcc is found, csrc/cuda/*.cu.
 ``diffad_fast/_host.*.so``   the pybind11 module csrc/module.cpp.
 
 torch.utils.cpp_extension refuses CUDA sources beside a CPU-only torch, so the compilers are called
@@ -19,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -41,6 +43,15 @@ OBJECTS = Path("build", "native")
 # between two results could not be vectorised without them.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# The instruction sets that csrc/cpu/kernels is compiled for; csrc/cpu/isa.cpp chooses among them.
+ISA_FLAGS = {"default_": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
+# Kernels pass vectors to functions that are always inlined: no calling convention is involved. GCC
+# 12 warns of its own AVX-512 intrinsics, which leave a masked operand undefined on purpose.
+KERNEL_FLAGS = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
 
 
@@ -162,23 +173,26 @@ class BuildNative(build_ext):
         print(shlex.join(command), flush=True)
         subprocess.run(command, check=True)
 
-    def compile_command(self, compiler: list[str], source: str, flags: list[str]):
-        target = OBJECTS / (source + ".o")
+    def compile_command(self, compiler: list[str], source: str, flags: list[str], variant=""):
+        target = OBJECTS / f"{source}{variant and '.' + variant}.o"
         dependencies = ["-MMD", "-MF", str(target.with_suffix(".d"))]
         return target, [*compiler, "-c", source, "-o", str(target), *flags, *dependencies]
 
     def operators(self, ext: Extension) -> tuple[list[Path], list[str]]:
         common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(self.torch / "include")]
-        commands = {}
+        entries = []
         for source in ext.sources:
-            if source.endswith(".cpp"):
-                entry = self.compile_command(self.cxx, source, [*self.cxx_flags, *common])
+            if "kernels" in Path(source).parts:
+                for isa, isa_flags in ISA_FLAGS.items():
+                    flags = [*self.cxx_flags, *KERNEL_FLAGS, *isa_flags, f"-DDIFFAD_ISA={isa}"]
+                    entries.append(self.compile_command(self.cxx, source, flags, isa))
+            elif source.endswith(".cpp"):
+                flags = [*self.cxx_flags, *common]
+                entries.append(self.compile_command(self.cxx, source, flags))
             elif self.nvcc:
                 flags = [*NVCC_FLAGS, *gencode(self.archs), *common]
-                entry = self.compile_command([self.nvcc], source, flags)
-            else:
-                continue
-            commands[entry[0]] = entry[1]
+                entries.append(self.compile_command([self.nvcc], source, flags))
+        commands = dict(entries)
         compile_all(commands)
         # libtorch.so depends on libtorch_cuda.so in a CUDA build of torch; --no-as-needed keeps it
         # among our dependencies, so that the weak CUDA symbols are found there.
@@ -227,7 +241,7 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "diffad_fast._C",
-                sources("csrc/ops.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"),
+                sources("csrc/ops.cpp", "csrc/cpu/**/*.cpp", "csrc/cuda/*.cu"),
                 depends=sources("csrc/**/*.h"),
                 py_limited_api=True,  # names it .abi3.so; it does not touch Python at all
             ),

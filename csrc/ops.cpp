@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(diffad_fast, m) {
+  m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def("haar_pack(Tensor x, int level) -> Tensor");
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
 }

@@ -6,6 +6,7 @@ everything still works, on the reference backend, after one warning.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -13,12 +14,16 @@ from pathlib import Path
 
 import torch
 
+from .errors import BackendError
+
 try:
     from . import _host
 except ImportError:
     _host = None
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+# In the order of the C++ enumeration Isa.
+CPU_ISAS = ("default", "avx2", "avx512")
 
 
 def implementations(name: str) -> dict[str, Callable]:
@@ -58,6 +63,30 @@ def cpu_features() -> list[str]:
     return _host.cpu_features() if _host else []
 
 
+def cpu_isa() -> str | None:
+    """The instruction set that the C++ operators use, one of CPU_ISAS; None without them."""
+    return CPU_ISAS[torch.ops.diffad_fast.cpu_isa(-1)] if loaded() else None
+
+
+def select_cpu_isa(name: str) -> None:
+    """Use the instruction set ``name`` from now on, in the whole process.
+
+    ``DIFFAD_FAST_CPU`` does the same at the start. Raises BackendError for an unknown name and
+    for one that this processor does not have.
+    """
+    if name not in CPU_ISAS:
+        raise BackendError(
+            f"unknown instruction set {name!r}: set DIFFAD_FAST_CPU to {', '.join(CPU_ISAS)}"
+        )
+    try:
+        torch.ops.diffad_fast.cpu_isa(CPU_ISAS.index(name))
+    except RuntimeError:
+        raise BackendError(
+            f"this processor cannot run instruction set {name!r}, it has "
+            f"{', '.join(cpu_features()) or 'none known'}: unset DIFFAD_FAST_CPU for the best one"
+        ) from None
+
+
 @cache
 def _load(mark_unavailable: Callable[[str, str], None]) -> bool:
     """Load the library, once, and mark the backends that it cannot serve."""
@@ -72,6 +101,8 @@ def _load(mark_unavailable: Callable[[str, str], None]) -> bool:
         mark_unavailable("cuda", f"torch {torch.__version__} was built without CUDA")
     elif not build_info().get("cuda", True):
         mark_unavailable("cuda", "the native library was built without CUDA, no nvcc was there")
+    if why is None and (isa := os.environ.get("DIFFAD_FAST_CPU")):
+        select_cpu_isa(isa)
     return why is None
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffad_fast import native
+from diffad_fast.errors import BackendError
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -19,3 +22,19 @@ def data_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"no real data: {folder} is not there, set DIFFAD_DATA")
     return Path(folder)
+
+
+@pytest.fixture(params=native.CPU_ISAS)
+def cpu_isa(request) -> str:
+    """Each instruction set that the C++ operators are compiled for and that this machine has."""
+    if not native.loaded():
+        pytest.skip("the native library is missing")
+    before = native.cpu_isa()
+    try:
+        native.select_cpu_isa(request.param)
+    except BackendError as error:
+        pytest.skip(str(error))
+    try:
+        yield request.param
+    finally:
+        native.select_cpu_isa(before)

@@ -1,0 +1,316 @@
+// Vectors of the widest registers of the instruction set that this file is compiled for.
+//
+// Vec<float> and Vec<double> are the compiler's own vectors: + - * / and comparisons work on them,
+// and `mask ? a : b` chooses by lane. Contraction of a*b+c is off (setup.py), so a fused
+// multiply-add happens where fma() says so and nowhere else; without FMA in the instruction set it
+// is a product and a sum, which lets instruction sets differ by rounding. Loads and stores convert
+// from and to the dtypes of tensors, rounding to nearest even; partial ones touch n elements only.
+// Everything here is private to its instruction set, see isa.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+#define DIFFAD_SIMD inline __attribute__((always_inline))
+
+namespace diffad::DIFFAD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class To, class From>
+DIFFAD_SIMD To bits(const From& value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// All lanes equal to `value`.
+template <class T>
+DIFFAD_SIMD Vec<T> splat(T value) {
+  return value - Vec<T>{};  // (x - 0): the compilers make a broadcast of it, and keep -0
+}
+
+DIFFAD_SIMD VecU32 splat_u32(uint32_t value) { return value - VecU32{}; }
+
+// ---------------------------------------------------------------- arithmetic
+
+// a * b + c, rounded once where the instruction set can.
+DIFFAD_SIMD Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < kLanes<float>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+DIFFAD_SIMD Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < kLanes<double>; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+// The same for one number, so that the tail of a loop has the bits of its vectors.
+DIFFAD_SIMD float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+DIFFAD_SIMD double fma(double a, double b, double c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// As std::min and std::max of each lane; a NaN in `a` gives `b`.
+template <class V>
+DIFFAD_SIMD V min(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+DIFFAD_SIMD V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+DIFFAD_SIMD Vec<float> abs(Vec<float> x) {
+  return bits<Vec<float>>(bits<VecU32>(x) & 0x7fffffffu);
+}
+DIFFAD_SIMD Vec<double> abs(Vec<double> x) { return x < 0 ? -x : x; }
+
+DIFFAD_SIMD Vec<float> sqrt(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+DIFFAD_SIMD Vec<double> sqrt(Vec<double> x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_pd(x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_pd(x);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
+
+template <class V>
+using lane_t = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
+
+// Sum and largest of the lanes: halves are folded onto each other, in a fixed order.
+template <class V>
+DIFFAD_SIMD lane_t<V> sum_of_lanes(V x) {
+  constexpr int lanes = sizeof(V) / sizeof(lane_t<V>);
+  lane_t<V> lane[lanes];
+  std::memcpy(lane, &x, sizeof(x));
+#pragma GCC unroll 8
+  for (int half = lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+template <class V>
+DIFFAD_SIMD lane_t<V> max_of_lanes(V x) {
+  constexpr int lanes = sizeof(V) / sizeof(lane_t<V>);
+  lane_t<V> lane[lanes];
+  std::memcpy(lane, &x, sizeof(x));
+  lane_t<V> result = lane[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < lanes; ++i) result = lane[i] > result ? lane[i] : result;
+  return result;
+}
+
+// ------------------------------------------------------------ loads and stores
+
+DIFFAD_SIMD Vec<float> load(const float* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+DIFFAD_SIMD Vec<double> load(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+DIFFAD_SIMD void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof(v)); }
+DIFFAD_SIMD void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof(v)); }
+
+typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
+
+DIFFAD_SIMD Vec<float> load(const bf16* p) {
+  VecU16 raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  return bits<Vec<float>>(__builtin_convertvector(raw, VecU32) << 16);
+}
+
+DIFFAD_SIMD void store(bf16* p, Vec<float> v) {
+  const VecU32 all = bits<VecU32>(v);
+  // Half of the last kept bit, less one on ties to even; NaN keeps its top bits and stays quiet.
+  const VecU32 rounded = (all + 0x7fffu + ((all >> 16) & 1u)) >> 16;
+  const VecU32 nan = (all >> 16) | 0x40u;
+  const VecU32 result = (all & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  const VecU16 raw = __builtin_convertvector(result, VecU16);
+  std::memcpy(p, &raw, sizeof(raw));
+}
+
+#if defined(__AVX512F__)
+DIFFAD_SIMD Vec<float> load(const half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+DIFFAD_SIMD void store(half* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__)
+DIFFAD_SIMD Vec<float> load(const half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+DIFFAD_SIMD void store(half* p, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+// Selects and integer arithmetic that agree with IEEE 754.
+DIFFAD_SIMD Vec<float> load(const half* p) {
+  VecU16 raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  const VecU32 all = __builtin_convertvector(raw, VecU32);
+  const VecU32 magnitude = (all & 0x7fffu) << 13;  // exponent and fraction, in place
+  const VecU32 exponent = magnitude & 0x0f800000u;
+  // The exponent's bias goes from 15 to 127; infinity and NaN go to the largest exponent.
+  const VecU32 normal = magnitude + (exponent == 0x0f800000u ? splat_u32(224u << 23)
+                                                             : splat_u32(112u << 23));
+  // A subnormal is fraction * 2^-24: with an exponent of 2^-14 put in front, subtract that.
+  const Vec<float> front = bits<Vec<float>>(splat_u32(113u << 23));
+  const VecU32 subnormal = bits<VecU32>(bits<Vec<float>>(magnitude + (113u << 23)) - front);
+  return bits<Vec<float>>((exponent == 0 ? subnormal : normal) | (all & 0x8000u) << 16);
+}
+DIFFAD_SIMD void store(half* p, Vec<float> v) {
+  const VecU32 all = bits<VecU32>(v);
+  const VecU32 magnitude = all & 0x7fffffffu;
+  // Round to 10 bits of fraction (half of the last kept bit, less one on ties to even), a carry
+  // moving on into the exponent, and change the bias from 127 to 15.
+  const VecU32 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 the last bit is worth 2^-24, as that of a float in [0.5, 1): add rounds there.
+  const VecU32 subnormal = bits<VecU32>(bits<Vec<float>>(magnitude) + 0.5f) - (126u << 23);
+  VecU32 result = magnitude < (113u << 23) ? subnormal : normal;
+  result = magnitude >= (143u << 23) ? splat_u32(0x7c00u) : result;  // 65536 and more
+  result = magnitude > 0x7f800000u ? splat_u32(0x7e00u) : result;    // NaN
+  const VecU16 raw = __builtin_convertvector(result | ((all >> 16) & 0x8000u), VecU16);
+  std::memcpy(p, &raw, sizeof(raw));
+}
+#endif
+
+// The first n < kLanes elements; the other lanes are 0.
+template <class T>
+DIFFAD_SIMD Vec<compute_t<T>> load_partial(const T* p, int64_t n) {
+  T buffer[kLanes<compute_t<T>>] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+DIFFAD_SIMD void store_partial(T* p, Vec<compute_t<T>> v, int64_t n) {
+  T buffer[kLanes<compute_t<T>>];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// One element, by the same conversions.
+template <class T>
+DIFFAD_SIMD compute_t<T> load_one(const T* p) {
+  return load_partial(p, 1)[0];
+}
+template <class T>
+DIFFAD_SIMD void store_one(T* p, compute_t<T> value) {
+  store_partial(p, splat(value), 1);
+}
+
+// ------------------------------------------------------------------- functions
+
+// e^x, within 2 units in the last place; below -87.3 it is 0 and above 88.4 infinity.
+// x = k ln 2 + r with |r| <= ln 2 / 2: 2^k goes into the exponent, e^r is its Taylor polynomial,
+// whose seventh term is below half a unit.
+DIFFAD_SIMD Vec<float> exp(Vec<float> x) {
+  const Vec<float> limited = min(max(x, splat(-87.3f)), splat(88.3f));
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const Vec<float> magic = splat(12582912.0f);
+  const Vec<float> shifted = fma(limited, splat(1.44269504f), magic);
+  const Vec<float> k = shifted - magic;
+  // ln 2 in two parts, the first short enough that k times it is exact.
+  Vec<float> r = fma(k, splat(-0.693359375f), limited);
+  r = fma(k, splat(2.12194440e-4f), r);
+  Vec<float> p = splat(1.0f / 5040);
+  p = fma(p, r, splat(1.0f / 720));
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  const VecI32 exponent = (bits<VecI32>(shifted) - bits<VecI32>(magic)) << 23;
+  Vec<float> result = bits<Vec<float>>(bits<VecI32>(p) + exponent);
+  result = x < -87.3f ? Vec<float>{} : result;
+  result = x > 88.3f ? splat(__builtin_inff()) : result;
+  return x == x ? result : x;
+}
+// Gradient checks alone run in double: no speed is needed, the library's accuracy is.
+DIFFAD_SIMD Vec<double> exp(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// 1 / (1 + e^-x).
+template <class V>
+DIFFAD_SIMD V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
+
+}  // namespace diffad::DIFFAD_ISA
