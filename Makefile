@@ -9,9 +9,9 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 # OpenMP threads that wait shall sleep: where other work shares the cores, spinning ones made these
 # small operators 25 times slower.
-test test-all demo: export OMP_WAIT_POLICY ?= PASSIVE
+test test-all test-asan demo: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all bench gpu-check lint clean
+.PHONY: demo test test-all test-asan bench gpu-check lint clean
 
 demo: .venv/.built
 	$(BIN)/python -m diffad_fast.data.demo --out out/demo
@@ -21,6 +21,9 @@ test: .venv/.built
 
 test-all: .venv/.built
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-asan: .venv/.installed
+	tests/asan.sh $(abspath $(BIN)/python) out/asan
 
 bench: .venv/.built .venv/.bench
 	$(BIN)/python -m benchmarks cpu

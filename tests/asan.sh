@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The operators' tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer: every read
+# and write outside a tensor, and everything that C++ leaves undefined, ends the run. Usage:
+# asan.sh PYTHON FOLDER, a folder of its own for the sources and objects, so that neither build
+# disturbs the other.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$1 folder=$2
+mkdir -p "$folder"
+rm -rf "$folder"/{csrc,diffad_fast,kernels,tests}
+cp -a csrc diffad_fast kernels tests setup.py pyproject.toml README.md LICENSE "$folder"
+cd "$folder"
+rm -f diffad_fast/*.so
+ln -sfn ../kernels diffad_fast/kernels # in place, the package finds them there
+export PYTHONPATH=. DIFFAD_FAST_CUDA=0
+CXX="${CXX:-c++} -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+    CXXFLAGS="-O1 -g -fno-omit-frame-pointer" "$python" setup.py -q build_ext --inplace
+# Python is not instrumented: the runtime has to be there before it, and what Python keeps until
+# the end of the process is no leak of ours.
+run() {
+    LD_PRELOAD="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
+        ASAN_OPTIONS=detect_leaks=0 "$python" "$@"
+}
+run -c "from diffad_fast import native; assert native.loaded()"
+run -m pytest -q tests/ops tests/test_metrics.py
