@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from .. import reference
 from . import checks
 from .dispatch import Operator
 
-_wavelet_attention = Operator("wavelet_attention", reference.wavelet_attention)
+
+def _triton(*args):
+    from ..kernels.wavelet_attention import wavelet_attention
+
+    return wavelet_attention(*args)
+
+
+def _triton_refuses(q, k, v, logit_gain, value_gain, level, scale):
+    """What the Triton kernels were not made for: see kernels/wavelet_attention.py."""
+    if q.dtype == torch.float64:
+        return "it has no float64"
+    if 4**level * q.shape[4] > 512:
+        return f"head_dim {q.shape[4]} is more than {512 // 4**level}, its limit at level {level}"
+    if q.shape[2] * q.shape[3] > 4**level << 20:
+        return f"{q.shape[2]}x{q.shape[3]} pixels are more than 2^20 blocks"
+    return None
+
+
+_triton.refuses = _triton_refuses
+_wavelet_attention = Operator("wavelet_attention", reference.wavelet_attention, triton=_triton)
 
 
 def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=None):
