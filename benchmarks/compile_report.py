@@ -178,7 +178,9 @@ def _triton(architectures, pattern: str, missing: list[str]) -> Iterator[dict]:
                 found = ("".join(m) for m in re.findall(MATRIX_INSTRUCTION, done.asm["ptx"]))
                 yield {
                     "file": f"{name}.py", "kernel": kernel, "architecture": f"sm_{arch}",
-                    **_cubin_usage(done.asm["cubin"]), "matrix_instructions": dict(Counter(found)),
+                    **_cubin_usage(done.asm["cubin"]),
+                    "shared_bytes": done.metadata.shared,  # most is asked for at the launch
+                    "matrix_instructions": dict(Counter(found)),
                 }  # fmt: skip
 
 
@@ -201,5 +203,6 @@ def _cubin_usage(cubin: bytes) -> dict[str, int]:
 
     return {
         "registers": number("REG"), "shared_bytes": number("SHARED"),
-        "stack_bytes": number("STACK"), "spill_bytes": number("LOCAL"),
+        # Triton has no arrays of its own: all of the stack is spilled registers.
+        "stack_bytes": number("STACK"), "spill_bytes": number("LOCAL") + number("STACK"),
     }  # fmt: skip

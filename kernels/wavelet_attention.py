@@ -28,8 +28,9 @@ the sum of exponentials that the forward kernel saved. No two programs write to 
 gains' gradients are partial sums added in a fixed order: results repeat bit for bit.
 
 **Inside a tile.** A tile (rows, P DP) holds a block in a row: channel c of position p (row by row)
-at p DP + c, DP being d up to a power of two, at least 16 / P. Tensors are read and written in
-their own strides; only channels must lie side by side.
+at p DP + c, DP being d up to a power of two, at least 16 / P. Where blocks are transformed the
+positions are P tiles (rows, DP) instead: then T is sums of whole tiles, and no thread needs what
+another has. Tensors are read and written in their own strides; only channels must lie side by side.
 """
 
 from __future__ import annotations
@@ -51,77 +52,78 @@ GROUP = tl.constexpr(16)  # queries of one partial sum; every BLOCK_M is a multi
 
 
 @triton.jit
-def _butterfly(x, ROWS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr):
-    """Sum and difference of neighbours along the middle axis of x as (ROWS, OUTER, 2, INNER)."""
-    x = tl.permute(tl.reshape(x, (ROWS, OUTER, 2, INNER)), (0, 1, 3, 2))
-    a, b = tl.split(x)
-    x = tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2))
-    return tl.reshape(x, (ROWS, 2 * OUTER * INNER))
+def _haar(a, b, c, d):
+    """One level: the pixels (or, the transform being symmetric, coefficients) of a 2 x 2 block.
 
-
-@triton.jit
-def _haar(x, ROWS: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, INVERSE: tl.constexpr):
-    """T x for each row of x (ROWS, 4^LEVEL DP), or T^T x.
-
-    The coefficient that is high in y (x) takes the place of the odd row (column). Level 2: rows
-    are 2 y1 + y0, columns 2 x1 + x0; its first stage acts on y0 and x0, its second on y1 and x1
-    where y0 = x0 = 0. Each stage is symmetric, so the inverse has them in the other order.
+    The coefficient that is high in y (x) takes the place of the odd row (column).
     """
+    return (
+        (a + b + c + d) * 0.5, (a - b + c - d) * 0.5, (a + b - c - d) * 0.5, (a - b - c + d) * 0.5
+    )  # fmt: skip
+
+
+@triton.jit
+def _transform(x, LEVEL: tl.constexpr, INVERSE: tl.constexpr):
+    """T, or T^T, of a tuple of 4^LEVEL tiles: the positions of a block, row by row."""
     if LEVEL == 1:
-        x = _butterfly(_butterfly(x, ROWS, 2, DP), ROWS, 1, 2 * DP) * 0.5
+        y = _haar(x[0], x[1], x[2], x[3])
     else:
-        for stage in tl.static_range(2):
-            if (stage == 0) != INVERSE:
-                x = _butterfly(_butterfly(x, ROWS, 8, DP), ROWS, 2, 4 * DP) * 0.5
-            else:
-                low = _butterfly(_butterfly(x, ROWS, 4, 2 * DP), ROWS, 1, 8 * DP) * 0.5
-                position = tl.arange(0, 16 * DP) // DP
-                x = tl.where(((position & 5) == 0)[None, :], low, x)
-    return x
+        # Level 1 inside each 2 x 2 corner of the 4 x 4 block, level 2 over the corners' lows.
+        a0, a4, a8, a12 = x[0], x[2], x[8], x[10]
+        if INVERSE:
+            a0, a4, a8, a12 = _haar(a0, a4, a8, a12)
+        a0, a1, a2, a3 = _haar(a0, x[1], x[4], x[5])
+        a4, a5, a6, a7 = _haar(a4, x[3], x[6], x[7])
+        a8, a9, a10, a11 = _haar(a8, x[9], x[12], x[13])
+        a12, a13, a14, a15 = _haar(a12, x[11], x[14], x[15])
+        if not INVERSE:
+            a0, a4, a8, a12 = _haar(a0, a4, a8, a12)
+        y = (a0, a1, a4, a5, a2, a3, a6, a7, a8, a9, a12, a13, a10, a11, a14, a15)
+    return y
 
 
 @triton.jit
-def _gains(gain, head, DP: tl.constexpr, LEVEL: tl.constexpr):
-    """(4^LEVEL DP,): the gain of each coefficient, in the order of :func:`_haar`."""
-    position = tl.arange(0, DP << (2 * LEVEL)) // DP
-    if LEVEL == 1:
-        band = (position >> 1) + 2 * (position & 1)
+def _weigh(x, gain, head, LEVEL: tl.constexpr):
+    """diag(gain) x for a tuple of coefficients in the order of :func:`_transform`."""
+    gain += head * (1 + 3 * LEVEL)
+    y = ()
+    for i in tl.static_range(4**LEVEL):
+        # 2 for high in x, 1 for high in y: 0..3 = cA, cH, cV, cD. Level 2 has row and column in
+        # two bits each, of which the lower says what level 1 did.
+        band = (i >> LEVEL) % 2 + 2 * (i % 2)
+        if LEVEL == 2:
+            band = 3 + band if band > 0 else (i >> 3) + (i & 2)
+        y = y + (x[i] * tl.load(gain + band).to(tl.float32),)
+    return y
+
+
+@triton.jit
+def _split(x, ROWS: tl.constexpr, COUNT: tl.constexpr, DP: tl.constexpr):
+    """x (ROWS, COUNT DP) as a tuple of COUNT tiles (ROWS, DP), one a position."""
+    if COUNT == 1:
+        y = (x,)
     else:
-        fine = ((position >> 2) & 1) + 2 * (position & 1)
-        band = tl.where(fine > 0, 3 + fine, (position >> 3) + (position & 2))
-    return tl.load(gain + head * (1 + 3 * LEVEL) + band).to(tl.float32)
+        a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COUNT // 2 * DP)), (0, 2, 1)))
+        y = _split(a, ROWS, COUNT // 2, DP) + _split(b, ROWS, COUNT // 2, DP)
+    return y
 
 
 @triton.jit
-def _mix(x, gain, head, ROWS: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr):
-    """T^T diag(gain) T x for each row of x; x itself where there is no gain."""
-    if gain is not None:
-        g = _gains(gain, head, DP, LEVEL)
-        x = _haar(_haar(x, ROWS, DP, LEVEL, False) * g[None, :], ROWS, DP, LEVEL, True)
-    return x
-
-
-@triton.jit
-def _tile(
+def _blocks(
     tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
-    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    LEVEL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask of the tile of blocks ``tokens``. Strides are in units of ALIGN elements,
-    so that the compiler knows how wide it may read."""
+    """Offsets of the first pixels of blocks ``tokens``, and which of these there are. Strides are
+    in units of ALIGN elements, so that the compiler knows how wide it may read."""
     columns = W >> LEVEL
     # tokens // columns by a product: exact while tokens * columns < 2^40.
     reciprocal = ((1 << 40) + columns.to(tl.int64) - 1) // columns
     row = ((tokens.to(tl.int64) * reciprocal) >> 40).to(tl.int32)
     column = tokens - row * columns
-    e = tl.arange(0, DP << (2 * LEVEL))
-    y, x, c = e // (DP << LEVEL), (e // DP) & ((1 << LEVEL) - 1), e % DP
+    offsets = row.to(tl.int64) * stride_y.to(tl.int64)
+    offsets = (offsets + column.to(tl.int64) * stride_x.to(tl.int64)) * (1 << LEVEL)
     first = n.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
-    stride_y, stride_x = stride_y.to(tl.int64), stride_x.to(tl.int64)
-    block = first + (row.to(tl.int64) * stride_y + column.to(tl.int64) * stride_x) * (1 << LEVEL)
-    inside = y * stride_y + x * stride_x
-    offsets = (block * ALIGN)[:, None] + (inside * ALIGN + c)[None, :]
-    mask = (tokens < (H >> LEVEL) * columns)[:, None] & (c < D)[None, :]
-    return offsets, mask
+    return (first + offsets) * ALIGN, tokens < (H >> LEVEL) * columns
 
 
 @triton.jit
@@ -129,21 +131,83 @@ def _load(
     x, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
     D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    offsets, mask = _tile(
-        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, D, DP, LEVEL, ALIGN
+    """The tile (tokens, 4^LEVEL DP) of blocks ``tokens``, zero where there is nothing."""
+    blocks, mask = _blocks(
+        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
     )
-    return tl.load(x + offsets, mask, 0.0)
+    e = tl.arange(0, DP << (2 * LEVEL))
+    y, x_, c = e // (DP << LEVEL), (e // DP) & ((1 << LEVEL) - 1), e % DP
+    inside = (y * stride_y.to(tl.int64) + x_ * stride_x.to(tl.int64)) * ALIGN + c
+    return tl.load(x + blocks[:, None] + inside[None, :], mask[:, None] & (c < D)[None, :], 0.0)
 
 
 @triton.jit
-def _store(
-    x, tile, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
+def _load_positions(
+    x, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
     D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    offsets, mask = _tile(
-        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, D, DP, LEVEL, ALIGN
+    """The same as a tuple of 4^LEVEL tiles (tokens, DP), one a position, in float32."""
+    blocks, mask = _blocks(
+        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
     )
-    tl.store(x + offsets, tile.to(x.dtype.element_ty), mask)
+    c = tl.arange(0, DP)
+    mask = mask[:, None] & (c < D)[None, :]
+    tiles = ()
+    for i in tl.static_range(4**LEVEL):
+        y, x_ = stride_y.to(tl.int64) * (i >> LEVEL), stride_x.to(tl.int64) * (i % (1 << LEVEL))
+        inside = (blocks + (y + x_) * ALIGN)[:, None] + c[None, :]
+        tiles = tiles + (tl.load(x + inside, mask, 0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _store_positions(
+    x, tiles, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    blocks, mask = _blocks(
+        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
+    )
+    c = tl.arange(0, DP)
+    mask = mask[:, None] & (c < D)[None, :]
+    for i in tl.static_range(4**LEVEL):
+        y, x_ = stride_y.to(tl.int64) * (i >> LEVEL), stride_x.to(tl.int64) * (i % (1 << LEVEL))
+        inside = (blocks + (y + x_) * ALIGN)[:, None] + c[None, :]
+        tl.store(x + inside, tiles[i].to(x.dtype.element_ty), mask)
+
+
+@triton.jit
+def _mix(tiles, gain, head, LEVEL: tl.constexpr):
+    """T^T diag(gain) T of a tuple of pixels; the pixels where there is no gain."""
+    if gain is not None:
+        tiles = _weigh(_transform(tiles, LEVEL, False), gain, head, LEVEL)
+        tiles = _transform(tiles, LEVEL, True)
+    return tiles
+
+
+@triton.jit
+def _load_mixed(
+    x, scratch, gain, tokens, n, head, H, W, x_n, x_h, x_y, x_x, s_n, s_h, s_y, s_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The tile T^T diag(gain) T x, in the dtype of x.
+
+    It goes through memory, at a place of ``scratch`` that only this program writes: no exchange
+    between threads is needed before, and only a tile that was loaded is given to wgmma from shared
+    memory; any other stays in registers, too many of them.
+    """
+    if gain is not None:
+        tiles = _load_positions(x, tokens, n, head, H, W, x_n, x_h, x_y, x_x, D, DP, LEVEL, ALIGN)
+        tiles = _mix(tiles, gain, head, LEVEL)
+        tl.debug_barrier()
+        _store_positions(
+            scratch, tiles, tokens, n, head, H, W, s_n, s_h, s_y, s_x, D, DP, LEVEL, ALIGN
+        )
+        tl.debug_barrier()
+        tile = _load(scratch, tokens, n, head, H, W, s_n, s_h, s_y, s_x, D, DP, LEVEL, ALIGN)
+    else:
+        tile = _load(x, tokens, n, head, H, W, x_n, x_h, x_y, x_x, D, DP, LEVEL, ALIGN)
+    return tile
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -158,17 +222,13 @@ def _forward(
     tiles = tl.cdiv(tokens, BLOCK_M)
     image = tl.program_id(0) // tiles
     n, head = image // heads, image % heads
-    rows = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (tl.program_id(0) % tiles) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
 
-    query = _load(q, rows, n, head, H, W, q_n, q_h, q_y, q_x, D, DP, LEVEL, ALIGN)
-    if logit_gain is not None:
-        # Through memory and back, at a place that is this program's to write: only a tile that was
-        # loaded is given to wgmma from shared memory, any other stays in registers, too many.
-        query = _mix(query.to(tl.float32), logit_gain, head, BLOCK_M, DP, LEVEL)
-        _store(out, query, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-        tl.debug_barrier()
-        query = _load(out, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-
+    query = _load_mixed(
+        q, out, logit_gain, rows, n, head, H, W, q_n, q_h, q_y, q_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
     acc = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -185,30 +245,28 @@ def _forward(
         value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
         acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
 
-    acc = acc / total[:, None]
+    tiles = _split(acc / total[:, None], BLOCK_M, 4**LEVEL, DP)
     if mixed is not None:
-        _store(mixed, acc, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+        _store_positions(mixed, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
     if lse is not None:
         at = image.to(tl.int64) * tokens + rows
         tl.store(lse + at, highest + tl.log2(total), rows < tokens)
-    acc = _mix(acc, value_gain, head, BLOCK_M, DP, LEVEL)
-    _store(out, acc, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    tiles = _mix(tiles, value_gain, head, LEVEL)
+    _store_positions(out, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
 
 
 @triton.jit
 def _store_sums(
-    parts, products, rows, image, tokens,
-    BLOCK_M: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr,
-):  # fmt: skip
-    """Sums of products (BLOCK_M, CHANNELS) over GROUP rows and the channels of a position."""
-    POSITIONS: tl.constexpr = 1 << (2 * LEVEL)
+    parts, a, b, first, image, tokens, BLOCK_M: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr
+):
+    """For each of the 4^LEVEL tiles a and b: sums of a b over channels and GROUP rows."""
     GROUPS: tl.constexpr = BLOCK_M // GROUP
-    sums = tl.sum(tl.reshape(products, (GROUPS, GROUP, POSITIONS * DP)), 1)
-    sums = tl.sum(tl.reshape(sums, (GROUPS, POSITIONS, DP)), 2)
-    group = tl.min(rows) // GROUP + tl.arange(0, GROUPS)
+    group = first // GROUP + tl.arange(0, GROUPS)
     groups = tl.cdiv(tokens, GROUP)
-    at = (image.to(tl.int64) * groups + group)[:, None] * POSITIONS + tl.arange(0, POSITIONS)
-    tl.store(parts + at, sums, (group < groups)[:, None])
+    at = (image.to(tl.int64) * groups + group) * 4**LEVEL
+    for i in tl.static_range(4**LEVEL):
+        sums = tl.sum(tl.reshape(tl.sum(a[i] * b[i], 1), (GROUPS, GROUP)), 1)
+        tl.store(parts + at + i, sums, group < groups)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -219,61 +277,57 @@ def _backward_queries(
     D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta = <u_i, M_g do_i> for the other kernel, and this program's part of the gains'
-    gradients, one number for each position in a block."""
-    POSITIONS: tl.constexpr = 1 << (2 * LEVEL)
+    """dq, delta_i = <u_i, M_g do_i> for the other kernel, and the partial sums of the gradients
+    of the gains, one for each position in a block."""
     tokens = (H >> LEVEL) * (W >> LEVEL)
     tiles = tl.cdiv(tokens, BLOCK_M)
     image = tl.program_id(0) // tiles
     n, head = image // heads, image % heads
-    rows = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # dq serves as the scratch of the forward kernel's note, for M_w q and then M_g do.
-    query = _load(q, rows, n, head, H, W, q_n, q_h, q_y, q_x, D, DP, LEVEL, ALIGN)
-    if logit_gain is not None:
-        query = _mix(query.to(tl.float32), logit_gain, head, BLOCK_M, DP, LEVEL)
-        _store(dq, query, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-        tl.debug_barrier()
-        query = _load(dq, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-        tl.debug_barrier()
-    do = _load(grad, rows, n, head, H, W, g_n, g_h, g_y, g_x, D, DP, LEVEL, ALIGN)
-    u = _load(mixed, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    first = (tl.program_id(0) % tiles) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+
+    u = _load_positions(mixed, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    do = _load_positions(grad, rows, n, head, H, W, g_n, g_h, g_y, g_x, D, DP, LEVEL, ALIGN)
     if value_gain is not None:
-        d_bands = _haar(do.to(tl.float32), BLOCK_M, DP, LEVEL, False)
-        products = _haar(u.to(tl.float32), BLOCK_M, DP, LEVEL, False) * d_bands
-        gain = _gains(value_gain, head, DP, LEVEL)[None, :]
-        _store_sums(value_parts, products, rows, image, tokens, BLOCK_M, DP, LEVEL)
-        d_rows = tl.sum(products * gain, 1)
-        d_mixed = _haar(d_bands * gain, BLOCK_M, DP, LEVEL, True)
-        _store(dq, d_mixed, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-        tl.debug_barrier()
-        do = _load(dq, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-    else:
-        d_rows = tl.sum(u.to(tl.float32) * do.to(tl.float32), 1)
+        u, do = _transform(u, LEVEL, False), _transform(do, LEVEL, False)
+        _store_sums(value_parts, u, do, first, image, tokens, BLOCK_M, DP, LEVEL)
+        do = _weigh(do, value_gain, head, LEVEL)
+    products = u[0] * do[0]
+    for i in tl.static_range(1, 4**LEVEL):
+        products += u[i] * do[i]
+    d_rows = tl.sum(products, 1)
     at = image.to(tl.int64) * tokens + rows
     tl.store(delta + at, d_rows, rows < tokens)
     log_sum = tl.load(lse + at, rows < tokens, 0.0)
 
-    acc = tl.zeros([BLOCK_M, POSITIONS * DP], tl.float32)
+    query = _load_mixed(
+        q, dq, logit_gain, rows, n, head, H, W, q_n, q_h, q_y, q_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
+    d_out = _load_mixed(
+        grad, dq, value_gain, rows, n, head, H, W, g_n, g_h, g_y, g_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, DP << (2 * LEVEL)], tl.float32)
     for start in tl.range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         key = _load(k, columns, n, head, H, W, k_n, k_h, k_y, k_x, D, DP, LEVEL, ALIGN)
         value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        dp = tl.dot(do, tl.trans(value), input_precision=PRECISION)
+        dp = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - log_sum[:, None])
         p = tl.where((columns < tokens)[None, :], p, 0.0)
         ds = p * (dp - d_rows[:, None])
         acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
 
-    acc = acc * scale
+    tiles = _split(acc * scale, BLOCK_M, 4**LEVEL, DP)
     if logit_gain is not None:
-        d_bands = _haar(acc, BLOCK_M, DP, LEVEL, False)
-        query = _load(q, rows, n, head, H, W, q_n, q_h, q_y, q_x, D, DP, LEVEL, ALIGN)
-        products = _haar(query.to(tl.float32), BLOCK_M, DP, LEVEL, False) * d_bands
-        _store_sums(logit_parts, products, rows, image, tokens, BLOCK_M, DP, LEVEL)
-        gain = _gains(logit_gain, head, DP, LEVEL)[None, :]
-        acc = _haar(d_bands * gain, BLOCK_M, DP, LEVEL, True)
-    _store(dq, acc, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+        pixels = _load_positions(q, rows, n, head, H, W, q_n, q_h, q_y, q_x, D, DP, LEVEL, ALIGN)
+        tiles = _transform(tiles, LEVEL, False)
+        bands = _transform(pixels, LEVEL, False)
+        _store_sums(logit_parts, tiles, bands, first, image, tokens, BLOCK_M, DP, LEVEL)
+        tiles = _transform(_weigh(tiles, logit_gain, head, LEVEL), LEVEL, True)
+    _store_positions(dq, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -292,20 +346,14 @@ def _backward_keys(
     n, head = image // heads, image % heads
     columns = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # dk and dv serve as the scratch of the forward kernel's note, for M_w k and M_g v.
-    key = _load(k, columns, n, head, H, W, k_n, k_h, k_y, k_x, D, DP, LEVEL, ALIGN)
-    if logit_gain is not None:
-        key = _mix(key.to(tl.float32), logit_gain, head, BLOCK_N, DP, LEVEL)
-        _store(dk, key, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-        tl.debug_barrier()
-        key = _load(dk, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-    value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
-    if value_gain is not None:
-        value = _mix(value.to(tl.float32), value_gain, head, BLOCK_N, DP, LEVEL)
-        _store(dv, value, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-        tl.debug_barrier()
-        value = _load(dv, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-
+    key = _load_mixed(
+        k, dk, logit_gain, columns, n, head, H, W, k_n, k_h, k_y, k_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
+    value = _load_mixed(
+        v, dv, value_gain, columns, n, head, H, W, v_n, v_h, v_y, v_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
     d_key = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
     d_value = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
     for start in tl.range(0, tokens, BLOCK_M):
@@ -323,15 +371,51 @@ def _backward_keys(
         ds = p * (dp - d_rows[None, :])
         d_key = tl.dot(ds.to(query.dtype), query, d_key, input_precision=PRECISION)
 
-    d_key = _mix(d_key * scale, logit_gain, head, BLOCK_N, DP, LEVEL)
-    _store(dk, d_key, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-    d_value = _mix(d_value, value_gain, head, BLOCK_N, DP, LEVEL)
-    _store(dv, d_value, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    tiles_k = _mix(_split(d_key * scale, BLOCK_N, 4**LEVEL, DP), logit_gain, head, LEVEL)
+    _store_positions(dk, tiles_k, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    tiles_v = _mix(_split(d_value, BLOCK_N, 4**LEVEL, DP), value_gain, head, LEVEL)
+    _store_positions(dv, tiles_v, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
 
 
-def configurations(kernel: str, channels: int, dtype: torch.dtype, capability: int):
+# (BLOCK_M, BLOCK_N, num_warps) by channels of a tile, for two-byte dtypes and 227 KiB of shared
+# memory. Accumulators take half of the registers: 128 of float32 a thread.
+TILES = {
+    "_forward": {64: (128, 64, 4), 128: (128, 64, 8), 256: (128, 64, 8), 512: (64, 32, 8)},
+    "_backward_queries": {64: (64, 64, 4), 128: (128, 64, 8), 256: (128, 32, 8), 512: (64, 16, 8)},
+    "_backward_keys": {64: (64, 64, 4), 128: (64, 128, 8), 256: (64, 64, 8), 512: (32, 32, 8)},
+}
+
+
+def configurations(
+    kernel: str, channels: int, dtype: torch.dtype, capability: int
+) -> list[triton.Config]:
     """What to launch a kernel with, the default first. ``channels`` = 4^level DP."""
-    return [triton.Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=2)]
+    if capability == 0:  # the interpreter: small tiles show more borders
+        return [triton.Config({"BLOCK_M": 32, "BLOCK_N": 16})]
+    m, n, warps = TILES[kernel][max(64, channels)]
+    if dtype == torch.float32:
+        m, n, warps = min(m, 32), min(n, 32), 8
+    # Tiles that stay: q, or q and do, or k and v; tiles that stream past: always two.
+    stay = {"_forward": 1, "_backward_queries": 2, "_backward_keys": 2}[kernel]
+    keys = kernel == "_backward_keys"
+
+    def bytes_of(m: int, n: int, stages: int) -> int:
+        own, streamed = (n, m) if keys else (m, n)
+        return (stay * own + 2 * stages * streamed) * channels * dtype.itemsize
+
+    room = shared_memory(capability) - 2048
+    while bytes_of(m, n, 1) > room and max(m, n) > 16:
+        m, n = (m // 2, n) if m >= n else (m, n // 2)
+    stages = max((s for s in (1, 2, 3) if bytes_of(m, n, s) <= room), default=1)
+    if stages == 1 and min(m, n) > 16:
+        m, n, stages = (m // 2, n, 2) if keys else (m, n // 2, 2)
+    options = [(m, n, stages, warps), (m, n, max(1, stages - 1), warps), (m, n, stages, 12 - warps)]
+    options += [(m // 2, n, stages, 4)] if m > 16 else []
+    unique = dict.fromkeys(options)
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_stages=s, num_warps=w)
+        for m, n, s, w in unique
+    ]
 
 
 def padded(d: int, level: int) -> int:
@@ -372,6 +456,10 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(4) == 1 or x.shape[4] == 1 else x.contiguous()
 
 
+def _dense(gain: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gain is None else gain.contiguous()
+
+
 def _like(q: torch.Tensor) -> torch.Tensor:
     """A dense tensor, its axes in memory in the order of those of ``q``."""
     order = sorted(range(4), key=q.stride, reverse=True)
@@ -402,6 +490,7 @@ def wavelet_attention_forward(
     out, mixed, lse = _fake(q, k, v, logit_gain, value_gain, level, scale, save)
     if q.numel():
         q, k, v = (_readable(x) for x in (q, k, v))
+        logit_gain, value_gain = map(_dense, (logit_gain, value_gain))
         u = mixed if mixed.numel() else None
         _launch(
             _forward, "BLOCK_M", level, {"q": q, "k": k, "v": v, "o": out},
@@ -433,6 +522,7 @@ def wavelet_attention_backward(
     parts: list[torch.Tensor | None] = [None, None]
     if q.numel():
         grad, q, k, v = (_readable(x) for x in (grad, q, k, v))
+        dense = [*map(_dense, (logit_gain, value_gain))]
         delta = torch.empty_like(lse)
         strided = {"q": q, "k": k, "v": v, "o": dq, "g": grad}
         n, heads, height, width, _ = q.shape
@@ -443,11 +533,11 @@ def wavelet_attention_backward(
         ]
         _launch(
             _backward_queries, "BLOCK_M", level, strided,
-            q, k, v, mixed, grad, dq, lse, delta, logit_gain, value_gain, *parts, scale,
+            q, k, v, mixed, grad, dq, lse, delta, *dense, *parts, scale,
         )  # fmt: skip
         _launch(
             _backward_keys, "BLOCK_N", level, strided,
-            q, k, v, grad, dk, dv, lse, delta, logit_gain, value_gain, scale,
+            q, k, v, grad, dk, dv, lse, delta, *dense, scale,
         )  # fmt: skip
     gains = (_by_band(p, g, level, q) for p, g in zip(parts, (logit_gain, value_gain), strict=True))
     return dq, dk, dv, *gains
@@ -499,45 +589,42 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
 
 
 def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool):
-    """A kernel as :func:`_launch` would have it compiled, for COMPILE."""
+    """A kernel of a training step as :func:`_launch` would have it compiled, for COMPILE."""
+    of_dtype = ("q", "k", "v", "out", "mixed", "grad", "dq", "dk", "dv")
+    of_gains = ("logit_gain", "value_gain", "logit_parts", "value_parts")
+    types = dict.fromkeys(SIZES, "i32") | {"scale": "fp32"}
+    types |= dict.fromkeys(of_dtype, f"*{DTYPES[dtype]}") | dict.fromkeys(("lse", "delta"), "*fp32")
+    constants = {"D": d, "DP": padded(d, level), "LEVEL": level, "ALIGN": 16 // dtype.itemsize}
+    constants |= {"PRECISION": "ieee"}
+    if gains:
+        types |= dict.fromkeys(of_gains, "*fp32")
+    else:
+        constants |= dict.fromkeys(of_gains)
+        if kernel is _forward:
+            constants["mixed"] = None
+    names = set(kernel.arg_names)
+    types = {k: t for k, t in types.items() if k in names - set(constants)}
+    constants = {k: c for k, c in constants.items() if k in names}
 
     def make(capability: int, config: triton.Config | None = None):
-        name = DTYPES[dtype]
-        dp = padded(d, level)
         if config is None:
-            config = configurations(kernel.__name__, dp << (2 * level), dtype, capability)[0]
-        types = dict.fromkeys(SIZES, "i32") | {"scale": "fp32"}
-        types |= dict.fromkeys(("q", "k", "v", "out", "mixed", "grad", "dq", "dk", "dv"), f"*{name}")
-        types |= dict.fromkeys(("lse", "delta", "logit_parts", "value_parts"), "*fp32")
-        optional = dict.fromkeys(("logit_gain", "value_gain"), "*fp32")
-        if kernel is _forward and not gains:
-            types["mixed"] = "constexpr"
-        types |= optional
-        constants = {}
-        if not gains:
-            without = ("logit_gain", "value_gain", "logit_parts", "value_parts")
-            constants = dict.fromkeys((*without, *(("mixed",) if kernel is _forward else ())))
-        types = {k: t for k, t in types.items() if k in kernel.arg_names and k not in constants}
-        constants = {k: None for k in constants if k in kernel.arg_names}
-        align = 16 // dtype.itemsize
-        return source(
-            kernel, config, types, D=d, DP=dp, LEVEL=level, ALIGN=align, PRECISION="ieee",
-            **constants,
-        )  # fmt: skip
+            channels = padded(d, level) << (2 * level)
+            config = configurations(kernel.__name__, channels, dtype, capability)[0]
+        return source(kernel, config, types, **constants)
 
     return make
 
 
 COMPILE = {
-    f"{kernel.__name__[1:]}, level {level}, d {d}, {DTYPES[dtype]}{'' if gains else ', no gains'}": (
-        _variant(kernel, d, level, dtype, gains)
+    f"{kernel.__name__[1:]}, level {level}, d {d}, {DTYPES[dtype]}{note}": _variant(
+        kernel, d, level, dtype, not note
     )
-    for level, d, dtype, gains in (
-        (1, 64, torch.bfloat16, True),
-        (1, 64, torch.bfloat16, False),
-        (1, 32, torch.bfloat16, True),
-        (2, 32, torch.bfloat16, True),
-        (1, 32, torch.float32, True),
+    for level, d, dtype, note in (
+        (1, 64, torch.bfloat16, ""),
+        (1, 64, torch.bfloat16, ", no gains"),
+        (1, 32, torch.bfloat16, ""),
+        (2, 32, torch.bfloat16, ""),
+        (1, 32, torch.float32, ""),
     )
     for kernel in (_forward, _backward_queries, _backward_keys)
 }
