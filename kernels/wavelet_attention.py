@@ -41,6 +41,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import registration
 from .registration import DTYPES, capability, launch, operator, shared_memory, source
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -48,7 +49,16 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # five tensors that a kernel may have, in units of ALIGN elements.
 STRIDES = [f"{x}_{axis}" for x in "qkvog" for axis in "nhyx"]
 SIZES = ["heads", "H", "W", *STRIDES]
+INTERPRETED = tl.constexpr(registration.INTERPRETED)
 GROUP = tl.constexpr(16)  # queries of one partial sum; every BLOCK_M is a multiple
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, in float32."""
+    if INTERPRETED:  # its bfloat16 is an integer to tl.dot
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -235,7 +245,7 @@ def _forward(
     for start in tl.range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         key = _load(k, columns, n, head, H, W, k_n, k_h, k_y, k_x, D, DP, LEVEL, ALIGN)
-        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        s = _dot(query, tl.trans(key), None, PRECISION)
         s = tl.where((columns < tokens)[None, :], s * (scale * LOG2_E), float("-inf"))
         above = tl.maximum(highest, tl.max(s, 1))
         p = tl.exp2(s - above[:, None])
@@ -243,7 +253,7 @@ def _forward(
         total = total * decay + tl.sum(p, 1)
         highest = above
         value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
-        acc = tl.dot(p.to(value.dtype), value, acc * decay[:, None], input_precision=PRECISION)
+        acc = _dot(p.to(value.dtype), value, acc * decay[:, None], PRECISION)
 
     tiles = _split(acc / total[:, None], BLOCK_M, 4**LEVEL, DP)
     if mixed is not None:
@@ -313,12 +323,12 @@ def _backward_queries(
         columns = start + tl.arange(0, BLOCK_N)
         key = _load(k, columns, n, head, H, W, k_n, k_h, k_y, k_x, D, DP, LEVEL, ALIGN)
         value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
-        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        dp = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
+        s = _dot(query, tl.trans(key), None, PRECISION)
+        dp = _dot(d_out, tl.trans(value), None, PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - log_sum[:, None])
         p = tl.where((columns < tokens)[None, :], p, 0.0)
         ds = p * (dp - d_rows[:, None])
-        acc = tl.dot(ds.to(key.dtype), key, acc, input_precision=PRECISION)
+        acc = _dot(ds.to(key.dtype), key, acc, PRECISION)
 
     tiles = _split(acc * scale, BLOCK_M, 4**LEVEL, DP)
     if logit_gain is not None:
@@ -364,12 +374,12 @@ def _backward_keys(
         # Beyond the last query: p = 0.
         log_sum = tl.load(lse + at, rows < tokens, float("inf"))
         d_rows = tl.load(delta + at, rows < tokens, 0.0)
-        s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+        s = _dot(key, tl.trans(query), None, PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - log_sum[None, :])
-        d_value = tl.dot(p.to(do.dtype), do, d_value, input_precision=PRECISION)
-        dp = tl.dot(value, tl.trans(do), input_precision=PRECISION)
+        d_value = _dot(p.to(do.dtype), do, d_value, PRECISION)
+        dp = _dot(value, tl.trans(do), None, PRECISION)
         ds = p * (dp - d_rows[None, :])
-        d_key = tl.dot(ds.to(query.dtype), query, d_key, input_precision=PRECISION)
+        d_key = _dot(ds.to(query.dtype), query, d_key, PRECISION)
 
     tiles_k = _mix(_split(d_key * scale, BLOCK_N, 4**LEVEL, DP), logit_gain, head, LEVEL)
     _store_positions(dk, tiles_k, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
@@ -403,6 +413,10 @@ def configurations(
         own, streamed = (n, m) if keys else (m, n)
         return (stay * own + 2 * stages * streamed) * channels * dtype.itemsize
 
+    if keys and capability >= 100:  # tcgen05 has p and ds in shared memory too
+        m = min(m, 8192 // channels)
+    if capability < 90 and warps == 8:  # the accumulators of mma take more registers
+        m, n = (m, n) if channels < 256 else (64, 32) if not keys else (32, n)
     room = shared_memory(capability) - 2048
     while bytes_of(m, n, 1) > room and max(m, n) > 16:
         m, n = (m // 2, n) if m >= n else (m, n // 2)
