@@ -58,7 +58,7 @@ def launch(kernel, configs: Sequence[triton.Config], grid: Callable, *args, **co
         settings = {}
         kernel = _autotuned(kernel, tuple(constants), tuple(map(_Hashable, configs)))
     else:
-        settings = configs[0].all_kwargs()
+        settings = _settings(configs[0])
     if not INTERPRETED:
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](*args, **constants, **settings)
@@ -84,7 +84,7 @@ def source(kernel, config: triton.Config, types: dict[str, str], **constants):
     Pointers, and integers that the kernel specialises on, count as multiples of 16, as they are
     in a tensor whose channels are.
     """
-    settings = config.all_kwargs()
+    settings = _settings(config)
     names = {p.name: p for p in kernel.params}
     constants |= {k: v for k, v in settings.items() if k in names}
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -93,8 +93,13 @@ def source(kernel, config: triton.Config, types: dict[str, str], **constants):
         for name, p in names.items()
         if signature[name][0] in "*i" and not p.do_not_specialize
     }
-    options = {k: v for k, v in settings.items() if k not in names and v is not None}
+    options = {k: v for k, v in settings.items() if k not in names}
     return triton.compiler.ASTSource(kernel, signature, constants, attributes), options
+
+
+def _settings(config: triton.Config) -> dict:
+    # No more than these two: torch.compile does not take the others outside an autotuner.
+    return {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
 @cache
