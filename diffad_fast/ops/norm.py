@@ -6,7 +6,14 @@ from .. import reference
 from . import checks
 from .dispatch import Operator
 
-_group_norm_silu = Operator("group_norm_silu", reference.group_norm_silu)
+
+def _triton(*arguments):
+    from ..kernels.group_norm_silu import group_norm_silu
+
+    return group_norm_silu(*arguments)
+
+
+_group_norm_silu = Operator("group_norm_silu", reference.group_norm_silu, triton=_triton)
 
 
 def group_norm_silu(
