@@ -37,8 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.layout import empty_4d, is_channels_last
-from .numeric import widened
-from .registration import launch, operator, source
+from .registration import dense, launch, operator, source, wide, widened
 
 # Chunks of pixels an image; a constant of the kernels, which merge this many at once.
 SPLITS = 64
@@ -72,8 +71,9 @@ def _tile(start, stop, first_group, pixels, CHANNELS_LAST: tl.constexpr,
 
 
 @triton.jit
-def _affine(weight, bias, scale, shift, n, like, channel, exists, CHANNELS: tl.constexpr,
-            WEIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
+def _affine(weight, bias, scale, shift, n, like, channel, exists,
+            CHANNELS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+            SCALE: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
     """a and b of u = a h + b (G,J), in the dtype of ``like``; zero where there is no channel."""
     a = exists.to(like.dtype)
     b = tl.zeros_like(a)
@@ -128,8 +128,9 @@ def _moments(x, partial, pixels: tl.int64, chunk: tl.int64,
     mean = widened(tl.zeros((BLOCK_P, BLOCK_G, BLOCK_J), x.dtype.element_ty))
     m2 = tl.zeros_like(mean)
     for start in range(first, last, BLOCK_P):
-        channel, exists, base, offset, mask = _tile(start, last, first_group, pixels, CHANNELS_LAST, NUM_GROUPS,
-                                   GROUP_SIZE, BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
+        channel, exists, base, offset, mask = _tile(
+            start, last, first_group, pixels, CHANNELS_LAST, NUM_GROUPS, GROUP_SIZE,
+            BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
         value = widened(tl.load(x + base + offset, mask, 0.0))
         number = (start - first) // BLOCK_P + 1
         delta = tl.where(mask, value - mean, 0.0)
@@ -161,7 +162,7 @@ def _normalise(x, y, partial, statistics, weight, bias, scale, shift,
         block * BLOCK_P, pixels, first_group, pixels, CHANNELS_LAST, NUM_GROUPS,
         GROUP_SIZE, BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
     value = widened(tl.load(x + image + base + offset, mask, 0.0))
-    total = (pixels * GROUP_SIZE).to(value.dtype)
+    total = tl.cast(pixels * GROUP_SIZE, value.dtype)
     g = first_group + tl.arange(0, BLOCK_G)
     if RESIDENT:
         mean = _sum(value) / total
@@ -225,15 +226,17 @@ def _gradient_sums(dy, x, statistics, sums, partial, weight, bias, scale, shift,
     g = first_group + tl.arange(0, BLOCK_G)
     sum0 = widened(tl.zeros((BLOCK_P, BLOCK_G, BLOCK_J), x.dtype.element_ty))
     sum1 = tl.zeros_like(sum0)
-    channel, exists, base, offset, mask = _tile(first, last, first_group, pixels, CHANNELS_LAST, NUM_GROUPS,
-                                  GROUP_SIZE, BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
+    channel, exists, base, offset, mask = _tile(
+        first, last, first_group, pixels, CHANNELS_LAST, NUM_GROUPS, GROUP_SIZE,
+        BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
     a, b = _affine(weight, bias, scale, shift, n, sum0, channel, exists, CHANNELS,
                    WEIGHT, BIAS, SCALE, SHIFT)  # fmt: skip
     for start in range(first, last, BLOCK_P):
-        channel, exists, base, offset, mask = _tile(start, last, first_group, pixels, CHANNELS_LAST, NUM_GROUPS,
-                                   GROUP_SIZE, BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
-        h, v, inverse = _pulled(dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION,
-                                NUM_GROUPS)  # fmt: skip
+        channel, exists, base, offset, mask = _tile(
+            start, last, first_group, pixels, CHANNELS_LAST, NUM_GROUPS, GROUP_SIZE,
+            BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
+        h, v, inverse = _pulled(
+            dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION, NUM_GROUPS)  # fmt: skip
         sum0 += v
         sum1 += v * h
     sum0, sum1 = tl.sum(sum0, 0), tl.sum(sum1, 0)
@@ -263,8 +266,8 @@ def _gradient(dy, x, dx, statistics, sums, partial, weight, bias, scale, shift,
     like = widened(tl.zeros((1,), x.dtype.element_ty))
     a, b = _affine(weight, bias, scale, shift, n, like, channel, exists, CHANNELS,
                    WEIGHT, BIAS, SCALE, SHIFT)  # fmt: skip
-    h, v, inverse = _pulled(dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION,
-                            NUM_GROUPS)  # fmt: skip
+    h, v, inverse = _pulled(
+            dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION, NUM_GROUPS)  # fmt: skip
     if RESIDENT:
         sum0, sum1 = tl.sum(v, 0), tl.sum(v * h, 0)
         tl.store(sums + n * (2 * CHANNELS) + channel, sum0, exists)
@@ -276,7 +279,7 @@ def _gradient(dy, x, dx, statistics, sums, partial, weight, bias, scale, shift,
         place = partial + _workspace(n, g, NUM_GROUPS, SPLITS)[:, None] + s
         mean0 = tl.sum(tl.load(place, there, 0.0), 1)
         mean1 = tl.sum(tl.load(place + NUM_GROUPS * SPLITS, there, 0.0), 1)
-    total = (pixels * GROUP_SIZE).to(h.dtype)
+    total = tl.cast(pixels * GROUP_SIZE, h.dtype)
     result = v * a[None, :, :] - (mean0 / total)[None, :, None]
     result = (result - h * (mean1 / total)[None, :, None]) * inverse[None, :, None]
     tl.store(dx + image + base + offset, result.to(dx.dtype.element_ty), mask)
@@ -357,16 +360,7 @@ class _Plan:
     def workspace(self, x: Tensor) -> Tensor:
         """Two results a group and split; of no use to resident groups."""
         groups = 0 if self.resident else self.constants["NUM_GROUPS"]
-        return x.new_empty((len(x), 2, groups, SPLITS), dtype=_compute(x))
-
-
-def _compute(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _dense(x: Tensor, like: Tensor) -> Tensor:
-    last = is_channels_last(like)
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return x.new_empty((len(x), 2, groups, SPLITS), dtype=wide(x))
 
 
 def _parameters(x: Tensor, **given: Tensor | None):
@@ -376,7 +370,7 @@ def _parameters(x: Tensor, **given: Tensor | None):
 
 
 def _fake_forward(x, weight, bias, scale, shift, num_groups, eps, activation):
-    return empty_4d(x, x.shape), x.new_empty((len(x), 2, num_groups), dtype=_compute(x))
+    return empty_4d(x, x.shape), x.new_empty((len(x), 2, num_groups), dtype=wide(x))
 
 
 @operator(_fake_forward)
@@ -385,7 +379,7 @@ def group_norm_silu_forward(
     shift: Tensor | None, num_groups: int, eps: float, activation: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and the mean and 1 / deviation of every group (N,2,G) in float32 at least."""
-    x = _dense(x, x)
+    x = dense(x, x)
     y, statistics = _fake_forward(x, weight, bias, scale, shift, num_groups, eps, activation)
     if x.numel() == 0:
         return y, statistics
@@ -423,8 +417,8 @@ def group_norm_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, scale and shift, the last four empty where the argument is
     None or ``parameters`` is false."""
-    x = _dense(x, x)
-    dy = _dense(dy, x)
+    x = dense(x, x)
+    dy = dense(dy, x)
     dx, *gradients = _fake_backward(
         dy, x, statistics, weight, bias, scale, shift, num_groups, activation, parameters
     )
@@ -433,7 +427,7 @@ def group_norm_silu_backward(
     plan = _Plan(x, num_groups)
     partial = plan.workspace(x)
     splits = 1 if plan.resident else plan.splits
-    sums = x.new_empty((len(x), splits, 2, x.shape[1]), dtype=_compute(x))
+    sums = x.new_empty((len(x), splits, 2, x.shape[1]), dtype=wide(x))
     tensors, given = _parameters(x, weight=weight, bias=bias, scale=scale, shift=shift)
     constants = plan.constants | given | {"ACTIVATION": activation}
     if not plan.resident:

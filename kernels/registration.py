@@ -19,6 +19,9 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
+
+from ..ops.layout import is_channels_last
 
 INTERPRETED = triton.knobs.runtime.interpret
 AUTOTUNE = os.environ.get("DIFFAD_FAST_AUTOTUNE") == "1" and not INTERPRETED
@@ -100,6 +103,23 @@ def source(kernel, config: triton.Config, types: dict[str, str], **constants):
 def _settings(config: triton.Config) -> dict:
     # No more than these two: torch.compile does not take the others outside an autotuner.
     return {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def dense(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``x`` in the memory format of ``like``, contiguous or channels_last; a copy if it must."""
+    last = like.ndim == 4 and is_channels_last(like)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@triton.jit
+def widened(x):
+    """float64 as it is, everything narrower in float32: what kernels compute in."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+def wide(x: torch.Tensor) -> torch.dtype:
+    """The same of a tensor's dtype."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @cache

@@ -30,6 +30,30 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             rate=None,
             batch=shape[0],
         )
+        yield operator_case(
+            "noised_target",
+            f"v_prediction, {'×'.join(map(str, shape))}",
+            lambda device, shape=shape, times=times: on(
+                device, random(*shape), times, random(*shape, seed=1), alphas
+            ),
+            lambda functions, x0, t, noise, table: functions.noised_target(x0, t, noise, table),
+            bytes=16 * numel,
+            flops=6 * numel,
+            rate=None,
+            batch=shape[0],
+        )
+        yield operator_case(
+            "weighted_mse",
+            "×".join(map(str, shape)),
+            lambda device, shape=shape: on(
+                device, random(*shape), random(*shape, seed=1), random(shape[0], seed=2)
+            ),
+            lambda functions, x, y, weight: functions.weighted_mse(x, y, weight),
+            bytes=8 * numel,
+            flops=3 * numel,
+            rate=None,
+            batch=shape[0],
+        )
         a, b = float(alphas[FROM]), float(alphas[FROM - T // STEPS])
         yield operator_case(
             "ddim_step",

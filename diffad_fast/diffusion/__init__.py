@@ -1,14 +1,10 @@
-"""The diffusion process on represented inputs: schedules, forward, reverse."""
+"""The diffusion process on represented inputs: schedules and the reverse process."""
 
-from .forward import min_snr_weight, training_target, velocity
 from .reverse import reconstruct
 from .schedule import NoiseSchedule, ReverseStep
 
 __all__ = [
     "NoiseSchedule",
     "ReverseStep",
-    "min_snr_weight",
     "reconstruct",
-    "training_target",
-    "velocity",
 ]

@@ -12,6 +12,7 @@ from .maps import anomaly_map
 from .noise import philox_normal
 from .norm import group_norm_silu
 from .token_mlp import PackedTokenMLP, token_mlp_loop
+from .training import noised_target, weighted_mse
 from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "haar_pack",
     "haar_unpack",
     "idwt2d",
+    "noised_target",
     "philox_normal",
     "q_sample",
     "token_mlp_loop",
     "wavedec2",
     "wavelet_attention",
     "waverec2",
+    "weighted_mse",
 ]
 
 select_from_environment()

@@ -8,7 +8,14 @@ from .. import reference
 from . import checks
 from .dispatch import Operator
 
-_q_sample = Operator("q_sample", reference.q_sample)
+
+def _triton_q_sample(*arguments):
+    from ..kernels.q_sample import q_sample
+
+    return q_sample(*arguments)
+
+
+_q_sample = Operator("q_sample", reference.q_sample, triton=_triton_q_sample)
 _ddim_step = Operator("ddim_step", reference.ddim_step)
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -23,6 +30,12 @@ def q_sample(x0, t, noise, alphas_cumprod):
 
     Raises TypeError for dtypes, ValueError for shapes and devices. Values of ``t`` are not checked.
     """
+    check_forward(x0, t, noise, alphas_cumprod)
+    return _q_sample(x0, t, noise, alphas_cumprod)
+
+
+def check_forward(x0, t, noise, alphas_cumprod):
+    """Check the arguments of the forward process; see :func:`q_sample`."""
     checks.tensor("x0", x0)
     if x0.ndim == 0:
         raise ValueError("x0 must have a leading batch dimension, got a scalar")
@@ -34,7 +47,6 @@ def q_sample(x0, t, noise, alphas_cumprod):
     _check_noise(noise, x0, "x0")
     checks.tensor("alphas_cumprod", alphas_cumprod, 1)
     checks.on_device("alphas_cumprod", alphas_cumprod, x0.device)
-    return _q_sample(x0, t, noise, alphas_cumprod)
 
 
 def ddim_step(

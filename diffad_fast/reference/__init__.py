@@ -11,6 +11,7 @@ from .maps import anomaly_map
 from .noise import philox4x32, philox_normal
 from .norm import group_norm_silu
 from .token_mlp import PackedTokenMLP, token_mlp_loop
+from .training import noised_target, weighted_mse
 from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "haar_pack",
     "haar_unpack",
     "idwt2d",
+    "noised_target",
     "philox4x32",
     "philox_normal",
     "q_sample",
@@ -29,4 +31,5 @@ __all__ = [
     "wavedec2",
     "wavelet_attention",
     "waverec2",
+    "weighted_mse",
 ]

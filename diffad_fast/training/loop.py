@@ -20,7 +20,7 @@ from torch import nn
 from .. import ops
 from ..config import DetectorConfig
 from ..data.images import Images
-from ..diffusion import NoiseSchedule, min_snr_weight, training_target
+from ..diffusion import NoiseSchedule
 from ..errors import CheckpointError, InputError
 from ..progress import progress
 from . import checkpoint
@@ -154,12 +154,10 @@ class Trainer:
         noise = ops.philox_normal(
             x0.shape, self.config.seed, draw=index + 1, step=epoch, device=self.device
         ).contiguous(memory_format=torch.channels_last)
-        x_t = ops.q_sample(x0, t, noise, self.alphas)
-        output = self.denoiser(x_t, self.log_sigma[t])
-        kind = self.config.prediction_type
-        target = training_target(kind, x0, t, noise, self.alphas)
-        weight = min_snr_weight(kind, t, self.alphas, self.config.snr_limit)
-        return ((output - target).square().mean(dim=(1, 2, 3)) * weight).mean()
+        x_t, target, weight = ops.noised_target(
+            x0, t, noise, self.alphas, self.config.prediction_type, self.config.snr_limit
+        )
+        return ops.weighted_mse(self.denoiser(x_t, self.log_sigma[t]), target, weight)
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine to a hundredth."""

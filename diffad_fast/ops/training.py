@@ -1,0 +1,66 @@
+"""What a denoiser is trained on, and its loss: all of a training step but the network itself."""
+
+from __future__ import annotations
+
+from .. import reference
+from . import checks
+from .diffusion import PREDICTION_TYPES, check_forward
+from .dispatch import Operator
+
+
+def _triton_noised_target(*arguments):
+    from ..kernels.q_sample import noised_target
+
+    return noised_target(*arguments)
+
+
+def _triton_weighted_mse(*arguments):
+    from ..kernels.loss import weighted_mse
+
+    return weighted_mse(*arguments)
+
+
+_noised_target = Operator("noised_target", reference.noised_target, triton=_triton_noised_target)
+_weighted_mse = Operator("weighted_mse", reference.weighted_mse, triton=_triton_weighted_mse)
+
+
+def noised_target(x0, t, noise, alphas_cumprod, prediction_type="v_prediction", snr_limit=5.0):
+    """Noised samples, what the network shall say of them, and the weights of its errors.
+
+    x0, t, noise, alphas_cumprod: as for :func:`q_sample`. prediction_type: "epsilon", "sample" or
+    "v_prediction". snr_limit: where min-SNR weighting stops following the signal-to-noise ratio.
+
+    Returns (x_t, target, weight): x_t as from :func:`q_sample`; target, of its shape and dtype,
+    the noise, x0 (possibly the argument itself) or the velocity
+    ``sqrt(abar[t]) noise - sqrt(1 - abar[t]) x0``; weight (N,) float32, by which the mean squared
+    error of the prediction becomes min(SNR, snr_limit) times that of x0. x_t and target are
+    differentiable in x0 and noise.
+
+    Raises TypeError for dtypes, ValueError for shapes, devices and options. Values of ``t`` are
+    not checked.
+    Source: Salimans & Ho 2022 (velocity), Hang et al. 2023 (min-SNR).
+    """
+    check_forward(x0, t, noise, alphas_cumprod)
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"unknown prediction_type {prediction_type!r}: choose {', '.join(PREDICTION_TYPES)}"
+        )
+    checks.number("snr_limit", snr_limit, 0.0)
+    return _noised_target(x0, t, noise, alphas_cumprod, prediction_type, snr_limit)
+
+
+def weighted_mse(prediction, target, weight):
+    """Mean over samples of ``weight`` times the mean squared error, a scalar.
+
+    prediction, target: (N,...) of one shape with N > 0 and at least one value; weight: (N,).
+    Summed in and returned as float32, float64 for float64 predictions. Differentiable in all
+    three, once.
+
+    Raises TypeError for dtypes, ValueError for shapes and devices.
+    """
+    checks.tensor("prediction", prediction)
+    if prediction.ndim == 0 or prediction.numel() == 0:
+        raise ValueError(f"prediction holds no samples: shape {tuple(prediction.shape)}")
+    checks.shaped("target", target, prediction.shape, prediction.device)
+    checks.shaped("weight", weight, (len(prediction),), prediction.device)
+    return _weighted_mse(prediction, target, weight)
