@@ -236,7 +236,8 @@ def _gradient_sums(dy, x, statistics, sums, partial, weight, bias, scale, shift,
             start, last, first_group, pixels, CHANNELS_LAST, NUM_GROUPS, GROUP_SIZE,
             BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
         h, v, inverse = _pulled(
-            dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION, NUM_GROUPS)  # fmt: skip
+            dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION,
+            NUM_GROUPS)  # fmt: skip
         sum0 += v
         sum1 += v * h
     sum0, sum1 = tl.sum(sum0, 0), tl.sum(sum1, 0)
@@ -267,7 +268,8 @@ def _gradient(dy, x, dx, statistics, sums, partial, weight, bias, scale, shift,
     a, b = _affine(weight, bias, scale, shift, n, like, channel, exists, CHANNELS,
                    WEIGHT, BIAS, SCALE, SHIFT)  # fmt: skip
     h, v, inverse = _pulled(
-            dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION, NUM_GROUPS)  # fmt: skip
+        dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION,
+        NUM_GROUPS)  # fmt: skip
     if RESIDENT:
         sum0, sum1 = tl.sum(v, 0), tl.sum(v * h, 0)
         tl.store(sums + n * (2 * CHANNELS) + channel, sum0, exists)

@@ -8,7 +8,21 @@ from .. import reference
 from . import checks
 from .dispatch import Operator
 
-_anomaly_map = Operator("anomaly_map", reference.anomaly_map)
+
+def _triton(*arguments):
+    from ..kernels.anomaly_map import anomaly_map
+
+    return anomaly_map(*arguments)
+
+
+def _triton_refuses(*arguments):
+    from ..kernels.anomaly_map import refuses
+
+    return refuses(*arguments)
+
+
+_triton.refuses = _triton_refuses
+_anomaly_map = Operator("anomaly_map", reference.anomaly_map, triton=_triton)
 
 MAPS = ("pixel", "feature", "sub-band")
 
