@@ -23,11 +23,11 @@ _BORDERS = {mode: index for index, mode in enumerate(rules.MODES)}
 _CROPPED = len(rules.MODES)
 
 # A plain dictionary, which torch.compile can read where it cannot call PyWavelets.
-_named_banks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+_named_banks: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
-def _native_dwt2d(x, wavelet, mode):
-    filters = _filters(wavelet)[0]
+def _native_dwt2d(x, wavelet, mode, operator=None, device="cpu"):
+    filters = _filters(wavelet, device)[0]
     border = _border(mode)
     length = filters.shape[1]
     height, width = x.shape[2:]
@@ -37,11 +37,13 @@ def _native_dwt2d(x, wavelet, mode):
         rules.check_reflects(height, 2, mode)
         rules.check_reflects(width, 3, mode)
         rows, columns = (height + length - 1) // 2, (width + length - 1) // 2
-    return _call(torch.ops.diffad_fast.dwt2d.default, (x,), filters, border, rows, columns)
+    return _call(
+        operator or torch.ops.diffad_fast.dwt2d.default, (x,), filters, border, rows, columns
+    )
 
 
-def _native_idwt2d(coeffs, wavelet, mode, output_size=None):
-    filters = _filters(wavelet)[1]
+def _native_idwt2d(coeffs, wavelet, mode, output_size=None, operator=None, device="cpu"):
+    filters = _filters(wavelet, device)[1]
     _border(mode)
     if any(band is None for band in coeffs):
         zeros = torch.zeros_like(next(band for band in coeffs if band is not None))
@@ -57,7 +59,7 @@ def _native_idwt2d(coeffs, wavelet, mode, output_size=None):
     if output_size is not None:
         rules.check_crop(output_size, size)
         size = output_size
-    return _call(torch.ops.diffad_fast.idwt2d.default, coeffs, filters, border, *size)
+    return _call(operator or torch.ops.diffad_fast.idwt2d.default, coeffs, filters, border, *size)
 
 
 def _call(operator, tensors, *arguments):
@@ -76,21 +78,48 @@ def _border(mode):
     return _BORDERS[mode]
 
 
-def _filters(wavelet):
-    """Filters of decomposition and, reversed, of reconstruction: float64 (2,F) on the CPU."""
+def _triton_dwt2d(x, wavelet, mode):
+    from ..kernels import dwt2d  # noqa: F401
+
+    return _native_dwt2d(x, wavelet, mode, torch.ops.diffad_fast_triton.dwt2d.default, x.device)
+
+
+def _triton_idwt2d(coeffs, wavelet, mode, output_size=None):
+    from ..kernels import dwt2d  # noqa: F401
+
+    device = next(band.device for band in coeffs if band is not None)
+    operator = torch.ops.diffad_fast_triton.idwt2d.default
+    return _native_idwt2d(coeffs, wavelet, mode, output_size, operator, device)
+
+
+def _triton_refuses(tensors, wavelet, mode, output_size=None):
+    """What the Triton kernels leave to the reference: long filters, and borders that are no index
+    rule."""
+    if mode in ("smooth", "antireflect"):
+        return f"the Triton kernels do not have the mode {mode!r}"
+    length = _filters(wavelet, "cpu")[0].shape[1]
+    return f"the Triton kernels take filters up to 16, not {length}" if length > 16 else None
+
+
+_triton_dwt2d.refuses = _triton_idwt2d.refuses = _triton_refuses
+
+
+def _filters(wavelet, device):
+    """Filters of decomposition and, reversed, of reconstruction: float64 (2,F)."""
     if not isinstance(wavelet, str):
-        return _bank(wavelet)
-    if wavelet not in _named_banks:
-        _named_banks[wavelet] = _bank(wavelet)
-    return _named_banks[wavelet]
+        return _bank(wavelet, device)
+    key = (wavelet, device)
+    if key not in _named_banks:
+        _named_banks[key] = _bank(wavelet, device)
+    return _named_banks[key]
 
 
-def _bank(wavelet):
+def _bank(wavelet, device):
     dec_lo, dec_hi, rec_lo, rec_hi = rules.as_wavelet(wavelet).filter_bank
     with torch.inference_mode(False):  # the cached filters must serve autograd later
         return (
-            torch.tensor([dec_lo, dec_hi], dtype=torch.float64),
-            torch.tensor([rec_lo[::-1], rec_hi[::-1]], dtype=torch.float64),
+            torch.tensor([dec_lo, dec_hi], dtype=torch.float64, device=device),
+            torch.tensor([rec_lo[::-1], rec_hi[::-1]], dtype=torch.float64, device=device),
         )
 
 
@@ -98,8 +127,18 @@ def _implementations(name, function):
     return dict.fromkeys(native.implementations(name), function)
 
 
-_dwt2d = Operator("dwt2d", reference.dwt2d, **_implementations("dwt2d", _native_dwt2d))
-_idwt2d = Operator("idwt2d", reference.idwt2d, **_implementations("idwt2d", _native_idwt2d))
+_dwt2d = Operator(
+    "dwt2d",
+    reference.dwt2d,
+    triton=_triton_dwt2d,
+    **_implementations("dwt2d", _native_dwt2d),
+)
+_idwt2d = Operator(
+    "idwt2d",
+    reference.idwt2d,
+    triton=_triton_idwt2d,
+    **_implementations("idwt2d", _native_idwt2d),
+)
 
 
 def dwt2d(x, wavelet="haar", mode="periodization"):
@@ -133,7 +172,7 @@ def idwt2d(coeffs, wavelet="haar", mode="periodization", output_size=None):
     first = _check_bands(coeffs, ("cA", "cH", "cV", "cD"))
     if output_size is not None and len(output_size) != 2:
         raise ValueError(f"output_size must be (H, W), got {output_size!r}")
-    return _idwt2d.on(first.device)(coeffs, wavelet, mode, output_size)
+    return _idwt2d.on(first.device, coeffs, wavelet, mode)(coeffs, wavelet, mode, output_size)
 
 
 def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
@@ -170,7 +209,7 @@ def waverec2(coeffs, wavelet="haar", mode="periodization"):
             first = _check_bands(bands, names)
             checks.on_device(f"level {number}", first, low.device)
             checks.same_dtype(f"level {number}", first, "cA", low.dtype)
-    return rules.recompose(_idwt2d.on(low.device), coeffs, wavelet, mode)
+    return rules.recompose(_idwt2d.on(low.device, coeffs, wavelet, mode), coeffs, wavelet, mode)
 
 
 def _check_image(x, name="x"):

@@ -1,0 +1,172 @@
+"""The Triton wavelet transforms against the reference in float64, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import diffad_fast as daf
+from diffad_fast import ops, reference
+from diffad_fast.errors import BackendError
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = ("zero", "constant", "symmetric", "periodic", "periodization", "reflect", "antisymmetric")
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def close(got, expected, tolerance=1e-12):
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance)
+
+
+def forward(x, wavelet, mode, tolerance=1e-12):
+    """dwt2d and its gradient by both; returns the coefficients."""
+    results = []
+    for backend, leaf in (("triton", x), ("reference", x.double())):
+        leaf = leaf.detach().requires_grad_()
+        with daf.use_backend(backend):
+            bands = ops.dwt2d(leaf, wavelet, mode)
+        upstream = [random(*b.shape, seed=9 + i, dtype=b.dtype) for i, b in enumerate(bands)]
+        results.append((*bands, *torch.autograd.grad(bands, leaf, upstream)))
+    for a, b in zip(*results, strict=True):
+        close(a, b, tolerance)
+    assert all(y.dtype == x.dtype for y in results[0])
+    return [y.detach() for y in results[0][:4]]
+
+
+def inverse(bands, wavelet, mode, output_size=None, tolerance=1e-12):
+    results = []
+    for backend, wide in (("triton", False), ("reference", True)):
+        leaves = [b if b is None else (b.double() if wide else b).detach().requires_grad_()
+                  for b in bands]  # fmt: skip
+        with daf.use_backend(backend):
+            x = ops.idwt2d(leaves, wavelet, mode, output_size)
+        upstream = random(*x.shape, seed=5, dtype=x.dtype)
+        given = [b for b in leaves if b is not None]
+        results.append((x, *torch.autograd.grad(x, given, upstream)))
+    for a, b in zip(*results, strict=True):
+        close(a, b, tolerance)
+    return results[0][0].detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wavelet", ["haar", "db2", "bior2.6"])
+def test_modes(wavelet, mode):
+    for shape in ((1, 2, 7, 11), (2, 1, 8, 18)):
+        bands = forward(random(*shape), wavelet, mode)
+        inverse(bands, wavelet, mode, shape[2:])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_images_shorter_than_the_filter(mode):
+    shape = (1, 1, 3, 2)
+    inverse(forward(random(*shape), "db4", mode), "db4", mode, shape[2:])
+
+
+@pytest.mark.parametrize("wavelet", ["db3", "sym8", "rbio3.1"])
+@pytest.mark.parametrize("mode", ["periodization", "symmetric"])
+def test_lengths(wavelet, mode):
+    x = random(1, 1, 22, 37)
+    got = inverse(forward(x, wavelet, mode), wavelet, mode, (22, 37))
+    close(got, x, 1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 1, 7), (1, 3, 131, 3), (1, 1, 2, 263)])
+def test_odd_shapes(shape):
+    inverse(forward(random(*shape), "db2", "symmetric"), "db2", "symmetric")
+    inverse(forward(random(*shape), "haar", "periodization"), "haar", "periodization")
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 8e-3), (torch.bfloat16, 6e-2)]
+)
+def test_dtypes_and_layouts(dtype, tolerance):
+    x = random(2, 6, 9, 10, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    for view in (x, x[:, 1:4], x[:, :, ::2, 1::3], x[:, :1, :1].expand(2, 3, 5, 10)):
+        bands = forward(view, "db2", "reflect", tolerance)
+        assert bands[0].is_contiguous(memory_format=torch.channels_last) or view is not x
+        inverse(bands, "db2", "reflect", tolerance=tolerance)
+    mixed = [bands[0].contiguous(), *bands[1:]]
+    inverse(mixed, "db2", "reflect", tolerance=tolerance)
+
+
+def test_missing_bands_and_crops():
+    bands = forward(random(1, 2, 10, 13), "db2", "zero")
+    inverse([bands[0], None, None, bands[3]], "db2", "zero", (7, 12))
+    bands = forward(random(1, 2, 10, 13), "db2", "periodization")
+    inverse([None, *bands[1:]], "db2", "periodization", (6, 13))
+
+
+def test_levels():
+    x = random(1, 1, 20, 27)
+    with daf.use_backend("triton"):
+        bands = ops.wavedec2(x, "db2", 2, "symmetric")
+        close(ops.waverec2(bands, "db2", "symmetric")[..., :27], x)
+    expected = reference.wavedec2(x, "db2", 2, "symmetric")
+    close(bands[0], expected[0])
+    for a, b in zip(bands[1:], expected[1:], strict=True):
+        for got, band in zip(a, b, strict=True):
+            close(got, band)
+
+
+def test_stride_zero_and_double_gradients():
+    x = random(1, 1, 6, 5).requires_grad_()
+    with daf.use_backend("triton"):
+        a = ops.dwt2d(x, "db2", "symmetric")[0]
+        (grad,) = torch.autograd.grad(a.sum(), x, create_graph=False)
+    (expected,) = torch.autograd.grad(reference.dwt2d(x, "db2", "symmetric")[0].sum(), x)
+    close(grad, expected)
+
+
+def test_empty_batch():
+    with daf.use_backend("triton"):
+        bands = ops.dwt2d(random(0, 2, 6, 6), "db2", "symmetric")
+        assert bands[0].shape == (0, 2, 4, 4)
+        assert ops.idwt2d(bands, "db2", "symmetric").shape == (0, 2, 6, 6)
+
+
+@pytest.mark.parametrize("wavelet, mode, message", [("db9", "zero", "up to 16, not 18"),
+    ("db2", "smooth", "'smooth'"), ("db2", "antireflect", "'antireflect'")])  # fmt: skip
+def test_refused_calls_raise_by_name(wavelet, mode, message):
+    x = random(1, 1, 8, 8)
+    bands = reference.dwt2d(x, wavelet, mode)
+    with daf.use_backend("triton"):
+        with pytest.raises(BackendError, match=message):
+            ops.dwt2d(x, wavelet, mode)
+        with pytest.raises(BackendError, match=message):
+            ops.idwt2d(bands, wavelet, mode)
+
+
+def test_opcheck():
+    x = random(1, 1, 3, 4).requires_grad_()
+    filters = random(2, 4)
+    namespace = torch.ops.diffad_fast_triton
+    torch.library.opcheck(namespace.dwt2d, (x, filters, 2, 3, 3))
+    bands = [random(1, 1, 3, 3).requires_grad_() for _ in range(4)]
+    torch.library.opcheck(namespace.idwt2d, (*bands, filters, 2, 3, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("wavelet", ["haar", "db4", "sym8"])
+def test_on_a_gpu(wavelet):
+    x = random(4, 3, 255, 130, dtype=torch.float32)
+    first = forward(x, wavelet, "symmetric", 1e-5)
+
+    def function(x):
+        return ops.dwt2d(x, wavelet, "symmetric")
+
+    with daf.use_backend("triton"):
+        for again in (function(x), torch.compile(function, fullgraph=True)(x)):
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = function(x)
+        captured[0].zero_()
+        graph.replay()
+        assert torch.equal(captured[0], first[0])
