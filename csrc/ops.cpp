@@ -5,6 +5,12 @@
 
 STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
+  m.def(
+      "dwt2d(Tensor x, Tensor filters, int border, SymInt rows, SymInt columns)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "idwt2d(Tensor a, Tensor h, Tensor v, Tensor d, Tensor filters, int border, SymInt height,"
+      " SymInt width) -> Tensor");
   m.def("haar_pack(Tensor x, int level) -> Tensor");
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
 }

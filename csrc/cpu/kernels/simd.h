@@ -273,6 +273,33 @@ DIFFAD_SIMD void store_one(T* p, compute_t<T> value) {
   store_partial(p, splat(value), 1);
 }
 
+// --------------------------------------------------------- even and odd elements
+
+template <class V, int... I>
+DIFFAD_SIMD void deinterleave(V a, V b, V& even, V& odd, std::integer_sequence<int, I...>) {
+  even = __builtin_shufflevector(a, b, (2 * I)...);
+  odd = __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+// The elements at even and at odd positions of the 2 lanes long sequence a, b.
+template <class V>
+DIFFAD_SIMD void deinterleave(V a, V b, V& even, V& odd) {
+  constexpr int lanes = sizeof(V) / sizeof(lane_t<V>);
+  deinterleave(a, b, even, odd, std::make_integer_sequence<int, lanes>{});
+}
+
+template <class V, int... I>
+DIFFAD_SIMD void interleave(V even, V odd, V& a, V& b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  a = __builtin_shufflevector(even, odd, (I / 2 + I % 2 * lanes)...);
+  b = __builtin_shufflevector(even, odd, (I / 2 + I % 2 * lanes + lanes / 2)...);
+}
+// The inverse.
+template <class V>
+DIFFAD_SIMD void interleave(V even, V odd, V& a, V& b) {
+  constexpr int lanes = sizeof(V) / sizeof(lane_t<V>);
+  interleave(even, odd, a, b, std::make_integer_sequence<int, lanes>{});
+}
+
 // ------------------------------------------------------------------- functions
 
 // e^x, within 2 units in the last place; below -87.3 it is 0 and above 88.4 infinity.

@@ -1,0 +1,354 @@
+// Haar packets. A tile of R rows is transformed down the columns into a scratch buffer that stays
+// in the cache, then every row of the scratch along x, straight into the bands; unpacking runs the
+// same two passes backwards. Memory is read and written once for any number of levels.
+//
+// Where channels lie next to each other, both passes run over them. Otherwise the pass along x
+// works on R vectors, R kLanes neighbouring samples: a stage parts even from odd positions, which
+// leaves sums and differences in order for the next stage. Stage l parts bit l-1 of the index, and
+// its sums come before its differences, so the first stage decides the top bit of the position:
+// coefficient k ends in vector reversed(k).
+#include "haar.h"
+
+#include "simd.h"
+
+namespace diffad::DIFFAD_ISA {
+namespace {
+
+template <int R>
+constexpr int reversed(int k) {
+  int result = 0;
+  for (int bit = 1; bit < R; bit *= 2) result = 2 * result + (k & bit ? 1 : 0);
+  return result;
+}
+
+// Unnormalised transform of R vectors along x, from samples in order to coefficients.
+template <int R, int Size = R, class V>
+DIFFAD_SIMD void split(V (&v)[R]) {
+  if constexpr (Size > 1) {
+    constexpr int half = Size / 2;
+    V next[R];
+    DIFFAD_UNROLL
+    for (int i = 0; i < R / 2; ++i) {
+      const int first = i / half * Size, k = i % half;
+      V even, odd;
+      deinterleave(v[first + 2 * k], v[first + 2 * k + 1], even, odd);
+      next[first + k] = even + odd;
+      next[first + half + k] = even - odd;
+    }
+    DIFFAD_UNROLL
+    for (int i = 0; i < R; ++i) v[i] = next[i];
+    split<R, half>(v);
+  }
+}
+
+// And back.
+template <int R, int Size = 2, class V>
+DIFFAD_SIMD void merge(V (&v)[R]) {
+  if constexpr (Size <= R) {
+    constexpr int half = Size / 2;
+    V next[R];
+    DIFFAD_UNROLL
+    for (int i = 0; i < R / 2; ++i) {
+      const int first = i / half * Size, k = i % half;
+      const V low = v[first + k], high = v[first + half + k];
+      interleave(low + high, low - high, next[first + 2 * k], next[first + 2 * k + 1]);
+    }
+    DIFFAD_UNROLL
+    for (int i = 0; i < R; ++i) v[i] = next[i];
+    merge<R, 2 * Size>(v);
+  }
+}
+
+// Transforms `n` columns of R rows that lie `in_pitch` and `out_pitch` apart. Applies the whole
+// normalisation, for both directions.
+template <int R, class In, class Out>
+DIFFAD_SIMD void along_y(const In* in, int64_t in_pitch, Out* out, int64_t out_pitch, int64_t n) {
+  using C = compute_t<In>;
+  using V = Vec<C>;
+  constexpr int lanes = kLanes<C>;
+  V v[R];
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    DIFFAD_UNROLL
+    for (int k = 0; k < R; ++k) v[k] = load(in + k * in_pitch + i);
+    walsh(v);
+    DIFFAD_UNROLL
+    for (int k = 0; k < R; ++k) store(out + k * out_pitch + i, v[k] * (C(1) / R));
+  }
+  if (i < n) {
+    for (int k = 0; k < R; ++k) v[k] = load_partial(in + k * in_pitch + i, n - i);
+    walsh(v);
+    for (int k = 0; k < R; ++k) {
+      store_partial(out + k * out_pitch + i, v[k] * (C(1) / R), n - i);
+    }
+  }
+}
+
+// `blocks` groups of R neighbours in a row of the scratch, one channel; coefficient k of group i is
+// band[k][i]. May read up to R vectors past the end of the row.
+template <class T, int R, bool kPack>
+DIFFAD_SIMD void along_x(compute_t<T>* row, T* const (&band)[R], int64_t blocks) {
+  using V = Vec<compute_t<T>>;
+  constexpr int lanes = kLanes<compute_t<T>>;
+  for (int64_t i = 0; i < blocks; i += lanes) {
+    const int64_t left = blocks - i;
+    V v[R];
+    if constexpr (kPack) {
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) v[k] = load(row + i * R + k * lanes);
+      split(v);
+      if (left >= lanes) {
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) store(band[k] + i, v[reversed<R>(k)]);
+      } else {
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) store_partial(band[k] + i, v[reversed<R>(k)], left);
+      }
+    } else {
+      if (left >= lanes) {
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) v[reversed<R>(k)] = load(band[k] + i);
+      } else {
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) v[reversed<R>(k)] = load_partial(band[k] + i, left);
+      }
+      merge(v);
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) {
+        const int64_t n = left * R - k * lanes;
+        if (n >= lanes) {
+          store(row + i * R + k * lanes, v[k]);
+        } else if (n > 0) {
+          store_partial(row + i * R + k * lanes, v[k], n);
+        }
+      }
+    }
+  }
+}
+
+// The same for the `lanes` neighbouring channels of a pixel: coefficient k of group i is at
+// band[k] + i step.
+template <class T, int R, bool kPack>
+DIFFAD_SIMD void along_x_by_channels(compute_t<T>* row, int64_t lanes, T* const (&band)[R],
+                                     int64_t step, int64_t blocks) {
+  using C = compute_t<T>;
+  for (int64_t i = 0; i < blocks; ++i) {
+    C* const group = row + i * R * lanes;
+    const int64_t at = i * step;
+    int64_t c = 0;
+    for (; c + kLanes<C> <= lanes; c += kLanes<C>) {
+      Vec<C> v[R];
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) {
+        v[k] = kPack ? load(group + k * lanes + c) : load(band[k] + at + c);
+      }
+      walsh(v);
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) {
+        if constexpr (kPack) {
+          store(band[k] + at + c, v[k]);
+        } else {
+          store(group + k * lanes + c, v[k]);
+        }
+      }
+    }
+    for (; c < lanes; ++c) {
+      C v[R];
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) {
+        v[k] = kPack ? group[k * lanes + c] : load_one(band[k] + at + c);
+      }
+      walsh(v);
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) {
+        if constexpr (kPack) {
+          store_one(band[k] + at + c, v[k]);
+        } else {
+          group[k * lanes + c] = v[k];
+        }
+      }
+    }
+  }
+}
+
+// One level needs no scratch: a 2x2 block is four vectors.
+
+// v[2 y + x] holds the samples or the coefficients of both directions: down, then across.
+template <class V>
+DIFFAD_SIMD void butterfly(V (&v)[4]) {
+  const V s0 = (v[0] + v[2]) * 0.5f, s1 = (v[1] + v[3]) * 0.5f;
+  const V d0 = (v[0] - v[2]) * 0.5f, d1 = (v[1] - v[3]) * 0.5f;
+  v[0] = s0 + s1;
+  v[1] = s0 - s1;
+  v[2] = d0 + d1;
+  v[3] = d0 - d1;
+}
+
+template <class T, bool kPack>
+DIFFAD_SIMD void one_level(T* image, int64_t pitch, T* const (&band)[4], int64_t blocks) {
+  using C = compute_t<T>;
+  using V = Vec<C>;
+  constexpr int lanes = kLanes<C>;
+  for (int64_t i = 0; i < blocks; i += lanes) {
+    const int64_t left = blocks - i;
+    const bool whole = left >= lanes;
+    // Of the two vectors in a row of the image; 0 is none.
+    const int64_t first = 2 * left < lanes ? 2 * left : lanes;
+    const int64_t second = 2 * left - first;
+    V v[4];
+    DIFFAD_UNROLL
+    for (int y = 0; y < 2; ++y) {
+      T* const p = image + y * pitch + 2 * i;
+      if constexpr (kPack) {
+        const V a = whole ? load(p) : load_partial(p, first);
+        const V b = whole ? load(p + lanes) : load_partial(p + first, second);
+        deinterleave(a, b, v[2 * y], v[2 * y + 1]);
+      } else {
+        DIFFAD_UNROLL
+        for (int x = 0; x < 2; ++x) {
+          const T* q = band[y + 2 * x] + i;
+          v[2 * y + x] = whole ? load(q) : load_partial(q, left);
+        }
+      }
+    }
+    butterfly(v);
+    DIFFAD_UNROLL
+    for (int y = 0; y < 2; ++y) {
+      if constexpr (kPack) {
+        DIFFAD_UNROLL
+        for (int x = 0; x < 2; ++x) {
+          T* q = band[y + 2 * x] + i;
+          if (whole) {
+            store(q, v[2 * y + x]);
+          } else {
+            store_partial(q, v[2 * y + x], left);
+          }
+        }
+      } else {
+        T* const p = image + y * pitch + 2 * i;
+        V a, b;
+        interleave(v[2 * y], v[2 * y + 1], a, b);
+        if (whole) {
+          store(p, a);
+          store(p + lanes, b);
+        } else {
+          store_partial(p, a, first);
+          store_partial(p + first, b, second);
+        }
+      }
+    }
+  }
+}
+
+template <class T, bool kPack, class V, class Load, class Store>
+DIFFAD_SIMD void one_block(T* const (&pixel)[4], T* const (&band)[4], Load get, Store put) {
+  V v[4];
+  DIFFAD_UNROLL
+  for (int k = 0; k < 4; ++k) v[k] = get(kPack ? pixel[k] : band[k / 2 + 2 * (k % 2)]);
+  butterfly(v);
+  DIFFAD_UNROLL
+  for (int k = 0; k < 4; ++k) put(kPack ? band[k / 2 + 2 * (k % 2)] : pixel[k], v[k]);
+}
+
+template <class T, bool kPack>
+DIFFAD_SIMD void one_level_by_channels(T* image, int64_t pitch, int64_t lanes, T* const (&band)[4],
+                                       int64_t step, int64_t blocks) {
+  using C = compute_t<T>;
+  for (int64_t i = 0; i < blocks; ++i) {
+    T* const p = image + 2 * i * lanes;
+    T* const pixel[4] = {p, p + lanes, p + pitch, p + pitch + lanes};
+    const int64_t at = i * step;
+    int64_t c = 0;
+    for (; c + kLanes<C> <= lanes; c += kLanes<C>) {
+      one_block<T, kPack, Vec<C>>(
+          pixel, band, [&](T* q) { return load(q + (kPack ? c : at + c)); },
+          [&](T* q, Vec<C> v) { store(q + (kPack ? at + c : c), v); });
+    }
+    for (; c < lanes; ++c) {
+      one_block<T, kPack, C>(
+          pixel, band, [&](T* q) { return load_one(q + (kPack ? c : at + c)); },
+          [&](T* q, C v) { store_one(q + (kPack ? at + c : c), v); });
+    }
+  }
+}
+
+template <class T, int R, bool kPack>
+void tiles(const HaarArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end) {
+  const Strides& is = a.image_strides;
+  const Strides& bs = a.band_strides;
+  const bool planar = a.lanes == 1 && bs.x == 1;
+  const int64_t down = (a.rows + a.tile_rows - 1) / a.tile_rows;
+  const int64_t across = (a.cols + a.tile_cols - 1) / a.tile_cols;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t x = i % across * a.tile_cols;
+    const int64_t y = i / across % down * a.tile_rows;
+    const int64_t c = i / across / down % a.channels;
+    const int64_t n = i / across / down / a.channels;
+    const int64_t rows = a.rows - y < a.tile_rows ? a.rows - y : a.tile_rows;
+    const int64_t blocks = a.cols - x < a.tile_cols ? a.cols - x : a.tile_cols;
+    T* const image =
+        static_cast<T*>(a.image) + n * is.n + c * is.c + y * R * is.y + x * R * a.lanes;
+    const int64_t offset = n * bs.n + c * bs.c + y * bs.y + x * bs.x;
+    if constexpr (R == 2) {
+      for (int64_t r = 0; r < rows; ++r) {
+        T* band[4];
+        for (int k = 0; k < 4; ++k) band[k] = static_cast<T*>(a.bands[k]) + offset + r * bs.y;
+        T* const pixels = image + r * R * is.y;
+        if (planar) {
+          one_level<T, kPack>(pixels, is.y, band, blocks);
+        } else {
+          one_level_by_channels<T, kPack>(pixels, is.y, a.lanes, band, bs.x, blocks);
+        }
+      }
+    } else {
+      const int64_t width = blocks * R * a.lanes;
+      if constexpr (kPack) {
+        for (int64_t r = 0; r < rows; ++r) {
+          along_y<R>(image + r * R * is.y, is.y, scratch + r * R * width, width, width);
+        }
+      }
+      // R bands at a time, each over all rows of the tile: these follow each other in memory.
+      for (int v = 0; v < R; ++v) {
+        for (int64_t r = 0; r < rows; ++r) {
+          compute_t<T>* const row = scratch + (r * R + v) * width;
+          T* band[R];
+          for (int h = 0; h < R; ++h) {
+            band[h] = static_cast<T*>(a.bands[spread(v) + 2 * spread(h)]) + offset + r * bs.y;
+          }
+          if (planar) {
+            along_x<T, R, kPack>(row, band, blocks);
+          } else {
+            along_x_by_channels<T, R, kPack>(row, a.lanes, band, bs.x, blocks);
+          }
+        }
+      }
+      if constexpr (!kPack) {
+        for (int64_t r = 0; r < rows; ++r) {
+          along_y<R>(scratch + r * R * width, width, image + r * R * is.y, is.y, width);
+        }
+      }
+    }
+  }
+}
+
+template <class T, int R>
+void both_ways(const HaarArgs& a, void* scratch, int64_t begin, int64_t end) {
+  auto* s = static_cast<compute_t<T>*>(scratch);
+  return a.pack ? tiles<T, R, true>(a, s, begin, end) : tiles<T, R, false>(a, s, begin, end);
+}
+
+}  // namespace
+
+void haar(const HaarArgs& args, void* scratch, int64_t begin, int64_t end) {
+  for_dtype(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    switch (args.level) {
+      case 1: return both_ways<T, 2>(args, scratch, begin, end);
+      case 2: return both_ways<T, 4>(args, scratch, begin, end);
+      case 3: return both_ways<T, 8>(args, scratch, begin, end);
+      default: return both_ways<T, 16>(args, scratch, begin, end);
+    }
+  });
+}
+
+}  // namespace diffad::DIFFAD_ISA
