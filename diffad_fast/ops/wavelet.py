@@ -10,14 +10,96 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import native, reference
+from ..reference import wavelet as rules
 from . import checks
 from .dispatch import Operator
+from .layout import empty_4d
 
-_dwt2d = Operator("dwt2d", reference.dwt2d)
-_idwt2d = Operator("idwt2d", reference.idwt2d)
-_wavedec2 = Operator("wavedec2", reference.wavedec2)
-_waverec2 = Operator("waverec2", reference.waverec2)
+# The native operators are M along both axes, for the filters f and a border, and its adjoint M^T;
+# see csrc/cpu/dwt2d.cpp. The inverse transform is M^T for the reconstruction filters, reversed.
+# A border is a mode's index, or the one after: the inverse of periodization.
+_BORDERS = {mode: index for index, mode in enumerate(rules.MODES)}
+_CROPPED = len(rules.MODES)
+
+# A plain dictionary, which torch.compile can read where it cannot call PyWavelets.
+_named_banks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _native_dwt2d(x, wavelet, mode):
+    filters = _filters(wavelet)[0]
+    border = _border(mode)
+    length = filters.shape[1]
+    height, width = x.shape[2:]
+    if mode == "periodization":
+        rows, columns = (height + 1) // 2, (width + 1) // 2
+    else:
+        rules.check_reflects(height, 2, mode)
+        rules.check_reflects(width, 3, mode)
+        rows, columns = (height + length - 1) // 2, (width + length - 1) // 2
+    return _call(torch.ops.diffad_fast.dwt2d.default, (x,), filters, border, rows, columns)
+
+
+def _native_idwt2d(coeffs, wavelet, mode, output_size=None):
+    filters = _filters(wavelet)[1]
+    _border(mode)
+    if any(band is None for band in coeffs):
+        zeros = torch.zeros_like(next(band for band in coeffs if band is not None))
+        coeffs = [zeros if band is None else band for band in coeffs]
+    length = filters.shape[1]
+    rows, columns = coeffs[0].shape[2:]
+    if mode == "periodization":
+        border, size = _CROPPED, (2 * rows, 2 * columns)
+    else:
+        rules.check_enough(columns, 3, length)
+        rules.check_enough(rows, 2, length)
+        border, size = _BORDERS["zero"], (2 * rows - length + 2, 2 * columns - length + 2)
+    if output_size is not None:
+        rules.check_crop(output_size, size)
+        size = output_size
+    return _call(torch.ops.diffad_fast.idwt2d.default, coeffs, filters, border, *size)
+
+
+def _call(operator, tensors, *arguments):
+    """The operator; past the autograd layer, half of a small call, where no gradient is wanted."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    ):
+        return operator(*tensors, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*tensors, *arguments)
+
+
+def _border(mode):
+    if mode not in _BORDERS:
+        rules.check_mode(mode)
+    return _BORDERS[mode]
+
+
+def _filters(wavelet):
+    """Filters of decomposition and, reversed, of reconstruction: float64 (2,F) on the CPU."""
+    if not isinstance(wavelet, str):
+        return _bank(wavelet)
+    if wavelet not in _named_banks:
+        _named_banks[wavelet] = _bank(wavelet)
+    return _named_banks[wavelet]
+
+
+def _bank(wavelet):
+    dec_lo, dec_hi, rec_lo, rec_hi = rules.as_wavelet(wavelet).filter_bank
+    with torch.inference_mode(False):  # the cached filters must serve autograd later
+        return (
+            torch.tensor([dec_lo, dec_hi], dtype=torch.float64),
+            torch.tensor([rec_lo[::-1], rec_hi[::-1]], dtype=torch.float64),
+        )
+
+
+def _implementations(name, function):
+    return dict.fromkeys(native.implementations(name), function)
+
+
+_dwt2d = Operator("dwt2d", reference.dwt2d, **_implementations("dwt2d", _native_dwt2d))
+_idwt2d = Operator("idwt2d", reference.idwt2d, **_implementations("idwt2d", _native_idwt2d))
 
 
 def dwt2d(x, wavelet="haar", mode="periodization"):
@@ -64,7 +146,7 @@ def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
     _check_image(x)
     if level is not None:
         checks.integer("level", level, 0, 64)
-    return _wavedec2(x, wavelet, level, mode)
+    return rules.decompose(_dwt2d, x, wavelet, level, mode)
 
 
 def waverec2(coeffs, wavelet="haar", mode="periodization"):
@@ -88,7 +170,7 @@ def waverec2(coeffs, wavelet="haar", mode="periodization"):
             first = _check_bands(bands, names)
             checks.on_device(f"level {number}", first, low.device)
             checks.same_dtype(f"level {number}", first, "cA", low.dtype)
-    return _waverec2.on(low.device)(coeffs, wavelet, mode)
+    return rules.recompose(_idwt2d.on(low.device), coeffs, wavelet, mode)
 
 
 def _check_image(x, name="x"):
@@ -113,3 +195,41 @@ def _check_bands(bands, names) -> torch.Tensor:
 def _describe(value) -> str:
     kind = type(value).__name__
     return f"a {kind} of {len(value)}" if isinstance(value, (tuple, list)) else f"a {kind}"
+
+
+def _fake_dwt2d(x, filters, border, rows, columns):
+    return tuple(empty_4d(x, (*x.shape[:2], rows, columns)) for _ in range(4))
+
+
+def _fake_idwt2d(a, h, v, d, filters, border, height, width):
+    return empty_4d(a, (*a.shape[:2], height, width))
+
+
+def _keep_dwt2d(ctx, inputs, output):
+    x, ctx.filters, ctx.border, _, _ = inputs
+    ctx.size = x.shape[2:]
+
+
+def _keep_idwt2d(ctx, inputs, output):
+    ctx.filters, ctx.border = inputs[4:6]
+    ctx.size = inputs[0].shape[2:]
+
+
+# Each is the adjoint of the other with the same filters and border.
+def _dwt2d_backward(ctx, *grads):
+    grad = torch.ops.diffad_fast.idwt2d(*grads, ctx.filters, ctx.border, *ctx.size)
+    return grad, None, None, None, None
+
+
+def _idwt2d_backward(ctx, grad):
+    grads = torch.ops.diffad_fast.dwt2d(grad, ctx.filters, ctx.border, *ctx.size)
+    return *grads, None, None, None, None
+
+
+if native.loaded():
+    for _name, _fake, _backward, _keep in (
+        ("diffad_fast::dwt2d", _fake_dwt2d, _dwt2d_backward, _keep_dwt2d),
+        ("diffad_fast::idwt2d", _fake_idwt2d, _idwt2d_backward, _keep_idwt2d),
+    ):
+        torch.library.register_fake(_name, _fake)
+        torch.library.register_autograd(_name, _backward, setup_context=_keep)

@@ -34,7 +34,7 @@ MODES = (
 
 def dwt2d(x, wavelet="haar", mode="periodization"):
     """(N,C,H,W) -> (cA, cH, cV, cD), each (N,C,H',W'); the equations are in the module's head."""
-    _check_mode(mode)
+    check_mode(mode)
     dec, _ = _filters(wavelet, _compute_dtype(x.dtype), x.device)
     n, c = x.shape[:2]
     y = x.to(dec.dtype).reshape(n * c, 1, *x.shape[2:])
@@ -50,7 +50,7 @@ def idwt2d(coeffs, wavelet="haar", mode="periodization", output_size=None):
 
     A band that is None counts as zeros.
     """
-    _check_mode(mode)
+    check_mode(mode)
     given = next((band for band in coeffs if band is not None), None)
     if given is None:
         raise ValueError("all of cA, cH, cV and cD are None: give at least one band")
@@ -66,20 +66,29 @@ def idwt2d(coeffs, wavelet="haar", mode="periodization", output_size=None):
     y = y.reshape(n, c, *y.shape[2:])
     if output_size is not None:
         rows, columns = output_size
-        if not (1 <= rows <= y.shape[2] and 1 <= columns <= y.shape[3]):
-            raise ValueError(
-                f"output_size {tuple(output_size)} does not fit: these coefficients give "
-                f"{tuple(y.shape[2:])}, which can only be cropped"
-            )
+        check_crop(output_size, tuple(y.shape[2:]))
         y = y[:, :, :rows, :columns]
     return _with_format_of(given, y.to(given.dtype))
 
 
 def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
     """(N,C,H,W) -> [cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1)]."""
+    return decompose(dwt2d, x, wavelet, level, mode)
+
+
+def waverec2(coeffs, wavelet="haar", mode="periodization"):
+    """Inverse of :func:`wavedec2`; sub-bands that are None count as zeros.
+
+    The image is up to one row and one column larger than the one decomposed, as in PyWavelets.
+    """
+    return recompose(idwt2d, coeffs, wavelet, mode)
+
+
+def decompose(dwt2d, x, wavelet, level, mode):
+    """:func:`wavedec2` by the given one-level transform."""
     import pywt
 
-    filters = _as_wavelet(wavelet)
+    filters = as_wavelet(wavelet)
     most = int(pywt.dwtn_max_level(tuple(x.shape[2:]), filters))
     if level is None:
         level = most
@@ -89,7 +98,7 @@ def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
         warnings.warn(
             f"level {level} is more than the {most} that a {x.shape[2]}x{x.shape[3]} image and a "
             f"filter of length {filters.dec_len} allow: borders affect every coefficient",
-            stacklevel=4,  # whoever called ops.wavedec2
+            stacklevel=3,  # whoever called wavedec2
         )
     details = []
     for _ in range(level):
@@ -98,11 +107,8 @@ def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
     return [x, *reversed(details)]
 
 
-def waverec2(coeffs, wavelet="haar", mode="periodization"):
-    """Inverse of :func:`wavedec2`; sub-bands that are None count as zeros.
-
-    The image is up to one row and one column larger than the one decomposed, as in PyWavelets.
-    """
+def recompose(idwt2d, coeffs, wavelet, mode):
+    """:func:`waverec2` by the given one-level transform."""
     x, *levels = coeffs
     for bands in levels:
         shape = next((band.shape for band in bands if band is not None), x.shape)
@@ -135,11 +141,7 @@ def _synthesise(x, filters, axis, mode):
         crop = 2 * repeat + length // 2 - 1
     else:
         crop = length - 2
-        if 2 * m < length - 1:
-            raise ValueError(
-                f"{m} coefficients along axis {axis} are too few for a filter of length {length}: "
-                f"use the wavelet and mode of the decomposition"
-            )
+        check_enough(m, axis, length)
     return F.conv_transpose2d(
         x, _along(axis, filters), stride=_on(axis, 2, 1), padding=_on(axis, crop, 0)
     )
@@ -181,8 +183,7 @@ def _extend(x, axis, before, after, mode):
             return y
         y = y + weights(i.clamp(max=0)) * (x.narrow(axis, 1, 1) - first)
         return y + weights((i - (n - 1)).clamp(min=0)) * (last - x.narrow(axis, n - 2, 1))
-    if n == 1:
-        raise ValueError(f"mode {mode!r} needs at least 2 samples along axis {axis}, got 1")
+    check_reflects(n, axis, mode)
     # c b | a b c | b a, period 2 n - 2
     period = 2 * n - 2
     r = i % period
@@ -217,14 +218,35 @@ def _with_format_of(x, y):
     return y
 
 
-def _check_mode(mode):
+def check_mode(mode):
     if mode not in MODES:
         close = difflib.get_close_matches(str(mode).lower(), MODES, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose {', '.join(MODES)}"
         raise ValueError(f"unknown border mode {mode!r}: {hint}")
 
 
-def _as_wavelet(wavelet):
+def check_reflects(n, axis, mode):
+    if n == 1 and mode in ("reflect", "antireflect"):
+        raise ValueError(f"mode {mode!r} needs at least 2 samples along axis {axis}, got 1")
+
+
+def check_enough(m, axis, length):
+    if 2 * m < length - 1:
+        raise ValueError(
+            f"{m} coefficients along axis {axis} are too few for a filter of length {length}: "
+            f"use the wavelet and mode of the decomposition"
+        )
+
+
+def check_crop(output_size, size):
+    if not all(1 <= crop <= whole for crop, whole in zip(output_size, size, strict=True)):
+        raise ValueError(
+            f"output_size {tuple(output_size)} does not fit: these coefficients give "
+            f"{size}, which can only be cropped"
+        )
+
+
+def as_wavelet(wavelet):
     import pywt
 
     if isinstance(wavelet, pywt.Wavelet):
@@ -258,7 +280,7 @@ def _filters(wavelet, dtype, device):
 
 
 def _bank(wavelet, dtype, device):
-    dec_lo, dec_hi, rec_lo, rec_hi = _as_wavelet(wavelet).filter_bank
+    dec_lo, dec_hi, rec_lo, rec_hi = as_wavelet(wavelet).filter_bank
     with torch.inference_mode(False):  # the cached filters must serve autograd later
         banks = torch.tensor([[dec_lo, dec_hi], [rec_lo, rec_hi]], dtype=torch.float64)
         return tuple(banks.to(device=device, dtype=dtype).unbind())
