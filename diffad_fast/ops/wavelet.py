@@ -23,14 +23,13 @@ _BORDERS = {mode: index for index, mode in enumerate(rules.MODES)}
 _CROPPED = len(rules.MODES)
 
 # A plain dictionary, which torch.compile can read where it cannot call PyWavelets.
-_named_banks: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+_named_banks: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
 
 def _native_dwt2d(x, wavelet, mode):
-    filters = _filters(wavelet)[0]
+    filters, _, length = _filters(wavelet)
     border = _border(mode)
-    length = filters.shape[1]
-    height, width = x.shape[2:]
+    _, _, height, width = x.shape
     if mode == "periodization":
         rows, columns = (height + 1) // 2, (width + 1) // 2
     else:
@@ -41,13 +40,13 @@ def _native_dwt2d(x, wavelet, mode):
 
 
 def _native_idwt2d(coeffs, wavelet, mode, output_size=None):
-    filters = _filters(wavelet)[1]
-    _border(mode)
-    if any(band is None for band in coeffs):
+    _, filters, length = _filters(wavelet)
+    border = _border(mode)
+    a, h, v, d = coeffs
+    if a is None or h is None or v is None or d is None:
         zeros = torch.zeros_like(next(band for band in coeffs if band is not None))
         coeffs = [zeros if band is None else band for band in coeffs]
-    length = filters.shape[1]
-    rows, columns = coeffs[0].shape[2:]
+    _, _, rows, columns = coeffs[0].shape
     if mode == "periodization":
         border, size = _CROPPED, (2 * rows, 2 * columns)
     else:
@@ -77,7 +76,7 @@ def _border(mode):
 
 
 def _filters(wavelet):
-    """Filters of decomposition and, reversed, of reconstruction: float64 (2,F) on the CPU."""
+    """Filters of decomposition and, reversed, of reconstruction, float64 (2,F) on the CPU; F."""
     if not isinstance(wavelet, str):
         return _bank(wavelet)
     if wavelet not in _named_banks:
@@ -91,6 +90,7 @@ def _bank(wavelet):
         return (
             torch.tensor([dec_lo, dec_hi], dtype=torch.float64),
             torch.tensor([rec_lo[::-1], rec_hi[::-1]], dtype=torch.float64),
+            len(dec_lo),
         )
 
 
