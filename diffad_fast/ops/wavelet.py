@@ -186,7 +186,10 @@ def _check_bands(bands, names) -> torch.Tensor:
         raise ValueError(f"{', '.join(names)} are all None: give at least one band")
     first_name, first = given[0]
     _check_image(first, first_name)
+    like = first.shape, first.dtype, first.device
     for name, band in given[1:]:
+        if isinstance(band, torch.Tensor) and (band.shape, band.dtype, band.device) == like:
+            continue
         checks.shaped(name, band, first.shape, first.device)
         checks.same_dtype(name, band, first_name, first.dtype)
     return first
