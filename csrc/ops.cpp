@@ -5,6 +5,13 @@
 
 STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
+  m.def(
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? scale, Tensor? shift, bool activation) -> (Tensor y, Tensor stats)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad, Tensor x, Tensor stats, int num_groups, "
+      "Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, bool activation, int needs)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("haar_pack(Tensor x, int level) -> Tensor");
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
 }

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from .. import reference
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import native, reference
 from . import checks
 from .dispatch import Operator
+from .layout import empty_4d
 
-_group_norm_silu = Operator("group_norm_silu", reference.group_norm_silu)
+
+def _output_alone(operator):
+    """The native operator also returns the statistics that its backward needs."""
+    return lambda *arguments: operator(*arguments)[0]
+
+
+_group_norm_silu = Operator(
+    "group_norm_silu",
+    reference.group_norm_silu,
+    **{
+        backend: _output_alone(operator.default)
+        for backend, operator in native.implementations("group_norm_silu").items()
+    },
+)
 
 
 def group_norm_silu(
@@ -16,7 +33,8 @@ def group_norm_silu(
 
     x: (N,C,H,W), C divisible by ``num_groups``; weight, bias: (C,); scale, shift: (N,C), each
     optional. Returns the shape, dtype and memory format (channels_last included) of ``x``.
-    Differentiable in all tensors.
+    Differentiable in all tensors (natively once). Mean and variance are taken in float32
+    (float64 for float64) about the mean, never as E[x^2] - E[x]^2.
 
     Raises TypeError for dtypes, ValueError for shapes, devices, ``num_groups`` and ``eps``.
     Source: Wu & He 2018; the modulation is that of Dhariwal & Nichol 2021.
@@ -36,3 +54,47 @@ def group_norm_silu(
             checks.shaped(name, y, shape, x.device)
     checks.number("eps", eps, 0.0)
     return _group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation)
+
+
+def _fake(x, num_groups, weight, bias, eps, scale, shift, activation):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return empty_4d(x, x.shape), x.new_empty(x.shape[0], num_groups, 2, dtype=dtype)
+
+
+def _fake_backward(grad, x, stats, groups, weight, bias, scale, shift, activation, needs):
+    parameters = (weight, bias, scale, shift)
+    return (
+        empty_4d(x, x.shape) if needs & 1 else x.new_empty(0),
+        *(
+            (x if p is None else p).new_empty(p.shape if needs >> bit & 1 else 0)
+            for bit, p in enumerate(parameters, 1)
+        ),
+    )
+
+
+def _setup(ctx, inputs, output):
+    x, ctx.groups, weight, bias, _, scale, shift, ctx.activation = inputs
+    ctx.save_for_backward(x, output[1], weight, bias, scale, shift)
+    ctx.mark_non_differentiable(output[1])
+
+
+@once_differentiable
+def _backward(ctx, grad, _):
+    wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)]
+    x, stats, *parameters = ctx.saved_tensors
+    needs = sum(need << bit for bit, need in enumerate(wanted))
+    found = torch.ops.diffad_fast.group_norm_silu_backward(
+        grad, x, stats, ctx.groups, *parameters, ctx.activation, needs
+    )
+    dx, dweight, dbias, dscale, dshift = (
+        g if need else None for g, need in zip(found, wanted, strict=True)
+    )
+    return dx, None, dweight, dbias, None, dscale, dshift, None
+
+
+if native.loaded():
+    torch.library.register_fake("diffad_fast::group_norm_silu", _fake)
+    torch.library.register_fake("diffad_fast::group_norm_silu_backward", _fake_backward)
+    torch.library.register_autograd(
+        "diffad_fast::group_norm_silu", _backward, setup_context=_setup
+    )
