@@ -11,18 +11,55 @@ from .dispatch import Operator
 from .layout import empty_4d
 
 
-def _output_alone(operator):
-    """The native operator also returns the statistics that its backward needs."""
-    return lambda *arguments: operator(*arguments)[0]
+class _GroupNormSiLU(torch.autograd.Function):
+    """The native operator with its gradient.
+
+    Not ``torch.library.register_autograd``, whose Python kernel takes longer than the operator
+    itself on the small tensors of a U-Net's coarse levels, also where no gradient is wanted.
+    """
+
+    @staticmethod
+    def forward(ctx, x, groups, weight, bias, eps, scale, shift, activation):
+        y, stats = torch.ops.diffad_fast.group_norm_silu.default(
+            x, groups, weight, bias, eps, scale, shift, activation
+        )
+        ctx.groups, ctx.activation = groups, activation
+        ctx.save_for_backward(x, stats, weight, bias, scale, shift)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)]
+        x, stats, *parameters = ctx.saved_tensors
+        found = torch.ops.diffad_fast.group_norm_silu_backward.default(
+            grad,
+            x,
+            stats,
+            ctx.groups,
+            *parameters,
+            ctx.activation,
+            sum(need << bit for bit, need in enumerate(wanted)),
+        )
+        dx, dweight, dbias, dscale, dshift = (
+            g if need else None for g, need in zip(found, wanted, strict=True)
+        )
+        return dx, None, dweight, dbias, None, dscale, dshift, None
+
+
+def _native(x, groups, weight, bias, eps, scale, shift, activation):
+    arguments = (x, groups, weight, bias, eps, scale, shift, activation)
+    if torch.is_grad_enabled() and any(
+        p is not None and p.requires_grad for p in (x, weight, bias, scale, shift)
+    ):
+        return _GroupNormSiLU.apply(*arguments)
+    return torch.ops.diffad_fast.group_norm_silu.default(*arguments)[0]
 
 
 _group_norm_silu = Operator(
     "group_norm_silu",
     reference.group_norm_silu,
-    **{
-        backend: _output_alone(operator.default)
-        for backend, operator in native.implementations("group_norm_silu").items()
-    },
+    **dict.fromkeys(native.implementations("group_norm_silu"), _native),
 )
 
 
@@ -72,29 +109,6 @@ def _fake_backward(grad, x, stats, groups, weight, bias, scale, shift, activatio
     )
 
 
-def _setup(ctx, inputs, output):
-    x, ctx.groups, weight, bias, _, scale, shift, ctx.activation = inputs
-    ctx.save_for_backward(x, output[1], weight, bias, scale, shift)
-    ctx.mark_non_differentiable(output[1])
-
-
-@once_differentiable
-def _backward(ctx, grad, _):
-    wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)]
-    x, stats, *parameters = ctx.saved_tensors
-    needs = sum(need << bit for bit, need in enumerate(wanted))
-    found = torch.ops.diffad_fast.group_norm_silu_backward(
-        grad, x, stats, ctx.groups, *parameters, ctx.activation, needs
-    )
-    dx, dweight, dbias, dscale, dshift = (
-        g if need else None for g, need in zip(found, wanted, strict=True)
-    )
-    return dx, None, dweight, dbias, None, dscale, dshift, None
-
-
 if native.loaded():
     torch.library.register_fake("diffad_fast::group_norm_silu", _fake)
     torch.library.register_fake("diffad_fast::group_norm_silu_backward", _fake_backward)
-    torch.library.register_autograd(
-        "diffad_fast::group_norm_silu", _backward, setup_context=_setup
-    )

@@ -19,6 +19,8 @@
 
 #include "simd.h"
 
+#define INLINE __attribute__((always_inline))  // for lambdas
+
 namespace diffad::DIFFAD_ISA {
 namespace {
 
@@ -172,13 +174,13 @@ DIFFAD_SIMD Acc sum_over_row(const T* x, int64_t count, F&& f) {
 
 template <class Acc, bool kActivation>
 DIFFAD_SIMD Vec<Acc> activate(Vec<Acc> z) {
-  return kActivation ? z * sigmoid(z) : z;
+  return kActivation ? silu(z) : z;
 }
 
 // Calls f(T{}, Constant<activation>) for the dtype and the activation of `a`.
 template <class F>
 DIFFAD_SIMD void for_variant(const NormArgs& a, F&& f) {
-  for_dtype(a.dtype, [&](auto zero) __attribute__((always_inline)) {
+  for_dtype(a.dtype, [&](auto zero) INLINE {
     if (a.activation) {
       f(zero, Constant<1>{});
     } else {
@@ -191,7 +193,7 @@ DIFFAD_SIMD void for_variant(const NormArgs& a, F&& f) {
 template <class F>
 DIFFAD_SIMD void for_parameter(const NormParameter& p, int64_t sample, int64_t channels, F&& f) {
   if (!p.data) return;
-  for_dtype(p.dtype, [&](auto zero) __attribute__((always_inline)) {
+  for_dtype(p.dtype, [&](auto zero) INLINE {
     using T = decltype(zero);
     const T* row = static_cast<const T*>(p.data) + sample * p.sample;
     for (int64_t c = 0; c < channels; ++c) f(c, load_one(row + c * p.channel));
@@ -202,14 +204,14 @@ DIFFAD_SIMD void for_parameter(const NormParameter& p, int64_t sample, int64_t c
 template <class Acc>
 DIFFAD_SIMD void affine(const NormArgs& a, int64_t sample, Acc* gamma, Acc* beta) {
   for (int64_t c = 0; c < a.channels; ++c) gamma[c] = 1, beta[c] = 0;
-  for_parameter(a.weight, 0, a.channels, [&](int64_t c, auto w) { gamma[c] = static_cast<Acc>(w); });
-  for_parameter(a.bias, 0, a.channels, [&](int64_t c, auto b) { beta[c] = static_cast<Acc>(b); });
-  for_parameter(a.scale, sample, a.channels, [&](int64_t c, auto s) {
+  for_parameter(a.weight, 0, a.channels, [&](int64_t c, auto w) INLINE { gamma[c] = static_cast<Acc>(w); });
+  for_parameter(a.bias, 0, a.channels, [&](int64_t c, auto b) INLINE { beta[c] = static_cast<Acc>(b); });
+  for_parameter(a.scale, sample, a.channels, [&](int64_t c, auto s) INLINE {
     gamma[c] *= 1 + static_cast<Acc>(s);
     beta[c] *= 1 + static_cast<Acc>(s);
   });
   for_parameter(a.shift, sample, a.channels,
-                [&](int64_t c, auto s) { beta[c] += static_cast<Acc>(s); });
+                [&](int64_t c, auto s) INLINE { beta[c] += static_cast<Acc>(s); });
 }
 
 template <class Acc>
@@ -218,7 +220,7 @@ DIFFAD_SIMD void fold(const NormArgs& a, int64_t sample) {
   Acc* first = coefficients_of<Acc, 2>(a, sample);
   Acc* second = first + channels;
   const Acc* partial = partial_of<Acc>(a, Item{sample, 0, 0, 0, 0}, 0);
-  const auto count = [&](int64_t t) { return min(a.tile, a.pixels - t * a.tile); };
+  const auto count = [&](int64_t t) INLINE { return min(a.tile, a.pixels - t * a.tile); };
   // Mean and M2 of the channels, in the place of the coefficients to come. Means are summed as
   // differences to the first tile's, which are small where that matters.
   for (int64_t c = 0; c < channels; ++c) first[c] = second[c] = 0;
@@ -332,11 +334,11 @@ DIFFAD_SIMD void parameter_gradients(const NormArgs& a, int64_t batch) {
   Acc* bias = rows + kQ * channels;
   Acc* scale = rows + kP * channels;
   for (int64_t c = 0; c < channels; ++c) dweight[c] = dbias[c] = bias[c] = 0, weight[c] = 1;
-  for_parameter(a.weight, 0, channels, [&](int64_t c, auto w) { weight[c] = static_cast<Acc>(w); });
-  for_parameter(a.bias, 0, channels, [&](int64_t c, auto b) { bias[c] = static_cast<Acc>(b); });
-  const auto write = [&](const NormParameter& to, int64_t sample, auto&& value) {
+  for_parameter(a.weight, 0, channels, [&](int64_t c, auto w) INLINE { weight[c] = static_cast<Acc>(w); });
+  for_parameter(a.bias, 0, channels, [&](int64_t c, auto b) INLINE { bias[c] = static_cast<Acc>(b); });
+  const auto write = [&](const NormParameter& to, int64_t sample, auto&& value) INLINE {
     if (!to.data) return;
-    for_dtype(to.dtype, [&](auto zero) __attribute__((always_inline)) {
+    for_dtype(to.dtype, [&](auto zero) INLINE {
       using T = decltype(zero);
       T* row = static_cast<T*>(to.data) + sample * to.sample;
       for (int64_t c = 0; c < channels; ++c) {
@@ -348,16 +350,16 @@ DIFFAD_SIMD void parameter_gradients(const NormArgs& a, int64_t batch) {
     const Acc* s1 = partial_of<Acc>(a, Item{n, 0, 0, 0, 0}, 0);
     const Acc* s2 = s1 + channels;
     for (int64_t c = 0; c < channels; ++c) scale[c] = 1;
-    for_parameter(a.scale, n, channels, [&](int64_t c, auto s) { scale[c] += static_cast<Acc>(s); });
+    for_parameter(a.scale, n, channels, [&](int64_t c, auto s) INLINE { scale[c] += static_cast<Acc>(s); });
     for (int64_t c = 0; c < channels; ++c) {
       dweight[c] = fma(scale[c], s2[c], dweight[c]);
       dbias[c] = fma(scale[c], s1[c], dbias[c]);
     }
-    write(a.dscale, n, [&](int64_t c) { return fma(weight[c], s2[c], bias[c] * s1[c]); });
-    write(a.dshift, n, [&](int64_t c) { return s1[c]; });
+    write(a.dscale, n, [&](int64_t c) INLINE { return fma(weight[c], s2[c], bias[c] * s1[c]); });
+    write(a.dshift, n, [&](int64_t c) INLINE { return s1[c]; });
   }
-  write(a.dweight, 0, [&](int64_t c) { return dweight[c]; });
-  write(a.dbias, 0, [&](int64_t c) { return dbias[c]; });
+  write(a.dweight, 0, [&](int64_t c) INLINE { return dweight[c]; });
+  write(a.dbias, 0, [&](int64_t c) INLINE { return dbias[c]; });
 }
 
 template <class F>
@@ -372,22 +374,22 @@ DIFFAD_SIMD void for_compute(DType dtype, F&& f) {
 }  // namespace
 
 void norm_moments(const NormArgs& a, int64_t begin, int64_t end) {
-  for_dtype(a.dtype, [&](auto zero) __attribute__((always_inline)) {
+  for_dtype(a.dtype, [&](auto zero) INLINE {
     using T = decltype(zero);
     using Acc = compute_t<T>;
-    for_items(a, begin, end, [&](const Item& item) {
+    for_items(a, begin, end, [&](const Item& item) INLINE {
       const T* x = at<const T>(a.x, item);
       Acc* mean = partial_of<Acc>(a, item, 0);
       Acc* m2 = partial_of<Acc>(a, item, 1);
       if (a.channels_last) {
-        for_blocks<4, Acc>(a.channels, [&](auto vectors, int64_t c, int64_t n) {
+        for_blocks<4, Acc>(a.channels, [&](auto vectors, int64_t c, int64_t n) INLINE {
           channel_moments<decltype(vectors)::value>(x + c, a.x.pixel, item.count, n, mean + c,
                                                     m2 + c);
         });
       } else {
-        const auto same = [](Vec<Acc> v) { return v; };
+        const auto same = [](Vec<Acc> v) INLINE { return v; };
         *mean = sum_over_row<Acc>(x, item.count, same) / static_cast<Acc>(item.count);
-        *m2 = sum_over_row<Acc>(x, item.count, [&](Vec<Acc> v) {
+        *m2 = sum_over_row<Acc>(x, item.count, [&](Vec<Acc> v) INLINE {
           const Vec<Acc> d = v - *mean;
           return d * d;
         });
@@ -397,25 +399,25 @@ void norm_moments(const NormArgs& a, int64_t begin, int64_t end) {
 }
 
 void norm_fold(const NormArgs& a, int64_t begin, int64_t end) {
-  for_compute(a.dtype, [&](auto zero) __attribute__((always_inline)) {
+  for_compute(a.dtype, [&](auto zero) INLINE {
     for (int64_t n = begin; n < end; ++n) fold<decltype(zero)>(a, n);
   });
 }
 
 void norm_apply(const NormArgs& a, int64_t begin, int64_t end) {
-  for_variant(a, [&](auto zero, auto activation) __attribute__((always_inline)) {
+  for_variant(a, [&](auto zero, auto activation) INLINE {
     using T = decltype(zero);
     using Acc = compute_t<T>;
     constexpr bool kActivation = decltype(activation)::value;
     constexpr int64_t lanes = kLanes<Acc>;
-    for_items(a, begin, end, [&](const Item& item) {
+    for_items(a, begin, end, [&](const Item& item) INLINE {
       const T* x = at<const T>(a.x, item);
       T* y = at<T>(a.y, item);
       const Acc* scale = coefficients_of<Acc, 2>(a, item.sample) + item.channel;
       const Acc* shift = scale + a.channels;
       if (a.channels_last) {
         for (int64_t p = 0; p < item.count; ++p, x += a.x.pixel, y += a.y.pixel) {
-          for_blocks<1, Acc>(a.channels, [&](auto, int64_t c, int64_t n) {
+          for_blocks<1, Acc>(a.channels, [&](auto, int64_t c, int64_t n) INLINE {
             const Vec<Acc> z = fma(load_some(scale + c, n), load_some(x + c, n),
                                    load_some(shift + c, n));
             store_some(y + c, activate<Acc, kActivation>(z), n);
@@ -433,35 +435,35 @@ void norm_apply(const NormArgs& a, int64_t begin, int64_t end) {
 }
 
 void norm_prepare_gradient(const NormArgs& a, int64_t begin, int64_t end) {
-  for_compute(a.dtype, [&](auto zero) __attribute__((always_inline)) {
+  for_compute(a.dtype, [&](auto zero) INLINE {
     for (int64_t n = begin; n < end; ++n) prepare_gradient<decltype(zero)>(a, n);
   });
 }
 
 void norm_gradient_sums(const NormArgs& a, int64_t begin, int64_t end) {
-  for_variant(a, [&](auto zero, auto activation) __attribute__((always_inline)) {
+  for_variant(a, [&](auto zero, auto activation) INLINE {
     using T = decltype(zero);
     using Acc = compute_t<T>;
     constexpr bool kActivation = decltype(activation)::value;
     constexpr int64_t lanes = kLanes<Acc>;
-    for_items(a, begin, end, [&](const Item& item) {
+    for_items(a, begin, end, [&](const Item& item) INLINE {
       const T* x = at<const T>(a.x, item);
       const T* dy = at<const T>(a.dy, item);
       const Acc* rows = coefficients_of<Acc, kRows>(a, item.sample) + item.channel;
       Acc* s1 = partial_of<Acc>(a, item, 0);
       Acc* s2 = partial_of<Acc>(a, item, 1);
       if (a.channels_last) {
-        for_blocks<2, Acc>(a.channels, [&](auto vectors, int64_t c, int64_t n) {
+        for_blocks<4, Acc>(a.channels, [&](auto vectors, int64_t c, int64_t n) INLINE {
           constexpr int V = decltype(vectors)::value;
           Vec<Acc> scale[V], shift[V], mean[V], sum1[V] = {}, sum2[V] = {};
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int v = 0; v < V; ++v) {
             scale[v] = load_some(rows + kA * a.channels + c + v * lanes, n);
             shift[v] = load_some(rows + kB * a.channels + c + v * lanes, n);
             mean[v] = load_some(rows + kMean * a.channels + c + v * lanes, n);
           }
           for (int64_t p = 0; p < item.count; ++p) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < V; ++v) {
               const Vec<Acc> value = load_some(x + p * a.x.pixel + c + v * lanes, n);
               const Vec<Acc> grad = load_some(dy + p * a.dy.pixel + c + v * lanes, n);
@@ -471,7 +473,7 @@ void norm_gradient_sums(const NormArgs& a, int64_t begin, int64_t end) {
               sum2[v] = fma(dz, value - mean[v], sum2[v]);
             }
           }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int v = 0; v < V; ++v) {
             store_some(s1 + c + v * lanes, sum1[v], n);
             store_some(s2 + c + v * lanes, sum2[v], n);
@@ -496,33 +498,33 @@ void norm_gradient_sums(const NormArgs& a, int64_t begin, int64_t end) {
 }
 
 void norm_fold_gradient(const NormArgs& a, int64_t begin, int64_t end) {
-  for_compute(a.dtype, [&](auto zero) __attribute__((always_inline)) {
+  for_compute(a.dtype, [&](auto zero) INLINE {
     for (int64_t n = begin; n < end; ++n) fold_gradient<decltype(zero)>(a, n);
   });
 }
 
 void norm_apply_gradient(const NormArgs& a, int64_t begin, int64_t end) {
-  for_variant(a, [&](auto zero, auto activation) __attribute__((always_inline)) {
+  for_variant(a, [&](auto zero, auto activation) INLINE {
     using T = decltype(zero);
     using Acc = compute_t<T>;
     constexpr bool kActivation = decltype(activation)::value;
     constexpr int64_t lanes = kLanes<Acc>;
-    for_items(a, begin, end, [&](const Item& item) {
+    for_items(a, begin, end, [&](const Item& item) INLINE {
       const T* x = at<const T>(a.x, item);
       const T* dy = at<const T>(a.dy, item);
       T* dx = at<T>(a.dx, item);
       const Acc* rows = coefficients_of<Acc, kRows>(a, item.sample) + item.channel;
-      const auto gradient = [&](Vec<Acc> value, Vec<Acc> grad, auto&& row) {
+      const auto gradient = [&](Vec<Acc> value, Vec<Acc> grad, auto&& row) INLINE {
         const Vec<Acc> z = fma(row(kA), value, row(kB));
         const Vec<Acc> dz = gradient_of_z<Acc, kActivation>(grad, z);
         return fma(row(kA), dz, fma(row(kQ), value, row(kP)));
       };
       if (a.channels_last) {
         for (int64_t p = 0; p < item.count; ++p) {
-          for_blocks<1, Acc>(a.channels, [&](auto, int64_t c, int64_t n) {
+          for_blocks<1, Acc>(a.channels, [&](auto, int64_t c, int64_t n) INLINE {
             const Vec<Acc> result =
                 gradient(load_some(x + p * a.x.pixel + c, n), load_some(dy + p * a.dy.pixel + c, n),
-                         [&](Row row) { return load_some(rows + row * a.channels + c, n); });
+                         [&](Row row) INLINE { return load_some(rows + row * a.channels + c, n); });
             store_some(dx + p * a.dx.pixel + c, result, n);
           });
         }
@@ -530,7 +532,7 @@ void norm_apply_gradient(const NormArgs& a, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < item.count; i += lanes) {
           const int64_t n = min(lanes, item.count - i);
           const Vec<Acc> result = gradient(load_some(x + i, n), load_some(dy + i, n),
-                                           [&](Row row) { return splat(rows[row * a.channels]); });
+                                           [&](Row row) INLINE { return splat(rows[row * a.channels]); });
           store_some(dx + i, result, n);
         }
       }
@@ -539,7 +541,7 @@ void norm_apply_gradient(const NormArgs& a, int64_t begin, int64_t end) {
 }
 
 void norm_parameter_gradients(const NormArgs& a, int64_t batch) {
-  for_compute(a.dtype, [&](auto zero) __attribute__((always_inline)) {
+  for_compute(a.dtype, [&](auto zero) INLINE {
     parameter_gradients<decltype(zero)>(a, batch);
   });
 }
