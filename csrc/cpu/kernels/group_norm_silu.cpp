@@ -269,8 +269,9 @@ DIFFAD_SIMD void fold(const NormArgs& a, int64_t sample) {
 template <class Acc, bool kActivation>
 DIFFAD_SIMD Vec<Acc> gradient_of_z(Vec<Acc> dy, Vec<Acc> z) {
   if (!kActivation) return dy;
-  const Vec<Acc> s = sigmoid(z);
-  return dy * s * fma(z, 1 - s, splat(Acc(1)));
+  const Vec<Acc> limited = max(Vec<Acc>{} - 87, z);  // as in silu
+  const Vec<Acc> s = 1 / one_plus_exp_minus(limited);
+  return dy * s * fma(limited, 1 - s, splat(Acc(1)));
 }
 
 // Rows of the backward coefficients of a sample.

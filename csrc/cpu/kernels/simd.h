@@ -316,11 +316,11 @@ DIFFAD_SIMD Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-// 1 + e^-x for functions that divide by it: within 3 units in the last place for |x| < 30, and its
-// limits at |x| = 87 serve all larger ones. e^-x = 2^k 2^f, k the integer next to -x / ln 2; the
-// polynomial is the minimax one of 2^f on [-1/2, 1/2], up to 5e-8.
+// 1 + e^-x for x of at least -87, for functions that divide by it: within 3 units in the last place
+// for |x| < 30, and its value at 87 serves all larger x. NaN stays. e^-x = 2^k 2^f, k the integer
+// next to -x / ln 2; the polynomial is the minimax one of 2^f on [-1/2, 1/2], up to 8e-8.
 DIFFAD_SIMD Vec<float> one_plus_exp_minus(Vec<float> x) {
-  const Vec<float> limited = min(max(x, splat(-87.0f)), splat(87.0f));
+  const Vec<float> limited = min(splat(87.0f), x);
   const Vec<float> magic = splat(12582912.0f);  // see exp
   const Vec<float> shifted = fma(limited, splat(-1.44269504f), magic);
   const Vec<float> f = fma(limited, splat(-1.44269504f), magic - shifted);
@@ -337,13 +337,14 @@ DIFFAD_SIMD Vec<double> one_plus_exp_minus(Vec<double> x) { return 1 + exp(-x); 
 // 1 / (1 + e^-x).
 template <class V>
 DIFFAD_SIMD V sigmoid(V x) {
-  return 1 / one_plus_exp_minus(x);
+  return 1 / one_plus_exp_minus(max(V{} - 87, x));
 }
 
-// x sigmoid(x); -0 for all x < -87 or so, where the product is below 1e-35.
+// x / (1 + e^-x). Below -87 the value is that at -87, which is -1e-36.
 template <class V>
 DIFFAD_SIMD V silu(V x) {
-  return x / one_plus_exp_minus(x);
+  const V limited = max(V{} - 87, x);
+  return limited / one_plus_exp_minus(limited);
 }
 
 }  // namespace diffad::DIFFAD_ISA
