@@ -153,7 +153,8 @@ def check_native(x, groups, given, activation=True, tolerance=None, grad=None):
     )
     if doubles[0] is not None and given[0] is None:
         del expected[2]
-    for ours, exact, like in zip(got, expected, [x, x, *(p for p in given if p is not None)]):
+    likes = [x, x, *(p for p in given if p is not None)]
+    for ours, exact, like in zip(got, expected, likes, strict=True):
         assert ours.dtype == like.dtype and ours.shape == like.shape
         # Sums over all pixels carry more rounding than one value.
         close(ours, exact, (tolerance or TOLERANCE[x.dtype]) * (1 if ours is got[0] else 4))
@@ -270,7 +271,7 @@ def test_every_output_is_written(layout):
         del poison
         outputs.append(derivatives(ops.group_norm_silu, x, 3, given, torch.ones_like(x)))
     for other in outputs:
-        for a, b in zip(other, outputs[0]):
+        for a, b in zip(other, outputs[0], strict=True):
             assert a.isfinite().all() and torch.equal(a, b)
 
 
@@ -381,10 +382,9 @@ def test_compiles_as_one_graph(backend):
         inputs = [p.requires_grad_() for p in (x, random((8,), 1).float(), random((2, 8), 2))]
         got, expected = compiled(*inputs), block(*inputs)
         torch.testing.assert_close(got, expected)
-        for ours, theirs in zip(
+        torch.testing.assert_close(
             torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
-        ):
-            torch.testing.assert_close(ours, theirs)
+        )
 
 
 @needs_native
