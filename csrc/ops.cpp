@@ -6,11 +6,18 @@
 STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def(
-      "dwt2d(Tensor x, Tensor filters, int border, SymInt rows, SymInt columns)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      "dwt2d(Tensor x, Tensor filters, int border, SymInt rows, SymInt columns) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def(
-      "idwt2d(Tensor a, Tensor h, Tensor v, Tensor d, Tensor filters, int border, SymInt height,"
-      " SymInt width) -> Tensor");
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? scale, Tensor? shift, bool activation) -> (Tensor y, Tensor stats)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad, Tensor x, Tensor stats, int num_groups, Tensor? "
+      "weight, Tensor? bias, Tensor? scale, Tensor? shift, bool activation, int needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("haar_pack(Tensor x, int level) -> Tensor");
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
+  m.def(
+      "idwt2d(Tensor a, Tensor h, Tensor v, Tensor d, Tensor filters, int border, SymInt "
+      "height, SymInt width) -> Tensor");
 }

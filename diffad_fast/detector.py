@@ -17,6 +17,7 @@ from torch import nn
 from . import denoisers, ops
 from .config import DetectorConfig
 from .data.images import Images, open_images
+from .denoisers import inference
 from .diffusion import NoiseSchedule, reconstruct
 from .errors import BackendError, CheckpointError, InputError
 from .evaluation import evaluate
@@ -77,6 +78,14 @@ class Detector:
         self.statistics: list[MapStatistics | None] | None = None
         self.conformal: Conformal | None = None
         self.history = History()
+        self._in_bfloat16: nn.Module | None = None
+        if module is not None and not isinstance(module, denoisers.WaveletUNet):
+            if config.inference_dtype == "bfloat16":
+                raise InputError(
+                    "inference_dtype='bfloat16' is for the built-in U-Nets: convert your denoiser "
+                    "yourself and leave inference_dtype at 'float32'"
+                )
+            self.config = config.replace(inference_dtype="float32")
         self._set_mode()
 
     def _set_mode(self) -> None:
@@ -119,8 +128,28 @@ class Detector:
             config, self.device,
         )  # fmt: skip
         self.history = trainer.run(training_checkpoint)
+        self._set_inference_dtype()
         self._calibrate(images, split.statistics, split.conformal, split.conformal_groups)
         return self
+
+    def _set_inference_dtype(self) -> None:
+        """Settle "auto" once and for all, before anything is calibrated."""
+        self._in_bfloat16 = None
+        config = self.config
+        if config.inference_dtype == "auto":
+            side = [s // 2**config.haar_level for s in config.image_size]
+            x = torch.zeros(4, self.representation.channels, *side, device=self.device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            dtype = inference.faster_dtype(self.denoiser, x)
+            self.config = config.replace(inference_dtype=dtype)
+
+    @property
+    def _scoring_denoiser(self) -> nn.Module:
+        if self.config.inference_dtype != "bfloat16":
+            return self.denoiser
+        if self._in_bfloat16 is None:
+            self._in_bfloat16 = inference.in_dtype(self.denoiser, "bfloat16")
+        return self._in_bfloat16
 
     @torch.inference_mode()
     def _calibrate(
@@ -208,7 +237,7 @@ class Detector:
         config = self.config
         x0 = self.representation.encode(images)
         x0_hat = reconstruct(
-            self.denoiser,
+            self._scoring_denoiser,
             x0,
             self._steps,
             seed=config.seed,
@@ -229,7 +258,8 @@ class Detector:
             alpha = 1 / (1 + sigma**2)
             level = torch.full((len(images),), float(np.log(sigma)), device=self.device)
             # The network expects inputs of the variance-preserving process at that level.
-            features = [self.denoiser.features(x * alpha**0.5, level) for x in represented]
+            denoiser = self._scoring_denoiser
+            features = [denoiser.features(x * alpha**0.5, level) for x in represented]
         return images, images_hat, features[0], features[1]
 
     def _levels(self, weights: Sequence[float]) -> int:

@@ -115,6 +115,15 @@ DIFFAD_SIMD V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// For float by the instruction, which has the same rule; compilers make two of the choice above.
+#if defined(__AVX512F__)
+DIFFAD_SIMD Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a, b); }
+DIFFAD_SIMD Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+DIFFAD_SIMD Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+DIFFAD_SIMD Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+#endif
+
 DIFFAD_SIMD Vec<float> abs(Vec<float> x) {
   return bits<Vec<float>>(bits<VecU32>(x) & 0x7fffffffu);
 }
@@ -334,10 +343,35 @@ DIFFAD_SIMD Vec<double> exp(Vec<double> x) {
   return x;
 }
 
+// 1 + e^-x for x of at least -87, for functions that divide by it: within 3 units in the last place
+// for |x| < 30, and its value at 87 serves all larger x. NaN stays. e^-x = 2^k 2^f, k the integer
+// next to -x / ln 2; the polynomial is the minimax one of 2^f on [-1/2, 1/2], up to 8e-8.
+DIFFAD_SIMD Vec<float> one_plus_exp_minus(Vec<float> x) {
+  const Vec<float> limited = min(splat(87.0f), x);
+  const Vec<float> magic = splat(12582912.0f);  // see exp
+  const Vec<float> shifted = fma(limited, splat(-1.44269504f), magic);
+  const Vec<float> f = fma(limited, splat(-1.44269504f), magic - shifted);
+  Vec<float> p = splat(0.00132764725f);
+  p = fma(p, f, splat(0.00967554096f));
+  p = fma(p, f, splat(0.0555071309f));
+  p = fma(p, f, splat(0.240221202f));
+  p = fma(p, f, splat(0.693146944f));
+  p = fma(p, f, splat(1.00000012f));
+  return bits<Vec<float>>(bits<VecI32>(p) + (bits<VecI32>(shifted) << 23)) + 1.0f;
+}
+DIFFAD_SIMD Vec<double> one_plus_exp_minus(Vec<double> x) { return 1 + exp(-x); }
+
 // 1 / (1 + e^-x).
 template <class V>
 DIFFAD_SIMD V sigmoid(V x) {
-  return 1 / (1 + exp(-x));
+  return 1 / one_plus_exp_minus(max(V{} - 87, x));
+}
+
+// x / (1 + e^-x). Below -87 the value is that at -87, which is -1e-36.
+template <class V>
+DIFFAD_SIMD V silu(V x) {
+  const V limited = max(V{} - 87, x);
+  return limited / one_plus_exp_minus(limited);
 }
 
 }  // namespace diffad::DIFFAD_ISA
