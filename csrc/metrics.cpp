@@ -52,9 +52,12 @@ void check_sizes(py::ssize_t labels, py::ssize_t scores) {
   if (labels != scores) throw std::invalid_argument("labels and scores differ in size");
 }
 
+// The array takes the vector's memory over.
 template <class T>
-py::array_t<T> to_numpy(const std::vector<T>& values) {
-  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+py::array_t<T> to_numpy(std::vector<T>&& values) {
+  auto* owned = new std::vector<T>(std::move(values));
+  const py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
 }
 
 template <class T>
@@ -157,7 +160,7 @@ py::tuple anomalous_scores(const Array<bool>& anomalous, const Array<T>& scores,
       }
     }
   }
-  return py::make_tuple(to_numpy(found), to_numpy(sizes), number);
+  return py::make_tuple(to_numpy(std::move(found)), to_numpy(std::move(sizes)), number);
 }
 
 // A score and the size of its region.
@@ -191,10 +194,12 @@ template <class T>
 py::tuple distinct_scores(const Array<T>& scores, const Array<uint32_t>& sizes) {
   const int64_t n = scores.size();
   const bool regions = sizes.size() > 0;
-  if (n == 0) throw std::invalid_argument("no scores");
+  if (n == 0 || n > std::numeric_limits<uint32_t>::max()) {
+    throw std::invalid_argument("the number of scores must be in [1, 2^32 - 1]");
+  }
   if (regions) check_sizes(sizes.size(), n);
   std::vector<T> levels;
-  std::vector<int64_t> counts;
+  std::vector<uint32_t> counts;
   std::vector<double> shares;
   {
     const T* x = scores.data();
@@ -203,6 +208,11 @@ py::tuple distinct_scores(const Array<T>& scores, const Array<uint32_t>& sizes) 
     std::vector<Item<Key<T>>> items(n);
     for (int64_t i = 0; i < n; ++i) items[i] = {key_of(x[i]), regions ? size[i] : 1};
     radix_sort(items);
+    int64_t distinct = 1;
+    for (int64_t i = 1; i < n; ++i) distinct += items[i].key != items[i - 1].key;
+    levels.reserve(distinct);
+    counts.reserve(distinct);
+    if (regions) shares.reserve(distinct);
     for (int64_t i = 0; i < n; ++i) {
       if (i == 0 || items[i].key != items[i - 1].key) {
         levels.push_back(score_of<T>(items[i].key));
@@ -213,21 +223,21 @@ py::tuple distinct_scores(const Array<T>& scores, const Array<uint32_t>& sizes) 
       if (regions) shares.back() += 1.0 / items[i].size;
     }
   }
-  return py::make_tuple(to_numpy(levels), to_numpy(counts), to_numpy(shares));
+  return py::make_tuple(to_numpy(std::move(levels)), to_numpy(std::move(counts)),
+                        to_numpy(std::move(shares)));
 }
 
 // Counts normal scores between and at the levels. The range of the levels' keys is cut into at most
-// 4096 stretches, each stretch into two to four cells a level, and a cell knows how many levels lie
+// 4096 stretches, each stretch into one to two cells a level, and a cell knows how many levels lie
 // before it. Most cells hold one level at most, whatever the distribution; the search within the
 // others is bounded by its logarithm. Scores are gathered into batches and brought into the order
 // of their stretches first, which keeps what is looked up for one stretch in the nearest cache.
 template <class T>
 class NormalCounter {
   using K = Key<T>;
-  static constexpr int64_t kBatch = 1 << 20;
-
  public:
-  explicit NormalCounter(const Array<T>& levels) : keys_(levels.size() + 1) {
+  explicit NormalCounter(const Array<T>& levels)
+      : keys_(levels.size() + 1), batch_size_(std::max<int64_t>(levels.size() / 4, 1 << 20)) {
     const T* x = levels.data();
     const auto n = static_cast<uint32_t>(levels.size());
     if (n == 0 || levels.size() > (int64_t{1} << 29)) {
@@ -250,7 +260,7 @@ class NormalCounter {
     uint32_t cells = 0;
     for (const uint32_t levels_here : number) {
       int bits = 0;
-      while (bits < shift_ && (1u << bits) < 2 * levels_here) ++bits;
+      while (bits < shift_ && (1u << bits) < levels_here) ++bits;
       stretches_.push_back({cells, shift_ - bits});
       cells += 1u << bits;
     }
@@ -261,6 +271,8 @@ class NormalCounter {
     }
     for (uint32_t i = 0; i < cells; ++i) before_[i + 1] += before_[i];
     bins_.resize(2 * n + 1);
+    batch_.reserve(batch_size_);
+    sorted_.reserve(batch_size_);
   }
 
   void add(const Array<bool>& anomalous, const Array<T>& scores) {
@@ -278,9 +290,9 @@ class NormalCounter {
   }
 
   // Entry 2k: scores between levels k - 1 and k; entry 2k + 1: those equal to level k.
-  py::array_t<int64_t> bins() {
+  const std::vector<int64_t>& bins() {
     count();
-    return to_numpy(bins_);
+    return bins_;
   }
 
  private:
@@ -291,13 +303,13 @@ class NormalCounter {
 
   void gather(const T* x, int64_t n) {
     while (n > 0) {
-      const int64_t had = batch_.size(), more = std::min(n, kBatch - had);
+      const int64_t had = batch_.size(), more = std::min(n, batch_size_ - had);
       batch_.resize(had + more);
       for (int64_t i = 0; i < more; ++i) {
         const K key = key_of(x[i]);
         batch_[had + i] = (key < lowest_ ? lowest_ : key > highest_ ? highest_ : key) - lowest_;
       }
-      if (had + more == kBatch) count();
+      if (had + more == batch_size_) count();
       x += more;
       n -= more;
     }
@@ -334,19 +346,76 @@ class NormalCounter {
   std::vector<Stretch> stretches_;
   std::vector<uint32_t> before_;  // levels before each cell
   std::vector<int64_t> bins_;
+  int64_t batch_size_;  // large against the tables, which a batch goes through once
   std::vector<K> batch_, sorted_;
 };
 
+// The curves, from their start. Lowering the threshold to a level first passes the normal scores
+// above it and then, in one straight line, those at it together with what the level gains.
+
+template <class G>
+double curve_area(const Array<int64_t>& bins, const Array<G>& gains, double max_fpr) {
+  const int64_t levels = gains.size();
+  check_sizes(bins.size(), 2 * levels + 1);
+  const int64_t* passed = bins.data();
+  const G* gain = gains.data();
+  py::gil_scoped_release release;
+  double normal = 0, all = 0;
+  for (int64_t i = 0; i <= 2 * levels; ++i) normal += static_cast<double>(passed[i]);
+  for (int64_t k = levels - 1; k >= 0; --k) all += static_cast<double>(gain[k]);
+  double area = 0, x = 0, y = 0, sum = 0;  // x in normal scores
+  const double limit = max_fpr * normal;
+  const auto line_to = [&](double next_x, double next_y) {
+    if (next_x > limit) {
+      next_y = y + (next_y - y) * ((limit - x) / (next_x - x));
+      next_x = limit;
+    }
+    area += 0.5 * (next_x - x) * (y + next_y);
+    x = next_x;
+    y = next_y;
+  };
+  for (int64_t k = levels - 1; k >= 0 && x < limit; --k) {
+    line_to(x + static_cast<double>(passed[2 * k + 2]), y);
+    if (x >= limit) break;
+    sum += static_cast<double>(gain[k]);
+    line_to(x + static_cast<double>(passed[2 * k + 1]), sum / all);
+  }
+  if (x < limit) line_to(limit, y);
+  return area / normal;
+}
+
+double f1_max(const Array<int64_t>& bins, const Array<uint32_t>& counts) {
+  const int64_t levels = counts.size();
+  check_sizes(bins.size(), 2 * levels + 1);
+  const int64_t* passed = bins.data();
+  const uint32_t* count = counts.data();
+  py::gil_scoped_release release;
+  int64_t positives = 0, hits = 0, predicted = 0;
+  for (int64_t k = 0; k < levels; ++k) positives += count[k];
+  double best = 0;
+  for (int64_t k = levels - 1; k >= 0; --k) {
+    hits += count[k];
+    predicted += passed[2 * k + 2] + passed[2 * k + 1] + count[k];
+    best = std::max(best, 2.0 * static_cast<double>(hits) /
+                              static_cast<double>(predicted + positives));
+  }
+  return best;
+}
+
+py::arg dense(const char* name) { return py::arg(name).noconvert(); }
+
 template <class T>
 void register_for(py::module_& m, const char* counter) {
-  const auto dense = [](const char* name) { return py::arg(name).noconvert(); };
   m.def("all_finite", &all_finite<T>, dense("scores"));
   m.def("anomalous_scores", &anomalous_scores<T>, dense("anomalous"), dense("scores"),
         py::arg("regions"));
   m.def("distinct_scores", &distinct_scores<T>, dense("scores"), dense("sizes"));
   py::class_<NormalCounter<T>>(m, counter)
       .def("add", &NormalCounter<T>::add, dense("anomalous"), dense("scores"))
-      .def("bins", &NormalCounter<T>::bins);
+      .def("bins", [](const py::object& self) {  // a view that keeps its owner alive
+        const auto& bins = self.cast<NormalCounter<T>&>().bins();
+        return py::array_t<int64_t>(static_cast<py::ssize_t>(bins.size()), bins.data(), self);
+      });
   m.def("NormalCounter", [](const Array<T>& levels) { return NormalCounter<T>(levels); },
         dense("levels"));
 }
@@ -356,6 +425,9 @@ void register_for(py::module_& m, const char* counter) {
 void register_metrics(py::module_& m) {
   register_for<float>(m, "NormalCounterFloat");
   register_for<double>(m, "NormalCounterDouble");
+  m.def("curve_area", &curve_area<double>, dense("bins"), dense("gains"), py::arg("max_fpr"));
+  m.def("curve_area", &curve_area<uint32_t>, dense("bins"), dense("gains"), py::arg("max_fpr"));
+  m.def("f1_max", &f1_max, dense("bins"), dense("counts"));
 }
 
 }  // namespace diffad

@@ -113,7 +113,7 @@ def pixel_metrics(masks, maps, max_fpr: float = 0.3) -> dict[str, float]:
 
 
 class _Counts:
-    """What lies at and above each distinct anomalous score, from the highest (first) to the lowest.
+    """What lies at each distinct anomalous score and between them.
 
     Args:
         pairs: called twice; gives (anomalous, scores) array pairs of equal shape, the same ones
@@ -125,16 +125,15 @@ class _Counts:
         self, pairs: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], regions: bool = False
     ):
         found, sizes = [], []
-        num_normal = num_regions = 0
+        num_normal = 0
         dtype = np.dtype(np.float32)
         for anomalous, scores in pairs():
-            values, size, number = _engine.anomalous_scores(anomalous, scores, regions)
+            values, size, _ = _engine.anomalous_scores(anomalous, scores, regions)
             num_normal += scores.size - values.size
             dtype = np.promote_types(dtype, scores.dtype)
             if values.size:
                 found.append(values)
                 sizes.append(size)
-                num_regions += number
         if not found:
             raise InputError("no label is > 0: without an anomaly the metric is undefined.")
         if num_normal == 0:
@@ -142,54 +141,27 @@ class _Counts:
 
         found = np.concatenate(found, dtype=dtype)
         sizes = np.concatenate(sizes)
-        levels, number, share = _engine.distinct_scores(found, sizes)
+        levels, self._counts, self._shares = _engine.distinct_scores(found, sizes)
         del found, sizes
         counter = _engine.NormalCounter(levels)
+        del levels
         for anomalous, scores in pairs():
             counter.add(anomalous, scores.astype(dtype, copy=False))
-        bins = counter.bins()
-
-        # Summed from the top, the even entries count the normal scores above a level and the odd
-        # ones those that reach it; the last entry (below every level) is the total.
-        self._passed = np.cumsum(bins[::-1])
-        self._hits = np.cumsum(number[::-1])
-        self._overlap = None
-        if regions:
-            self._overlap = np.minimum(np.cumsum(share[::-1]) / num_regions, 1.0)
+        self._bins = counter.bins()
 
     def auroc(self) -> float:
-        return self._area(self._hits / self._hits[-1], 1.0)
+        return _engine.curve_area(self._bins, self._counts, 1.0)
 
     def pauc(self, max_fpr: float) -> float:
         chance = 0.5 * max_fpr**2
-        area = self._area(self._hits / self._hits[-1], max_fpr)
+        area = _engine.curve_area(self._bins, self._counts, max_fpr)
         return 0.5 * (1.0 + (area - chance) / (max_fpr - chance))
 
     def aupro(self, max_fpr: float) -> float:
-        return min(self._area(self._overlap, max_fpr) / max_fpr, 1.0)
+        return min(_engine.curve_area(self._bins, self._shares, max_fpr) / max_fpr, 1.0)
 
     def f1_max(self) -> float:
-        # Lowering the threshold between two anomalous scores only adds false positives, so the
-        # largest F1 = 2TP / (TP + FP + positives) is met at an anomalous score.
-        predicted = self._hits + self._passed[1::2]
-        return float((2.0 * self._hits / (predicted + self._hits[-1])).max())
-
-    def _area(self, reached: np.ndarray, max_fpr: float) -> float:
-        """Area from 0 to `max_fpr` under the curve through (false-positive rate, `reached`).
-
-        Each level gives two points: normal scores above it with what the previous level reached,
-        and normal scores at or above it with what it reaches itself. The line between them is
-        vertical without ties and is the tie's diagonal otherwise; between levels the curve is flat,
-        so thresholds at normal scores add no area.
-        """
-        x = np.concatenate([[0], self._passed]) / self._passed[-1]
-        y = np.concatenate([[0.0, 0.0], np.repeat(reached, 2)])
-        y[-1] = 1.0
-        stop = int(np.searchsorted(x, max_fpr, side="right"))
-        if stop < x.size:
-            end = np.interp(max_fpr, x[stop - 1 : stop + 1], y[stop - 1 : stop + 1])
-            x, y = np.append(x[:stop], max_fpr), np.append(y[:stop], end)
-        return float(0.5 * np.dot(np.diff(x), y[1:] + y[:-1]))
+        return _engine.f1_max(self._bins, self._counts)
 
 
 def _check_max_fpr(max_fpr: float) -> None:

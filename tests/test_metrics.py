@@ -331,6 +331,13 @@ def test_sorting_and_counting_equal_numpys(kind, dtype, levels):
         for counter in counters:
             counter.add(mask, scores)
         np.testing.assert_array_equal(*(counter.bins() for counter in counters))
+    bins = counters[0].bins()
+    assert native._host.f1_max(bins, got[1]) == in_numpy.f1_max(bins, got[1])
+    for gains in (got[1], rng.random(got[1].size)):
+        for max_fpr in (0.01, 0.3, 1.0):
+            assert native._host.curve_area(bins, gains, max_fpr) == pytest.approx(
+                in_numpy.curve_area(bins, gains, max_fpr), abs=1e-13
+            )
 
 
 @needs_host
@@ -378,6 +385,9 @@ def test_the_native_module_guards_its_memory():
         host.anomalous_scores(mask, two, True)
     with pytest.raises(ValueError, match="differ in size"):
         host.NormalCounter(three[:1]).add(mask, three)
+    for function in (host.f1_max, lambda *given: host.curve_area(*given, 1.0)):
+        with pytest.raises(ValueError, match="differ in size"):
+            function(np.zeros(4, np.int64), np.ones(2, np.uint32))
     with pytest.raises(ValueError, match="differ in size"):
         host.distinct_scores(three, np.ones(2, np.uint32))
     for levels in (three, three[:0], np.float32([1, np.nan]), np.float32([1, 0])):
@@ -402,13 +412,15 @@ regions = np.zeros((8, 256, 256), bool)
 regions[:, 40:80, 100:149] = True  # 3%
 
 class Stream:
-    def __init__(self, images, step):
-        self.images, self.step = images, step
+    def __init__(self, image):
+        self.image = image
 
     def __iter__(self):
-        return (self.images[i % 8] + i * self.step for i in range(10_000))
+        return map(self.image, range(10_000))
 
-print(metrics.pixel_metrics(Stream(regions, 0), Stream(base + regions, np.float32(1e-7))))
+masks = Stream(lambda i: regions[i % 8])
+maps = Stream(lambda i: base[i % 8] + regions[i % 8] + np.float32(1e-7 * i))
+print(metrics.pixel_metrics(masks, maps))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -31,7 +31,7 @@ def distinct_scores(scores, sizes):
     """The distinct scores in ascending order; of each the count and the sum of 1 / size."""
     levels, position, counts = np.unique(scores, return_inverse=True, return_counts=True)
     shares = np.bincount(position.ravel(), weights=1.0 / sizes) if sizes.size else np.zeros(0)
-    return levels, counts, shares
+    return levels, counts.astype(np.uint32), shares
 
 
 class NormalCounter:
@@ -52,3 +52,32 @@ class NormalCounter:
     def bins(self):
         """Entry 2k: scores between levels k - 1 and k; entry 2k + 1: those equal to level k."""
         return self._bins
+
+
+def curve_area(bins, gains, max_fpr):
+    """Area under the curve through (share of normal scores, share of ``gains``) up to ``max_fpr``.
+
+    Each level gives two points: normal scores above it with what the previous level reached, and
+    normal scores at or above it with what it reaches itself. The line between them is vertical
+    without ties and is the tie's diagonal otherwise; between levels the curve is flat, so
+    thresholds at normal scores add no area.
+    """
+    reached = np.cumsum(gains[::-1], dtype=np.float64)
+    x = np.append(0, np.cumsum(bins[::-1])) / bins.sum()
+    y = np.append([0.0, 0.0], np.repeat(reached / reached[-1], 2))
+    stop = int(np.searchsorted(x, max_fpr, side="right"))
+    if stop < x.size:
+        end = np.interp(max_fpr, x[stop - 1 : stop + 1], y[stop - 1 : stop + 1])
+        x, y = np.append(x[:stop], max_fpr), np.append(y[:stop], end)
+    return float(0.5 * np.dot(np.diff(x), y[1:] + y[:-1]))
+
+
+def f1_max(bins, counts):
+    """Largest F1 = 2TP / (TP + FP + positives).
+
+    Lowering the threshold between two anomalous scores only adds false positives, so it is met at
+    an anomalous score.
+    """
+    hits = np.cumsum(counts[::-1], dtype=np.int64)
+    predicted = hits + np.cumsum(bins[::-1])[1::2]
+    return float((2.0 * hits / (predicted + hits[-1])).max())
