@@ -5,6 +5,9 @@
 
 STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
+  m.def(
+      "anomaly_map(Tensor x, Tensor x_hat, Tensor[] features, Tensor[] features_hat, "
+      "float[] weights, int levels, Tensor[] stats, float sigma, float top) -> (Tensor, Tensor)");
   m.def("haar_pack(Tensor x, int level) -> Tensor");
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
 }
