@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(diffad_fast, m) {
+  m.def(
+      "anomaly_map(Tensor x, Tensor x_hat, Tensor[] features, Tensor[] features_hat, float[] "
+      "weights, int levels, Tensor[] stats, float sigma, float top) -> (Tensor, Tensor)");
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def(
       "dwt2d(Tensor x, Tensor filters, int border, SymInt rows, SymInt columns) -> (Tensor, "
