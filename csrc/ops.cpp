@@ -7,4 +7,8 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def("haar_pack(Tensor x, int level) -> Tensor");
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
+  m.def(
+      "token_mlp_loop(Tensor x, Tensor W_in, Tensor b_in, Tensor W1, Tensor W2, Tensor b2, "
+      "Tensor W_out, Tensor b_out, Tensor step_bias, Tensor table) -> (Tensor, Tensor)");
+  m.def("token_mlp_loop_backward(Tensor grad_x, Tensor grad_stats, Tensor[] inputs) -> Tensor[]");
 }
