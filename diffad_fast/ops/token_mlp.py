@@ -67,8 +67,7 @@ def _fits(x, weights, step_bias, table):
         return False
     shapes = _shapes(x, weights, table)
     return all(
-        t.shape == shape
-        for t, shape in zip((*weights, step_bias, table), shapes, strict=True)
+        t.shape == shape for t, shape in zip((*weights, step_bias, table), shapes, strict=True)
     )
 
 
