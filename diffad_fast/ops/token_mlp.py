@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from .. import native, reference
+from ..errors import BackendError
 from ..reference import PackedTokenMLP
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, selected
 
 __all__ = ["PackedTokenMLP", "token_mlp_loop"]
 
@@ -22,10 +23,36 @@ def _flat(operator):
     return loop
 
 
+def _cuda(operator):
+    """The CUDA kernel where it serves the weights; elsewhere the reference, unless the kernel was
+    asked for by name."""
+    kernel = _flat(operator)
+
+    def loop(x, weights, step_bias, table):
+        if (
+            weights.W_in.dtype == torch.bfloat16
+            and weights.W_in.shape[0] in CUDA_WIDTHS
+            and x.dtype != torch.float64
+        ):
+            return kernel(x, weights, step_bias, table)
+        if selected() != "auto":
+            raise BackendError(
+                "the CUDA kernel of token_mlp_loop serves bfloat16 weights of width "
+                f"{' and '.join(map(str, CUDA_WIDTHS))} and x up to float32, got "
+                f"{weights.W_in.dtype} weights of width {weights.W_in.shape[0]} and {x.dtype} x: "
+                "pack the weights in bfloat16, or use_backend('auto') to have the reference"
+            )
+        return reference.token_mlp_loop(x, weights, step_bias, table)
+
+    return loop
+
+
+CUDA_WIDTHS = (128, 256)
+_ADAPTED = {"cpu": _flat, "cuda": _cuda}
 _token_mlp_loop = Operator(
     "token_mlp_loop",
     reference.token_mlp_loop,
-    **{k: _flat(f) for k, f in native.implementations("token_mlp_loop").items()},
+    **{k: _ADAPTED[k](f) for k, f in native.implementations("token_mlp_loop").items()},
 )
 
 
@@ -47,7 +74,11 @@ def token_mlp_loop(x, weights, step_bias, table):
     for a token does not depend on the other tokens. Differentiable in all tensors, once: the
     backward pass evaluates the reference again, with its graph.
 
-    Raises TypeError for dtypes, ValueError for shapes and devices.
+    On a GPU, one kernel serves bfloat16 weights of width 128 and 256, any D and blocks; ``auto``
+    serves the rest by the reference, and a backend ``cuda`` that was asked for by name refuses it.
+
+    Raises TypeError for dtypes, ValueError for shapes and devices, BackendError for weights that a
+    backend asked for by name does not serve.
     """
     if not _fits(x, weights, step_bias, table):
         _check(x, weights, step_bias, table)

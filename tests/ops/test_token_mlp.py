@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffad_fast import native, ops, reference, use_backend
+from diffad_fast.errors import BackendError
+from diffad_fast.ops import token_mlp
 
 D, WIDTH, BLOCKS, STEPS = 6, 10, 3, 4
 
@@ -433,3 +440,107 @@ def test_native_refuses_what_does_not_fit(argument):
     arguments[argument] = torch.zeros(1, 2, 3, 4, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="token_mlp_loop"):
         torch.ops.diffad_fast.token_mlp_loop(*arguments)
+
+
+# ------------------------------------------------------------------------- CUDA
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The CUDA kernel's own code, run lane by lane on the CPU."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("native") / "token_mlp_tile"
+    source = Path(__file__).parents[1] / "native" / "token_mlp_tile.cpp"
+    flags = ["-O2", "-std=c++17", "-Wno-unknown-pragmas"]
+    subprocess.run([compiler, *flags, source, "-o", program], check=True)
+
+    def run(arguments, tiles, warps, grid):
+        x, weights, bias, table = arguments
+        m, d = x.shape
+        width, blocks, steps = weights.W_in.shape[0], weights.W1.shape[0], table.shape[0]
+        pitch = -(-d // 8) * 8
+        weights = weights._replace(W_in=nn.functional.pad(weights.W_in, (0, pitch - d)))
+        numbers = [np.array([width, tiles, warps, grid, m, d, blocks, steps], np.int32)]
+        numbers += [w.contiguous().view(torch.int16).numpy() for w in weights]
+        numbers += [t.float().contiguous().numpy() for t in (bias, table, x)]
+        data = b"".join(n.tobytes() for n in numbers)
+        out = subprocess.run([program], input=data, stdout=subprocess.PIPE, check=True).stdout
+        x_end, stats = np.split(np.frombuffer(out, np.float32), [m * d])
+        return torch.tensor(x_end).view(m, d), torch.tensor(stats).view(m, steps)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "width, tiles, warps, grid, m, d, blocks, steps",
+    [
+        (128, 1, 1, 1, 3, 1, 1, 1),
+        (128, 1, 2, 1, 70, 20, 1, 2),  # three tiles of tokens, the last one short
+        (128, 2, 1, 2, 37, 64, 1, 1),
+        (128, 2, 1, 1, 20, 131, 0, 2),  # more than two stages of D
+        (256, 1, 1, 1, 16, 33, 1, 1),
+        (256, 1, 1, 1, 9, 40, 0, 2),
+    ],
+)
+def test_the_cuda_kernel_in_emulation(emulator, width, tiles, warps, grid, m, d, blocks, steps):
+    """Fragments, stages, swizzles and tails of the kernel. Its rounding is that of the C++ one."""
+    arguments = problem(m, d, width, blocks, steps, torch.float32, torch.bfloat16)
+    found = emulator(arguments, tiles, warps, grid)
+    expected = reference.token_mlp_loop(*double(arguments))
+    scale = [t.abs().max().item() for t in expected]
+    for result, wanted, largest in zip(found, expected, scale, strict=True):
+        torch.testing.assert_close(result.double(), wanted, rtol=0, atol=2e-2 * largest)
+    # Much nearer to what rounds in the same places.
+    if native.loaded():
+        for result, same, largest in zip(found, on_cpu(arguments), scale, strict=True):
+            torch.testing.assert_close(result, same, rtol=0, atol=4e-3 * largest)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("m, d", [(1, 1), (1000, 64), (70000, 33), (50, 1536)])
+def test_on_a_gpu(width, m, d, dtype):
+    x, weights, bias, table = problem(m, d, width, 2, 3, torch.float32, torch.bfloat16)
+    arguments = (x.to(dtype), weights, bias, table)
+    moved = [t.cuda() for t in arguments[1]]
+    with use_backend("cuda"):
+        found = ops.token_mlp_loop(
+            arguments[0].cuda(), ops.PackedTokenMLP(*moved), bias.cuda(), table.cuda()
+        )
+    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    expected = reference.token_mlp_loop(*double(arguments))
+    assert_close([t.cpu() for t in found], expected, 3e-2)
+
+
+@pytest.mark.parametrize(
+    "width, dtype, x_dtype, served",
+    [
+        (128, torch.bfloat16, torch.float32, True),
+        (256, torch.bfloat16, torch.float16, True),
+        (64, torch.bfloat16, torch.float32, False),
+        (128, torch.float32, torch.float32, False),
+        (128, torch.bfloat16, torch.float64, False),
+    ],
+)
+def test_which_weights_the_cuda_kernel_serves(monkeypatch, width, dtype, x_dtype, served):
+    class Kernel:
+        @staticmethod
+        def default(*arguments):
+            return "kernel"
+
+    arguments = problem(3, 4, width, 1, 1, x_dtype, dtype)
+    loop = token_mlp._cuda(Kernel)
+    assert (loop(*arguments) == "kernel") is served  # auto
+    monkeypatch.setattr(token_mlp, "selected", lambda: "cuda")
+    if served:
+        assert loop(*arguments) == "kernel"
+    else:
+        with pytest.raises(BackendError, match="bfloat16 weights of width 128 and 256"):
+            loop(*arguments)
