@@ -61,7 +61,7 @@ struct Copy {
   const void* global;
   bool valid;
 };
-std::vector<std::vector<Copy>> pending;  // by thread: nothing arrives before it is waited for
+std::vector<std::vector<Copy>> pending;  // by thread
 
 }  // namespace
 
@@ -121,13 +121,8 @@ static void load_matrices(uint32_t (&r)[4], const void* shared) {
   yield();
 }
 
-static void copy_async(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
-    std::fprintf(stderr, "a copy of 16 bytes from or to an address that is no multiple of 16\n");
-    std::exit(1);
-  }
-  pending[threadIdx.x].push_back({static_cast<char*>(shared), global, valid});
-}
+// A copy may arrive at any time up to the wait: those of odd threads do at once, which shows where
+// shared memory is overwritten too early, the others at the wait, which shows where that is missing.
 static void wait_for_copies() {
   for (const Copy& copy : pending[threadIdx.x]) {
     if (copy.valid) {
@@ -139,6 +134,14 @@ static void wait_for_copies() {
   pending[threadIdx.x].clear();
 }
 
+static void copy_async(void* shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
+    std::fprintf(stderr, "a copy of 16 bytes from or to an address that is no multiple of 16\n");
+    std::exit(1);
+  }
+  pending[threadIdx.x].push_back({static_cast<char*>(shared), global, valid});
+  if (threadIdx.x % 2) wait_for_copies();
+}
 }  // namespace diffad
 
 #include "../../csrc/cuda/token_mlp_tile.h"
