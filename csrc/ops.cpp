@@ -23,4 +23,8 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def(
       "idwt2d(Tensor a, Tensor h, Tensor v, Tensor d, Tensor filters, int border, SymInt "
       "height, SymInt width) -> Tensor");
+  m.def(
+      "token_mlp_loop(Tensor x, Tensor W_in, Tensor b_in, Tensor W1, Tensor W2, Tensor b2, "
+      "Tensor W_out, Tensor b_out, Tensor step_bias, Tensor table) -> (Tensor, Tensor)");
+  m.def("token_mlp_loop_backward(Tensor grad_x, Tensor grad_stats, Tensor[] inputs) -> Tensor[]");
 }
