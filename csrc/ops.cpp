@@ -7,4 +7,10 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def("haar_pack(Tensor x, int level) -> Tensor");
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
+  m.def("q_sample(Tensor x0, Tensor t, Tensor noise, Tensor alphas_cumprod) -> Tensor");
+  m.def("ddim_step(Tensor x_t, Tensor model_output, Tensor? alpha_t, Tensor? alpha_s, Tensor? noise, "
+        "Tensor? guide, float number_t, float number_s, int prediction, float eta, float guidance, "
+        "float clip, float ratio, float largest, bool recompute_epsilon) -> Tensor");
+  m.def("philox_normal_(Tensor(a!) out, int seed, int draw, int step, Tensor? draws, Tensor? steps) "
+        "-> ()");
 }
