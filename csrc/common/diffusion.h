@@ -36,14 +36,16 @@ struct DdimCoefficients {
   }
 };
 
-// Host and device; `limit` is left to the caller.
+#ifndef DIFFAD_ISA  // the kernels of the CPU are given the coefficients
+
+// Of one pair of levels; `limit` is left to the caller.
 DIFFAD_INLINE DdimCoefficients<double> ddim_coefficients(double a, double b,
                                                          const DdimOptions& options) {
   struct Combination {
     double x, m, y;
   };
-  const double signal = __builtin_sqrt(a), spread = __builtin_sqrt(1 - a);
-  const double target = __builtin_sqrt(b);
+  const double signal = ::sqrt(a), spread = ::sqrt(1 - a);
+  const double target = ::sqrt(b);
   Combination epsilon, x0;
   if (options.prediction == Prediction::kEpsilon) {
     epsilon = {0, 1, 0};
@@ -69,8 +71,8 @@ DIFFAD_INLINE DdimCoefficients<double> ddim_coefficients(double a, double b,
   }
   // Not negative but for rounding; NaN, for a variance below 0, passes.
   double rest = 1 - b - variance;
-  rest = __builtin_sqrt(rest < 0 ? 0 : rest);
-  DdimCoefficients<double> c{x0.x, x0.m, x0.y, 0, 0, 0, target, __builtin_sqrt(variance), 0};
+  rest = ::sqrt(rest < 0 ? 0 : rest);
+  DdimCoefficients<double> c{x0.x, x0.m, x0.y, 0, 0, 0, target, ::sqrt(variance), 0};
   if (!options.limited) {
     // Whether epsilon is computed again from an x0 that has not changed makes no difference.
     c.s_x = target * x0.x + rest * epsilon.x;
@@ -85,6 +87,8 @@ DIFFAD_INLINE DdimCoefficients<double> ddim_coefficients(double a, double b,
   }
   return c;
 }
+
+#endif
 
 // The dynamic threshold s limits x0 to [-s, s] and divides by s (Saharia et al. 2022).
 template <class T>

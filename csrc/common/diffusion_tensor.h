@@ -30,6 +30,19 @@ inline void check_step(const Tensor& x, const Tensor& output, const std::optiona
   STD_TORCH_CHECK(0 <= prediction && prediction <= 2, "ddim_step: unknown prediction ", prediction);
 }
 
+// A captured loop's table of coefficients and its counter: step and blocks that are done.
+inline void check_table(const Tensor& table, const Tensor& counter, const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  constexpr int64_t kColumns = sizeof(DdimCoefficients<float>) / sizeof(float);
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float && table.dim() == 2 &&
+                      table.size(1) == kColumns && table.size(0) > 0 && table.is_contiguous() &&
+                      table.device() == x.device(),
+                  "the table must be contiguous float32 (steps, ", kColumns, ") on x_t's device");
+  STD_TORCH_CHECK(counter.scalar_type() == ScalarType::Int && counter.numel() == 2 &&
+                      counter.is_contiguous() && counter.device() == x.device(),
+                  "the counter must be two contiguous int32 on x_t's device");
+}
+
 // Do the elements of each sample fill a run of memory, and the samples follow each other? The order
 // of the axes within a sample is free: contiguous and channels_last are two of them.
 inline bool has_dense_samples(const Tensor& x) {
@@ -65,14 +78,19 @@ inline Tensor empty_like_in(const Tensor& x, torch::headeronly::ScalarType dtype
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// `given` with the strides of x, whose samples are dense: itself or a copy. If `one_sample`, its
-// first sample alone.
-inline Tensor in_layout_of(const Tensor& x, const Tensor& given, bool one_sample) {
+// Has `given` (if `one_sample`, its first sample) the strides of x?
+inline bool has_layout_of(const Tensor& x, const Tensor& given, bool one_sample) {
   bool same = one_sample || x.size(0) == 1 || given.stride(0) == x.stride(0);
   for (int64_t d = 1; d < x.dim(); ++d) {
     same = same && (x.size(d) == 1 || given.stride(d) == x.stride(d));
   }
-  if (same) return given;
+  return same;
+}
+
+// `given` with the strides of x, whose samples are dense: itself or a copy. If `one_sample`, its
+// first sample alone.
+inline Tensor in_layout_of(const Tensor& x, const Tensor& given, bool one_sample) {
+  if (has_layout_of(x, given, one_sample)) return given;
   const auto first = [&](const Tensor& all) {
     Tensor copy = all;
     return one_sample ? torch::stable::narrow(copy, 0, 0, 1) : copy;
