@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
         "float clip, float ratio, float largest, bool recompute_epsilon) -> Tensor");
   m.def("philox_normal_(Tensor(a!) out, int seed, int draw, int step, Tensor? draws, Tensor? steps) "
         "-> ()");
+  m.def("ddim_table(Tensor alphas, int prediction, float eta, float guidance, float clip) -> Tensor");
   // CUDA alone: steps of a captured loop.
   m.def("ddim_loop_step_(Tensor(a!) x_t, Tensor model_output, Tensor? guide, Tensor table, "
         "Tensor(b!) counter, Tensor(c!)? next_input, int seed, int draw, float ratio, "

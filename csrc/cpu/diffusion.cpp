@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "../common/diffusion_tensor.h"
@@ -200,7 +201,30 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& noise, const Te
   return out;
 }
 
+// A row of coefficients for each pair of levels, for the kernels of a captured loop.
+Tensor ddim_table(const Tensor& alphas, int64_t prediction, double eta, double guidance,
+                  double clip) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(alphas.scalar_type() == ScalarType::Double && alphas.dim() == 2 &&
+                      alphas.size(1) == 2 && alphas.is_contiguous(),
+                  "ddim_table: alphas must be contiguous float64 (steps, 2)");
+  STD_TORCH_CHECK(0 <= prediction && prediction <= 2, "ddim_table: unknown prediction ", prediction);
+  const int64_t shape[2] = {alphas.size(0), sizeof(DdimCoefficients<float>) / sizeof(float)};
+  const Tensor table = torch::stable::new_empty(alphas, {shape, 2}, ScalarType::Float);
+  const auto* alpha = static_cast<const double*>(alphas.const_data_ptr());
+  auto* rows = static_cast<DdimCoefficients<float>*>(table.mutable_data_ptr());
+  const DdimOptions options{static_cast<Prediction>(prediction), guidance != 0, clip < INFINITY,
+                            false, guidance, eta};
+  for (int64_t i = 0; i < shape[0]; ++i) {
+    DdimCoefficients<double> c = ddim_coefficients(alpha[2 * i], alpha[2 * i + 1], options);
+    c.limit = clip;
+    rows[i] = c.as<float>();
+  }
+  return table;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(diffad_fast, CPU, m) {
+  m.impl("ddim_table", TORCH_BOX(&ddim_table));
   m.impl("q_sample", TORCH_BOX(&q_sample));
   m.impl("ddim_step", TORCH_BOX(&ddim_step));
 }

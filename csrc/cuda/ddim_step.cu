@@ -478,8 +478,10 @@ void ddim_loop_step(Tensor x, const Tensor& model_output, std::optional<Tensor> 
                     int64_t seed, int64_t draw, double ratio, double largest) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_operand(model_output, x, false, "ddim_loop_step_: model_output");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && has_dense_samples(x),
-                  "ddim_loop_step_: the state must be dense float32");
+  const bool inside = x.dim() == 4 && is_channels_last(x);
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.numel() > 0 && has_dense_samples(x) &&
+                      (inside || x.is_contiguous()),
+                  "ddim_loop_step_: the state must be contiguous or channels_last float32");
   check_table(table, counter, x);
   if (guide) check_operand(*guide, x, false, "ddim_loop_step_: guide");
   const cudaStream_t stream = current_stream(x);
@@ -507,7 +509,6 @@ void ddim_loop_step(Tensor x, const Tensor& model_output, std::optional<Tensor> 
       args.coefficients = reinterpret_cast<const StepCoefficients*>(data<float>(table));
       args.counter = reinterpret_cast<StepCounter*>(counter.mutable_data_ptr());
       args.steps = static_cast<int32_t>(table.size(0));
-      const bool inside = x.dim() == 4 && is_channels_last(x);
       const int64_t channels = inside ? x.size(1) : 1;
       args.noise = {static_cast<uint64_t>(seed), static_cast<uint64_t>(draw),
                     {channels, args.size / channels, inside}};

@@ -61,7 +61,7 @@ template <int R, int kLevel, class M>
 __global__ void __launch_bounds__(kColumns) finish_kernel(const FinishArgs<M> args) {
   constexpr int kPitch = kColumns + kColumns / R;  // a word of padding a block, see haar.cu
   __shared__ float shared[R * kPitch];
-  __shared__ float details[R * kColumns / 3 + 1 + kColumns / R];  // 1/4 + 1/16 + ..., and the lows
+  __shared__ float details[R * kColumns / 3 + 1];  // 1/4 + 1/16 + ...
 
   const int32_t step = args.counter->step;
   advance(args.counter, args.steps);

@@ -176,6 +176,26 @@ def ddim_step(
     )
 
 
+def fused_steps(device):
+    """Do the CUDA kernels serve the steps of a loop on ``device`` now?"""
+    return _ddim_step.backend(device.type) == "cuda"
+
+
+def step_table(steps, prediction_type, eta=0.0, clip=None, guidance=0.0):
+    """The coefficients of a loop's steps for the CUDA kernels: (S, 9) float32, on the CPU.
+
+    steps: (alpha_t, alpha_s, ...) each; the other arguments as in :func:`ddim_step`, guidance being
+    the weight alone. Columns: csrc/common/diffusion.h.
+    """
+    return torch.ops.diffad_fast.ddim_table(
+        torch.tensor([step[:2] for step in steps], dtype=torch.float64),
+        PREDICTION_TYPES.index(prediction_type),
+        eta,
+        guidance,
+        float("inf") if clip is None else clip,
+    )
+
+
 def _check_noise(noise, x, name):
     checks.tensor("noise", noise)
     if noise.shape != x.shape and noise.shape != (1, *x.shape[1:]):
