@@ -208,7 +208,8 @@ Tensor ddim_table(const Tensor& alphas, int64_t prediction, double eta, double g
   STD_TORCH_CHECK(alphas.scalar_type() == ScalarType::Double && alphas.dim() == 2 &&
                       alphas.size(1) == 2 && alphas.is_contiguous(),
                   "ddim_table: alphas must be contiguous float64 (steps, 2)");
-  STD_TORCH_CHECK(0 <= prediction && prediction <= 2, "ddim_table: unknown prediction ", prediction);
+  STD_TORCH_CHECK(0 <= prediction && prediction <= 2, "ddim_table: unknown prediction ",
+                  prediction);
   const int64_t shape[2] = {alphas.size(0), sizeof(DdimCoefficients<float>) / sizeof(float)};
   const Tensor table = torch::stable::new_empty(alphas, {shape, 2}, ScalarType::Float);
   const auto* alpha = static_cast<const double*>(alphas.const_data_ptr());

@@ -5,7 +5,7 @@
 // 16-byte accesses, computes in float (double for double), and writes x_s and, in a loop, the
 // network's next input. Absent operands count as 0, so that one kernel serves every option: the few
 // products more are nothing beside the memory traffic. Noise of eta > 0 is drawn in the kernel; of
-// four neighbours in the order of (C, H, W) one Philox block gives the numbers, so that a contiguous
+// four neighbours in the order of (C, H, W) one Philox block gives the numbers: a contiguous
 // tensor needs a quarter of a block an element and a channels_last one a whole block.
 #include <torch/csrc/stable/library.h>
 
@@ -27,7 +27,7 @@ using torch::headeronly::ScalarType;
 constexpr int kThreads = 256;
 constexpr int kPack = 8;
 
-// Which number of a sample's noise belongs to an element: samples are (channels, pixels) with one of
+// Which number of a sample's noise belongs to an element: samples are (channels, pixels), one of
 // both lying inside.
 struct NoiseOrder {
   int64_t channels, pixels;

@@ -1,6 +1,6 @@
 // The end of a captured loop on represented images: the last DDIM step, the standardisation undone,
-// the inverse Haar packet, the clamp to [0, 1], and the residual maps D_p and D_w against the input,
-// in one pass over memory. See common/diffusion.h and common/haar.h for the maths, ops.anomaly_map
+// the inverse Haar packet, the clamp to [0, 1], and the residual maps D_p and D_w against the
+// input, in one pass over memory. See common/diffusion.h and common/haar.h for the maths, ops.anomaly_map
 // for the maps.
 //
 // A thread block takes a tile of R rows by up to 256 columns of the image, R = 2^level, and keeps
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kColumns) finish_kernel(const FinishArgs<M> ar
           const float a = corner[left_slot], b = corner[right_slot];
           const float d = corner[half * kPitch + left_slot];
           const float e = corner[half * kPitch + right_slot];
-          const float high = ::fabsf(a + b - d - e) + ::fabsf(a - b + d - e) + ::fabsf(a - b - d + e);
+          const float high =
+              ::fabsf(a + b - d - e) + ::fabsf(a - b + d - e) + ::fabsf(a - b - d + e);
           const float low = (a + b + d + e) * 0.5f;
           corner[left_slot] = low;
           details[details_before<R>(l) + y * (kColumns >> l) + x] +=

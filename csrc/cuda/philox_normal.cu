@@ -1,5 +1,5 @@
-// philox_normal on CUDA: a thread computes one block of four numbers and stores 16 bytes. The layout
-// of the counter is in diffad_fast/reference/noise.py.
+// philox_normal on CUDA: a thread computes one block of four numbers and stores 16 bytes. The
+// layout of the counter is in diffad_fast/reference/noise.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,5 +1,5 @@
-"""The reverse process (or its inversion) as one object: from a represented input to the model's idea
-of it without its anomaly, or to its latent."""
+"""The reverse process, or its inversion: from a represented input to the model's idea of it without
+its anomaly, or to its latent."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class ReverseLoop:
     tuples, lists or dicts.
 
     On a CUDA device a shape that comes a second time is captured as one CUDA graph, which then
-    replays with a single launch: no Python in the loop, no synchronisation, no allocation. The last
-    ``graphs`` of them are kept, one for each shape, dtype, layout and version of the tensors of
-    ``modules`` (the denoiser's, if not given): whatever ``prepare`` and ``conclude`` read beside them
-    has to stay the same. Where capture is impossible the loop runs eagerly, after a warning that
-    says why; where a trial shows no gain, too. On a CPU it always runs eagerly. ``eager`` does so
-    anywhere, and alone can be differentiated.
+    replays with a single launch: no Python in the loop, no synchronisation, no allocation. The
+    last ``graphs`` of them are kept, one for each shape, dtype, layout and version of the tensors
+    of ``modules`` (the denoiser's, if not given): whatever ``prepare`` and ``conclude`` read beside
+    them has to stay the same. Where capture is impossible the loop runs eagerly, after a warning
+    that says why; where a trial shows no gain, too. On a CPU it always runs eagerly. ``eager`` does
+    so anywhere, and alone can be differentiated.
     """
 
     def __init__(

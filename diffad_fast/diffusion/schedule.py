@@ -80,8 +80,8 @@ class NoiseSchedule:
     def inversion_steps(sigma_min: float, sigma_max: float, steps: int) -> list[ReverseStep]:
         """``steps`` steps from the level ``sigma_min`` up to ``sigma_max``, uniform in log sigma.
 
-        Levels are named by sigma, whatever the schedule: alpha = 1 / (1 + sigma^2). The first one is
-        above 0, as the network is evaluated at each step's source. Raises InputError unless
+        Levels are named by sigma, whatever the schedule: alpha = 1 / (1 + sigma^2). The first one
+        is above 0, as the network is evaluated at each step's source. Raises InputError unless
         0 < sigma_min < sigma_max and steps >= 1.
         """
         if not (0 < sigma_min < sigma_max < math.inf and steps >= 1):

@@ -218,7 +218,9 @@ def test_a_unet_of_diffusers():
     schedule = NoiseSchedule("linear")
     denoiser = DiffusersUNet(unet, scheduler.alphas_cumprod)
     asked = []
-    unet.register_forward_pre_hook(lambda module, args: asked.append(args[1].tolist()))
+    unet.register_forward_pre_hook(
+        lambda module, args: asked.append(torch.as_tensor(args[1]).tolist())
+    )
     table = schedule.reverse_steps(599, 3)
     x0 = torch.randn(2, 3, 8, 8)
     run = ReverseLoop(denoiser, table, prediction_type="epsilon", seed=5)
@@ -333,6 +335,7 @@ def test_a_graph_without_gain_is_not_used(captures, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- on a GPU
+
 
 def on_gpu(test):
     needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -147,7 +147,9 @@ def test_against_diffusers(backend, prediction, limit, spacing):
 @pytest.mark.parametrize("limit", ["none", "clip", "threshold"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
-def test_against_formula_with_a_level_per_sample(backend, prediction, eta, limit, recompute, guided):
+def test_against_formula_with_a_level_per_sample(
+    backend, prediction, eta, limit, recompute, guided
+):
     x, m, z, y = (random((3, 2, 4, 3), s) * 1.5 for s in range(4))
     a, b = torch.tensor([0.01, 0.5, 0.9]).double(), torch.tensor([0.03, 1.0, 0.95]).double()
     limits = {"none": None, "clip": lambda v: np.clip(v, -0.7, 0.7),
@@ -321,9 +323,7 @@ def step_of(functions, x, m, z, y, a, b, prediction="v_prediction", **options):
 def close_to_float64(got, arguments, **options):
     wide = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
     expected = step_of(reference, *wide, **options)
-    torch.testing.assert_close(
-        got.double(), expected, rtol=RTOL[got.dtype], atol=ATOL[got.dtype]
-    )
+    torch.testing.assert_close(got.double(), expected, rtol=RTOL[got.dtype], atol=ATOL[got.dtype])
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
