@@ -9,8 +9,8 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
   m.def("q_sample(Tensor x0, Tensor t, Tensor noise, Tensor alphas_cumprod) -> Tensor");
   m.def("ddim_step(Tensor x_t, Tensor model_output, Tensor? alpha_t, Tensor? alpha_s, "
-        "Tensor? noise, Tensor? guide, float number_t, float number_s, int prediction, float eta, float guidance, "
-        "float clip, float ratio, float largest, bool recompute_epsilon) -> Tensor");
+        "Tensor? noise, Tensor? guide, float number_t, float number_s, int prediction, float eta, "
+        "float guidance, float clip, float ratio, float largest, bool recompute_epsilon) -> Tensor");
   m.def("philox_normal_(Tensor(a!) out, int seed, int draw, int step, Tensor? draws, "
         "Tensor? steps) -> ()");
   m.def("ddim_table(Tensor alphas, int prediction, float eta, float guidance, float clip) "

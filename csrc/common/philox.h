@@ -9,8 +9,8 @@ namespace diffad::DIFFAD_LANES {
 // Turns a counter into four random words; words are the low halves of 64-bit lanes W.
 //
 // A round needs the two words of 32 x 32 bit products. Kept in 64-bit lanes, the high one is one
-// shift away, the low one is where it has to be, and what is left in a lane's upper half is ignored by
-// the next product.
+// shift away, the low one is where it has to be, and what is left in a lane's upper half is ignored
+// by the next product.
 template <class W>
 DIFFAD_INLINE void philox4x32(W (&counter)[4], uint32_t key0, uint32_t key1) {
   W c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];

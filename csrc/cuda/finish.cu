@@ -1,7 +1,7 @@
 // The end of a captured loop on represented images: the last DDIM step, the standardisation undone,
 // the inverse Haar packet, the clamp to [0, 1], and the residual maps D_p and D_w against the
-// input, in one pass over memory. See common/diffusion.h and common/haar.h for the maths, ops.anomaly_map
-// for the maps.
+// input, in one pass over memory. See common/diffusion.h and common/haar.h for the maths,
+// ops.anomaly_map for the maps.
 //
 // A thread block takes a tile of R rows by up to 256 columns of the image, R = 2^level, and keeps
 // it in shared memory: each R x R block of pixels depends on its own R^2 coefficients alone, and so

@@ -1,6 +1,6 @@
 // philox_normal: each vector of 32-bit lanes takes as many blocks of four numbers. The words of
-// even and of odd blocks are computed in two vectors of 64-bit lanes (common/philox.h) and put together
-// for the transform to normal numbers.
+// even and of odd blocks are computed in two vectors of 64-bit lanes (common/philox.h) and put
+// together for the transform to normal numbers.
 #include "philox_normal.h"
 
 #include "../../common/philox.h"
