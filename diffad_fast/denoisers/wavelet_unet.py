@@ -67,7 +67,10 @@ class WaveletUNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(previous, channels, 3, padding=1))
 
     def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
-        e = self.embedding(log_sigma)
+        return self.denoise(x, self.embedding(log_sigma))
+
+    def denoise(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` from the levels' embedding e (N,width)."""
         h, skips = self._encode(x, e)
         h = self.middle(h, e)
         for level, stage in enumerate(self.decoder):

@@ -177,6 +177,45 @@ DIFFAD_SIMD lane_t<V> max_of_lanes(V x) {
   return result;
 }
 
+// ------------------------------------------------------------- words and lanes
+
+typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
+
+// The product of the low words of each lane of `a` with `b`.
+DIFFAD_SIMD VecU64 multiply_words(VecU64 a, uint32_t b) {
+#if defined(__AVX512F__)
+  return bits<VecU64>(_mm512_mul_epu32(bits<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return bits<VecU64>(_mm256_mul_epu32(bits<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return bits<VecU64>(_mm_mul_epu32(bits<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  return (a & 0xffffffffu) * static_cast<uint64_t>(b);
+#endif
+}
+
+// The nearest float of an unsigned and of a signed integer, given by its bits.
+DIFFAD_SIMD Vec<float> to_float(VecU32 x) { return __builtin_convertvector(x, Vec<float>); }
+DIFFAD_SIMD Vec<float> to_float_signed(VecU32 x) {
+  return __builtin_convertvector(bits<VecI32>(x), Vec<float>);
+}
+
+// a0 b0 a1 b1 ... from the first (kHigh: the second) halves of two vectors.
+template <bool kHigh>
+DIFFAD_SIMD Vec<float> interleave(Vec<float> a, Vec<float> b) {
+  constexpr int lanes = kLanes<float>;
+#if defined(__clang__)
+  Vec<float> result;
+  for (int i = 0; i < lanes; ++i) result[i] = (i % 2 ? b : a)[kHigh * lanes / 2 + i / 2];
+  return result;
+#else
+  VecI32 from = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) from[i] = i % 2 * lanes + kHigh * lanes / 2 + i / 2;
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // ------------------------------------------------------------ loads and stores
 
 DIFFAD_SIMD Vec<float> load(const float* p) {
