@@ -187,7 +187,7 @@ class Fold {
     const T* gain = static_cast<const T*>(gains) + head % a.heads * a.bands();
     for (int b = 0; b < a.bands(); ++b) gain_[b] = gain[b] * static_cast<T>(factor * norm_of<R>(b));
   }
-  explicit Fold(double factor = 1) : identity_(true), factor_(static_cast<T>(factor)) {}
+  Fold() : identity_(true), factor_(1) {}
 
   DIFFAD_SIMD void operator()(Vec<T> (&v)[R * R]) const {
     if (identity_) {
@@ -262,7 +262,7 @@ DIFFAD_SIMD void store_block(const Blocks<S>& b, S* p, int64_t n,
 }
 
 // Calls f(position in x, position in y, n, whole) for every vector of channels, of which n count,
-// of the blocks [first, last); `whole` is a constant, as above. y's channels lie next to each other.
+// of the blocks [first, last); `whole` is a constant, as above. The channels of y are neighbours.
 template <class T, class X, class Y, class F>
 DIFFAD_SIMD void for_runs(const AttentionArgs& a, int64_t first, int64_t last, const Blocks<X>& x,
                           const Blocks<Y>& y, F&& f) {
@@ -286,8 +286,8 @@ DIFFAD_SIMD void for_runs(const AttentionArgs& a, int64_t first, int64_t last, c
 
 // Copies the blocks [first, last), folded. The channels of `out` lie next to each other.
 template <int R, class In, class Out, class T>
-DIFFAD_NOINLINE void copy(const AttentionArgs& a, int64_t first, int64_t last, const Blocks<In>& in,
-          const Blocks<Out>& out, const Fold<T, R>& fold) {
+DIFFAD_NOINLINE void copy(const AttentionArgs& a, int64_t first, int64_t last,
+                          const Blocks<In>& in, const Blocks<Out>& out, const Fold<T, R>& fold) {
   for_runs<T>(a, first, last, in, out, [&](const In* from, Out* to, int64_t n, auto whole) {
     Vec<T> v[R * R];
     load_block<R, whole>(in, from, n, v);
@@ -302,7 +302,7 @@ void copy_to_rows(const AttentionArgs& a, int64_t first, int64_t last, const Blo
                   T* rows, int64_t count, const Fold<T, R>& fold) {
   copy<R>(a, first, last, in, blocks_in<R>(rows, a, first), fold);
   const int64_t row = a.row_stride(), size = a.block_size();
-  if (size % kAttentionRows != 0) {
+  if (size % 16 != 0) {  // a vector or group of rows may reach beyond the end
     for (int64_t i = first; i < last; ++i) {
       std::memset(rows + (i - first) * row + size, 0, (row - size) * sizeof(T));
     }
@@ -312,8 +312,9 @@ void copy_to_rows(const AttentionArgs& a, int64_t first, int64_t last, const Blo
 
 // result[b] += factor sum over the blocks [first, last) of <(T x)_b, (T y)_b>.
 template <int R, class X, class T>
-DIFFAD_NOINLINE void add_band_products(const AttentionArgs& a, int64_t first, int64_t last, const Blocks<X>& x,
-                       const Blocks<T>& y, double factor, T* result) {
+DIFFAD_NOINLINE void add_band_products(const AttentionArgs& a, int64_t first, int64_t last,
+                                       const Blocks<X>& x, const Blocks<T>& y, double factor,
+                                       T* result) {
   constexpr int bands = R == 2 ? 4 : 7;
   Vec<T> sum[bands] = {};
   for_runs<T>(a, first, last, x, y, [&](const X* at_x, const T* at_y, int64_t n, auto whole) {
