@@ -47,4 +47,11 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "token_mlp_loop(Tensor x, Tensor W_in, Tensor b_in, Tensor W1, Tensor W2, Tensor b2, "
       "Tensor W_out, Tensor b_out, Tensor step_bias, Tensor table) -> (Tensor, Tensor)");
   m.def("token_mlp_loop_backward(Tensor grad_x, Tensor grad_stats, Tensor[] inputs) -> Tensor[]");
+  m.def(
+      "wavelet_attention(Tensor q, Tensor k, Tensor v, Tensor? logit_gain, Tensor? value_gain, "
+      "int level, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "wavelet_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? "
+      "logit_gain, Tensor? value_gain, Tensor out, Tensor lse, int level, float scale) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

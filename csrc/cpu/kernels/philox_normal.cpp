@@ -37,12 +37,12 @@ DIFFAD_SIMD void group_of_normals(const PhiloxArgs& args, uint64_t block, uint64
   box_muller(w[0], w[1], z[0], z[1]);
   box_muller(w[2], w[3], z[2], z[3]);
   // z[j] has number j of every block: from columns to rows.
-  const Vec<float> a = interleave<false>(z[0], z[2]), b = interleave<false>(z[1], z[3]);
-  const Vec<float> c = interleave<true>(z[0], z[2]), d = interleave<true>(z[1], z[3]);
-  store(out, interleave<false>(a, b));
-  store(out + kBlocks, interleave<true>(a, b));
-  store(out + 2 * kBlocks, interleave<false>(c, d));
-  store(out + 3 * kBlocks, interleave<true>(c, d));
+  Vec<float> a, b, c, d, quarter[4];
+  interleave(z[0], z[2], a, c);
+  interleave(z[1], z[3], b, d);
+  interleave(a, b, quarter[0], quarter[1]);
+  interleave(c, d, quarter[2], quarter[3]);
+  for (int i = 0; i < 4; ++i) store(out + i * kBlocks, quarter[i]);
 }
 
 }  // namespace

@@ -200,22 +200,6 @@ DIFFAD_SIMD Vec<float> to_float_signed(VecU32 x) {
   return __builtin_convertvector(bits<VecI32>(x), Vec<float>);
 }
 
-// a0 b0 a1 b1 ... from the first (kHigh: the second) halves of two vectors.
-template <bool kHigh>
-DIFFAD_SIMD Vec<float> interleave(Vec<float> a, Vec<float> b) {
-  constexpr int lanes = kLanes<float>;
-#if defined(__clang__)
-  Vec<float> result;
-  for (int i = 0; i < lanes; ++i) result[i] = (i % 2 ? b : a)[kHigh * lanes / 2 + i / 2];
-  return result;
-#else
-  VecI32 from = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) from[i] = i % 2 * lanes + kHigh * lanes / 2 + i / 2;
-  return __builtin_shuffle(a, b, from);
-#endif
-}
-
 // ------------------------------------------------------------ loads and stores
 
 DIFFAD_SIMD Vec<float> load(const float* p) {
@@ -348,6 +332,30 @@ DIFFAD_SIMD void interleave(V even, V odd, V& a, V& b) {
   interleave(even, odd, a, b, std::make_integer_sequence<int, lanes>{});
 }
 
+// Runs of Half lanes: (a0, b0, a2, b2, ...) or, of the odd ones, (a1, b1, a3, b3, ...).
+template <int Half, bool kOdd, class V, int... I>
+DIFFAD_SIMD V exchange_blocks(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I), odd = kOdd ? Half : 0;
+  return __builtin_shufflevector(a, b, (I & Half ? n + I - Half + odd : I + odd)...);
+}
+
+// Element i of vector k goes to element k of vector i, for as many vectors as there are lanes.
+template <int Half = 1, class V, int N>
+DIFFAD_SIMD void transpose(V (&v)[N]) {
+  static_assert(sizeof(V) == N * sizeof(v[0][0]));
+  if constexpr (Half < N) {
+    // Swap the upper right and the lower left quarter of every square of 2 Half elements.
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      if (i & Half) continue;
+      const V a = v[i], b = v[i + Half];
+      v[i] = exchange_blocks<Half, false>(a, b, std::make_integer_sequence<int, N>());
+      v[i + Half] = exchange_blocks<Half, true>(a, b, std::make_integer_sequence<int, N>());
+    }
+    transpose<2 * Half>(v);
+  }
+}
+
 // ------------------------------------------------------------------- functions
 
 // e^x, within 2 units in the last place; below -87.3 it is 0 and above 88.4 infinity.
@@ -399,6 +407,28 @@ DIFFAD_SIMD Vec<float> one_plus_exp_minus(Vec<float> x) {
   return bits<Vec<float>>(bits<VecI32>(p) + (bits<VecI32>(shifted) << 23)) + 1.0f;
 }
 DIFFAD_SIMD Vec<double> one_plus_exp_minus(Vec<double> x) { return 1 + exp(-x); }
+
+// 2^x for x <= 0, within 1.5 units in the last place; 0 below -126.5, NaN for NaN.
+// x = k + r with |r| <= 1/2; the polynomial is the minimax one of degree 6 for 2^r that is 1 at 0.
+DIFFAD_SIMD Vec<float> exp2_negative(Vec<float> x) {
+  const Vec<float> limited = max(splat(-127.0f), x);
+  const Vec<float> magic = splat(12582912.0f);  // as in exp
+  const Vec<float> shifted = limited + magic;
+  const Vec<float> r = limited - (shifted - magic);
+  Vec<float> p = splat(1.5353362e-4f);
+  p = fma(p, r, splat(1.3398875e-3f));
+  p = fma(p, r, splat(9.6184369e-3f));
+  p = fma(p, r, splat(5.5503324e-2f));
+  p = fma(p, r, splat(2.4022648e-1f));
+  p = fma(p, r, splat(6.9314718e-1f));
+  p = fma(p, r, splat(1.0f));
+  // 2^k has the exponent k + 127: all bits 0, which is 0, for k = -127.
+  return p * bits<Vec<float>>((bits<VecI32>(shifted) - (bits<VecI32>(magic) - 127)) << 23);
+}
+DIFFAD_SIMD Vec<double> exp2_negative(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
 
 // 1 / (1 + e^-x).
 template <class V>
