@@ -1,4 +1,5 @@
-"""What the compilers say of every kernel: registers, shared memory, spills, on each architecture.
+"""What the compilers say of every kernel: registers, shared memory, spills and, of Triton's, matrix
+instructions, on each architecture.
 
 Needs nvcc, not a GPU.
 """
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from .tables import grid
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("80", "90", "100")
+MATRIX_INSTRUCTION = r"\b(?:(wgmma)\.mma_async|(tcgen05)\.mma|(mma)\.sync)\b"
 
 
 def run(quick: bool, pattern: str = "") -> dict:
@@ -35,7 +38,7 @@ def run(quick: bool, pattern: str = "") -> dict:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             if re.search(pattern, source.name):
                 kernels += _cuda(build, nvcc, source, ("90",) if quick else ARCHITECTURES)
-    triton = list(_triton(missing))
+    triton = list(_triton(("90",) if quick else ARCHITECTURES, pattern, missing))
     return {
         "format": 1, "suite": "compile-report", "quick": quick, "device": "none",
         "machine": machine.describe(), "rows": [], "wrong": [],
@@ -54,7 +57,8 @@ def table(result: dict) -> list[str]:
     lines = [*(f"Missing: {text}." for text in result["missing"]), ""]
     lines += [
         f"{len(result['kernels'])} kernels compiled, {spilled} of them spill registers to memory. "
-        "Registers a thread / shared memory a block in bytes / bytes spilled.",
+        "Registers a thread / shared memory a block in bytes / bytes spilled / matrix instructions "
+        "in the program text (Triton alone).",
         "",
     ]
     head = ["file", "kernel", *archs]
@@ -69,7 +73,9 @@ def _cell(kernel: dict | None) -> str:
     if kernel is None:
         return ""
     spill = kernel["spill_bytes"]
-    return f"{kernel['registers']} / {kernel['shared_bytes']} / {f'**{spill}**' if spill else 0}"
+    cell = f"{kernel['registers']} / {kernel['shared_bytes']} / {f'**{spill}**' if spill else 0}"
+    matrix = kernel.get("matrix_instructions", {})
+    return cell + "".join(f" / {count} {name}" for name, count in matrix.items())
 
 
 def _build_script():
@@ -132,16 +138,17 @@ def _demangled(names: list[str]) -> list[str]:
     return [m[1] if m else line for m, line in zip(found, lines, strict=True)]
 
 
-def _triton(missing: list[str]) -> Iterator[dict]:
+def _triton(architectures, pattern: str, missing: list[str]) -> Iterator[dict]:
     """Kernels of ``diffad_fast.kernels``: a module names what to compile in ``COMPILE``, a dict of
-    kernel name -> (function, signature, constants), the arguments of ``triton.compiler.ASTSource``.
+    kernel name -> function of a compute capability (80) that gives what
+    ``diffad_fast.kernels.registration.source`` does for the configuration used there.
     """
     try:
         package = importlib.import_module("diffad_fast.kernels")
     except ModuleNotFoundError:
         missing.append("diffad_fast.kernels is not installed: no report of kernels/")
         return
-    names = [entry.name for entry in pkgutil.iter_modules(package.__path__)]
+    names = [e.name for e in pkgutil.iter_modules(package.__path__) if e.name != "registration"]
     if not names:
         missing.append("there is no Triton kernel in kernels/")
         return
@@ -151,19 +158,30 @@ def _triton(missing: list[str]) -> Iterator[dict]:
     except ImportError:
         missing.append("triton is not installed: no report of kernels/")
         return
+    if triton.knobs.runtime.interpret:
+        missing.append("TRITON_INTERPRET is set: nothing of kernels/ is compiled")
+        return
     for name in names:
+        if not re.search(pattern, f"{name}.py"):
+            continue
         module = importlib.import_module(f"diffad_fast.kernels.{name}")
         variants = getattr(module, "COMPILE", None)
         if variants is None:
             missing.append(f"kernels/{name}.py has no COMPILE, so nothing of it was compiled")
             continue
-        for kernel, (function, signature, constants) in variants.items():
-            source = triton.compiler.ASTSource(function, signature, constants)
-            for arch in ARCHITECTURES:
-                done = triton.compile(source, target=GPUTarget("cuda", int(arch), 32))
-                usage = _cubin_usage(done.asm["cubin"])
-                known = {"file": f"{name}.py", "kernel": kernel, "architecture": f"sm_{arch}"}
-                yield known | usage
+        for kernel, variant in variants.items():
+            for arch in architectures:
+                print(f"  {name}.py, {kernel}, sm_{arch}", file=sys.stderr, flush=True)
+                source, options = variant(int(arch))
+                target = GPUTarget("cuda", int(arch), 32)
+                done = triton.compile(source, target=target, options=options)
+                found = ("".join(m) for m in re.findall(MATRIX_INSTRUCTION, done.asm["ptx"]))
+                yield {
+                    "file": f"{name}.py", "kernel": kernel, "architecture": f"sm_{arch}",
+                    **_cubin_usage(done.asm["cubin"]),
+                    "shared_bytes": done.metadata.shared,  # most is asked for at the launch
+                    "matrix_instructions": dict(Counter(found)),
+                }  # fmt: skip
 
 
 def _cubin_usage(cubin: bytes) -> dict[str, int]:
@@ -185,5 +203,6 @@ def _cubin_usage(cubin: bytes) -> dict[str, int]:
 
     return {
         "registers": number("REG"), "shared_bytes": number("SHARED"),
-        "stack_bytes": number("STACK"), "spill_bytes": number("LOCAL"),
+        # Triton has no arrays of its own: all of the stack is spilled registers.
+        "stack_bytes": number("STACK"), "spill_bytes": number("LOCAL") + number("STACK"),
     }  # fmt: skip

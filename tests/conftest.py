@@ -1,10 +1,19 @@
+"""Fixtures; and without a GPU, Triton's interpreter."""
+
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it at its first import, which may be torch.compile's: it comes here.
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        import triton.language  # noqa: F401
 
 from diffad_fast import native
 from diffad_fast.errors import BackendError

@@ -80,13 +80,57 @@ def test_a_backend_that_the_operator_lacks_raises_at_the_call():
 
 
 def test_an_operator_of_another_device_raises_at_the_call(monkeypatch):
-    operator = dispatch.Operator("elsewhere", lambda x: x, triton=lambda x: x)
+    monkeypatch.setattr(dispatch, "_unavailable", {})
+    operator = dispatch.Operator("elsewhere", lambda x: x, cuda=lambda x: x)
     try:
-        with daf.use_backend("triton"):
-            with pytest.raises(BackendError, match="'triton' cannot serve 'elsewhere' on a cpu"):
+        with daf.use_backend("cuda"):
+            with pytest.raises(BackendError, match="'cuda' cannot serve 'elsewhere' on a cpu"):
                 operator(torch.zeros(1))
     finally:
         del dispatch.OPERATORS["elsewhere"]
+
+
+def test_an_implementation_that_refuses_a_call_is_passed_over_or_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "_unavailable", {})
+
+    def positive(x, y):
+        return x + y
+
+    positive.refuses = lambda x, y: "y is negative" if y < 0 else None
+    operator = dispatch.Operator("choosy", lambda x, y: x - y, cpu=positive)
+    try:
+        assert operator(torch.ones(1), 2) == 3 and operator(torch.ones(1), -2) == 3
+        assert operator.backend("cpu") == "cpu"
+        with daf.use_backend("cpu"):
+            assert operator(torch.ones(1), 2) == 3
+            with pytest.raises(BackendError, match="'cpu' .*'choosy': y is negative"):
+                operator(torch.ones(1), -2)
+    finally:
+        del dispatch.OPERATORS["choosy"]
+
+
+def test_an_implementation_of_an_unavailable_backend_is_left_out(monkeypatch):
+    monkeypatch.setattr(dispatch, "_unavailable", {"cuda": "no reason"})
+    try:
+        operator = dispatch.Operator("partly", lambda x: x, cuda=lambda x: -x, cpu=lambda x: x)
+        assert list(operator.implementations) == ["reference", "cpu"]
+    finally:
+        del dispatch.OPERATORS["partly"]
+
+
+@pytest.mark.parametrize("interpret, expected", [("0", "without CUDA"), ("1", "ok")])
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch was built with CUDA")
+def test_triton_serves_cpu_tensors_in_the_interpreter_alone(interpret, expected):
+    code = (
+        "import diffad_fast.ops as o, sys; from diffad_fast.ops import dispatch;"
+        "assert 'triton' not in sys.modules;"
+        "print(dispatch.unavailable().get('triton', 'ok'))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert expected in done.stdout, done.stderr
 
 
 def run(code: str, backend: str) -> subprocess.CompletedProcess:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,24 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     for shape, level in table[: 1 if quick else None]:
         for gradients in (False,) if quick else (False, True):
             yield _case(shape, level, gradients)
+    if device_type == "cuda":
+        sizes = [(16, 64), (16, 128), (1, 64), (1, 128)]
+        for batch, side in sizes[: 1 if quick else None]:
+            for gradients in (False, True):
+                yield _bf16_case(batch, side, gradients)
+
+
+def _step(attention: Callable, gradients: bool) -> Callable:
+    """``attention`` and, with gradients, its backward pass, the output being the gradient."""
+
+    def forward_and_backward(*tensors):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        out = attention(*tensors)
+        # Not constant, as a gradient of ones is.
+        found = torch.autograd.grad(out, tensors, out.detach(), allow_unused=True)
+        return (out.detach(), *(g for g in found if g is not None))
+
+    return forward_and_backward if gradients else attention
 
 
 def _case(shape: tuple[int, ...], level: int, gradients: bool) -> Case:
@@ -26,30 +45,21 @@ def _case(shape: tuple[int, ...], level: int, gradients: bool) -> Case:
     numel = batch * heads * height * width * d
     tokens = height * width // 4**level
 
-    def maybe_gradients(function):
-        def forward_and_backward(*tensors):
-            tensors = [t.detach().requires_grad_() for t in tensors]
-            y = function(*tensors)
-            # A gradient that is not constant: the output itself.
-            return torch.autograd.grad(y, tensors, y.detach())
-
-        return forward_and_backward if gradients else function
-
     return operator_case(
         "wavelet_attention",
         f"level {level}, {'×'.join(map(str, shape))}" + ", forward and backward" * gradients,
         lambda device: on(device, *(random(*shape, seed=s) for s in range(3))),
-        lambda functions, *qkv: maybe_gradients(
-            lambda q, k, v: functions.wavelet_attention(q, k, v, level=level)
+        lambda functions, *qkv: _step(
+            lambda q, k, v: functions.wavelet_attention(q, k, v, level=level), gradients
         )(*qkv),
         formats=False,
         peers={
             "SDPA over raw blocks": Contender(
-                maybe_gradients(lambda q, k, v: _over_blocks(q, k, v, level)),
+                _step(lambda q, k, v: _over_blocks(q, k, v, level), gradients),
                 note="the same values while all gains are 1; no gains",
             ),
             "SDPA over pixels": Contender(
-                maybe_gradients(_over_pixels),
+                _step(_over_pixels, gradients),
                 check=finite,
                 note=f"another function, {4**level}× the tokens",
             ),
@@ -62,6 +72,74 @@ def _case(shape: tuple[int, ...], level: int, gradients: bool) -> Case:
         gradients=gradients,
         compiled=not gradients,
     )
+
+
+def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
+    """Level 1, 8 heads of 64, with gains, in bfloat16."""
+    shape = (batch, 8, side, side, 64)
+    numel = batch * 8 * side**2 * 64
+
+    def inputs(device):
+        # Views of one channels_last projection, as the denoiser has them.
+        qkv = random(batch, side, side, 3, 8, 64).to(device, torch.bfloat16)
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
+        gains = (1 + 0.1 * random(8, 4, seed=s).to(device) for s in (1, 2))
+        return (q, k, v, *gains)
+
+    two_bytes = {"dtype": "bfloat16", "compiled": not gradients}
+    tokens, passes = side**2 // 4, 3.5 if gradients else 1  # backward: five products for two
+    case = operator_case(
+        "wavelet_attention",
+        f"level 1, {'×'.join(map(str, shape))}, bf16{', forward + backward' if gradients else ''}",
+        inputs,
+        lambda functions, *given: _step(functions.wavelet_attention, gradients)(*given),
+        formats=False,
+        compiled=not gradients,
+        peers={
+            "SDPA over pixels": Contender(
+                lambda q, k, v, *_: _step(_over_pixels, gradients)(q, k, v),
+                check=finite,
+                dtype="bfloat16",
+                note="another function, 4× the tokens",
+            ),
+            "pack + SDPA + unpack": Contender(
+                lambda *given: _step(_packed, gradients)(*given),
+                note="the same function",
+                **two_bytes,
+            ),
+        },
+        bytes=2 * 4 * numel * (3 if gradients else 1),
+        flops=int(4 * batch * 8 * tokens**2 * 4 * 64 * passes),
+        tolerance=2e-2,
+        rate="bfloat16",
+        batch=batch,
+        gradients=gradients,
+    )
+
+    def exact(given):
+        # Image after image: the scores of all of them in float64 are 17 GB.
+        from diffad_fast import reference
+
+        q, k, v, *gains = (x.cpu().double() for x in given)
+        run = _step(reference.wavelet_attention, gradients)
+        images = [run(*(x[i : i + 1] for x in (q, k, v)), *gains) for i in range(batch)]
+        if not gradients:
+            return torch.cat(images)
+        columns = list(zip(*images, strict=True))
+        return (*map(torch.cat, columns[:4]), *(sum(c) for c in columns[4:]))
+
+    return replace(case, exact=exact)
+
+
+def _packed(q, k, v, logit_gain, value_gain):
+    """The reference's function: sub-bands in memory, flash attention between them."""
+    from diffad_fast.reference.attention import _per_coefficient, _pixels, _tokens
+
+    height, width, d = q.shape[2:]
+    q, k, v = (_tokens(x, 1) for x in (q, k, v))
+    q = q * _per_coefficient(logit_gain.to(q.dtype), 1, d)
+    y = F.scaled_dot_product_attention(q, k, v)
+    return _pixels(y * _per_coefficient(value_gain.to(q.dtype), 1, d), 1, height, width)
 
 
 def _over_blocks(q, k, v, level):

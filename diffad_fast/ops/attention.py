@@ -19,10 +19,29 @@ def _cpu(q, k, v, logit_gain, value_gain, level, scale):
     return torch.ops.diffad_fast.wavelet_attention(q, k, v, *gains, level, float(scale))[0]
 
 
+def _triton(*args):
+    from ..kernels.wavelet_attention import wavelet_attention
+
+    return wavelet_attention(*args)
+
+
+def _triton_refuses(q, k, v, logit_gain, value_gain, level, scale):
+    """What the Triton kernels were not made for: see kernels/wavelet_attention.py."""
+    if q.dtype == torch.float64:
+        return "it has no float64"
+    if 4**level * q.shape[4] > 512:
+        return f"head_dim {q.shape[4]} is more than {512 // 4**level}, its limit at level {level}"
+    if q.shape[2] * q.shape[3] > 4**level << 20:
+        return f"{q.shape[2]}x{q.shape[3]} pixels are more than 2^20 blocks"
+    return None
+
+
+_triton.refuses = _triton_refuses
 _wavelet_attention = Operator(
     "wavelet_attention",
     reference.wavelet_attention,
     cpu=_cpu if "cpu" in native.implementations("wavelet_attention") else None,
+    triton=_triton,
 )
 
 

@@ -8,6 +8,7 @@ call. A backend that was asked for by name and cannot serve a call raises; it ne
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # The order in which `auto` tries the backends for a tensor on a device of this type.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
+# Triton's interpreter runs the kernels on any device, slowly: for tests.
+INTERPRETER = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
 OPERATORS: dict[str, Operator] = {}
 _unavailable: dict[str, str] = {}  # backend -> why it did not load on this machine
 _selected = "auto"
@@ -29,8 +33,12 @@ class Operator:
     """One operator and its implementations.
 
     ``reference`` is required. Each further keyword names a backend; an implementation of ``None``
-    means that the backend does not have this operator (or did not load). Called like a function,
-    the device of the first argument, a tensor, decides; :meth:`on` takes the device by itself.
+    means that the backend does not have this operator, and so does that of a backend that is
+    unavailable here. Called like a function, the device of the first argument, a tensor, decides;
+    :meth:`on` takes the device by itself.
+
+    An implementation may have an attribute ``refuses``, a function of the call's arguments that
+    says why it cannot serve them, or None: `auto` then takes the next one.
     """
 
     def __init__(self, name: str, reference: Callable, **implementations: Callable | None):
@@ -39,37 +47,71 @@ class Operator:
             raise ValueError(f"operator {name!r} names unknown backends {sorted(unknown)}")
         self.name = name
         self.implementations = {"reference": reference}
-        self.implementations.update({k: f for k, f in implementations.items() if f is not None})
+        self.implementations.update(
+            {k: f for k, f in implementations.items() if f is not None and k not in _unavailable}
+        )
         OPERATORS[name] = self
 
-    def backend(self, device_type: str) -> str:
-        """The backend that serves a call on ``device_type`` now. Raises BackendError if none."""
+    def backend(self, device_type: str, *args) -> str:
+        """The backend that serves a call on ``device_type`` now. Raises BackendError if none.
+
+        Without the call's arguments no implementation refuses it.
+        """
         order = PREFERENCE.get(device_type, ("reference",))
         if _selected == "auto":
-            return next(b for b in order if b in self.implementations)
+            able = (b for b in order if b in self.implementations)
+            return next(b for b in able if self._refusal(b, args) is None)
         if _selected not in self.implementations:
             raise BackendError(
                 f"backend {_selected!r} was asked for, but operator {self.name!r} has only "
                 f"{', '.join(self.implementations)}: use_backend('auto') picks the best of these"
             )
-        if _selected not in order and _selected != "reference":
+        by_name = ("reference", "triton") if INTERPRETER else ("reference",)
+        if _selected not in order and _selected not in by_name:
             raise BackendError(
                 f"backend {_selected!r} cannot serve {self.name!r} on a {device_type} tensor: "
                 f"move the tensor or choose one of {', '.join(order)}"
             )
+        why = self._refusal(_selected, args)
+        if why is not None:
+            raise BackendError(
+                f"backend {_selected!r} cannot serve this call of {self.name!r}: {why}; "
+                f"use_backend('auto') picks one that can"
+            )
         return _selected
 
     def __call__(self, x, *args):
-        return self.on(x.device)(x, *args)
+        return self.on(x.device, x, *args)(x, *args)
 
-    def on(self, device: torch.device) -> Callable:
+    def on(self, device: torch.device, *args) -> Callable:
         """The implementation that serves a call on ``device`` now."""
-        return self.implementations[self.backend(device.type)]
+        return self.implementations[self.backend(device.type, *args)]
+
+    def _refusal(self, backend: str, args: tuple) -> str | None:
+        refuses = getattr(self.implementations[backend], "refuses", None)
+        return refuses(*args) if refuses is not None and args else None
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if importlib.util.find_spec("diffad_fast.kernels") is None:
+        return "diffad_fast.kernels is not installed: pip install -e . or link kernels/ there"
+    if torch.version.cuda is None and not INTERPRETER:
+        return (
+            f"torch {torch.__version__} was built without CUDA (TRITON_INTERPRET=1 runs the kernels"
+            f" slowly without)"
+        )
+    return None
 
 
 def mark_unavailable(backend: str, why: str) -> None:
     """Record why ``backend`` did not load, for error messages and :func:`diffad_fast.info`."""
     _unavailable[backend] = why
+
+
+if (_why := _why_no_triton()) is not None:
+    mark_unavailable("triton", _why)
 
 
 def unavailable() -> dict[str, str]:

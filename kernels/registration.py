@@ -1,0 +1,122 @@
+"""What every Triton operator shares: registration, launch, choice of configuration, compilation.
+
+On a GPU operators are registered with ``torch.library.triton_op``, so that torch.compile sees the
+kernels. Where Triton's interpreter runs them (``TRITON_INTERPRET=1`` before the first import of
+triton) nothing can trace them: there they are opaque custom operators with a fake.
+
+**Configurations.** A plain function gives an operator's configurations from the head size (or the
+like), dtype and architecture; the first is the default. Nothing is timed unless
+``DIFFAD_FAST_AUTOTUNE=1`` asks for it: another tile sums in another order, and results should
+repeat bit for bit from process to process. Then ``triton.autotune`` tries all of them once for
+each set of constants, never for other sizes H, W or N, and keeps what it found on disk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+AUTOTUNE = os.environ.get("DIFFAD_FAST_AUTOTUNE") == "1" and not INTERPRETED
+
+NAMESPACE = "diffad_fast_triton"
+# Bytes of shared memory that one program may use, by compute capability; 8.6, 8.9 and 12.x, the
+# consumer cards, have the least.
+SHARED_MEMORY = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}
+LEAST_SHARED_MEMORY = 99 << 10
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def operator(fake: Callable) -> Callable[[Callable], torch.library.CustomOpDef]:
+    """Register the decorated function, whose annotations give the schema, under its own name as
+    ``torch.ops.diffad_fast_triton.<name>``. It may allocate tensors, call PyTorch and
+    :func:`launch`; no argument is written to.
+
+    ``fake`` takes the same arguments and gives results of the right shapes, dtypes and strides.
+    """
+
+    def register(function: Callable) -> torch.library.CustomOpDef:
+        name = f"{NAMESPACE}::{function.__name__}"
+        if not INTERPRETED:
+            # Its own trace, without data, is its fake.
+            return torch.library.triton_op(name, function, mutates_args=())
+        definition = torch.library.custom_op(name, function, mutates_args=())
+        definition.register_fake(fake)
+        return definition
+
+    return register
+
+
+def launch(kernel, configs: Sequence[triton.Config], grid: Callable, *args, **constants) -> None:
+    """Run ``kernel`` on ``grid(meta)``, meta holding its arguments, in the first of ``configs`` or,
+    if asked to autotune, the fastest. ``constants`` are its constexpr arguments."""
+    if AUTOTUNE and len(configs) > 1:
+        settings = {}
+        kernel = _autotuned(kernel, tuple(constants), tuple(map(_Hashable, configs)))
+    else:
+        settings = _settings(configs[0])
+    if not INTERPRETED:
+        kernel = torch.library.wrap_triton(kernel)
+    kernel[grid](*args, **constants, **settings)
+
+
+def capability(device: torch.device) -> int:
+    """The device's compute capability as one number, 90 for 9.0; 0 in the interpreter."""
+    if INTERPRETED or device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory that one program may use."""
+    return SHARED_MEMORY.get(capability, LEAST_SHARED_MEMORY)
+
+
+def source(kernel, config: triton.Config, types: dict[str, str], **constants):
+    """(ASTSource, options) of one variant, for ``triton.compile``; see COMPILE in the kernels.
+
+    ``types`` names the type of every argument that is no constant ("*bf16", "i32", "fp32").
+    Pointers, and integers that the kernel specialises on, count as multiples of 16, as they are
+    in a tensor whose channels are.
+    """
+    settings = _settings(config)
+    names = {p.name: p for p in kernel.params}
+    constants |= {k: v for k, v in settings.items() if k in names}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes = {
+        (p.num,): [["tt.divisibility", 16]]
+        for name, p in names.items()
+        if signature[name][0] in "*i" and not p.do_not_specialize
+    }
+    options = {k: v for k, v in settings.items() if k not in names}
+    return triton.compiler.ASTSource(kernel, signature, constants, attributes), options
+
+
+def _settings(config: triton.Config) -> dict:
+    # No more than these two: torch.compile does not take the others outside an autotuner.
+    return {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+@cache
+def _autotuned(kernel, key: tuple[str, ...], configs: tuple[_Hashable, ...]):
+    tune = triton.autotune([c.config for c in configs], key=list(key), cache_results=True)
+    return tune(kernel)
+
+
+class _Hashable:
+    """A configuration as part of a key."""
+
+    def __init__(self, config: triton.Config):
+        self.config = config
+        self.text = str(config)
+
+    def __hash__(self):
+        return hash(self.text)
+
+    def __eq__(self, other):
+        return self.text == other.text

@@ -1,0 +1,647 @@
+"""Attention over the Haar sub-bands of blocks of pixels, in one kernel that reads raw pixels.
+
+**Why the fusion is exact.** Let x_i be the vector of the P = 4^level pixels of block i (d channels
+each) and T the orthonormal Haar transform of a block, T^T T = 1. With the gains w and g of a head,
+one for each coefficient, ``reference.wavelet_attention`` computes
+
+    S_ij = scale <T q_i, diag(w) T k_j>,   A = softmax_j(S),   o_i = T^T diag(g) sum_j A_ij T v_j
+
+1. <T q_i, diag(w) T k_j> = <T^T diag(w) T q_i, k_j>: with q'_i = scale M_w q_i,
+   M_w = T^T diag(w) T, the logits are inner products of q' with raw pixels. q' is formed once, in
+   float32, before the loop over keys.
+2. A mixes blocks and does not touch what is inside one: sum_j A_ij T v_j = T sum_j A_ij v_j. So the
+   loop mixes raw pixels, u_i = sum_j A_ij v_j, and o_i = M_g u_i once after it.
+
+So the loop is that of flash attention (Dao et al. 2022) over tokens of P d channels, which happen
+to lie in P places; no sub-band and no score is ever in memory.
+
+**Backward.** M_w and M_g are symmetric. With D_i = <o_i, do_i> = <u_i, M_g do_i> and
+dP_ij = <M_g do_i, v_j>, dS_ij = A_ij (dP_ij - D_i):
+
+    dq_i = scale M_w sum_j dS_ij k_j            dk_j = scale M_w sum_i dS_ij q_i
+    dv_j = M_g sum_i A_ij do_i                  dP_ij = <do_i, M_g v_j>, S_ij = scale <q_i, M_w k_j>
+    dw_c = scale sum_i (T q_i)_c (T sum_j dS_ij k_j)_c      dg_c = sum_i (T u_i)_c (T do_i)_c
+
+One kernel owns blocks of queries and mixes q and do once; the other owns blocks of keys and mixes
+k and v instead: again nothing is mixed inside a loop. Both compute A again from the logarithm of
+the sum of exponentials that the forward kernel saved. No two programs write to one place, and the
+gains' gradients are partial sums added in a fixed order: results repeat bit for bit.
+
+**Inside a tile.** A tile (rows, P DP) holds a block in a row: channel c of position p (row by row)
+at p DP + c, DP being d up to a power of two, at least 16 / P. Where blocks are transformed the
+positions are P tiles (rows, DP) instead: then T is sums of whole tiles, and no thread needs what
+another has. Tensors are read and written in their own strides; only channels must lie side by side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import registration
+from .registration import DTYPES, capability, launch, operator, shared_memory, source
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# No kernel is compiled again for another size. Strides, of images, heads, rows and columns of the
+# five tensors that a kernel may have, in units of ALIGN elements.
+STRIDES = [f"{x}_{axis}" for x in "qkvog" for axis in "nhyx"]
+SIZES = ["heads", "H", "W", *STRIDES]
+INTERPRETED = tl.constexpr(registration.INTERPRETED)
+GROUP = tl.constexpr(16)  # queries of one partial sum; every BLOCK_M is a multiple
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, in float32."""
+    if INTERPRETED:  # its bfloat16 is an integer to tl.dot
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _haar(a, b, c, d):
+    """One level: the pixels (or, the transform being symmetric, coefficients) of a 2 x 2 block.
+
+    The coefficient that is high in y (x) takes the place of the odd row (column).
+    """
+    return (
+        (a + b + c + d) * 0.5, (a - b + c - d) * 0.5, (a + b - c - d) * 0.5, (a - b - c + d) * 0.5
+    )  # fmt: skip
+
+
+@triton.jit
+def _transform(x, LEVEL: tl.constexpr, INVERSE: tl.constexpr):
+    """T, or T^T, of a tuple of 4^LEVEL tiles: the positions of a block, row by row."""
+    if LEVEL == 1:
+        y = _haar(x[0], x[1], x[2], x[3])
+    else:
+        # Level 1 inside each 2 x 2 corner of the 4 x 4 block, level 2 over the corners' lows.
+        a0, a4, a8, a12 = x[0], x[2], x[8], x[10]
+        if INVERSE:
+            a0, a4, a8, a12 = _haar(a0, a4, a8, a12)
+        a0, a1, a2, a3 = _haar(a0, x[1], x[4], x[5])
+        a4, a5, a6, a7 = _haar(a4, x[3], x[6], x[7])
+        a8, a9, a10, a11 = _haar(a8, x[9], x[12], x[13])
+        a12, a13, a14, a15 = _haar(a12, x[11], x[14], x[15])
+        if not INVERSE:
+            a0, a4, a8, a12 = _haar(a0, a4, a8, a12)
+        y = (a0, a1, a4, a5, a2, a3, a6, a7, a8, a9, a12, a13, a10, a11, a14, a15)
+    return y
+
+
+@triton.jit
+def _weigh(x, gain, head, LEVEL: tl.constexpr):
+    """diag(gain) x for a tuple of coefficients in the order of :func:`_transform`."""
+    gain += head * (1 + 3 * LEVEL)
+    y = ()
+    for i in tl.static_range(4**LEVEL):
+        # 2 for high in x, 1 for high in y: 0..3 = cA, cH, cV, cD. Level 2 has row and column in
+        # two bits each, of which the lower says what level 1 did.
+        band = (i >> LEVEL) % 2 + 2 * (i % 2)
+        if LEVEL == 2:
+            band = 3 + band if band > 0 else (i >> 3) + (i & 2)
+        y = y + (x[i] * tl.load(gain + band).to(tl.float32),)
+    return y
+
+
+@triton.jit
+def _split(x, ROWS: tl.constexpr, COUNT: tl.constexpr, DP: tl.constexpr):
+    """x (ROWS, COUNT DP) as a tuple of COUNT tiles (ROWS, DP), one a position."""
+    if COUNT == 1:
+        y = (x,)
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COUNT // 2 * DP)), (0, 2, 1)))
+        y = _split(a, ROWS, COUNT // 2, DP) + _split(b, ROWS, COUNT // 2, DP)
+    return y
+
+
+@triton.jit
+def _blocks(
+    tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
+    LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Offsets of the first pixels of blocks ``tokens``, and which of these there are. Strides are
+    in units of ALIGN elements, so that the compiler knows how wide it may read."""
+    columns = W >> LEVEL
+    # tokens // columns by a product: exact while tokens * columns < 2^40.
+    reciprocal = ((1 << 40) + columns.to(tl.int64) - 1) // columns
+    row = ((tokens.to(tl.int64) * reciprocal) >> 40).to(tl.int32)
+    column = tokens - row * columns
+    offsets = row.to(tl.int64) * stride_y.to(tl.int64)
+    offsets = (offsets + column.to(tl.int64) * stride_x.to(tl.int64)) * (1 << LEVEL)
+    first = n.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
+    return (first + offsets) * ALIGN, tokens < (H >> LEVEL) * columns
+
+
+@triton.jit
+def _load(
+    x, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The tile (tokens, 4^LEVEL DP) of blocks ``tokens``, zero where there is nothing."""
+    blocks, mask = _blocks(
+        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
+    )
+    e = tl.arange(0, DP << (2 * LEVEL))
+    y, x_, c = e // (DP << LEVEL), (e // DP) & ((1 << LEVEL) - 1), e % DP
+    inside = (y * stride_y.to(tl.int64) + x_ * stride_x.to(tl.int64)) * ALIGN + c
+    return tl.load(x + blocks[:, None] + inside[None, :], mask[:, None] & (c < D)[None, :], 0.0)
+
+
+@triton.jit
+def _load_positions(
+    x, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The same as a tuple of 4^LEVEL tiles (tokens, DP), one a position, in float32."""
+    blocks, mask = _blocks(
+        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
+    )
+    c = tl.arange(0, DP)
+    mask = mask[:, None] & (c < D)[None, :]
+    tiles = ()
+    for i in tl.static_range(4**LEVEL):
+        y, x_ = stride_y.to(tl.int64) * (i >> LEVEL), stride_x.to(tl.int64) * (i % (1 << LEVEL))
+        inside = (blocks + (y + x_) * ALIGN)[:, None] + c[None, :]
+        tiles = tiles + (tl.load(x + inside, mask, 0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def _store_positions(
+    x, tiles, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    blocks, mask = _blocks(
+        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
+    )
+    c = tl.arange(0, DP)
+    mask = mask[:, None] & (c < D)[None, :]
+    for i in tl.static_range(4**LEVEL):
+        y, x_ = stride_y.to(tl.int64) * (i >> LEVEL), stride_x.to(tl.int64) * (i % (1 << LEVEL))
+        inside = (blocks + (y + x_) * ALIGN)[:, None] + c[None, :]
+        tl.store(x + inside, tiles[i].to(x.dtype.element_ty), mask)
+
+
+@triton.jit
+def _mix(tiles, gain, head, LEVEL: tl.constexpr):
+    """T^T diag(gain) T of a tuple of pixels; the pixels where there is no gain."""
+    if gain is not None:
+        tiles = _weigh(_transform(tiles, LEVEL, False), gain, head, LEVEL)
+        tiles = _transform(tiles, LEVEL, True)
+    return tiles
+
+
+@triton.jit
+def _load_mixed(
+    x, scratch, gain, tokens, n, head, H, W, x_n, x_h, x_y, x_x, s_n, s_h, s_y, s_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The tile T^T diag(gain) T x, in the dtype of x.
+
+    It goes through memory, at a place of ``scratch`` that only this program writes: no exchange
+    between threads is needed before, and only a tile that was loaded is given to wgmma from shared
+    memory; any other stays in registers, too many of them.
+    """
+    if gain is not None:
+        tiles = _load_positions(x, tokens, n, head, H, W, x_n, x_h, x_y, x_x, D, DP, LEVEL, ALIGN)
+        tiles = _mix(tiles, gain, head, LEVEL)
+        tl.debug_barrier()
+        _store_positions(
+            scratch, tiles, tokens, n, head, H, W, s_n, s_h, s_y, s_x, D, DP, LEVEL, ALIGN
+        )
+        tl.debug_barrier()
+        tile = _load(scratch, tokens, n, head, H, W, s_n, s_h, s_y, s_x, D, DP, LEVEL, ALIGN)
+    else:
+        tile = _load(x, tokens, n, head, H, W, x_n, x_h, x_y, x_x, D, DP, LEVEL, ALIGN)
+    return tile
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _forward(
+    q, k, v, out, mixed, lse, logit_gain, value_gain, scale, heads, H, W,
+    q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x, o_n, o_h, o_y, o_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    CHANNELS: tl.constexpr = DP << (2 * LEVEL)
+    tokens = (H >> LEVEL) * (W >> LEVEL)
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    image = tl.program_id(0) // tiles
+    n, head = image // heads, image % heads
+    first = (tl.program_id(0) % tiles) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+
+    query = _load_mixed(
+        q, out, logit_gain, rows, n, head, H, W, q_n, q_h, q_y, q_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for start in tl.range(0, tokens, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        key = _load(k, columns, n, head, H, W, k_n, k_h, k_y, k_x, D, DP, LEVEL, ALIGN)
+        s = _dot(query, tl.trans(key), None, PRECISION)
+        s = tl.where((columns < tokens)[None, :], s * (scale * LOG2_E), float("-inf"))
+        above = tl.maximum(highest, tl.max(s, 1))
+        p = tl.exp2(s - above[:, None])
+        decay = tl.exp2(highest - above)
+        total = total * decay + tl.sum(p, 1)
+        highest = above
+        value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
+        acc = _dot(p.to(value.dtype), value, acc * decay[:, None], PRECISION)
+
+    tiles = _split(acc / total[:, None], BLOCK_M, 4**LEVEL, DP)
+    if mixed is not None:
+        _store_positions(mixed, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    if lse is not None:
+        at = image.to(tl.int64) * tokens + rows
+        tl.store(lse + at, highest + tl.log2(total), rows < tokens)
+    tiles = _mix(tiles, value_gain, head, LEVEL)
+    _store_positions(out, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+
+
+@triton.jit
+def _store_sums(
+    parts, a, b, first, image, tokens, BLOCK_M: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr
+):
+    """For each of the 4^LEVEL tiles a and b: sums of a b over channels and GROUP rows."""
+    GROUPS: tl.constexpr = BLOCK_M // GROUP
+    group = first // GROUP + tl.arange(0, GROUPS)
+    groups = tl.cdiv(tokens, GROUP)
+    at = (image.to(tl.int64) * groups + group) * 4**LEVEL
+    for i in tl.static_range(4**LEVEL):
+        sums = tl.sum(tl.reshape(tl.sum(a[i] * b[i], 1), (GROUPS, GROUP)), 1)
+        tl.store(parts + at + i, sums, group < groups)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _backward_queries(
+    q, k, v, mixed, grad, dq, lse, delta, logit_gain, value_gain, logit_parts, value_parts,
+    scale, heads, H, W, q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x,
+    o_n, o_h, o_y, o_x, g_n, g_h, g_y, g_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq, delta_i = <u_i, M_g do_i> for the other kernel, and the partial sums of the gradients
+    of the gains, one for each position in a block."""
+    tokens = (H >> LEVEL) * (W >> LEVEL)
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    image = tl.program_id(0) // tiles
+    n, head = image // heads, image % heads
+    first = (tl.program_id(0) % tiles) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+
+    u = _load_positions(mixed, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    do = _load_positions(grad, rows, n, head, H, W, g_n, g_h, g_y, g_x, D, DP, LEVEL, ALIGN)
+    if value_gain is not None:
+        u, do = _transform(u, LEVEL, False), _transform(do, LEVEL, False)
+        _store_sums(value_parts, u, do, first, image, tokens, BLOCK_M, DP, LEVEL)
+        do = _weigh(do, value_gain, head, LEVEL)
+    products = u[0] * do[0]
+    for i in tl.static_range(1, 4**LEVEL):
+        products += u[i] * do[i]
+    d_rows = tl.sum(products, 1)
+    at = image.to(tl.int64) * tokens + rows
+    tl.store(delta + at, d_rows, rows < tokens)
+    log_sum = tl.load(lse + at, rows < tokens, 0.0)
+
+    query = _load_mixed(
+        q, dq, logit_gain, rows, n, head, H, W, q_n, q_h, q_y, q_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
+    d_out = _load_mixed(
+        grad, dq, value_gain, rows, n, head, H, W, g_n, g_h, g_y, g_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
+    acc = tl.zeros([BLOCK_M, DP << (2 * LEVEL)], tl.float32)
+    for start in tl.range(0, tokens, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        key = _load(k, columns, n, head, H, W, k_n, k_h, k_y, k_x, D, DP, LEVEL, ALIGN)
+        value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
+        s = _dot(query, tl.trans(key), None, PRECISION)
+        dp = _dot(d_out, tl.trans(value), None, PRECISION)
+        p = tl.exp2(s * (scale * LOG2_E) - log_sum[:, None])
+        p = tl.where((columns < tokens)[None, :], p, 0.0)
+        ds = p * (dp - d_rows[:, None])
+        acc = _dot(ds.to(key.dtype), key, acc, PRECISION)
+
+    tiles = _split(acc * scale, BLOCK_M, 4**LEVEL, DP)
+    if logit_gain is not None:
+        pixels = _load_positions(q, rows, n, head, H, W, q_n, q_h, q_y, q_x, D, DP, LEVEL, ALIGN)
+        tiles = _transform(tiles, LEVEL, False)
+        bands = _transform(pixels, LEVEL, False)
+        _store_sums(logit_parts, tiles, bands, first, image, tokens, BLOCK_M, DP, LEVEL)
+        tiles = _transform(_weigh(tiles, logit_gain, head, LEVEL), LEVEL, True)
+    _store_positions(dq, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _backward_keys(
+    q, k, v, grad, dk, dv, lse, delta, logit_gain, value_gain,
+    scale, heads, H, W, q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x,
+    o_n, o_h, o_y, o_x, g_n, g_h, g_y, g_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys, over all queries, BLOCK_M at a time."""
+    CHANNELS: tl.constexpr = DP << (2 * LEVEL)
+    tokens = (H >> LEVEL) * (W >> LEVEL)
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    image = tl.program_id(0) // tiles
+    n, head = image // heads, image % heads
+    columns = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    key = _load_mixed(
+        k, dk, logit_gain, columns, n, head, H, W, k_n, k_h, k_y, k_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
+    value = _load_mixed(
+        v, dv, value_gain, columns, n, head, H, W, v_n, v_h, v_y, v_x, o_n, o_h, o_y, o_x,
+        D, DP, LEVEL, ALIGN,
+    )  # fmt: skip
+    d_key = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
+    d_value = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
+    for start in tl.range(0, tokens, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        at = image.to(tl.int64) * tokens + rows
+        query = _load(q, rows, n, head, H, W, q_n, q_h, q_y, q_x, D, DP, LEVEL, ALIGN)
+        do = _load(grad, rows, n, head, H, W, g_n, g_h, g_y, g_x, D, DP, LEVEL, ALIGN)
+        # Beyond the last query: p = 0.
+        log_sum = tl.load(lse + at, rows < tokens, float("inf"))
+        d_rows = tl.load(delta + at, rows < tokens, 0.0)
+        s = _dot(key, tl.trans(query), None, PRECISION)
+        p = tl.exp2(s * (scale * LOG2_E) - log_sum[None, :])
+        d_value = _dot(p.to(do.dtype), do, d_value, PRECISION)
+        dp = _dot(value, tl.trans(do), None, PRECISION)
+        ds = p * (dp - d_rows[None, :])
+        d_key = _dot(ds.to(query.dtype), query, d_key, PRECISION)
+
+    tiles_k = _mix(_split(d_key * scale, BLOCK_N, 4**LEVEL, DP), logit_gain, head, LEVEL)
+    _store_positions(dk, tiles_k, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    tiles_v = _mix(_split(d_value, BLOCK_N, 4**LEVEL, DP), value_gain, head, LEVEL)
+    _store_positions(dv, tiles_v, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+
+
+# (BLOCK_M, BLOCK_N, num_warps) by channels of a tile, for two-byte dtypes and 227 KiB of shared
+# memory. Accumulators take half of the registers: 128 of float32 a thread. What the compiler spills
+# at 256 and 512 channels, it spills almost only before and after the loop, where the tiles that are
+# transformed stand beside the accumulator in float32 (the loop of _backward_keys: 6 of 913
+# instructions at 256 channels on sm_90).
+TILES = {
+    "_forward": {64: (128, 64, 4), 128: (128, 64, 8), 256: (128, 64, 8), 512: (64, 32, 8)},
+    "_backward_queries": {64: (64, 64, 4), 128: (128, 64, 8), 256: (128, 32, 8), 512: (64, 16, 8)},
+    "_backward_keys": {64: (64, 64, 4), 128: (64, 128, 8), 256: (64, 64, 8), 512: (32, 32, 8)},
+}
+
+
+def configurations(
+    kernel: str, channels: int, dtype: torch.dtype, capability: int
+) -> list[triton.Config]:
+    """What to launch a kernel with, the default first. ``channels`` = 4^level DP."""
+    if capability == 0:  # the interpreter: small tiles show more borders
+        return [triton.Config({"BLOCK_M": 32, "BLOCK_N": 16})]
+    m, n, warps = TILES[kernel][max(64, channels)]
+    if dtype == torch.float32:
+        m, n, warps = min(m, 32), min(n, 32), 8
+    # Tiles that stay: q, or q and do, or k and v; tiles that stream past: always two.
+    stay = {"_forward": 1, "_backward_queries": 2, "_backward_keys": 2}[kernel]
+    keys = kernel == "_backward_keys"
+
+    def bytes_of(m: int, n: int, stages: int) -> int:
+        own, streamed = (n, m) if keys else (m, n)
+        return (stay * own + 2 * stages * streamed) * channels * dtype.itemsize
+
+    if keys and capability >= 100:  # tcgen05 has p and ds in shared memory too
+        m = min(m, 8192 // channels)
+    if capability < 90 and warps == 8:  # the accumulators of mma take more registers
+        m, n = (m, n) if channels < 256 else (64, 32) if not keys else (32, n)
+    room = shared_memory(capability) - 2048
+    while bytes_of(m, n, 1) > room and max(m, n) > 16:
+        m, n = (m // 2, n) if m >= n else (m, n // 2)
+    stages = max((s for s in (1, 2, 3) if bytes_of(m, n, s) <= room), default=1)
+    if stages == 1 and min(m, n) > 16:
+        m, n, stages = (m // 2, n, 2) if keys else (m, n // 2, 2)
+    options = [(m, n, stages, warps), (m, n, max(1, stages - 1), warps), (m, n, stages, 12 - warps)]
+    options += [(m // 2, n, stages, 4)] if m > 16 else []
+    unique = dict.fromkeys(options)
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_stages=s, num_warps=w)
+        for m, n, s, w in unique
+    ]
+
+
+def padded(d: int, level: int) -> int:
+    """DP: the width of a position in a tile."""
+    return max(triton.next_power_of_2(d), 16 >> (2 * level))
+
+
+def _launch(kernel, block: str, level: int, strided: dict[str, torch.Tensor], *args) -> None:
+    """Run ``kernel`` on its ``args``, sizes and strides excepted, a program for each ``block`` of
+    tokens. ``strided`` names the tensors whose strides it takes."""
+    q = strided["q"]
+    n, heads, height, width, d = q.shape
+    tokens = (height >> level) * (width >> level)
+    strides = [x.stride(i) if x.shape[i] > 1 else 0 for x in strided.values() for i in range(4)]
+    align = 16 // q.element_size()
+    if any(s % align for s in strides):
+        align = 1
+    dp = padded(d, level)
+    launch(
+        kernel,
+        configurations(kernel.__name__, dp << (2 * level), q.dtype, capability(q.device)),
+        lambda meta: (n * heads * triton.cdiv(tokens, meta[block]),),
+        *args,
+        heads,
+        height,
+        width,
+        *(s // align for s in strides),
+        D=d,
+        DP=dp,
+        LEVEL=level,
+        ALIGN=align,
+        PRECISION="ieee",
+    )
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with its channels side by side."""
+    return x if x.stride(4) == 1 or x.shape[4] == 1 else x.contiguous()
+
+
+def _dense(gain: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gain is None else gain.contiguous()
+
+
+def _like(q: torch.Tensor) -> torch.Tensor:
+    """A dense tensor, its axes in memory in the order of those of ``q``."""
+    order = sorted(range(4), key=q.stride, reverse=True)
+    shape = [q.shape[i] for i in order]
+    back = [order.index(i) for i in range(4)]
+    return q.new_empty((*shape, q.shape[4])).permute(*back, 4)
+
+
+def _fake(q, k, v, logit_gain, value_gain, level, scale, save):
+    n, heads, height, width, _ = q.shape
+    mixed = _like(q) if save and value_gain is not None else q.new_empty(0)
+    size = n * heads * (height >> level) * (width >> level) if save else 0
+    return _like(q), mixed, q.new_empty(size, dtype=torch.float32)
+
+
+@operator(_fake)
+def wavelet_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    logit_gain: torch.Tensor | None,
+    value_gain: torch.Tensor | None,
+    level: int,
+    scale: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(out, u, lse): u and the log-sum-exp (base 2) only if ``save``, u only with a value gain."""
+    out, mixed, lse = _fake(q, k, v, logit_gain, value_gain, level, scale, save)
+    if q.numel():
+        q, k, v = (_readable(x) for x in (q, k, v))
+        logit_gain, value_gain = map(_dense, (logit_gain, value_gain))
+        u = mixed if mixed.numel() else None
+        _launch(
+            _forward, "BLOCK_M", level, {"q": q, "k": k, "v": v, "o": out},
+            q, k, v, out, u, lse if save else None, logit_gain, value_gain, scale,
+        )  # fmt: skip
+    return out, mixed, lse
+
+
+def _fake_backward(grad, q, k, v, mixed, lse, logit_gain, value_gain, level, scale):
+    gains = (q.new_empty(0) if g is None else torch.empty_like(g) for g in (logit_gain, value_gain))
+    return _like(q), _like(q), _like(q), *gains
+
+
+@operator(_fake_backward)
+def wavelet_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mixed: torch.Tensor,
+    lse: torch.Tensor,
+    logit_gain: torch.Tensor | None,
+    value_gain: torch.Tensor | None,
+    level: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v and the gains, empty for a gain that is None. ``mixed`` is u."""
+    dq, dk, dv = (_like(q) for _ in range(3))
+    parts: list[torch.Tensor | None] = [None, None]
+    if q.numel():
+        grad, q, k, v = (_readable(x) for x in (grad, q, k, v))
+        dense = [*map(_dense, (logit_gain, value_gain))]
+        delta = torch.empty_like(lse)
+        strided = {"q": q, "k": k, "v": v, "o": dq, "g": grad}
+        n, heads, height, width, _ = q.shape
+        groups = triton.cdiv((height >> level) * (width >> level), GROUP.value)
+        parts = [
+            None if g is None else lse.new_empty(n, heads, groups, 4**level)
+            for g in (logit_gain, value_gain)
+        ]
+        _launch(
+            _backward_queries, "BLOCK_M", level, strided,
+            q, k, v, mixed, grad, dq, lse, delta, *dense, *parts, scale,
+        )  # fmt: skip
+        _launch(
+            _backward_keys, "BLOCK_N", level, strided,
+            q, k, v, grad, dk, dv, lse, delta, *dense, scale,
+        )  # fmt: skip
+    gains = (_by_band(p, g, level, q) for p, g in zip(parts, (logit_gain, value_gain), strict=True))
+    return dq, dk, dv, *gains
+
+
+def _by_band(parts, gain, level, q):
+    """Sum (N,heads,groups,4^level) over all but heads and over the positions of a band."""
+    if gain is None:
+        return q.new_empty(0)
+    if parts is None:
+        return torch.zeros_like(gain)
+    sums = parts.sum((0, 2)).view(-1, *[2] * (2 * level))
+    if level == 1:
+        bands = sums.mT.flatten(1)
+    else:
+        coarse, fine = sums[:, :, 0, :, 0], sums.sum((1, 3))
+        bands = torch.cat([coarse.mT.flatten(1), fine.mT.flatten(1)[:, 1:]], 1)
+    return bands.to(gain.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, logit_gain, value_gain, ctx.level, ctx.scale, _ = inputs
+    out, mixed, lse = output
+    ctx.mark_non_differentiable(mixed, lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        q, k, v, out if value_gain is None else mixed, lse, logit_gain, value_gain
+    )
+
+
+def _backward(ctx, grad, *_):
+    q, k, v, mixed, lse, *gains = ctx.saved_tensors
+    grads = wavelet_attention_backward(grad, q, k, v, mixed, lse, *gains, ctx.level, ctx.scale)
+    grads = [None if x is None else g for x, g in zip((q, k, v, *gains), grads, strict=True)]
+    return *grads, None, None, None
+
+
+wavelet_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=None):
+    """See ``diffad_fast.ops.wavelet_attention``."""
+    if scale is None:
+        scale = (4**level * q.shape[4]) ** -0.5
+    save = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, logit_gain, value_gain)
+    )
+    return wavelet_attention_forward(q, k, v, logit_gain, value_gain, level, float(scale), save)[0]
+
+
+def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool):
+    """A kernel of a training step as :func:`_launch` would have it compiled, for COMPILE."""
+    of_dtype = ("q", "k", "v", "out", "mixed", "grad", "dq", "dk", "dv")
+    of_gains = ("logit_gain", "value_gain", "logit_parts", "value_parts")
+    types = dict.fromkeys(SIZES, "i32") | {"scale": "fp32"}
+    types |= dict.fromkeys(of_dtype, f"*{DTYPES[dtype]}") | dict.fromkeys(("lse", "delta"), "*fp32")
+    constants = {"D": d, "DP": padded(d, level), "LEVEL": level, "ALIGN": 16 // dtype.itemsize}
+    constants |= {"PRECISION": "ieee"}
+    if gains:
+        types |= dict.fromkeys(of_gains, "*fp32")
+    else:
+        constants |= dict.fromkeys(of_gains)
+        if kernel is _forward:
+            constants["mixed"] = None
+    names = set(kernel.arg_names)
+    types = {k: t for k, t in types.items() if k in names - set(constants)}
+    constants = {k: c for k, c in constants.items() if k in names}
+
+    def make(capability: int, config: triton.Config | None = None):
+        if config is None:
+            channels = padded(d, level) << (2 * level)
+            config = configurations(kernel.__name__, channels, dtype, capability)[0]
+        return source(kernel, config, types, **constants)
+
+    return make
+
+
+COMPILE = {
+    f"{kernel.__name__[1:]}, level {level}, d {d}, {DTYPES[dtype]}{note}": _variant(
+        kernel, d, level, dtype, not note
+    )
+    for level, d, dtype, note in (
+        (1, 64, torch.bfloat16, ""),
+        (1, 64, torch.bfloat16, ", no gains"),
+        (1, 32, torch.bfloat16, ""),
+        (2, 32, torch.bfloat16, ""),
+        (1, 32, torch.float32, ""),
+    )
+    for kernel in (_forward, _backward_queries, _backward_keys)
+}

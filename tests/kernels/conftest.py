@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+
+from diffad_fast.ops import dispatch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_interpreter():
+    """Triton's interpreter replaces the functions of triton.language at the start of a kernel, and
+    again for each of our functions that it calls, which takes most of the time: once is enough."""
+    if not dispatch.INTERPRETER or "triton" in dispatch.unavailable():
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    original = InterpretedFunction.__call__
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__.startswith("diffad_fast."):
+            return self.rewrite()(*args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield
