@@ -5,7 +5,7 @@
                              from TORCH_TARGET on. Sources: csrc/ops.cpp, csrc/cpu/*.cpp,
                              csrc/cpu/kernels/*.cpp (once for each instruction set, see isa.h
                              there) and, where nvcc is found, csrc/cuda/*.cu.
-``diffad_fast/_host.*.so``   the pybind11 module csrc/module.cpp.
+``diffad_fast/_host.*.so``   the pybind11 module: csrc/module.cpp and csrc/metrics.cpp.
 
 torch.utils.cpp_extension refuses CUDA sources beside a CPU-only torch, so the compilers are called
 here. Objects stay in build/native and are rebuilt when their command or a file they include
@@ -212,9 +212,9 @@ class BuildNative(build_ext):
             header.write_text(text)
         includes = [str(header.parent), pybind11.get_include(), sysconfig.get_path("include")]
         flags = [*self.cxx_flags, *(f"-I{folder}" for folder in includes)]
-        target, command = self.compile_command(self.cxx, ext.sources[0], flags)
-        compile_all({target: command})
-        return [target], []
+        commands = dict(self.compile_command(self.cxx, source, flags) for source in ext.sources)
+        compile_all(commands)
+        return list(commands), []
 
     def build_info(self) -> dict:
         return {
@@ -245,7 +245,7 @@ if __name__ == "__main__":
                 depends=sources("csrc/**/*.h"),
                 py_limited_api=True,  # names it .abi3.so; it does not touch Python at all
             ),
-            Extension("diffad_fast._host", ["csrc/module.cpp"]),
+            Extension("diffad_fast._host", ["csrc/metrics.cpp", "csrc/module.cpp"]),
         ],
         cmdclass={"build_ext": BuildNative},
     )

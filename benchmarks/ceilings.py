@@ -13,6 +13,8 @@ from .timing import HostClock, rounds
 def measure(device: torch.device, quick: bool) -> dict:
     """``copy_gb_per_s`` (bytes read plus bytes written) and ``matrix_gflop_per_s`` by number type.
 
+    ``clone_gb_per_s`` is that of a copy into new memory, which is where an operator's result goes.
+
     Each from the shortest of its times: a ceiling is what an undisturbed machine does.
     """
     cuda = device.type == "cuda"
@@ -20,7 +22,7 @@ def measure(device: torch.device, quick: bool) -> dict:
     x = torch.empty(megabytes << 18, dtype=torch.float32, device=device).fill_(1)
     y = torch.empty_like(x)
     side = 8192 if cuda else (1024 if quick else 1536)
-    runs: dict[str, Callable] = {"copy": lambda: y.copy_(x)}
+    runs: dict[str, Callable] = {"copy": lambda: y.copy_(x), "clone": x.clone}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a = random(side, side).to(device, dtype)
         runs[name] = lambda a=a: a @ a
@@ -38,9 +40,10 @@ def measure(device: torch.device, quick: bool) -> dict:
         runs["tf32"] = with_tf32
     times = rounds(runs, HostClock(device), 2.0 if quick else 5.0, 7, 50)
     ms = {name: min(samples) for name, samples in times.items()}
-    copy_ms = ms.pop("copy")
+    copy_ms, clone_ms = ms.pop("copy"), ms.pop("clone")
     return {
         "copy_gb_per_s": 2 * x.nbytes / copy_ms / 1e6,
+        "clone_gb_per_s": 2 * x.nbytes / clone_ms / 1e6,
         "copy_megabytes": megabytes,
         "matrix_gflop_per_s": {name: 2 * side**3 / value / 1e6 for name, value in ms.items()},
         "matrix_side": side,
@@ -53,8 +56,8 @@ def higher(a: dict, b: dict) -> dict:
         name: max(rate, b["matrix_gflop_per_s"][name])
         for name, rate in a["matrix_gflop_per_s"].items()
     }
-    copy = max(a["copy_gb_per_s"], b["copy_gb_per_s"])
-    return {**a, "copy_gb_per_s": copy, "matrix_gflop_per_s": rates}
+    memory = {name: max(a[name], b[name]) for name in ("copy_gb_per_s", "clone_gb_per_s")}
+    return {**a, **memory, "matrix_gflop_per_s": rates}
 
 
 def bound(case: Case, ceilings: dict) -> tuple[str, float] | None:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "build_info.h"  // written by setup.py: constexpr char kBuildInfo[], a JSON object
+#include "metrics.h"
 
 namespace py = pybind11;
 
@@ -40,4 +41,5 @@ PYBIND11_MODULE(_host, m) {
         "What was built: a dict with compiler, flags, torch, cuda, cuda_archs and nvcc.");
   m.def("cpu_features", &cpu_features,
         "Names of the x86-64 instruction sets that this processor has, of those worth knowing.");
+  diffad::register_metrics(m);
 }

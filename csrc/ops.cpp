@@ -4,13 +4,54 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(diffad_fast, m) {
+  m.def(
+      "anomaly_map(Tensor x, Tensor x_hat, Tensor[] features, Tensor[] features_hat, float[] "
+      "weights, int levels, Tensor[] stats, float sigma, float top) -> (Tensor, Tensor)");
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def(
-      "dwt2d(Tensor x, Tensor filters, int border, SymInt rows, SymInt columns)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      "ddim_finish(Tensor x_t, Tensor model_output, Tensor? guide, Tensor table, Tensor(a!) "
+      "counter, Tensor mean, Tensor deviation, Tensor images, int level, bool clamp) -> "
+      "(Tensor, Tensor, Tensor)");
+  // CUDA alone: steps of a captured loop.
   m.def(
-      "idwt2d(Tensor a, Tensor h, Tensor v, Tensor d, Tensor filters, int border, SymInt height,"
-      " SymInt width) -> Tensor");
+      "ddim_loop_step_(Tensor(a!) x_t, Tensor model_output, Tensor? guide, Tensor table, "
+      "Tensor(b!) counter, Tensor(c!)? next_input, int seed, int draw, float ratio, float "
+      "largest) -> ()");
+  m.def(
+      "ddim_step(Tensor x_t, Tensor model_output, Tensor? alpha_t, Tensor? alpha_s, Tensor? "
+      "noise, Tensor? guide, float number_t, float number_s, int prediction, float eta, float "
+      "guidance, float clip, float ratio, float largest, bool recompute_epsilon) -> Tensor");
+  m.def(
+      "ddim_table(Tensor alphas, int prediction, float eta, float guidance, float clip) -> "
+      "Tensor");
+  m.def(
+      "dwt2d(Tensor x, Tensor filters, int border, SymInt rows, SymInt columns) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? scale, Tensor? shift, bool activation) -> (Tensor y, Tensor stats)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad, Tensor x, Tensor stats, int num_groups, Tensor? "
+      "weight, Tensor? bias, Tensor? scale, Tensor? shift, bool activation, int needs) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("haar_pack(Tensor x, int level) -> Tensor");
   m.def("haar_unpack(Tensor y, int level) -> Tensor");
+  m.def(
+      "idwt2d(Tensor a, Tensor h, Tensor v, Tensor d, Tensor filters, int border, SymInt "
+      "height, SymInt width) -> Tensor");
+  m.def(
+      "philox_normal_(Tensor(a!) out, int seed, int draw, int step, Tensor? draws, Tensor? "
+      "steps) -> ()");
+  m.def("q_sample(Tensor x0, Tensor t, Tensor noise, Tensor alphas_cumprod) -> Tensor");
+  m.def(
+      "token_mlp_loop(Tensor x, Tensor W_in, Tensor b_in, Tensor W1, Tensor W2, Tensor b2, "
+      "Tensor W_out, Tensor b_out, Tensor step_bias, Tensor table) -> (Tensor, Tensor)");
+  m.def("token_mlp_loop_backward(Tensor grad_x, Tensor grad_stats, Tensor[] inputs) -> Tensor[]");
+  m.def(
+      "wavelet_attention(Tensor q, Tensor k, Tensor v, Tensor? logit_gain, Tensor? value_gain, "
+      "int level, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "wavelet_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? "
+      "logit_gain, Tensor? value_gain, Tensor out, Tensor lse, int level, float scale) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -15,6 +15,7 @@ KINDS = ("image",)
 MODES = ("reconstruct",)
 SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
 
 # Whole recipes. `python -m benchmarks end-to-end` measures fast and balanced; best is unmeasured.
@@ -65,6 +66,9 @@ class DetectorConfig:
     """Clamp the predicted clean representation to this many standard deviations."""
     guidance: float = 0.0
     """Weight of the pull towards the input (DDAD)."""
+    inference_dtype: str = "auto"
+    """Of the denoiser's convolutions when scoring. `auto`: `fit` tries on a CPU with bfloat16
+    instructions whether that is faster, and what it finds replaces `auto` in the checkpoint."""
 
     # Score
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -107,6 +111,7 @@ class DetectorConfig:
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("prediction_type", self.prediction_type, PREDICTIONS)
         _choice("statistics", self.statistics, STATISTICS)
+        _choice("inference_dtype", self.inference_dtype, INFERENCE_DTYPES)
         _choice("preset", self.preset, tuple(PRESETS))
         if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
             raise InputError(f"image_size is one integer or (height, width), not {size!r}")

@@ -17,7 +17,8 @@ from torch import nn
 from . import denoisers, ops
 from .config import DetectorConfig
 from .data.images import Images, open_images
-from .diffusion import NoiseSchedule, reconstruct
+from .denoisers import inference
+from .diffusion import NoiseSchedule, ReverseLoop
 from .errors import BackendError, CheckpointError, InputError
 from .evaluation import evaluate
 from .progress import progress
@@ -77,11 +78,39 @@ class Detector:
         self.statistics: list[MapStatistics | None] | None = None
         self.conformal: Conformal | None = None
         self.history = History()
+        self._in_bfloat16: nn.Module | None = None
+        if module is not None and not isinstance(module, denoisers.WaveletUNet):
+            if config.inference_dtype == "bfloat16":
+                raise InputError(
+                    "inference_dtype='bfloat16' is for the built-in U-Nets: convert your denoiser "
+                    "yourself and leave inference_dtype at 'float32'"
+                )
+            self.config = config.replace(inference_dtype="float32")
         self._set_mode()
 
     def _set_mode(self) -> None:
         start = self.schedule.timestep(self.config.start_sigma)
         self._steps = self.schedule.reverse_steps(start, self.config.reverse_steps)
+        # Made at the first score and kept, with the graphs that it captures on a GPU, until what
+        # they read is replaced.
+        self._scoring: ReverseLoop | None = None
+
+    def _loop(self, conclude) -> ReverseLoop:
+        """From images through their reconstruction to ``conclude(images, x0, x0_hat)``."""
+        config = self.config
+        denoiser = self._scoring_denoiser
+        return ReverseLoop(
+            denoiser,
+            self._steps,
+            seed=config.seed,
+            prediction_type=config.prediction_type,
+            eta=config.eta,
+            clip=config.clip,
+            guidance=config.guidance,
+            prepare=self.representation.encode,
+            conclude=conclude,
+            modules=[denoiser, self.representation],
+        )
 
     # ---------------------------------------------------------------- fit
 
@@ -119,8 +148,28 @@ class Detector:
             config, self.device,
         )  # fmt: skip
         self.history = trainer.run(training_checkpoint)
+        self._set_inference_dtype()
         self._calibrate(images, split.statistics, split.conformal, split.conformal_groups)
         return self
+
+    def _set_inference_dtype(self) -> None:
+        """Settle "auto" once and for all, before anything is calibrated."""
+        self._in_bfloat16 = None
+        config = self.config
+        if config.inference_dtype == "auto":
+            side = [s // 2**config.haar_level for s in config.image_size]
+            x = torch.zeros(4, self.representation.channels, *side, device=self.device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            dtype = inference.faster_dtype(self.denoiser, x)
+            self.config = config.replace(inference_dtype=dtype)
+
+    @property
+    def _scoring_denoiser(self) -> nn.Module:
+        if self.config.inference_dtype != "bfloat16":
+            return self.denoiser
+        if self._in_bfloat16 is None:
+            self._in_bfloat16 = inference.in_dtype(self.denoiser, "bfloat16")
+        return self._in_bfloat16
 
     @torch.inference_mode()
     def _calibrate(
@@ -136,6 +185,7 @@ class Detector:
 
         with bar:
             self.statistics = fit_statistics(maps(), config.statistics, config.smoothing)
+            self._set_mode()
             scores = []
             for batch in images.batches(config.batch_size, indices=conformal):
                 scores.append(self.score_images(batch.images)[1])
@@ -202,42 +252,27 @@ class Detector:
     @torch.inference_mode()
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """The model's idea of images (N,C,H,W) in [0,1] without their anomalies."""
-        return self._reconstruct(images.to(self.device))[1].cpu()
+        loop = self._loop(lambda images, x0, x0_hat: self.representation.decode(x0_hat))
+        return loop.eager(images.to(self.device)).cpu()
 
-    def _reconstruct(self, images: torch.Tensor):
-        config = self.config
-        x0 = self.representation.encode(images)
-        x0_hat = reconstruct(
-            self.denoiser,
-            x0,
-            self._steps,
-            seed=config.seed,
-            prediction_type=config.prediction_type,
-            eta=config.eta,
-            clip=config.clip,
-            guidance=config.guidance,
-        )
-        return (x0, x0_hat), self.representation.decode(x0_hat)
-
-    def _evidence(self, images: torch.Tensor) -> tuple:
+    def _evidence(self, images: torch.Tensor, x0: torch.Tensor, x0_hat: torch.Tensor) -> tuple:
         """The first four arguments of ``ops.anomaly_map``."""
-        images = images.to(self.device)
-        represented, images_hat = self._reconstruct(images)
         features: list[list[torch.Tensor]] = [[], []]
         if self.config.map_weights[1] > 0:
             sigma = self.config.feature_sigma
             alpha = 1 / (1 + sigma**2)
             level = torch.full((len(images),), float(np.log(sigma)), device=self.device)
             # The network expects inputs of the variance-preserving process at that level.
-            features = [self.denoiser.features(x * alpha**0.5, level) for x in represented]
-        return images, images_hat, features[0], features[1]
+            denoiser = self._scoring_denoiser
+            features = [denoiser.features(x * alpha**0.5, level) for x in (x0, x0_hat)]
+        return images, self.representation.decode(x0_hat), *features
 
     def _levels(self, weights: Sequence[float]) -> int:
         return self.config.haar_level if weights[2] > 0 else 0
 
     def _raw_maps(self, images: torch.Tensor) -> list[torch.Tensor | None]:
         """Each map alone, not standardised and not smoothed; None where it has no weight."""
-        x, x_hat, f, f_hat = self._evidence(images)
+        x, x_hat, f, f_hat = self._loop(self._evidence).eager(images.to(self.device))
         result: list[torch.Tensor | None] = []
         for i, weight in enumerate(self.config.map_weights):
             one = [0.0, 0.0, 0.0]
@@ -256,16 +291,21 @@ class Detector:
 
         The innermost call: no decoding, no checks, no calibration of p-values.
         """
+        if self._scoring is None:
+            self._scoring = self._loop(self._map_and_score)
+        map_, score = self._scoring(images.to(self.device))
+        return map_.cpu().numpy(), score.cpu().double().numpy()
+
+    def _map_and_score(self, *reconstruction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
-        map_, score = ops.anomaly_map(
-            *self._evidence(images),
+        return ops.anomaly_map(
+            *self._evidence(*reconstruction),
             weights=config.map_weights,
             levels=self._levels(config.map_weights),
             stats=self.statistics,
             sigma=config.smoothing,
             top=config.top_fraction,
         )
-        return map_.cpu().numpy(), score.cpu().double().numpy()
 
     def _require_fitted(self) -> None:
         if self.statistics is None:

@@ -17,12 +17,16 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
+from . import native
 from .errors import InputError
+from .reference import metrics as _in_numpy
 
 __all__ = ["aupro", "auroc", "f1_max", "pauc", "pixel_metrics"]
 
 _BLOCK = 1 << 20  # scores of a whole array that are looked at together
 _END = object()
+# What is done once a pixel: in C++, or in NumPy where the native module was not built.
+_engine = native._host or _in_numpy
 
 
 def auroc(labels, scores) -> float:
@@ -88,7 +92,8 @@ def aupro(masks, maps, max_fpr: float = 0.3) -> float:
         InputError: shapes differ, an image is not 2-D, a score is NaN or infinite, no pixel or
             every pixel is anomalous, or `max_fpr` is out of range.
     """
-    return pixel_metrics(masks, maps, max_fpr)["aupro"]
+    _check_max_fpr(max_fpr)
+    return _Counts(lambda: _image_pairs(masks, maps), regions=True).aupro(max_fpr)
 
 
 def pixel_metrics(masks, maps, max_fpr: float = 0.3) -> dict[str, float]:
@@ -108,7 +113,7 @@ def pixel_metrics(masks, maps, max_fpr: float = 0.3) -> dict[str, float]:
 
 
 class _Counts:
-    """What lies at and above each distinct anomalous score, from the highest (first) to the lowest.
+    """What lies at each distinct anomalous score and between them.
 
     Args:
         pairs: called twice; gives (anomalous, scores) array pairs of equal shape, the same ones
@@ -119,85 +124,44 @@ class _Counts:
     def __init__(
         self, pairs: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]], regions: bool = False
     ):
-        found, shares = [], []
-        num_normal = num_regions = 0
+        found, sizes = [], []
+        num_normal = 0
+        dtype = np.dtype(np.float32)
         for anomalous, scores in pairs():
-            values = scores[anomalous]
+            values, size, _ = _engine.anomalous_scores(anomalous, scores, regions)
             num_normal += scores.size - values.size
+            dtype = np.promote_types(dtype, scores.dtype)
             if values.size:
                 found.append(values)
-                if regions:
-                    share, number = _region_shares(anomalous)
-                    shares.append(share)
-                    num_regions += number
+                sizes.append(size)
         if not found:
             raise InputError("no label is > 0: without an anomaly the metric is undefined.")
         if num_normal == 0:
             raise InputError("every label is > 0: without normal data the metric is undefined.")
 
-        levels, position, number = np.unique(
-            np.concatenate(found), return_inverse=True, return_counts=True
-        )
-        # Bin 2k holds the normal scores between levels k-1 and k, bin 2k+1 those equal to level k.
-        bins = np.zeros(2 * levels.size + 1, dtype=np.int64)
+        found = np.concatenate(found, dtype=dtype)
+        sizes = np.concatenate(sizes)
+        levels, self._counts, self._shares = _engine.distinct_scores(found, sizes)
+        del found, sizes
+        counter = _engine.NormalCounter(levels)
+        del levels
         for anomalous, scores in pairs():
-            normal = np.sort(scores[~anomalous])  # sorted keys make the search below run in cache
-            at = np.searchsorted(levels, normal)
-            bin_of = 2 * at + (levels[np.minimum(at, levels.size - 1)] == normal)
-            starts = np.flatnonzero(np.diff(bin_of, prepend=-1))
-            bins[bin_of[starts]] += np.diff(starts, append=bin_of.size)
-
-        # Summed from the top, the even entries count the normal scores above a level and the odd
-        # ones those that reach it; the last entry (below every level) is the total.
-        self._passed = np.cumsum(bins[::-1])
-        self._hits = np.cumsum(number[::-1])
-        self._overlap = None
-        if regions:
-            share = np.bincount(position.ravel(), weights=np.concatenate(shares))
-            self._overlap = np.minimum(np.cumsum(share[::-1]) / num_regions, 1.0)
+            counter.add(anomalous, scores.astype(dtype, copy=False))
+        self._bins = counter.bins()
 
     def auroc(self) -> float:
-        return self._area(self._hits / self._hits[-1], 1.0)
+        return _engine.curve_area(self._bins, self._counts, 1.0)
 
     def pauc(self, max_fpr: float) -> float:
         chance = 0.5 * max_fpr**2
-        area = self._area(self._hits / self._hits[-1], max_fpr)
+        area = _engine.curve_area(self._bins, self._counts, max_fpr)
         return 0.5 * (1.0 + (area - chance) / (max_fpr - chance))
 
     def aupro(self, max_fpr: float) -> float:
-        return min(self._area(self._overlap, max_fpr) / max_fpr, 1.0)
+        return min(_engine.curve_area(self._bins, self._shares, max_fpr) / max_fpr, 1.0)
 
     def f1_max(self) -> float:
-        # Lowering the threshold between two anomalous scores only adds false positives, so the
-        # largest F1 = 2TP / (TP + FP + positives) is met at an anomalous score.
-        predicted = self._hits + self._passed[1::2]
-        return float((2.0 * self._hits / (predicted + self._hits[-1])).max())
-
-    def _area(self, reached: np.ndarray, max_fpr: float) -> float:
-        """Area from 0 to `max_fpr` under the curve through (false-positive rate, `reached`).
-
-        Each level gives two points: normal scores above it with what the previous level reached,
-        and normal scores at or above it with what it reaches itself. The line between them is
-        vertical without ties and is the tie's diagonal otherwise; between levels the curve is flat,
-        so thresholds at normal scores add no area.
-        """
-        x = np.concatenate([[0], self._passed]) / self._passed[-1]
-        y = np.concatenate([[0.0, 0.0], np.repeat(reached, 2)])
-        y[-1] = 1.0
-        stop = int(np.searchsorted(x, max_fpr, side="right"))
-        if stop < x.size:
-            end = np.interp(max_fpr, x[stop - 1 : stop + 1], y[stop - 1 : stop + 1])
-            x, y = np.append(x[:stop], max_fpr), np.append(y[:stop], end)
-        return float(0.5 * np.dot(np.diff(x), y[1:] + y[:-1]))
-
-
-def _region_shares(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """1 / the size of the region of each anomalous pixel (row-major), and how many regions."""
-    from scipy import ndimage
-
-    regions, number = ndimage.label(mask, structure=np.ones((3, 3), dtype=int))
-    own = regions[mask]
-    return 1.0 / np.bincount(own)[own], number
+        return _engine.f1_max(self._bins, self._counts)
 
 
 def _check_max_fpr(max_fpr: float) -> None:
@@ -260,7 +224,7 @@ def _array(values, what: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    values = np.asarray(values)
+    values = np.asarray(values, order="C")
     if values.dtype.kind not in "biuf":
         raise InputError(f"{what} are of dtype {values.dtype}: give booleans or real numbers.")
     return values
@@ -269,13 +233,14 @@ def _array(values, what: str) -> np.ndarray:
 def _anomalous(labels: np.ndarray) -> np.ndarray:
     if labels.dtype.kind == "f" and np.isnan(labels).any():
         raise InputError("labels hold NaN: give 0 for normal and 1 for anomalous.")
-    return labels > 0
+    return labels if labels.dtype == bool else labels > 0
 
 
 def _finite(scores: np.ndarray) -> np.ndarray:
-    if scores.dtype.kind != "f":
-        return scores.astype(np.float64)
-    if not np.isfinite(scores).all():
+    """`scores` as float32, if it holds them all, or float64; none is NaN or infinite."""
+    narrow = scores.dtype.kind == "f" and scores.dtype.itemsize <= 4
+    scores = scores.astype(np.float32 if narrow else np.float64, copy=False)
+    if not _engine.all_finite(scores):
         raise InputError("scores hold NaN or infinite values, which have no order: remove them.")
     return scores
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import diffad_fast as daf
+from diffad_fast.denoisers import inference
 from diffad_fast.errors import BackendError, CheckpointError, InputError
 from diffad_fast.training.loop import TrainingCheckpoint
 
@@ -265,3 +266,48 @@ def test_evaluate_on_a_folder(fitted, tmp_path):
     assert (part["n_normal"], part["n_anomalous"]) == (6, 3)
     assert part["image_auroc"] == daf.metrics.auroc(kinds[dent] != "good", score.score[dent])
     assert result["true_positive_rate"] == score.label[kinds != "good"].mean()
+
+
+def test_bfloat16_convolutions(fitted, tmp_path):
+    fitted.save(tmp_path / "float32.diffad")
+    detector = daf.load(tmp_path / "float32.diffad")
+    detector.config = detector.config.replace(inference_dtype="bfloat16")
+    images = np.concatenate([normals(10, seed=1), with_squares(normals(10, seed=2))[0]])
+    score, exact = detector.score(images), fitted.score(images)
+    # Only the rounding to 8 bits in the convolutions differs.
+    assert not np.array_equal(score.score, exact.score)
+    assert np.corrcoef(score.score, exact.score)[0, 1] > 0.99
+    assert all(p.dtype == torch.float32 for p in detector.denoiser.parameters())
+    detector.save(tmp_path / "bfloat16.diffad")
+    loaded = daf.load(tmp_path / "bfloat16.diffad")
+    assert loaded.config.inference_dtype == "bfloat16"
+    np.testing.assert_array_equal(loaded.score(images).score, score.score)
+
+
+def test_inference_dtype_is_settled_by_fit(fitted):
+    assert daf.Detector(**OPTIONS).config.inference_dtype == "auto"
+    assert fitted.config.inference_dtype in ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("gain, chosen", [(2.0, "bfloat16"), (1.05, "float32"), (0.3, "float32")])
+def test_bfloat16_only_where_it_is_faster(monkeypatch, gain, chosen):
+    unet = daf.denoisers.create("unet-tiny", 16)
+    x = torch.zeros(1, 16, 8, 8)
+    monkeypatch.setattr(inference, "_gain", lambda *_: gain)
+    monkeypatch.setattr(inference.native, "cpu_features", lambda: ["avx2"])
+    assert inference.faster_dtype(unet, x) == "float32"
+    monkeypatch.setattr(inference.native, "cpu_features", lambda: ["avx2", "avx512bf16"])
+    assert inference.faster_dtype(unet, x) == chosen
+
+
+def test_the_gain_of_bfloat16_is_measured():
+    assert inference._gain(daf.denoisers.create("unet-tiny", 16), torch.zeros(1, 16, 8, 8)) > 0
+
+
+def test_own_denoisers_choose_their_dtype_themselves():
+    class Own(torch.nn.Module):
+        pass
+
+    assert daf.Detector(denoiser=Own()).config.inference_dtype == "float32"
+    with pytest.raises(InputError, match="bfloat16.*built-in"):
+        daf.Detector(denoiser=Own(), inference_dtype="bfloat16")

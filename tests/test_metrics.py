@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,11 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
-from diffad_fast import metrics
+from diffad_fast import metrics, native
 from diffad_fast.errors import InputError
+from diffad_fast.reference import metrics as in_numpy
+
+needs_host = pytest.mark.skipif(native._host is None, reason="the native module is missing")
 
 
 def aupro_by_definition(masks, maps, max_fpr):
@@ -214,3 +220,209 @@ def test_other_bad_input():
             metrics.aupro(masks, maps, max_fpr)
         with pytest.raises(InputError, match="max_fpr"):
             metrics.pauc(masks, maps, max_fpr)
+
+
+def test_mixed_precisions_keep_the_finest():
+    # 1 + 2^-30 is 1 in float32: the second image's normal score would be tied with the anomaly.
+    masks = [np.array([[1, 0]]), np.array([[0, 0]])]
+    maps = [np.array([[1, 0]], np.float32), np.array([[1 + 2**-30, 1 - 2**-30]])]
+    for order in (slice(None), slice(None, None, -1)):
+        assert metrics.auroc(masks[order], maps[order]) == pytest.approx(2 / 3, abs=1e-15)
+
+
+@pytest.mark.parametrize("change", ["transposed", "strided", "big-endian", "read-only", "wide"])
+def test_memory_layouts(change):
+    masks, maps = scene(4)
+    want = metrics.pixel_metrics(masks, maps)
+    if change == "transposed":
+        masks, maps = (np.asfortranarray(a) for a in (masks, maps))
+    elif change == "strided":
+        masks, maps = (np.repeat(a, 2, axis=2)[:, :, ::2] for a in (masks, maps))
+    elif change == "big-endian":
+        maps = maps.astype(">f4")
+    elif change == "read-only":
+        maps.flags.writeable = False
+    else:
+        masks, maps = masks.astype(np.int64), maps.astype(np.longdouble)
+    assert metrics.pixel_metrics(masks, maps) == want
+
+
+@needs_host
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 23), st.integers(1, 23)),
+    st.sampled_from([0.03, 0.3, 0.6, 0.97]),
+    st.integers(0, 2**31),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_regions_equal_scipys(shape, density, seed, dtype):
+    rng = np.random.default_rng(seed)
+    mask, scores = rng.random(shape) < density, rng.standard_normal(shape).astype(dtype)
+    for regions in (True, False):
+        got = native._host.anomalous_scores(mask, scores, regions)
+        for a, b in zip(got, in_numpy.anomalous_scores(mask, scores, regions), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert np.asarray(a).dtype == np.asarray(b).dtype
+
+
+@needs_host
+def test_winding_regions():
+    """Rows whose runs belong to one region only by a long way round, and two nested spirals."""
+    comb = np.zeros((9, 31), bool)
+    comb[:, ::2] = True
+    comb[-1] = True
+    spiral = np.zeros((41, 41), bool)
+    y, x, dy, dx, length = 0, 0, 0, 1, 40
+    for turn in range(38):
+        for _ in range(max(length, 1)):
+            spiral[y, x] = True
+            y, x = y + dy, x + dx
+        dy, dx = dx, -dy
+        length -= 2 if turn % 2 else 0
+    for mask in (comb, comb[::-1], spiral, spiral.T, ~spiral, spiral[::-1, ::-1]):
+        mask = np.ascontiguousarray(mask)
+        scores = np.zeros(mask.shape, np.float32)
+        _, sizes, number = native._host.anomalous_scores(mask, scores, True)
+        _, want, want_number = in_numpy.anomalous_scores(mask, scores, True)
+        np.testing.assert_array_equal(sizes, want)
+        assert number == want_number
+
+
+def tricky_scores(kind, dtype, rng, n):
+    """Distributions that a table over the bits, or over the values, would serve badly."""
+    if kind == "ties":
+        values = rng.integers(-3, 4, n) / 2
+    elif kind == "zeros":
+        values = rng.choice([-1.0, -0.0, 0.0, np.finfo(dtype).smallest_subnormal, 1.0], n)
+    elif kind == "every magnitude":
+        limits = np.log2([np.finfo(dtype).tiny, np.finfo(dtype).max])
+        values = rng.choice([-1.0, 1.0], n) * 2 ** rng.uniform(*(0.999 * limits), n)
+        values[: n // 20] = np.finfo(dtype).max
+        values[n // 20 : n // 10] = -np.finfo(dtype).max
+    elif kind == "a cluster and outliers":
+        values = 1 + rng.integers(0, 4000, n) * np.finfo(dtype).eps
+        values[: n // 50] = 1e30
+        values[n // 50 : n // 25] = -1e30
+    else:
+        values = rng.standard_normal(n)
+    return rng.permutation(values).astype(dtype)
+
+
+@needs_host
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "kind", ["ties", "zeros", "every magnitude", "a cluster and outliers", "normal"]
+)
+@pytest.mark.parametrize("levels", [1, 40, 20_000])
+def test_sorting_and_counting_equal_numpys(kind, dtype, levels):
+    rng = np.random.default_rng(levels)
+    found = tricky_scores(kind, dtype, rng, max(levels, 60))[:levels]
+    sizes = rng.integers(1, 900, levels).astype(np.uint32)
+    for given_sizes in (sizes, sizes[:0]):
+        got = native._host.distinct_scores(found, given_sizes)
+        want = in_numpy.distinct_scores(found, given_sizes)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+    counters = [engine.NormalCounter(got[0]) for engine in (native._host, in_numpy)]
+    for n in (0, 1, 7, 30_000):
+        mask = rng.random(n) < 0.3
+        scores = np.concatenate([tricky_scores(kind, dtype, rng, n), found])
+        mask = np.concatenate([mask, rng.random(levels) < 0.5])
+        for counter in counters:
+            counter.add(mask, scores)
+        np.testing.assert_array_equal(*(counter.bins() for counter in counters))
+    bins = counters[0].bins()
+    assert native._host.f1_max(bins, got[1]) == in_numpy.f1_max(bins, got[1])
+    for gains in (got[1], rng.random(got[1].size)):
+        for max_fpr in (0.01, 0.3, 1.0):
+            assert native._host.curve_area(bins, gains, max_fpr) == pytest.approx(
+                in_numpy.curve_area(bins, gains, max_fpr), abs=1e-13
+            )
+
+
+@needs_host
+def test_counting_more_than_a_batch():
+    rng = np.random.default_rng(0)
+    levels = np.unique(rng.standard_normal(3000, dtype=np.float32))
+    scores = rng.standard_normal((1 << 20) * 5 // 2, dtype=np.float32)
+    mask = np.zeros(scores.shape, bool)
+    mask[1000:2000] = True
+    counters = [engine.NormalCounter(levels) for engine in (native._host, in_numpy)]
+    for counter in counters:
+        counter.add(mask, scores)
+    np.testing.assert_array_equal(*(counter.bins() for counter in counters))
+
+
+@needs_host
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_all_finite(value, dtype):
+    scores = np.full(37, np.finfo(dtype).max, dtype)
+    assert native._host.all_finite(scores) and native._host.all_finite(-scores)
+    for i in (0, 20, 36):
+        bad = scores.copy()
+        bad[i] = value
+        assert not native._host.all_finite(bad)
+
+
+def test_without_the_native_module(monkeypatch):
+    masks, maps = scene(8, size=30, levels=50)
+    want = metrics.pixel_metrics(masks, maps), metrics.pauc(masks, maps)
+    monkeypatch.setattr(metrics, "_engine", in_numpy)
+    got = metrics.pixel_metrics(masks, maps), metrics.pauc(masks, maps)
+    assert got[0] == pytest.approx(want[0], abs=1e-14)
+    assert got[1] == pytest.approx(want[1], abs=1e-14)
+
+
+@needs_host
+def test_the_native_module_guards_its_memory():
+    host = native._host
+    two, three = np.zeros(2, np.float32), np.zeros(3, np.float32)
+    mask = np.zeros(2, bool)
+    with pytest.raises(ValueError, match="differ in size"):
+        host.anomalous_scores(mask, three, False)
+    with pytest.raises(ValueError, match="two axes"):
+        host.anomalous_scores(mask, two, True)
+    with pytest.raises(ValueError, match="differ in size"):
+        host.NormalCounter(three[:1]).add(mask, three)
+    for function in (host.f1_max, lambda *given: host.curve_area(*given, 1.0)):
+        with pytest.raises(ValueError, match="differ in size"):
+            function(np.zeros(4, np.int64), np.ones(2, np.uint32))
+    with pytest.raises(ValueError, match="differ in size"):
+        host.distinct_scores(three, np.ones(2, np.uint32))
+    for levels in (three, three[:0], np.float32([1, np.nan]), np.float32([1, 0])):
+        with pytest.raises(ValueError, match="levels"):
+            host.NormalCounter(levels)
+    with pytest.raises(TypeError):
+        host.all_finite(np.zeros(2, np.int32))
+    with pytest.raises(TypeError):
+        host.all_finite(np.zeros(4, np.float32)[::2])
+
+
+@pytest.mark.slow
+def test_ten_thousand_maps_need_less_than_a_gibibyte():
+    code = """
+import resource
+import numpy as np
+from diffad_fast import metrics
+
+rng = np.random.default_rng(0)
+base = rng.standard_normal((8, 256, 256), dtype=np.float32)
+regions = np.zeros((8, 256, 256), bool)
+regions[:, 40:80, 100:149] = True  # 3%
+
+class Stream:
+    def __init__(self, image):
+        self.image = image
+
+    def __iter__(self):
+        return map(self.image, range(10_000))
+
+masks = Stream(lambda i: regions[i % 8])
+maps = Stream(lambda i: base[i % 8] + regions[i % 8] + np.float32(1e-7 * i))
+print(metrics.pixel_metrics(masks, maps))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1 << 20  # KiB

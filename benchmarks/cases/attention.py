@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,37 +11,67 @@ from ..case import Case, Contender, finite, on, operator_case, random
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
     n = 8 if device_type == "cpu" else 64
-    table = [((n, 4, 32, 32, 32), 1), ((n // 4, 4, 64, 64, 32), 2), ((1, 2, 16, 16, 32), 1)]
+    table = [
+        ((n, 4, 32, 32, 32), 1),
+        ((n // 4, 4, 64, 64, 32), 1),
+        ((n // 4, 4, 64, 64, 32), 2),
+        ((1, 2, 16, 16, 32), 1),
+    ]
     for shape, level in table[: 1 if quick else None]:
-        batch, heads, height, width, d = shape
-        numel = batch * heads * height * width * d
-        tokens = height * width // 4**level
-        yield operator_case(
-            "wavelet_attention",
-            f"level {level}, {'×'.join(map(str, shape))}",
-            lambda device, shape=shape: on(device, *(random(*shape, seed=s) for s in range(3))),
-            lambda functions, q, k, v, level=level: functions.wavelet_attention(
-                q, k, v, level=level
-            ),
-            formats=False,
-            peers={
-                "SDPA over raw blocks": Contender(
-                    lambda q, k, v, level=level: _over_blocks(q, k, v, level),
-                    note="the same values while all gains are 1; no gains",
-                ),
-                "SDPA over pixels": Contender(
-                    _over_pixels, check=finite, note=f"another function, {4**level}× the tokens"
-                ),
-            },
-            bytes=4 * 4 * numel,
-            flops=4 * batch * heads * tokens**2 * 4**level * d,  # q·k and a·v
-            batch=batch,
-        )
+        for gradients in (False,) if quick else (False, True):
+            yield _case(shape, level, gradients)
     if device_type == "cuda":
         sizes = [(16, 64), (16, 128), (1, 64), (1, 128)]
         for batch, side in sizes[: 1 if quick else None]:
             for gradients in (False, True):
                 yield _bf16_case(batch, side, gradients)
+
+
+def _step(attention: Callable, gradients: bool) -> Callable:
+    """``attention`` and, with gradients, its backward pass, the output being the gradient."""
+
+    def forward_and_backward(*tensors):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        out = attention(*tensors)
+        # Not constant, as a gradient of ones is.
+        found = torch.autograd.grad(out, tensors, out.detach(), allow_unused=True)
+        return (out.detach(), *(g for g in found if g is not None))
+
+    return forward_and_backward if gradients else attention
+
+
+def _case(shape: tuple[int, ...], level: int, gradients: bool) -> Case:
+    batch, heads, height, width, d = shape
+    numel = batch * heads * height * width * d
+    tokens = height * width // 4**level
+
+    return operator_case(
+        "wavelet_attention",
+        f"level {level}, {'×'.join(map(str, shape))}" + ", forward and backward" * gradients,
+        lambda device: on(device, *(random(*shape, seed=s) for s in range(3))),
+        lambda functions, *qkv: _step(
+            lambda q, k, v: functions.wavelet_attention(q, k, v, level=level), gradients
+        )(*qkv),
+        formats=False,
+        peers={
+            "SDPA over raw blocks": Contender(
+                _step(lambda q, k, v: _over_blocks(q, k, v, level), gradients),
+                note="the same values while all gains are 1; no gains",
+            ),
+            "SDPA over pixels": Contender(
+                _step(_over_pixels, gradients),
+                check=finite,
+                note=f"another function, {4**level}× the tokens",
+            ),
+        },
+        # Forward: q, k, v in, the output out. Backward: those and the gradient in, three out.
+        bytes=4 * (12 if gradients else 4) * numel,
+        # q·k and a·v; backward both logits and their gradient again, and three products.
+        flops=(14 if gradients else 4) * batch * heads * tokens**2 * 4**level * d,
+        batch=batch,
+        gradients=gradients,
+        compiled=not gradients,
+    )
 
 
 def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
@@ -56,37 +86,26 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
         gains = (1 + 0.1 * random(8, 4, seed=s).to(device) for s in (1, 2))
         return (q, k, v, *gains)
 
-    def step(attention):
-        """``attention`` and, with gradients, its backward pass for a gradient of ones."""
-
-        def run(*given):
-            if not gradients:
-                return attention(*given)
-            given = [x.detach().requires_grad_() for x in given]
-            out = attention(*given)
-            grads = torch.autograd.grad(out, given, torch.ones_like(out), allow_unused=True)
-            return (out.detach(), *(g for g in grads if g is not None))
-
-        return run
-
     two_bytes = {"dtype": "bfloat16", "compiled": not gradients}
     tokens, passes = side**2 // 4, 3.5 if gradients else 1  # backward: five products for two
     case = operator_case(
         "wavelet_attention",
         f"level 1, {'×'.join(map(str, shape))}, bf16{', forward + backward' if gradients else ''}",
         inputs,
-        lambda functions, *given: step(functions.wavelet_attention)(*given),
+        lambda functions, *given: _step(functions.wavelet_attention, gradients)(*given),
         formats=False,
         compiled=not gradients,
         peers={
             "SDPA over pixels": Contender(
-                lambda q, k, v, *_: step(_over_pixels)(q, k, v),
+                lambda q, k, v, *_: _step(_over_pixels, gradients)(q, k, v),
                 check=finite,
                 dtype="bfloat16",
                 note="another function, 4× the tokens",
             ),
             "pack + SDPA + unpack": Contender(
-                lambda *given: step(_packed)(*given), note="the same function", **two_bytes
+                lambda *given: _step(_packed, gradients)(*given),
+                note="the same function",
+                **two_bytes,
             ),
         },
         bytes=2 * 4 * numel * (3 if gradients else 1),
@@ -102,7 +121,7 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
         from diffad_fast import reference
 
         q, k, v, *gains = (x.cpu().double() for x in given)
-        run = step(reference.wavelet_attention)
+        run = _step(reference.wavelet_attention, gradients)
         images = [run(*(x[i : i + 1] for x in (q, k, v)), *gains) for i in range(batch)]
         if not gradients:
             return torch.cat(images)

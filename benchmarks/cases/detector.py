@@ -26,16 +26,26 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     for count in steps:
         points.setdefault((1, SIDE, count), {})["steps"] = count
     for (n, side, count), sweep in points.items():
-        yield score_case(device_type, n, side, count, sweep)
+        yield score_case(device_type, "fast", n, side, count, sweep)
+    for n in () if quick else (1, 16):
+        yield score_case(device_type, "balanced", n, 256, 5, {}, compiled=True)
 
 
-def score_case(device_type: str, n: int, side: int, steps: int, sweep: dict[str, int]) -> Case:
+def score_case(
+    device_type: str,
+    preset: str,
+    n: int,
+    side: int,
+    steps: int,
+    sweep: dict[str, int],
+    compiled: bool = False,
+) -> Case:
     """Ours as it is used; the same weights as a researcher would run them: eager, on the reference
     operators, in contiguous tensors."""
     from diffad_fast import use_backend
 
     device = torch.device(device_type)
-    detector = _detector(device, side, steps)
+    detector = _detector(device, preset, side, steps)
 
     def plain(images):
         with use_backend("reference"):
@@ -45,6 +55,10 @@ def score_case(device_type: str, n: int, side: int, steps: int, sweep: dict[str,
         with use_backend("reference"):
             return detector.score_images(images)
 
+    def by_compiler(images):
+        with use_backend("reference"):
+            return compiled_denoiser(detector).score_images(images)
+
     def exact(inputs):
         with use_backend("reference"):
             return in_float64(detector).score_images(inputs[0].double())
@@ -52,16 +66,21 @@ def score_case(device_type: str, n: int, side: int, steps: int, sweep: dict[str,
     images = (random(n, 1, side, side) / 8 + 0.5).clamp(0, 1)
     with FlopCounterMode(display=False) as counter, use_backend("reference"), torch.no_grad():
         detector.score_images(images[:1])
+    contenders = {
+        OURS: Contender(detector.score_images, memory_format="channels_last"),
+        REFERENCE: Contender(plain),
+        f"{REFERENCE}, channels_last": Contender(channels_last, memory_format="channels_last"),
+    }
+    if compiled:
+        contenders[f"{REFERENCE}, channels_last, denoiser by torch.compile"] = Contender(
+            by_compiler, memory_format="channels_last"
+        )
     return Case(
         "detector.score",
-        f"fast, batch {n}, {side}×{side}, {steps} steps",
+        f"{preset}, batch {n}, {side}×{side}, {steps} steps",
         lambda device: (images,),  # on the host, where decoded images are
         exact,
-        {
-            OURS: Contender(detector.score_images, memory_format="channels_last"),
-            REFERENCE: Contender(plain),
-            f"{REFERENCE}, channels_last": Contender(channels_last, memory_format="channels_last"),
-        },
+        contenders,
         flops=n * counter.get_total_flops(),
         tolerance=2e-3,  # float32 through a whole reverse process
         batch=n,
@@ -71,12 +90,12 @@ def score_case(device_type: str, n: int, side: int, steps: int, sweep: dict[str,
     )
 
 
-def _detector(device: torch.device, side: int, steps: int):
+def _detector(device: torch.device, preset: str, side: int, steps: int):
     """Not fitted: the time of a score does not depend on the weights' values."""
     from diffad_fast import Detector
 
     detector = Detector(
-        image_size=side, channels=1, preset="fast", reverse_steps=steps, device=device
+        image_size=side, channels=1, preset=preset, reverse_steps=steps, device=device
     )
     return fill_zeros(detector)
 
@@ -111,6 +130,15 @@ def contiguous(detector):
         return copied
 
     return _variant(detector, "contiguous", make)
+
+
+def compiled_denoiser(detector):
+    def make(copied):
+        copied.denoiser.compile(dynamic=False)
+        copied.denoiser.features = torch.compile(copied.denoiser.features, dynamic=False)
+        return copied
+
+    return _variant(detector, "compiled", make)
 
 
 def in_float64(detector):

@@ -16,6 +16,8 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     table = [
         ((n, 3, 256, 256), 3, "contiguous"),
         ((4 * n, 64, 64, 64), 1, "channels_last"),
+        ((4 * n, 64, 64, 64), 3, "contiguous"),
+        ((1, 3, 2048, 2048), 3, "contiguous"),
         ((1, 3, 2048, 2048), 1, "contiguous"),
         ((1, 1, 64, 64), 1, "contiguous"),
     ]

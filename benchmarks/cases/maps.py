@@ -9,12 +9,31 @@ from ..case import Case, numpy_inputs, on, operator_case, random
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
-    n = 8 if device_type == "cpu" else 128
+    n = 16 if device_type == "cpu" else 128
+    yield _three_maps(n)
+    if quick:
+        return
+    yield _three_maps(1)
+    numel = n * 256 * 256
+    yield operator_case(
+        "anomaly_map",
+        f"pixel map alone, {n}×3×256×256",
+        lambda device: on(device, random(n, 3, 256, 256), random(n, 3, 256, 256, seed=1)),
+        lambda functions, x, x_hat: functions.anomaly_map(x, x_hat, weights=(1.0, 0.0, 0.0)),
+        peers=_by_scipy(),
+        bytes=4 * 7 * numel,
+        flops=(3 * 3 + 2 * 2 * 33) * numel,
+        rate=None,
+        batch=n,
+    )
+
+
+def _three_maps(n: int) -> Case:
     numel = n * 256 * 256
     features = [(48, 32), (64, 16), (64, 8)]  # channels and side: those of unet-tiny
     values = sum(c * side * side for c, side in features) * n
     stats = ((0.5, 0.1), (0.2, 0.1), (2.0, 0.5))
-    yield operator_case(
+    return operator_case(
         "anomaly_map",
         f"three maps, {n}×1×256×256",
         lambda device: on(
@@ -33,19 +52,6 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         flops=6 * values + (40 + 2 * 2 * 33) * numel,
         rate=None,
         tolerance=5e-5,
-        batch=n,
-    )
-    if quick:
-        return
-    yield operator_case(
-        "anomaly_map",
-        f"pixel map alone, {n}×3×256×256",
-        lambda device: on(device, random(n, 3, 256, 256), random(n, 3, 256, 256, seed=1)),
-        lambda functions, x, x_hat: functions.anomaly_map(x, x_hat, weights=(1.0, 0.0, 0.0)),
-        peers=_by_scipy(),
-        bytes=4 * 7 * numel,
-        flops=(3 * 3 + 2 * 2 * 33) * numel,
-        rate=None,
         batch=n,
     )
 

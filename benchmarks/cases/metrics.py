@@ -28,6 +28,13 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         if sklearn:
             contenders["scikit-learn"] = Contender(by_sklearn)
         yield _case(name, n, side, (labels, scores), _EXACT[name], contenders)
+    for n in (100,) if quick else (100, 1000):
+        yield _aupro_case(n, side)
+
+
+def _aupro_case(n: int, side: int) -> Case:
+    from diffad_fast import metrics
+
     contenders = {
         OURS: Contender(metrics.aupro),
         "sort of all pixels": Contender(_aupro_by_sort),
@@ -39,7 +46,7 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         contenders["anomalib"] = Contender(
             lambda *pair: _aupro_by_anomalib(anomalib, *pair), tolerance=0.02, note="approximate"
         )
-    yield _case("aupro", n, side, (masks, maps), _aupro_by_sort, contenders)
+    return _case("aupro", n, side, _data(n, side), _aupro_by_sort, contenders)
 
 
 def _case(name, n, side, inputs, exact, contenders) -> Case:

@@ -2,36 +2,62 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from ..case import Case, on, operator_case, random
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
-    n = 32 if device_type == "cpu" else 256
+    # Plain ones, then those of a residual block: modulated, in the shapes of unet-small at 256².
+    n = 16 if device_type == "cpu" else 128
     table = [
-        ((n, 80, 32, 32), "channels_last"),
-        ((n, 80, 32, 32), "contiguous"),
-        ((n // 16, 64, 128, 128), "channels_last"),
-        ((1, 128, 8, 8), "channels_last"),
+        ((n // 2, 64, 64, 64), False, "channels_last"),
+        ((n // 2, 256, 16, 16), False, "channels_last"),
+        ((n, 80, 32, 32), True, "channels_last"),
+        ((n, 80, 32, 32), True, "contiguous"),
+        ((n, 208, 32, 32), True, "channels_last"),
+        ((n, 256, 8, 8), True, "channels_last"),
+        ((1, 80, 32, 32), True, "channels_last"),
+        ((1, 128, 8, 8), True, "channels_last"),
     ]
-    for shape, memory_format in table[: 1 if quick else None]:
-        batch, channels, height, width = shape
-        numel = batch * channels * height * width
-        yield operator_case(
-            "group_norm_silu",
-            f"{channels // 16} groups, {'×'.join(map(str, shape))}, {memory_format}",
-            lambda device, n=batch, c=channels, h=height, w=width: on(
-                device,
-                random(n, c, h, w) * 3 + 1,
-                *(random(c, seed=s) for s in (1, 2)),
-                *(random(n, c, seed=s) for s in (3, 4)),
-            ),
-            lambda functions, x, weight, bias, scale, shift: functions.group_norm_silu(
-                x, x.shape[1] // 16, weight, bias, scale=scale, shift=shift
-            ),
-            memory_format=memory_format,
-            bytes=8 * numel,
-            # Mean and variance 4, normalisation and modulation 4, SiLU 4 a value.
-            flops=12 * numel,
-            rate=None,
-            batch=batch,
-        )
+    for shape, modulated, memory_format in table[: 2 if quick else None]:
+        for gradients in (False, True):
+            yield _case(shape, modulated, memory_format, gradients)
+
+
+def _case(shape, modulated: bool, memory_format: str, gradients: bool) -> Case:
+    batch, channels, height, width = shape
+    numel = batch * channels * height * width
+    name = f"{channels // 16} groups, {'×'.join(map(str, shape))}, {memory_format}"
+
+    def inputs(device):
+        parameters = [random(channels, seed=s) for s in (1, 2)]
+        if modulated:
+            parameters += [random(batch, channels, seed=s) for s in (3, 4)]
+        return on(device, random(*shape) * 3 + 1, *parameters)
+
+    def forward(functions, x, weight, bias, scale=None, shift=None):
+        return functions.group_norm_silu(x, channels // 16, weight, bias, scale=scale, shift=shift)
+
+    def forward_and_backward(functions, *tensors):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        y = forward(functions, *tensors)
+        # A gradient that is neither constant nor another tensor's traffic: the output itself.
+        return torch.autograd.grad(y, tensors, y.detach())
+
+    return operator_case(
+        "group_norm_silu",
+        name + ", modulated" * modulated + ", forward and backward" * gradients,
+        inputs,
+        forward_and_backward if gradients else forward,
+        memory_format=memory_format,
+        # Forward: x in, y out. Backward: x and the gradient in, dx out.
+        bytes=(20 if gradients else 8) * numel,
+        # Forward: mean and variance 4, normalisation and modulation 4, SiLU 4 a value. Backward:
+        # the last 8 again, derivative of SiLU 5, two sums 4, dx 4.
+        flops=(33 if gradients else 12) * numel,
+        rate=None,
+        batch=batch,
+        gradients=gradients,
+        compiled=not gradients,
+    )

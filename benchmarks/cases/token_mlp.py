@@ -6,30 +6,42 @@ import torch
 
 from ..case import Case, on, operator_case, random
 
+# Tokens, token size, width, blocks, steps.
+ON_CPU = (
+    (4096, 64, 256, 4, 5),
+    (4096, 64, 128, 4, 3),
+    (256, 64, 256, 4, 5),
+    (1, 64, 256, 4, 5),
+    (1, 64, 128, 4, 3),
+)
+ON_GPU = ((1 << 20, 64, 128, 4, 3), (65536, 64, 256, 4, 5), (1024, 64, 128, 4, 3))
+
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
-    m = 4096 if device_type == "cpu" else 65536
-    # Tokens, token size, width, blocks, steps.
-    for tokens, d, width, blocks, steps in ((m, 64, 256, 4, 5), (256, 64, 256, 4, 5))[
-        : 1 if quick else None
-    ]:
+    # On a GPU the weights are what its matrix units are made for.
+    gpu = device_type != "cpu"
+    dtype, tolerance = (torch.bfloat16, 3e-2) if gpu else (torch.float32, 1e-4)
+    for sizes in (ON_GPU if gpu else ON_CPU)[: 1 if quick else None]:
+        tokens, d, width, blocks, steps = sizes
         products = 2 * d * width + 2 * blocks * width**2
         parameters = products + 2 * width + blocks * width + d
         yield operator_case(
             "token_mlp_loop",
             f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {steps} steps",
-            lambda device, sizes=(tokens, d, width, blocks, steps): on(device, *_inputs(*sizes)),
+            lambda device, sizes=sizes: on(device, *_inputs(*sizes, dtype)),
             lambda functions, *inputs: functions.token_mlp_loop(*inputs),
             formats=False,
-            bytes=4 * (2 * tokens * d + tokens * steps + parameters + steps * blocks * width),
+            bytes=4 * (2 * tokens * d + tokens * steps + steps * blocks * width)
+            + dtype.itemsize * parameters,
             flops=2 * steps * tokens * products,
-            tolerance=1e-4,  # rounding grows through steps * blocks layers
+            rate=str(dtype).removeprefix("torch."),
+            tolerance=tolerance,  # rounding grows through steps * blocks layers
             batch=tokens,
             unit="token",
         )
 
 
-def _inputs(tokens, d, width, blocks, steps):
+def _inputs(tokens, d, width, blocks, steps, dtype=torch.float32):
     from diffad_fast import ops
 
     def weights(*shape, seed):
@@ -44,6 +56,7 @@ def _inputs(tokens, d, width, blocks, steps):
         W_out=weights(d, width, seed=4),
         b_out=torch.zeros(d),
     )
+    packed = packed._replace(**{k: w.to(dtype) for k, w in packed._asdict().items()})
     # c_in, A, Bm, p, q of a slowly moving process: contracting, so that errors stay bounded.
     table = torch.tensor([0.8, 0.9, 0.2, 0.5, 0.5]).repeat(steps, 1)
     return random(tokens, d), packed, random(steps, blocks, width, seed=5), table

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -11,18 +12,26 @@ from ..case import Case, Contender, map_tensors, numpy_inputs, on, operator_case
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
     n = 16 if device_type == "cpu" else 64
-    shape = (n, 3, 256, 256)
-    numel = n * 3 * 256 * 256
-    table = [("db4", "symmetric", 8), ("haar", "periodization", 2)]
-    for wavelet, mode, length in table[: 1 if quick else None]:
+    # Images at the input, features inside the U-Net, one large image, one small one where only the
+    # overhead of a call counts.
+    shapes = [(n, 3, 256, 256), (4 * n, 64, 64, 64), (1, 3, 2048, 2048), (1, 1, 64, 64)]
+    wavelets = [
+        ("db4", "symmetric", 8),
+        ("haar", "periodization", 2),
+        ("sym8", "symmetric", 16),
+        ("bior4.4", "symmetric", 10),
+    ]
+    table = [(shape, *wavelet) for wavelet in wavelets for shape in shapes]
+    for shape, wavelet, mode, length in table[: 1 if quick else None]:
+        numel = math.prod(shape)
         # Both axes: one multiplication and addition a filter tap and sample, for each half of the
         # coefficients.
-        costs = {"bytes": 8 * numel, "flops": 4 * numel * length, "rate": None, "batch": n}
+        costs = {"bytes": 8 * numel, "flops": 4 * numel * length, "rate": None, "batch": shape[0]}
         name = f"{wavelet}, {mode}, {'×'.join(map(str, shape))}"
         yield operator_case(
             "dwt2d",
             name,
-            lambda device: on(device, random(*shape)),
+            lambda device, shape=shape: on(device, random(*shape)),
             lambda functions, x, w=wavelet, m=mode: functions.dwt2d(x, w, m),
             peers=_forward_peers(wavelet, mode),
             **costs,
@@ -30,7 +39,7 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         yield operator_case(
             "idwt2d",
             name,
-            lambda device, w=wavelet, m=mode: on(device, *_bands(shape, w, m)),
+            lambda device, s=shape, w=wavelet, m=mode: on(device, *_bands(s, w, m)),
             lambda functions, *bands, w=wavelet, m=mode: functions.idwt2d(bands, w, m),
             peers=_inverse_peers(wavelet, mode),
             **costs,

@@ -29,7 +29,8 @@ class WaveletUNet(nn.Module):
     (:class:`~diffad_fast.representations.WaveletRepresentation`).
 
     Input x (N,channels,h,w) with h and w divisible by 8, and log_sigma (N,); output of the shape
-    of x. Channels_last runs fastest. The last convolution starts at zero.
+    and dtype of x, whatever the dtype of the convolutions. Channels_last runs fastest. The last
+    convolution starts at zero.
     """
 
     def __init__(self, channels: int, widths: tuple[int, int, int], blocks: int):
@@ -66,7 +67,10 @@ class WaveletUNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(previous, channels, 3, padding=1))
 
     def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
-        e = self.embedding(log_sigma)
+        return self.denoise(x, self.embedding(log_sigma))
+
+    def denoise(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` from the levels' embedding e (N,width)."""
         h, skips = self._encode(x, e)
         h = self.middle(h, e)
         for level, stage in enumerate(self.decoder):
@@ -74,7 +78,7 @@ class WaveletUNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
             if level < len(self.up):
                 h = ops.haar_unpack(self.up[level](h))
-        return self.conv_out(self.norm_out(h))
+        return self.conv_out(self.norm_out(h)).to(x.dtype)
 
     def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of the encoder, fine to coarse: (N,w0,h,w), (N,w1,h/2,w/2), (N,w2,h/4,w/4).
@@ -84,10 +88,11 @@ class WaveletUNet(nn.Module):
         e = self.embedding(log_sigma)
         h, skips = self._encode(x, e)
         blocks = len(self.encoder[0])
-        return [*skips[blocks - 1 : -1 : blocks], self.middle(h, e)]
+        maps = [*skips[blocks - 1 : -1 : blocks], self.middle(h, e)]
+        return [h.to(x.dtype) for h in maps]
 
     def _encode(self, x: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        h = self.conv_in(x)
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips = []
         for level, stage in enumerate(self.encoder):
             for block in stage:

@@ -1,10 +1,10 @@
-"""The diffusion process on represented inputs: schedules and the reverse process."""
+"""The diffusion process on represented inputs: schedules, forward, reverse."""
 
-from .reverse import reconstruct
+from .loop import ReverseLoop
 from .schedule import NoiseSchedule, ReverseStep
 
 __all__ = [
     "NoiseSchedule",
+    "ReverseLoop",
     "ReverseStep",
-    "reconstruct",
 ]

@@ -75,3 +75,21 @@ class NoiseSchedule:
             ReverseStep(a_t, a_s, 0.5 * math.log((1 - a_t) / a_t))
             for a_t, a_s in zip(alphas[:-1], alphas[1:], strict=True)
         ]
+
+    @staticmethod
+    def inversion_steps(sigma_min: float, sigma_max: float, steps: int) -> list[ReverseStep]:
+        """``steps`` steps from the level ``sigma_min`` up to ``sigma_max``, uniform in log sigma.
+
+        Levels are named by sigma, whatever the schedule: alpha = 1 / (1 + sigma^2). The first one
+        is above 0, as the network is evaluated at each step's source. Raises InputError unless
+        0 < sigma_min < sigma_max and steps >= 1.
+        """
+        if not (0 < sigma_min < sigma_max < math.inf and steps >= 1):
+            raise InputError(
+                f"an inversion needs 0 < sigma_min < sigma_max and at least one step; got "
+                f"{sigma_min}, {sigma_max} and {steps}"
+            )
+        first, last = math.log(sigma_min), math.log(sigma_max)
+        levels = [first + (last - first) * i / steps for i in range(steps + 1)]
+        alphas = [1 / (1 + math.exp(2 * level)) for level in levels]
+        return [ReverseStep(*step) for step in zip(alphas, alphas[1:], levels, strict=False)]

@@ -6,9 +6,17 @@ import math
 
 import torch
 
-from .. import reference
+from .. import native, reference
 from . import checks
 from .dispatch import Operator
+
+
+def _cpu(q, k, v, logit_gain, value_gain, level, scale):
+    """The C++ operator takes gains in the type that it computes in, and keeps a log-sum-exp."""
+    if scale is None:
+        scale = (4**level * q.shape[4]) ** -0.5
+    gains = (x if x is None else x.to(_computed_in(q)) for x in (logit_gain, value_gain))
+    return torch.ops.diffad_fast.wavelet_attention(q, k, v, *gains, level, float(scale))[0]
 
 
 def _triton(*args):
@@ -29,7 +37,12 @@ def _triton_refuses(q, k, v, logit_gain, value_gain, level, scale):
 
 
 _triton.refuses = _triton_refuses
-_wavelet_attention = Operator("wavelet_attention", reference.wavelet_attention, triton=_triton)
+_wavelet_attention = Operator(
+    "wavelet_attention",
+    reference.wavelet_attention,
+    cpu=_cpu if "cpu" in native.implementations("wavelet_attention") else None,
+    triton=_triton,
+)
 
 
 def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=None):
@@ -65,3 +78,51 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
     if scale is not None:
         checks.number("scale", scale, -math.inf)
     return _wavelet_attention(q, k, v, logit_gain, value_gain, level, scale)
+
+
+def _computed_in(q):
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _empty_as(q):
+    """A new tensor of q's shape, its heads within a pixel where q's are (channels_last)."""
+    n, heads, h, w, d = q.shape
+    if q.stride(1) < q.stride(3):
+        return q.new_empty(n, h, w, heads, d).permute(0, 3, 1, 2, 4)
+    return q.new_empty(q.shape)
+
+
+def _fake(q, k, v, logit_gain, value_gain, level, scale):
+    n, heads, h, w, _ = q.shape
+    tokens = (h // 2**level) * (w // 2**level)
+    return _empty_as(q), q.new_empty(n, heads, tokens, dtype=_computed_in(q))
+
+
+def _fake_backward(grad, q, k, v, logit_gain, value_gain, out, lse, level, scale):
+    gains = (
+        q.new_empty(0 if gain is None else q.shape[1], 1 + 3 * level, dtype=_computed_in(q))
+        for gain in (logit_gain, value_gain)
+    )
+    return _empty_as(q), _empty_as(q), _empty_as(q), *gains
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.level, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    *grads, logit_gain, value_gain = torch.ops.diffad_fast.wavelet_attention_backward(
+        grad, *ctx.saved_tensors, ctx.level, ctx.scale
+    )
+    needs = ctx.needs_input_grad
+    return *grads, logit_gain if needs[3] else None, value_gain if needs[4] else None, None, None
+
+
+if native.loaded():
+    torch.library.register_fake("diffad_fast::wavelet_attention", _fake)
+    torch.library.register_fake("diffad_fast::wavelet_attention_backward", _fake_backward)
+    torch.library.register_autograd(
+        "diffad_fast::wavelet_attention", _backward, setup_context=_keep
+    )

@@ -4,9 +4,49 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import native, reference
 from . import checks
 from .dispatch import Operator
+
+# In the order of the C++ enumeration Prediction.
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def _native_ddim_step(
+    x_t,
+    model_output,
+    alpha_t,
+    alpha_s,
+    prediction_type,
+    eta,
+    noise,
+    clip,
+    dynamic_threshold,
+    use_clipped_model_output,
+    guidance,
+):
+    """The operator: numbers and tensors apart, -1 and infinity where there is no limit."""
+    alphas = [(a, 0.0) if isinstance(a, torch.Tensor) else (None, a) for a in (alpha_t, alpha_s)]
+    (tensor_t, number_t), (tensor_s, number_s) = alphas
+    guide, weight = guidance or (None, 0.0)
+    ratio, largest = dynamic_threshold or (-1.0, 1.0)
+    return torch.ops.diffad_fast.ddim_step(
+        x_t,
+        model_output,
+        tensor_t,
+        tensor_s,
+        noise if eta else None,
+        guide,
+        number_t,
+        number_s,
+        PREDICTION_TYPES.index(prediction_type),
+        eta,
+        weight,
+        float("inf") if clip is None else clip,
+        ratio,
+        largest,
+        use_clipped_model_output,
+    )
 
 
 def _triton_q_sample(*arguments):
@@ -15,10 +55,17 @@ def _triton_q_sample(*arguments):
     return q_sample(*arguments)
 
 
-_q_sample = Operator("q_sample", reference.q_sample, triton=_triton_q_sample)
-_ddim_step = Operator("ddim_step", reference.ddim_step)
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+_q_sample = Operator(
+    "q_sample",
+    reference.q_sample,
+    triton=_triton_q_sample,
+    **native.implementations("q_sample"),
+)
+_ddim_step = Operator(
+    "ddim_step",
+    reference.ddim_step,
+    **dict.fromkeys(native.implementations("ddim_step"), _native_ddim_step),
+)
 
 
 def q_sample(x0, t, noise, alphas_cumprod):
@@ -145,11 +192,118 @@ def ddim_step(
     )
 
 
+def fused_steps(device):
+    """Do the CUDA kernels serve the steps of a loop on ``device`` now?"""
+    return _ddim_step.backend(device.type) == "cuda"
+
+
+def step_table(steps, prediction_type, eta=0.0, clip=None, guidance=0.0):
+    """The coefficients of a loop's steps for the CUDA kernels: (S, 9) float32, on the CPU.
+
+    steps: (alpha_t, alpha_s, ...) each; the other arguments as in :func:`ddim_step`, guidance being
+    the weight alone. Columns: csrc/common/diffusion.h.
+    """
+    return torch.ops.diffad_fast.ddim_table(
+        torch.tensor([step[:2] for step in steps], dtype=torch.float64),
+        PREDICTION_TYPES.index(prediction_type),
+        eta,
+        guidance,
+        float("inf") if clip is None else clip,
+    )
+
+
 def _check_noise(noise, x, name):
     checks.tensor("noise", noise)
-    if tuple(noise.shape) not in (tuple(x.shape), (1, *x.shape[1:])):
+    if noise.shape != x.shape and noise.shape != (1, *x.shape[1:]):
         raise ValueError(
             f"noise must have the shape of {name}, {tuple(x.shape)}, or 1 in place of its first "
             f"entry, got {tuple(noise.shape)}"
         )
     checks.on_device("noise", noise, x.device)
+
+
+def has_dense_samples(x):
+    """Do the elements of each sample fill a run of memory, and the samples follow each other?
+
+    The same rule as in csrc/common/diffusion_tensor.h.
+    """
+    run = 1
+    for size, stride in sorted(zip(x.shape[1:], x.stride()[1:], strict=True), key=lambda a: a[1]):
+        if size > 1 and stride != run:
+            return False
+        run *= size
+    return len(x) == 1 or x.stride(0) == run
+
+
+def _fake(x, *_):
+    if x.numel() == 0 or has_dense_samples(x):
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_q_sample(ctx, inputs, output):
+    x0, t, noise, alphas_cumprod = inputs
+    ctx.save_for_backward(t, alphas_cumprod)
+    ctx.x0, ctx.noise = x0.dtype, (noise.dtype, len(noise) < len(x0))
+
+
+def _q_sample_backward(ctx, grad):
+    """The sum is linear in x0 and noise, with the factors of the forward pass."""
+    t, alphas_cumprod = ctx.saved_tensors
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    alpha = alphas_cumprod.double()[t].reshape(-1, *[1] * (grad.ndim - 1))
+    grad = grad.to(compute)
+    grad_x0 = grad_noise = None
+    if ctx.needs_input_grad[0]:
+        grad_x0 = (alpha.sqrt().to(compute) * grad).to(ctx.x0)
+    if ctx.needs_input_grad[2]:
+        dtype, shared = ctx.noise
+        grad_noise = (1 - alpha).sqrt().to(compute) * grad
+        grad_noise = (grad_noise.sum(0, keepdim=True) if shared else grad_noise).to(dtype)
+    return grad_x0, None, grad_noise, None
+
+
+def _keep_ddim_step(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.numbers = inputs[6:]
+
+
+def _ddim_step_backward(ctx, grad):
+    """Through the reference, which also gives the derivatives in alpha and of a quantile.
+
+    Nothing but the inputs is kept between the passes. A step is rarely differentiated: training
+    needs q_sample alone.
+    """
+    number_t, number_s, prediction, eta, weight, clip, ratio, largest, recompute = ctx.numbers
+    inputs = [
+        x if x is None else x.detach().requires_grad_(needed)
+        for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:6], strict=True)
+    ]
+    x_t, model_output, alpha_t, alpha_s, noise, guide = inputs
+    with torch.enable_grad():
+        x_s = reference.ddim_step(
+            x_t,
+            model_output,
+            number_t if alpha_t is None else alpha_t,
+            number_s if alpha_s is None else alpha_s,
+            PREDICTION_TYPES[prediction],
+            eta,
+            noise,
+            None if clip == float("inf") else clip,
+            None if ratio < 0 else (ratio, largest),
+            recompute,
+            None if guide is None else (guide, weight),
+        )
+    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[:6], strict=True) if needed]
+    found = iter(torch.autograd.grad(x_s, wanted, grad, allow_unused=True))
+    grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:6]]
+    return *grads, *[None] * len(ctx.numbers)
+
+
+if native.loaded():
+    for _name, _backward, _setup in (
+        ("diffad_fast::q_sample", _q_sample_backward, _keep_q_sample),
+        ("diffad_fast::ddim_step", _ddim_step_backward, _keep_ddim_step),
+    ):
+        torch.library.register_fake(_name, _fake)
+        torch.library.register_autograd(_name, _backward, setup_context=_setup)

@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from .. import reference
+from .. import native, reference
 from . import checks
 from .dispatch import Operator
+
+MAPS = ("pixel", "feature", "sub-band")
+
+
+def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, sigma, top):
+    """Calls ``operator``, which wants lists, statistics as tensors and pairs of one dtype."""
+    tensors = [x, x_hat, *features, *features_hat]
+    for entry in stats or ():
+        tensors += [value for value in entry or () if isinstance(value, torch.Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return reference.anomaly_map(
+            x, x_hat, features, features_hat, weights, levels, stats, sigma, top
+        )
+    compute = torch.promote_types(x.dtype, torch.float32)
+    wide = compute == torch.float64
+    if x.dtype != x_hat.dtype:
+        x, x_hat = x.to(compute), x_hat.to(compute)
+    if weights[1] == 0:
+        features, features_hat = (), ()
+    pairs = [
+        (f, g) if f.dtype == g.dtype and (f.dtype == torch.float64) == wide
+        else (f.to(compute), g.to(compute))
+        for f, g in zip(features, features_hat, strict=True)
+    ]  # fmt: skip
+    flat = [
+        torch.as_tensor(value, dtype=compute, device=x.device).expand(x.shape[2:])
+        for entry in stats or ()
+        for value in entry or (0.0, 1.0)
+    ]
+    return operator(
+        x,
+        x_hat,
+        [f for f, _ in pairs],
+        [g for _, g in pairs],
+        [float(weight) for weight in weights],
+        levels if weights[2] != 0 else 0,
+        flat,
+        float(sigma),
+        float(top),
+    )
 
 
 def _triton(*arguments):
@@ -22,9 +64,15 @@ def _triton_refuses(*arguments):
 
 
 _triton.refuses = _triton_refuses
-_anomaly_map = Operator("anomaly_map", reference.anomaly_map, triton=_triton)
-
-MAPS = ("pixel", "feature", "sub-band")
+_anomaly_map = Operator(
+    "anomaly_map",
+    reference.anomaly_map,
+    triton=_triton,
+    **{
+        backend: partial(_native, operator)
+        for backend, operator in native.implementations("anomaly_map").items()
+    },
+)
 
 
 def anomaly_map(
@@ -56,7 +104,9 @@ def anomaly_map(
     top: the score is the mean of the max(1, round(top H W)) largest values of the map; 0 is its
     maximum.
 
-    Returns float32, or float64 for float64 input. Differentiable in x, x_hat and the features.
+    Returns float32, or float64 for float64 input, and computes in that. Differentiable in x, x_hat,
+    the features and the statistics: a call that needs gradients is served by the reference on every
+    backend, since training never differentiates the map.
     Raises TypeError for dtypes, ValueError for shapes, devices and options.
     """
     checks.tensor("x", x, 4)
@@ -114,3 +164,13 @@ def _check_stats(stats, used, size, device):
                 )
             if shape:
                 checks.on_device(f"stats of the {name} map", value, device)
+
+
+def _fake(x, x_hat, features, features_hat, weights, levels, stats, sigma, top):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    n, _, height, width = x.shape
+    return x.new_empty((n, height, width), dtype=dtype), x.new_empty((n,), dtype=dtype)
+
+
+if native.loaded():
+    torch.library.register_fake("diffad_fast::anomaly_map", _fake)

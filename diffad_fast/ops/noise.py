@@ -6,11 +6,27 @@ import math
 
 import torch
 
-from .. import reference
+from .. import native, reference
 from . import checks
 from .dispatch import Operator
 
-_philox_normal = Operator("philox_normal", reference.philox_normal)
+
+def _native_philox_normal(shape, seed, draw, step, device):
+    """The operator fills a tensor, whose device chooses the implementation."""
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    keys = [
+        (0, x.to(out.device)) if isinstance(x, torch.Tensor) else (x, None) for x in (draw, step)
+    ]
+    (draw, draws), (step, steps) = keys
+    torch.ops.diffad_fast.philox_normal_(out, seed, draw, step, draws, steps)
+    return out
+
+
+_philox_normal = Operator(
+    "philox_normal",
+    reference.philox_normal,
+    **dict.fromkeys(native.implementations("philox_normal_"), _native_philox_normal),
+)
 
 # The counter holds draw in 64 bits, step and the index of a block of four elements in 32.
 LARGEST_KEY = 2**63 - 1
@@ -43,7 +59,8 @@ def philox_normal(shape, seed, draw=0, step=0, device=None):
         raise ValueError(f"a field of shape {shape} has more than 2^34 elements: draw it in parts")
     if device is None:
         device = tensors[0].device if tensors else torch.get_default_device()
-    device = torch.device(device)
+    if not isinstance(device, torch.device):
+        device = torch.device(device)
     return _philox_normal.on(device)(shape, seed, draw, step, device)
 
 
@@ -58,3 +75,10 @@ def _check_key(name, value, largest, shape):
             f"integer or have one entry per leading index"
         )
     return value
+
+
+if native.loaded():
+
+    @torch.library.register_fake("diffad_fast::philox_normal_")
+    def _fake(out, *_):
+        pass

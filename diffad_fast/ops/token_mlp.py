@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
-from .. import reference
+import torch
+
+from .. import native, reference
+from ..errors import BackendError
 from ..reference import PackedTokenMLP
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, selected
 
 __all__ = ["PackedTokenMLP", "token_mlp_loop"]
 
-_token_mlp_loop = Operator("token_mlp_loop", reference.token_mlp_loop)
+
+def _flat(operator):
+    """The operator with its weights as one argument."""
+    call = operator.default
+
+    def loop(x, weights, step_bias, table):
+        return call(x, *weights, step_bias, table)
+
+    return loop
+
+
+def _cuda(operator):
+    """The CUDA kernel where it serves the weights; elsewhere the reference, unless the kernel was
+    asked for by name."""
+    kernel = _flat(operator)
+
+    def loop(x, weights, step_bias, table):
+        if (
+            weights.W_in.dtype == torch.bfloat16
+            and weights.W_in.shape[0] in CUDA_WIDTHS
+            and x.dtype != torch.float64
+        ):
+            return kernel(x, weights, step_bias, table)
+        if selected() != "auto":
+            raise BackendError(
+                "the CUDA kernel of token_mlp_loop serves bfloat16 weights of width "
+                f"{' and '.join(map(str, CUDA_WIDTHS))} and x up to float32, got "
+                f"{weights.W_in.dtype} weights of width {weights.W_in.shape[0]} and {x.dtype} x: "
+                "pack the weights in bfloat16, or use_backend('auto') to have the reference"
+            )
+        return reference.token_mlp_loop(x, weights, step_bias, table)
+
+    return loop
+
+
+CUDA_WIDTHS = (128, 256)
+_ADAPTED = {"cpu": _flat, "cuda": _cuda}
+_token_mlp_loop = Operator(
+    "token_mlp_loop",
+    reference.token_mlp_loop,
+    **{k: _ADAPTED[k](f) for k, f in native.implementations("token_mlp_loop").items()},
+)
 
 
 def token_mlp_loop(x, weights, step_bias, table):
@@ -23,32 +67,107 @@ def token_mlp_loop(x, weights, step_bias, table):
 
     Returns x_end (M,D) in the dtype of ``x`` and stats (M,S) in float32 (float64 for float64 x):
     the mean over D of (p x + q m)^2 with the x before the step's update. The state is kept in
-    float32 at least, matrix products are in the dtype of the weights; the equations are in
-    ``reference.token_mlp_loop``. Differentiable in all tensors.
+    float32 at least, the inputs of matrix products are rounded to the dtype of the weights; the
+    equations are in ``reference.token_mlp_loop``.
 
-    Raises TypeError for dtypes, ValueError for shapes and devices.
+    The native backends keep tokens on the chip through all layers and steps. What they compute
+    for a token does not depend on the other tokens. Differentiable in all tensors, once: the
+    backward pass evaluates the reference again, with its graph.
+
+    On a GPU, one kernel serves bfloat16 weights of width 128 and 256, any D and blocks; ``auto``
+    serves the rest by the reference, and a backend ``cuda`` that was asked for by name refuses it.
+
+    Raises TypeError for dtypes, ValueError for shapes and devices, BackendError for weights that a
+    backend asked for by name does not serve.
     """
+    if not _fits(x, weights, step_bias, table):
+        _check(x, weights, step_bias, table)
+    return _token_mlp_loop(x, weights, step_bias, table)
+
+
+def _fits(x, weights, step_bias, table):
+    """Are these good arguments? Decided fast: for one token, messages would take most time."""
+    if not (
+        isinstance(weights, PackedTokenMLP)
+        and all(type(t) is torch.Tensor for t in (x, *weights, step_bias, table))
+        and all(t.device == x.device for t in (*weights, step_bias, table))
+        and all(t.dtype == weights.W_in.dtype for t in weights)
+        and all(t.dtype in checks.FLOATS for t in (x, weights.W_in, step_bias, table))
+        and (x.ndim, weights.W_in.ndim, weights.W1.ndim, table.ndim) == (2, 2, 3, 2)
+    ):
+        return False
+    shapes = _shapes(x, weights, table)
+    return all(
+        t.shape == shape for t, shape in zip((*weights, step_bias, table), shapes, strict=True)
+    )
+
+
+def _shapes(x, weights, table):
+    """The shapes that ``weights``, ``step_bias`` and ``table`` must have."""
+    d = x.shape[1]
+    width, blocks, steps = weights.W_in.shape[0], weights.W1.shape[0], table.shape[0]
+    return (
+        (width, d),
+        (width,),
+        (blocks, width, width),
+        (blocks, width, width),
+        (blocks, width),
+        (d, width),
+        (d,),
+        (steps, blocks, width),
+        (steps, 5),
+    )
+
+
+def _check(x, weights, step_bias, table):
+    """Raise what is wrong with the arguments, if anything."""
     checks.tensor("x", x, 2)
     if not isinstance(weights, PackedTokenMLP):
         raise TypeError(f"weights must be a PackedTokenMLP, got {type(weights).__name__}")
     checks.tensor("W_in", weights.W_in, 2)
     checks.tensor("W1", weights.W1, 3)
-    d = x.shape[1]
-    width, blocks = weights.W_in.shape[0], weights.W1.shape[0]
-    shapes = PackedTokenMLP(
-        W_in=(width, d),
-        b_in=(width,),
-        W1=(blocks, width, width),
-        W2=(blocks, width, width),
-        b2=(blocks, width),
-        W_out=(d, width),
-        b_out=(d,),
-    )
+    checks.tensor("table", table, 2)
+    *shapes, bias_shape, table_shape = _shapes(x, weights, table)
     for name, tensor, shape in zip(PackedTokenMLP._fields, weights, shapes, strict=True):
         checks.shaped(name, tensor, shape, x.device)
         checks.same_dtype(name, tensor, "W_in", weights.W_in.dtype)
-    checks.tensor("table", table, 2)
-    steps = table.shape[0]
-    checks.shaped("table", table, (steps, 5), x.device)
-    checks.shaped("step_bias", step_bias, (steps, blocks, width), x.device)
-    return _token_mlp_loop(x, weights, step_bias, table)
+    checks.shaped("table", table, table_shape, x.device)
+    checks.shaped("step_bias", step_bias, bias_shape, x.device)
+
+
+def _fake(x, W_in, b_in, W1, W2, b2, W_out, b_out, step_bias, table):
+    stats = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], table.shape[0]), dtype=stats)
+
+
+def _fake_backward(grad_x, grad_stats, inputs):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+
+
+def _backward_op(grad_x, grad_stats, inputs):
+    """Gradients for all inputs of the operator, by the graph of the reference."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    x, *weights, step_bias, table = leaves
+    with torch.enable_grad():
+        outputs = reference.token_mlp_loop(x, PackedTokenMLP(*weights), step_bias, table)
+    grads = torch.autograd.grad(outputs, leaves, (grad_x, grad_stats), materialize_grads=True)
+    return [g.contiguous() for g in grads]
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad_x, grad_stats):
+    return tuple(
+        torch.ops.diffad_fast.token_mlp_loop_backward(grad_x, grad_stats, ctx.saved_tensors)
+    )
+
+
+if native.loaded():
+    torch.library.register_fake("diffad_fast::token_mlp_loop", _fake)
+    torch.library.register_autograd("diffad_fast::token_mlp_loop", _backward, setup_context=_save)
+    torch.library.impl(
+        "diffad_fast::token_mlp_loop_backward", "CompositeExplicitAutograd", _backward_op
+    )
+    torch.library.register_fake("diffad_fast::token_mlp_loop_backward", _fake_backward)

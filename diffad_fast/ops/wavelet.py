@@ -23,33 +23,31 @@ _BORDERS = {mode: index for index, mode in enumerate(rules.MODES)}
 _CROPPED = len(rules.MODES)
 
 # A plain dictionary, which torch.compile can read where it cannot call PyWavelets.
-_named_banks: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+_named_banks: dict[tuple, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
 
 def _native_dwt2d(x, wavelet, mode, operator=None, device="cpu"):
-    filters = _filters(wavelet, device)[0]
+    filters, _, length = _filters(wavelet, device)
     border = _border(mode)
-    length = filters.shape[1]
-    height, width = x.shape[2:]
+    _, _, height, width = x.shape
     if mode == "periodization":
         rows, columns = (height + 1) // 2, (width + 1) // 2
     else:
         rules.check_reflects(height, 2, mode)
         rules.check_reflects(width, 3, mode)
         rows, columns = (height + length - 1) // 2, (width + length - 1) // 2
-    return _call(
-        operator or torch.ops.diffad_fast.dwt2d.default, (x,), filters, border, rows, columns
-    )
+    operator = operator or torch.ops.diffad_fast.dwt2d.default
+    return _call(operator, (x,), filters, border, rows, columns)
 
 
 def _native_idwt2d(coeffs, wavelet, mode, output_size=None, operator=None, device="cpu"):
-    filters = _filters(wavelet, device)[1]
-    _border(mode)
-    if any(band is None for band in coeffs):
+    _, filters, length = _filters(wavelet, device)
+    border = _border(mode)
+    a, h, v, d = coeffs
+    if a is None or h is None or v is None or d is None:
         zeros = torch.zeros_like(next(band for band in coeffs if band is not None))
         coeffs = [zeros if band is None else band for band in coeffs]
-    length = filters.shape[1]
-    rows, columns = coeffs[0].shape[2:]
+    _, _, rows, columns = coeffs[0].shape
     if mode == "periodization":
         border, size = _CROPPED, (2 * rows, 2 * columns)
     else:
@@ -59,7 +57,8 @@ def _native_idwt2d(coeffs, wavelet, mode, output_size=None, operator=None, devic
     if output_size is not None:
         rules.check_crop(output_size, size)
         size = output_size
-    return _call(operator or torch.ops.diffad_fast.idwt2d.default, coeffs, filters, border, *size)
+    operator = operator or torch.ops.diffad_fast.idwt2d.default
+    return _call(operator, coeffs, filters, border, *size)
 
 
 def _call(operator, tensors, *arguments):
@@ -93,11 +92,10 @@ def _triton_idwt2d(coeffs, wavelet, mode, output_size=None):
 
 
 def _triton_refuses(tensors, wavelet, mode, output_size=None):
-    """What the Triton kernels leave to the reference: long filters, and borders that are no index
-    rule."""
+    """Left to the reference: long filters, and borders that are no index rule."""
     if mode in ("smooth", "antireflect"):
         return f"the Triton kernels do not have the mode {mode!r}"
-    length = _filters(wavelet, "cpu")[0].shape[1]
+    length = _filters(wavelet, "cpu")[2]
     return f"the Triton kernels take filters up to 16, not {length}" if length > 16 else None
 
 
@@ -105,7 +103,7 @@ _triton_dwt2d.refuses = _triton_idwt2d.refuses = _triton_refuses
 
 
 def _filters(wavelet, device):
-    """Filters of decomposition and, reversed, of reconstruction: float64 (2,F)."""
+    """Filters of decomposition and, reversed, of reconstruction, float64 (2,F); F."""
     if not isinstance(wavelet, str):
         return _bank(wavelet, device)
     key = (wavelet, device)
@@ -120,6 +118,7 @@ def _bank(wavelet, device):
         return (
             torch.tensor([dec_lo, dec_hi], dtype=torch.float64, device=device),
             torch.tensor([rec_lo[::-1], rec_hi[::-1]], dtype=torch.float64, device=device),
+            len(dec_lo),
         )
 
 
@@ -172,7 +171,8 @@ def idwt2d(coeffs, wavelet="haar", mode="periodization", output_size=None):
     first = _check_bands(coeffs, ("cA", "cH", "cV", "cD"))
     if output_size is not None and len(output_size) != 2:
         raise ValueError(f"output_size must be (H, W), got {output_size!r}")
-    return _idwt2d.on(first.device, coeffs, wavelet, mode)(coeffs, wavelet, mode, output_size)
+    serve = _idwt2d.on(first.device, coeffs, wavelet, mode)
+    return serve(coeffs, wavelet, mode, output_size)
 
 
 def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
@@ -225,7 +225,10 @@ def _check_bands(bands, names) -> torch.Tensor:
         raise ValueError(f"{', '.join(names)} are all None: give at least one band")
     first_name, first = given[0]
     _check_image(first, first_name)
+    like = first.shape, first.dtype, first.device
     for name, band in given[1:]:
+        if isinstance(band, torch.Tensor) and (band.shape, band.dtype, band.device) == like:
+            continue
         checks.shaped(name, band, first.shape, first.device)
         checks.same_dtype(name, band, first_name, first.dtype)
     return first

@@ -45,6 +45,18 @@ def test_reverse_steps_chain_to_the_clean_end(start, steps):
         assert math.exp(2 * step.log_sigma) == pytest.approx((1 - step.alpha_t) / step.alpha_t)
 
 
+def test_inversion_steps_are_uniform_in_log_sigma():
+    table = NoiseSchedule.inversion_steps(0.02, 20.0, 3)
+    sigmas = [math.sqrt((1 - a) / a) for a in (table[0].alpha_t, *(s.alpha_s for s in table))]
+    np.testing.assert_allclose(sigmas, [0.02, 0.2, 2.0, 20.0], rtol=1e-12)
+    np.testing.assert_allclose([math.exp(s.log_sigma) for s in table], sigmas[:3], rtol=1e-12)
+    for step, following in zip(table[:-1], table[1:], strict=True):
+        assert following.alpha_t == step.alpha_s < step.alpha_t
+    for bad in ((0.0, 1.0, 3), (2.0, 1.0, 3), (0.1, 1.0, 0), (0.1, math.inf, 1)):
+        with pytest.raises(InputError, match="sigma_min < sigma_max"):
+            NoiseSchedule.inversion_steps(*bad)
+
+
 def test_more_steps_than_levels():
     with pytest.raises(InputError, match="from 1 to 10"):
         NoiseSchedule("linear").reverse_steps(9, 11)

@@ -7,8 +7,18 @@ import pytest
 import pywt
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from diffad_fast import ops
+from diffad_fast import native, ops, reference, use_backend
+
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+
+
+@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_native)])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
 
 
 def random(shape, seed, dtype=torch.float64):
@@ -55,7 +65,7 @@ def by_pywavelets(q, k, v, logit_gain, value_gain, level, scale):
 
 @pytest.mark.parametrize("level, size", [(1, (6, 4)), (1, (2, 2)), (2, (8, 12)), (2, (4, 4))])
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_against_pywavelets(level, size, scale):
+def test_against_pywavelets(backend, level, size, scale):
     d = 5
     q, k, v = (random((2, 3, *size, d), seed) for seed in range(3))
     w, g = random((3, 1 + 3 * level), 3), random((3, 1 + 3 * level), 4)
@@ -66,7 +76,7 @@ def test_against_pywavelets(level, size, scale):
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_without_gains_it_is_attention_between_blocks_of_pixels(level):
+def test_without_gains_it_is_attention_between_blocks_of_pixels(backend, level):
     n, heads, height, width, d = 2, 2, 8, 16, 3
     q, k, v = (random((n, heads, height, width, d), seed) for seed in range(3))
     b = 2**level
@@ -90,7 +100,7 @@ def test_without_gains_it_is_attention_between_blocks_of_pixels(level):
 @pytest.mark.parametrize(
     "dtype, atol", [(torch.float32, 2e-6), (torch.float16, 1e-2), (torch.bfloat16, 8e-2)]
 )
-def test_dtypes_and_strides(dtype, atol):
+def test_dtypes_and_strides(backend, dtype, atol):
     q, k, v = (random((2, 8, 8, 4, 16), seed, dtype) for seed in range(3))
     w, g = random((4, 7), 3, torch.float32), random((4, 7), 4, torch.float32)
     # Heads last but one in memory, as a projection of channels_last features gives them.
@@ -123,7 +133,291 @@ def test_gradients(level):
         ({"scale": "x"}, TypeError, "scale must be a number"),
     ],
 )
-def test_bad_arguments(change, error, message):
+def test_bad_arguments(backend, change, error, message):
     arguments = dict.fromkeys("qkv", torch.zeros(1, 1, 6, 6, 2))
     with pytest.raises(error, match=message):
         ops.wavelet_attention(**{**arguments, **change})
+
+
+# ------------------------------------------------------------------------- the C++ operator
+
+# Sides and channels that fill no vector, no tile and no work item; one token; one row; more tokens
+# than a work item (96), a tile (64) and a chunk of keys; more numbers in a block than the 256 that
+# one product takes.
+SHAPES = [
+    ((1, 1, 2, 2, 1), 1),
+    ((2, 3, 2, 10, 5), 1),
+    ((2, 1, 6, 10, 2), 1),
+    ((1, 2, 26, 38, 3), 1),
+    ((1, 1, 2, 194, 16), 1),
+    ((3, 1, 4, 4, 2), 2),
+    ((1, 2, 44, 36, 7), 2),
+    ((1, 1, 8, 12, 40), 2),
+]
+
+
+def projection(shape, dtype, gap=0):
+    """q, k, v as views of one channels_last projection, with ``gap`` more channels in memory."""
+    n, heads, height, width, d = shape
+    qkv = random((n, height, width, 3 * heads * d + gap), 0, dtype)[..., : 3 * heads * d]
+    return qkv.unflatten(3, (3, heads, d)).permute(3, 0, 4, 1, 2, 5)
+
+
+def layouts(shape, dtype):
+    n, heads, height, width, d = shape
+    yield "contiguous", [random(shape, s, dtype) for s in range(3)]
+    yield "projection", projection(shape, dtype)
+    yield "slice of a projection", projection(shape, dtype, gap=1)
+    first = random((n, 3 * heads * d, height, width), 0, dtype)
+    yield "channels first", first.unflatten(1, (3, heads, d)).permute(1, 0, 2, 4, 5, 3)
+    yield (
+        "transposed, every second, expanded",
+        [
+            random((n, heads, width, height, d), 0, dtype).transpose(2, 3),
+            random((n, heads, height, 2 * width, d), 1, dtype)[:, :, :, ::2],
+            random((n, heads, 1, 1, 1), 2, dtype).expand(shape),
+        ],
+    )
+
+
+def gains(shape, level):
+    return [1 + random((shape[1], 1 + 3 * level), s, torch.float32) / 2 for s in (3, 4)]
+
+
+def result_and_gradients(function, arguments, grad, level):
+    leaves = [x if x is None else x.detach().requires_grad_() for x in arguments]
+    out = function(*leaves, level)
+    wanted = [x for x in leaves if x is not None]
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad)]
+
+
+def assert_as_exact_as_the_reference(arguments, grad, level, what=""):
+    """Errors against float64 are at most a few times those of the reference in this dtype."""
+    wide = [x if x is None else x.double() for x in arguments]
+    exact = result_and_gradients(reference.wavelet_attention, wide, grad.double(), level)
+    plain = result_and_gradients(reference.wavelet_attention, arguments, grad, level)
+    with use_backend("cpu"):
+        ours = result_and_gradients(ops.wavelet_attention, arguments, grad, level)
+    dtype = arguments[0].dtype
+    wider = torch.promote_types(dtype, torch.float32)
+    for i, (a, b, e) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        # Where sums cancel, as with one token, the reference can be exact by luck.
+        floor = 2 * torch.finfo(dtype).eps + 32 * torch.finfo(wider).eps
+        floor *= max(1.0, e.abs().max().item())
+        error, allowed = ((x.double() - e).abs().max().item() for x in (a, b))
+        assert error <= 3 * allowed + floor, (what, "out q k v w g".split()[i], error, allowed)
+
+
+@needs_native
+@pytest.mark.parametrize("shape, level", SHAPES)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_values_and_gradients(cpu_isa, dtype, shape, level):
+    arguments = [*projection(shape, dtype), *gains(shape, level)]
+    assert_as_exact_as_the_reference(arguments, random(shape, 5, dtype), level)
+
+
+@needs_native
+@pytest.mark.parametrize("shape, level", [((2, 3, 6, 8, 5), 1), ((1, 2, 8, 8, 16), 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_any_strides(dtype, shape, level):
+    grad = random(shape, 5, dtype)
+    w, g = gains(shape, level)
+    for name, (q, k, v) in layouts(shape, dtype):
+        assert_as_exact_as_the_reference([q, k, v, w, g], grad, level, name)
+    assert_as_exact_as_the_reference([q, k, v, None, g], grad, level)
+    assert_as_exact_as_the_reference([q, k, v, w, None], grad.mT.contiguous().mT, level)
+
+
+@needs_native
+@settings(max_examples=15, deadline=None)
+@given(
+    st.tuples(*(st.integers(1, n) for n in (3, 3, 9, 9, 20))),
+    st.sampled_from([1, 2]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_any_shape(shape, level, dtype):
+    n, heads, rows, cols, d = shape
+    shape = (n, heads, rows * 2**level, cols * 2**level, d)
+    arguments = [*projection(shape, dtype), *gains(shape, level)]
+    assert_as_exact_as_the_reference(arguments, random(shape, 5, dtype), level)
+
+
+@needs_native
+def test_logits_that_grow_with_the_key_and_overflow_no_exponential(cpu_isa):
+    # The running maximum rises in every tile, and most exponentials underflow.
+    shape = (1, 1, 32, 32, 4)
+    q, k, v = (random(shape, s, torch.float32) for s in range(3))
+    k = k + torch.linspace(-40, 40, 32)[:, None, None]
+    q = 20 * q.abs()
+    assert_as_exact_as_the_reference([q, k, v, None, None], random(shape, 5, torch.float32), 1)
+    for factor in (1.0, -1.0):
+        out = torch.ops.diffad_fast.wavelet_attention(q, k, v, None, None, 1, factor)[0]
+        exact = reference.wavelet_attention(q.double(), k.double(), v.double(), scale=factor)
+        torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-2)
+
+
+@needs_native
+def test_a_nan_stays_in_its_query_and_reaches_it(cpu_isa):
+    q, k, v = (random((1, 1, 20, 20, 5), s, torch.float32) for s in range(3))
+    q[0, 0, 7, 9, 3] = float("nan")
+    with use_backend("cpu"):
+        bad = ops.wavelet_attention(q, k, v).isnan()[0, 0].all(-1)
+        expected = torch.zeros(20, 20, dtype=torch.bool)
+        expected[6:8, 8:10] = True
+        assert torch.equal(bad, expected)
+        k[0, 0, 19, 19, 0] = float("nan")
+        assert ops.wavelet_attention(q, k, v).isnan().all()
+
+
+@needs_native
+def test_output_keeps_the_layout():
+    shape = (2, 3, 8, 4, 5)
+    n, heads, height, width, d = shape
+    q, k, v = (x.requires_grad_() for x in projection(shape, torch.float32).detach().unbind())
+    with use_backend("cpu"):
+        out = ops.wavelet_attention(q, k, v)
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        plain = ops.wavelet_attention(*(x.contiguous() for x in (q, k, v)))
+    assert plain.is_contiguous()
+    for x in (out, *grads):
+        image = x.permute(0, 1, 4, 2, 3).reshape(n, heads * d, height, width)
+        assert image.data_ptr() == x.data_ptr()
+        assert image.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def poisoned():
+    """New tensors are full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@needs_native
+@pytest.mark.parametrize("shape, level", [*SHAPES, ((16, 2, 4, 4, 3), 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_are_written_whole(poisoned, cpu_isa, dtype, shape, level):
+    arguments = [*projection(shape, dtype), *gains(shape, level)]
+    out, lse = torch.ops.diffad_fast.wavelet_attention(*arguments, level, 0.3)
+    grads = torch.ops.diffad_fast.wavelet_attention_backward(
+        random(shape, 5, dtype), *arguments, out, lse, level, 0.3
+    )
+    for x in (out, lse, *grads):
+        assert x.isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(0, 2, 8, 8, 4), (2, 0, 8, 8, 4), (2, 2, 0, 8, 4)])
+def test_empty(shape):
+    arguments = [*(random(shape, s) for s in range(3)), *(x.double() for x in gains(shape, 1))]
+    with use_backend("cpu"):
+        out, *grads = result_and_gradients(ops.wavelet_attention, arguments, torch.ones(shape), 1)
+    assert out.shape == shape
+    for x, grad in zip(arguments, grads, strict=True):
+        assert grad.shape == x.shape and not grad.any()
+
+
+@needs_native
+def test_gradient_of_a_sum():
+    # Its gradient is expanded from one number: stride 0 in every dimension.
+    shape = (2, 2, 8, 12, 5)
+    arguments = [*(random(shape, s) for s in range(3)), *(x.double() for x in gains(shape, 2))]
+    leaves = [x.requires_grad_() for x in arguments]
+    with use_backend("cpu"):
+        ours = torch.autograd.grad(ops.wavelet_attention(*leaves, 2).sum(), leaves)
+    exact = torch.autograd.grad(reference.wavelet_attention(*leaves, 2).sum(), leaves)
+    torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(1, 1, 48, 32, 6), (5, 7, 4, 8, 9)])
+def test_threads_and_repetition_do_not_change_a_bit(shape):
+    arguments = [*projection(shape, torch.float32), *gains(shape, 1)]
+    grad = random(shape, 5, torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7, 7):
+            torch.set_num_threads(threads)
+            with use_backend("cpu"):
+                results.append(result_and_gradients(ops.wavelet_attention, arguments, grad, 1))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@needs_native
+def test_gradient_with_some_inputs_fixed():
+    shape = (1, 2, 4, 4, 3)
+    q, k, v = (random(shape, s) for s in range(3))
+    w, g = (x.double().requires_grad_() for x in gains(shape, 1))
+    with use_backend("cpu"):
+        ours = torch.autograd.grad(ops.wavelet_attention(q, k, v, w, g).square().sum(), (w, g))
+    exact = torch.autograd.grad(reference.wavelet_attention(q, k, v, w, g).square().sum(), (w, g))
+    torch.testing.assert_close(ours, exact)
+
+
+@needs_native
+def test_opcheck():
+    operator = torch.ops.diffad_fast.wavelet_attention.default
+    for shape, level, dtype in [
+        ((2, 3, 4, 8, 5), 1, torch.float32),
+        ((1, 2, 8, 4, 3), 2, torch.bfloat16),
+        ((0, 2, 8, 4, 3), 1, torch.float64),
+    ]:
+        q, k, v = (x.detach().requires_grad_() for x in projection(shape, dtype))
+        w, g = (
+            x.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+            for x in gains(shape, level)
+        )
+        torch.library.opcheck(operator, (q, k, v, w, g, level, 0.3))
+        torch.library.opcheck(operator, (q.contiguous(), k, v, None, g, level, 0.3))
+        with torch.no_grad():
+            out, lse = operator(q, k, v, None, g, level, 0.3)
+            torch.library.opcheck(
+                torch.ops.diffad_fast.wavelet_attention_backward.default,
+                (random(shape, 5, dtype), q, k, v, None, g, out, lse, level, 0.3),
+                test_utils=("test_schema", "test_faketensor"),
+            )
+
+
+@needs_native
+def test_compiles_as_one_graph():
+    def step(q, k, v, w, g):
+        return ops.wavelet_attention(q * 2, k, v, w, g).tanh().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with use_backend("cpu"):
+        for shape in ((1, 2, 4, 4, 3), (1, 2, 8, 4, 3)):
+            leaves = [*projection(shape, torch.float32), *gains(shape, 1)]
+            leaves = [x.detach().requires_grad_() for x in leaves]
+            expected = torch.autograd.grad(step(*leaves), leaves)
+            torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k": torch.zeros(1, 1, 6, 4, 2)},
+        {"v": torch.zeros(1, 1, 6, 6, 2).half()},
+        {"q": torch.zeros(6, 6, 2)},
+        {"logit_gain": torch.ones(1, 7)},
+        {"value_gain": torch.ones(1, 4).half()},
+        {"level": 2},
+        {"level": 0},
+    ],
+)
+def test_the_bare_operator_guards_its_memory(change):
+    arguments = dict.fromkeys("qkv", torch.zeros(1, 1, 6, 6, 2))
+    arguments |= {"logit_gain": None, "value_gain": None, "level": 1, "scale": 1.0, **change}
+    with pytest.raises(RuntimeError, match="wavelet_attention"):
+        torch.ops.diffad_fast.wavelet_attention(*arguments.values())

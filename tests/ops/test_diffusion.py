@@ -5,10 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from diffad_fast import ops
+from diffad_fast import native, ops, reference, use_backend
 
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+
+
+@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_native)])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
 
 
 def random(shape, seed, dtype=torch.float64):
@@ -52,7 +61,7 @@ def imagen_threshold(ratio, largest):
 
 @pytest.mark.parametrize("shape", [(3, 2, 4, 5), (3, 7), (3,)])
 @pytest.mark.parametrize("table", [torch.float64, torch.float32])
-def test_q_sample(shape, table):
+def test_q_sample(backend, shape, table):
     x0, noise, t = random(shape, 0), random(shape, 1), torch.tensor([0, 999, 500])
     a = alphas().to(table)
     got = ops.q_sample(x0, t, noise, a)
@@ -65,7 +74,7 @@ def test_q_sample(shape, table):
     assert torch.equal(shared, ops.q_sample(x0, t, noise[:1].expand(shape).clone(), a))
 
 
-def test_q_sample_against_diffusers():
+def test_q_sample_against_diffusers(backend):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     x0, noise, t = random((4, 3, 6, 6), 0), random((4, 3, 6, 6), 1), torch.tensor([1, 20, 300, 998])
@@ -76,7 +85,7 @@ def test_q_sample_against_diffusers():
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_half_precision_is_computed_in_float32(dtype, atol):
+def test_half_precision_is_computed_in_float32(backend, dtype, atol):
     x, m, z = (random((2, 3, 8, 8), s, dtype) for s in range(3))
     a = alphas()
     got = ops.q_sample(x, torch.tensor([3, 990]), m, a)
@@ -103,7 +112,7 @@ LIMITS = {
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_against_diffusers(prediction, limit, spacing):
+def test_against_diffusers(backend, prediction, limit, spacing):
     """Every step of a schedule, eta 0 and 1, epsilon recomputed or not, final abar 1 or not."""
     diffusers = pytest.importorskip("diffusers")
     ours, theirs = LIMITS[limit]
@@ -138,7 +147,9 @@ def test_against_diffusers(prediction, limit, spacing):
 @pytest.mark.parametrize("limit", ["none", "clip", "threshold"])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
-def test_against_formula_with_a_level_per_sample(prediction, eta, limit, recompute, guided):
+def test_against_formula_with_a_level_per_sample(
+    backend, prediction, eta, limit, recompute, guided
+):
     x, m, z, y = (random((3, 2, 4, 3), s) * 1.5 for s in range(4))
     a, b = torch.tensor([0.01, 0.5, 0.9]).double(), torch.tensor([0.03, 1.0, 0.95]).double()
     limits = {"none": None, "clip": lambda v: np.clip(v, -0.7, 0.7),
@@ -162,7 +173,7 @@ def test_against_formula_with_a_level_per_sample(prediction, eta, limit, recompu
         torch.testing.assert_close(alone[0], got[i], rtol=0, atol=1e-13)
 
 
-def test_inversion_and_back():
+def test_inversion_and_back(backend):
     """With one prediction for both, the step from s to t undoes the step from t to s."""
     x, e = random((2, 3, 4, 4), 0), random((2, 3, 4, 4), 1)
     up = ops.ddim_step(x, e, 0.9, 0.2)
@@ -172,7 +183,7 @@ def test_inversion_and_back():
     torch.testing.assert_close(ops.ddim_step(up, e, 0.2, 0.9), x, rtol=0, atol=1e-14)
 
 
-def test_guidance_worked_by_hand():
+def test_guidance_worked_by_hand(backend):
     """abar = 0.36, so sqrt(abar) = 0.6 and sqrt(1 - abar) = 0.8; to abar = 1.
 
     x_t = 1, epsilon = 0.5, y = 2: y_t = 1.2 + 0.4 = 1.6; w = 0.5:
@@ -187,7 +198,7 @@ def test_guidance_worked_by_hand():
     assert clipped.item() == pytest.approx(1.1, abs=1e-14)
 
 
-def test_thresholding_worked_by_hand():
+def test_thresholding_worked_by_hand(backend):
     """Five values, ratio 0.75: the quantile of |x0| is the fourth, limited to [1, 2]."""
     x0 = torch.tensor([[0.1, -0.2, 0.3, 0.4, 0.5], [1, -2, 1.2, 1.6, 0], [3, 4, -5, 6, 1]]).double()
     got = ops.ddim_step(x0, x0, 0.5, 1.0, "sample", dynamic_threshold=(0.75, 2.0))
@@ -199,7 +210,7 @@ def test_thresholding_worked_by_hand():
     torch.testing.assert_close(got, torch.tensor(expected).double(), rtol=0, atol=1e-7)
 
 
-def test_perfect_predictions_give_the_perfect_sample():
+def test_perfect_predictions_give_the_perfect_sample(backend):
     x0, e, a = random((2, 5), 0), random((2, 5), 1), 0.3
     x_t = a**0.5 * x0 + (1 - a) ** 0.5 * e
     v = a**0.5 * e - (1 - a) ** 0.5 * x0
@@ -209,7 +220,7 @@ def test_perfect_predictions_give_the_perfect_sample():
             torch.testing.assert_close(got, x0, rtol=0, atol=1e-14)
 
 
-def test_channels_last_is_kept():
+def test_channels_last_is_kept(backend):
     x, m = (random((2, 3, 4, 5), s).contiguous(memory_format=torch.channels_last) for s in (0, 1))
     for options in ({}, {"dynamic_threshold": (0.9, 2.0)}):
         got = ops.ddim_step(x, m, 0.3, 0.5, **options)
@@ -221,7 +232,7 @@ def test_channels_last_is_kept():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_gradients(prediction):
+def test_gradients(backend, prediction):
     inputs = [random((2, 3), s).requires_grad_() for s in range(4)]
     inputs += [torch.tensor([0.3, 0.6]).double().requires_grad_(),
                torch.tensor([0.4, 0.7]).double().requires_grad_()]  # fmt: skip
@@ -281,3 +292,283 @@ def test_bad_arguments_of_q_sample(change, error, message):
     arguments = {"x0": X, "t": torch.tensor([0, 1]), "noise": X, "alphas_cumprod": alphas()}
     with pytest.raises(error, match=message):
         ops.q_sample(**{**arguments, **change})
+
+
+# ------------------------------------------------------------------- the C++ operators
+
+# A small multiple of what the reference itself loses in float32; then the rounding of the result.
+ATOL = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
+RTOL = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+OPTIONS = {
+    "plain": {},
+    "clip": {"clip": 0.8},
+    "clip, epsilon recomputed": {"clip": 0.8, "use_clipped_model_output": True},
+    "threshold": {"dynamic_threshold": (0.7, 1.6)},
+    "noise": {"eta": 0.7},
+    "guidance": {"guidance": 0.4},
+    "all": {"eta": 1.0, "guidance": 0.4, "dynamic_threshold": (0.9, 1.5),
+            "use_clipped_model_output": True},
+}  # fmt: skip
+
+
+def step_of(functions, x, m, z, y, a, b, prediction="v_prediction", **options):
+    """ddim_step with z as the noise where eta asks for it, y as the input to be guided to."""
+    options = dict(options)
+    if "guidance" in options:
+        options["guidance"] = (y, options["guidance"])
+    noise = z if options.get("eta") else None
+    return functions.ddim_step(x, m, a, b, prediction, noise=noise, **options)
+
+
+def close_to_float64(got, arguments, **options):
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in arguments]
+    expected = step_of(reference, *wide, **options)
+    torch.testing.assert_close(got.double(), expected, rtol=RTOL[got.dtype], atol=ATOL[got.dtype])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 17, 5), (1, 1, 1, 13), (2, 4100)])
+def test_native_is_the_reference_in_float64(cpu_isa, shape, options):
+    """All pairs of dtypes, a level per sample, odd sizes; 4100 elements are three tiles."""
+    levels = torch.tensor([0.3, 0.7, 0.5]).double()[: shape[0]]
+    for dtype in RTOL:
+        for others in RTOL:
+            x = random(shape, 0, dtype)
+            m, z, y = (random(shape, s, others) for s in (1, 2, 3))
+            for a, b in ((levels, (levels + 1) / 2), (0.3, 0.6)):
+                with use_backend("cpu"):
+                    got = step_of(ops, x, m, z, y, a, b, **options)
+                assert got.dtype == dtype and got.shape == shape
+                close_to_float64(got, (x, m, z, y, a, b), **options)
+
+
+def layouts(x):
+    """The same numbers in other strides."""
+    n, c, h, w = x.shape
+    wide = x.new_full((2 * n, c + 2, h, 2 * w), float("nan"))
+    wide[::2, 1:-1, :, ::2] = x
+    yield "contiguous", x.contiguous()
+    yield "channels_last", x.contiguous(memory_format=torch.channels_last)
+    yield "transposed", x.transpose(2, 3).contiguous().transpose(2, 3)
+    yield "batch inside", x.transpose(0, 1).contiguous().transpose(0, 1)
+    yield "sliced", wide[::2, 1:-1, :, ::2]
+
+
+@needs_native
+def test_any_strides_in_any_pair():
+    x, m, z, y = (random((3, 4, 5, 6), s, torch.float32) for s in range(4))
+    options = {"eta": 0.5, "guidance": 0.2, "dynamic_threshold": (0.8, 1.5)}
+    expected = step_of(ops, x, m, z, y, 0.3, 0.6, **options)
+    expected_q = ops.q_sample(x, torch.tensor([3, 500, 9]), m, alphas())
+    for name, x_ in layouts(x):
+        for other, m_ in layouts(m):
+            got = step_of(ops, x_, m_, dict(layouts(z))[other], y, 0.3, 0.6, **options)
+            assert torch.equal(got, expected), (name, other)
+            got = ops.q_sample(x_, torch.tensor([3, 500, 9]), m_, alphas())
+            assert torch.equal(got, expected_q), (name, other)
+        dense = name in ("contiguous", "channels_last", "transposed")
+        assert got.stride() == (x_.stride() if dense else x.stride()), name
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_noise_of_one_sample_serves_all(layout):
+    x, m = (random((3, 4, 5, 6), s, torch.float32).to(memory_format=layout) for s in range(2))
+    z = random((1, 4, 5, 6), 2, torch.float32)
+    full = ops.ddim_step(x, m, 0.3, 0.6, eta=1.0, noise=z.expand(x.shape).contiguous())
+    for noise in (z, z.expand(x.shape), z.to(memory_format=layout)):
+        assert torch.equal(ops.ddim_step(x, m, 0.3, 0.6, eta=1.0, noise=noise), full)
+    t = torch.tensor([1, 2, 3])
+    full = ops.q_sample(x, t, z.expand(x.shape).contiguous(), alphas())
+    assert torch.equal(ops.q_sample(x, t, z.expand(x.shape), alphas()), full)
+    # Expanded operands other than the noise.
+    got = ops.ddim_step(x[:1].expand(x.shape), m[:1].expand(x.shape), 0.3, 0.6)
+    assert torch.equal(got[2], ops.ddim_step(x[:1], m[:1], 0.3, 0.6)[0])
+
+
+@needs_native
+def test_empty_tensors():
+    for shape in ((0, 3, 4), (2, 0, 4), (0,)):
+        x = torch.empty(shape)
+        assert ops.ddim_step(x, x, 0.3, 0.6, clip=1.0).shape == shape
+        assert ops.ddim_step(x, x, 0.3, 0.6, dynamic_threshold=(0.5, 2.0)).shape == shape
+        t = torch.zeros(shape[0], dtype=torch.int64)
+        assert ops.q_sample(x, t, x, alphas()).shape == shape
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that operators allocate is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_outputs_are_fully_written(cpu_isa, poisoned):
+    for size in (1, 7, 8, 2048, 2049, 5000):
+        for dtype in RTOL:
+            x = random((2, size), 0, dtype)
+            assert ops.ddim_step(x, x, 0.3, 0.6, clip=1.0).isfinite().all()
+            assert ops.q_sample(x, torch.tensor([0, 9]), x, alphas()).isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_nan_is_not_hidden(options):
+    x = random((2, 9), 0, torch.float32)
+    x[1, 3] = float("nan")
+    got = step_of(ops, x, x, x, x, 0.3, 0.6, **options)
+    assert got[1, 3].isnan() and got[0].isfinite().all()
+
+
+@needs_native
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.995, 1.0])
+@pytest.mark.parametrize("size", [1, 2, 5, 1000, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_quantile_is_exact(dtype, size, ratio):
+    """Bit for bit that of a sort: the reference's, where s has to be the limit of a huge x0."""
+    x = random((4, size), 0, dtype) * torch.tensor([[1e-3], [1.5], [3], [1e4]], dtype=dtype)
+    x[2, ::2] = x[2, 0]  # ties
+    options = {"prediction_type": "sample", "dynamic_threshold": (ratio, 1e30)}
+    got = ops.ddim_step(x, x, 0.5, 1.0, **options)
+    expected = reference.ddim_step(x, x, 0.5, 1.0, **options)
+    # The division by s is a product with 1/s.
+    torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_threads_do_not_change_a_bit(options):
+    x, m, z, y = (random((3, 5, 81, 83), s, torch.float32) for s in range(4))
+    t = torch.tensor([1, 2, 3])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7, 1):
+            torch.set_num_threads(threads)
+            step = step_of(ops, x, m, z[:1], y, 0.3, 0.6, **options)
+            results.append((step, ops.q_sample(x, t, m, alphas())))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_gradients_of_all_options(backend, prediction, options):
+    inputs = [random((2, 3), s).requires_grad_() for s in range(4)]
+    inputs += [torch.tensor([0.3, 0.6]).double().requires_grad_(),
+               torch.tensor([0.4, 0.7]).double().requires_grad_()]  # fmt: skip
+    assert torch.autograd.gradcheck(
+        lambda *x: step_of(ops, *x, prediction=prediction, **options), inputs
+    )
+
+
+def test_gradients_with_numbers_and_shared_noise(backend):
+    x, m, z = (random((2, 3), s).requires_grad_() for s in range(3))
+    z = z[:1].detach().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, z: ops.ddim_step(x, m.detach(), 0.3, 0.5, eta=1.0, noise=z, clip=1.0), (x, z)
+    )
+    t = torch.tensor([4, 900])
+    assert torch.autograd.gradcheck(lambda x, z: ops.q_sample(x, t, z, alphas()), (x, z))
+    # The gradient of a sum has stride 0.
+    ops.q_sample(x, t, z, alphas()).sum().backward()
+    expected = alphas()[t].sqrt()[:, None].expand(2, 3)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-14, atol=0)
+
+
+@needs_native
+def test_opcheck():
+    x, m, z, y = (random((2, 3, 4, 5), s, torch.float32) for s in range(4))
+    a, b = torch.tensor([0.3, 0.5]), torch.tensor([0.6, 0.8])
+    last = x.to(memory_format=torch.channels_last)
+    step, q_sample = torch.ops.diffad_fast.ddim_step, torch.ops.diffad_fast.q_sample
+    inf = float("inf")
+    for arguments in (
+        (x.clone().requires_grad_(), m, None, None, None, None, 0.3, 0.6, 0, 0.0, 0.0, inf, -1.0,
+         1.0, False),
+        (last, m, a, b, z[:1], y, 0.0, 0.0, 2, 0.5, 0.1, 1.0, -1.0, 1.0, True),
+        (x.transpose(0, 1), m.transpose(0, 1), None, None, None, None, 0.3, 0.6, 1, 0.0, 0.0, inf,
+         0.9, 2.0, False),
+    ):  # fmt: skip
+        torch.library.opcheck(step.default, arguments)
+    t = torch.tensor([1, 2])
+    for x_ in (x.clone().requires_grad_(), last, x[:, ::2], x.bfloat16()):
+        noise = m[:, : x_.shape[1]]
+        torch.library.opcheck(q_sample.default, (x_, t, noise, alphas()))
+
+
+def test_compiles_as_one_graph(backend):
+    def loop(x, m, t):
+        x = ops.q_sample(x, t, m, alphas().float())
+        x = ops.ddim_step(x, m, 0.3, 0.6, "v_prediction", clip=1.0, guidance=(x, 0.1))
+        return ops.ddim_step(x, m, torch.full((len(x),), 0.6), 1.0)
+
+    compiled = torch.compile(loop, fullgraph=True, backend="aot_eager")
+    for n in (2, 3):
+        x, m = (random((n, 3, 4), s, torch.float32).requires_grad_() for s in range(2))
+        t = torch.arange(n)
+        torch.testing.assert_close(compiled(x, m, t), loop(x, m, t))
+        ours, theirs = (
+            torch.autograd.grad(f(x, m, t).square().sum(), (x, m)) for f in (compiled, loop)
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
+@needs_native
+@given(
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    order=st.randoms(use_true_random=False),
+    name=st.sampled_from(list(OPTIONS)),
+    shared=st.booleans(),
+)
+def test_random_shapes_and_layouts(shape, order, name, shared):
+    """Operands in a random order of their axes each."""
+
+    def shuffled(x):
+        axes = list(range(x.dim()))
+        order.shuffle(axes)
+        back = [axes.index(i) for i in range(x.dim())]
+        return x.permute(axes).contiguous().permute(back)
+
+    x, m, z, y = (shuffled(random(shape, s, torch.float32)) for s in range(4))
+    if shared:
+        z = z[:1]
+    if shape[0] == 0:
+        z = torch.empty(shape)
+    got = step_of(ops, x, m, z, y, 0.3, 0.6, **OPTIONS[name])
+    if x.numel():
+        close_to_float64(got, (x, m, z, y, 0.3, 0.6), **OPTIONS[name])
+    assert got.shape == x.shape
+
+
+@needs_native
+def test_the_bare_operators_guard_their_memory():
+    x = torch.zeros(2, 3)
+    step, q_sample = torch.ops.diffad_fast.ddim_step, torch.ops.diffad_fast.q_sample
+
+    def call(x=x, m=x, a=None, noise=None, guide=None, prediction=0, eta=0.0):
+        step(x, m, a, None, noise, guide, 0.3, 0.6, prediction, eta, 0.0, 1.0, -1.0, 1.0, False)
+
+    for change in (
+        {"m": x[:, :2]}, {"m": x[:1]}, {"m": x[0]}, {"a": torch.ones(3)}, {"prediction": 3},
+        {"eta": 1.0}, {"eta": 1.0, "noise": x[:, :1]}, {"guide": x[:1]}, {"x": x.int()},
+        {"m": x.int()}, {"x": torch.tensor(0.0), "m": torch.tensor(0.0)},
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            call(**change)
+    t = torch.tensor([0, 1])
+    for x_, t_, z_, table in (
+        (x, torch.tensor([0, 1000]), x, alphas()),
+        (x, torch.tensor([-1001, 0]), x, alphas()),
+        (x, t[:1], x, alphas()),
+        (x, t.int(), x, alphas()),
+        (x, t, x[:, :1], alphas()),
+        (x, t, x, alphas()[None]),
+        (x, t, x, t),
+    ):
+        with pytest.raises(RuntimeError):
+            q_sample(x_, t_, z_, table)

@@ -71,14 +71,14 @@ def test_channel_order_is_that_of_the_packet_paths(backend, level):
             )
 
 
-@needs_native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [1, 3, 8, 33])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("level", LEVELS)
-def test_native_agrees_with_the_reference_in_float64(level, dtype, channels, layout):
-    # 1040 blocks of one row at level 1 are more than one tile.
-    x = image(1, channels, 16, 2080 if channels == 1 else 48, dtype, layout)
+def test_native_agrees_with_the_reference_in_float64(cpu_isa, level, dtype, channels, layout):
+    # Blocks of one row at level 1 fill more than one tile, and several rows of blocks one.
+    size = (16, 4128) if channels == 1 else (64, 48)
+    x = image(1, channels, *size, dtype, layout)
     with use_backend("cpu"):
         y = ops.haar_pack(x, level)
         back = ops.haar_unpack(y, level)
@@ -150,6 +150,23 @@ def test_white_noise_stays_white(backend):
     y = ops.haar_pack(torch.randn(8, 1, 128, 128), 3)
     covariance = torch.cov(y.transpose(0, 1).flatten(1).double())  # of 64 bands, 2048 samples each
     assert (covariance - torch.eye(64)).abs().max() < 0.2  # 6 deviations
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_outputs_are_fully_written(level, layout):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # new tensors are filled with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        for channels, rows, columns in ((1, 1, 1), (3, 5, 9), (9, 2, 17)):
+            r = 2**level
+            x = image(2, channels, rows * r, columns * r, torch.float32, layout)
+            y = ops.haar_pack(x, level)
+            assert y.isfinite().all() and ops.haar_unpack(y, level).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @needs_native

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import ops
+from diffad_fast import native, ops, reference, use_backend
+
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 
 
 def random(shape, seed, dtype=torch.float64):
@@ -196,3 +198,239 @@ FEATURE = torch.zeros(2, 3, 4, 4)
 def test_bad_arguments(change, error, message):
     with pytest.raises(error, match=message):
         ops.anomaly_map(**{"x": X, "x_hat": X, **change})
+
+
+# ---------------------------------------------------------------------- the native operator
+
+
+def inputs(size, scales, dtype=torch.float64, layout=torch.contiguous_format, feature_dtype=None):
+    """x, x_hat and pairs of features; ``scales`` are (channels, height, width)."""
+    n = size[0]
+
+    def make(shape, seed, dtype):
+        return random(shape, seed, dtype).contiguous(memory_format=layout)
+
+    x, y = (make(size, seed, dtype) for seed in (0, 1))
+    f, g = (
+        [make((n, *scale), 10 * k + i, feature_dtype or dtype) for i, scale in enumerate(scales)]
+        for k in (1, 2)
+    )
+    return x, y, f, g
+
+
+def wide(value):
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    return type(value)(map(wide, value)) if isinstance(value, (list, tuple)) else value
+
+
+def agree(*args, tolerance=1e-5, **options):
+    """The native operator equals the reference in float64; returns its map and score."""
+    with use_backend("cpu"):
+        got = ops.anomaly_map(*args, **options)
+    exact = reference.anomaly_map(*wide(args), **{k: wide(v) for k, v in options.items()})
+    for a, b in zip(got, exact, strict=True):
+        assert a.shape == b.shape and a.is_contiguous()
+        scale = 1 + b.abs().max() if b.numel() else 1
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * float(scale))
+    return got
+
+
+GRID = [
+    # size, scales, levels, sigma
+    ((2, 3, 32, 48), [(8, 8, 12), (5, 5, 7), (33, 4, 6)], 3, 4.0),
+    ((3, 1, 16, 16), [(64, 4, 4)], 4, 2.0),
+    ((1, 2, 13, 37), [(3, 13, 37), (1, 40, 90)], 0, 1.5),
+    ((2, 2, 2, 70), [(17, 1, 1), (16, 3, 2)], 1, 0.7),
+    ((1, 1, 1, 1), [(2, 1, 1)], 0, 3.0),
+    ((2, 1, 1, 67), [(4, 1, 9)], 0, 30.0),
+    ((1, 1, 67, 1), [(4, 9, 1)], 0, 0.0),
+    ((0, 2, 8, 8), [(4, 2, 2)], 1, 1.0),
+    ((2, 4, 8, 520), [(24, 2, 130)], 2, 0.1),
+]
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_native_equals_reference(cpu_isa, dtype, layout):
+    for size, scales, levels, sigma in GRID:
+        x, y, f, g = inputs(size, scales, dtype, layout)
+        compute = torch.promote_types(dtype, torch.float32)
+        height, width = size[2:]
+        stats = [
+            (random((height, width), 3, compute), random((height, width), 4, compute).exp()),
+            (0.3, torch.tensor(2.0)),
+            (random((width,), 5, compute), random((height, 1), 6, torch.float64).exp()),
+        ]
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        for some in (None, stats):
+            got = agree(x, y, f, g, (0.5, 2.0, 1.5), levels, some, sigma, tolerance=tolerance)
+            assert got[0].dtype == got[1].dtype == compute
+
+
+@needs_native
+@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0), (-1, 2.5, 0)])
+def test_native_leaves_out_what_has_no_weight(weights):
+    x, y, f, g = inputs((2, 3, 16, 24), [(8, 4, 6)], torch.float32)
+    if not weights[1]:
+        f[0].fill_(torch.nan)
+    if not weights[0] and not weights[2]:
+        x.fill_(torch.nan)
+    used = [entry if w else None for w, entry in zip(weights, [(0.1, 2.0)] * 3, strict=True)]
+    got, _ = agree(x, y, f, g, weights, 2, used, 1.0)
+    assert got.isfinite().all()
+
+
+@needs_native
+def test_native_reads_any_strides(cpu_isa):
+    x, y, f, g = inputs((2, 3, 20, 36), [(6, 10, 18), (8, 5, 9)], torch.float32)
+    want = agree(x, y, f, g, levels=2)
+
+    def check(change):
+        got = agree(change(x), change(y), [change(a) for a in f], g, levels=2)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    check(lambda a: a.transpose(2, 3).contiguous().transpose(2, 3))
+    check(lambda a: a.repeat_interleave(2, 3)[..., ::2])
+    check(lambda a: torch.nn.functional.pad(a, (3, 2, 1, 1))[:, :, 1:-1, 3:-2])
+    check(lambda a: a.contiguous(memory_format=torch.channels_last))
+    channels_last = torch.nn.functional.pad(x, (0, 0, 0, 0, 1, 2)).contiguous(
+        memory_format=torch.channels_last
+    )
+    agree(channels_last[:, 1:4], y, [f[0]], [g[0].contiguous(memory_format=torch.channels_last)])
+    x, y, f = x[:1].expand(2, 3, 20, 36), y[:, :1].expand(2, 3, 20, 36), f[1][:1]
+    agree(x, y, [f.expand(2, -1, -1, -1)], [g[1]], levels=1)
+
+
+@needs_native
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_native_mixes_dtypes(dtype, other):
+    x, y, f, g = inputs((2, 2, 8, 16), [(8, 4, 4), (8, 2, 2)], dtype, feature_dtype=other)
+    agree(x, y.to(other), f, [g[0].to(torch.float32), g[1]], levels=1)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_native_score_selects_exactly(cpu_isa, dtype):
+    maps = [
+        random((1, 1, 40, 50), 0, dtype) ** 8,
+        torch.arange(2000).remainder(7).reshape(1, 1, 40, 50).to(dtype),
+        torch.zeros(1, 1, 40, 50, dtype=dtype),
+        10.0 ** random((1, 1, 40, 50), 1, dtype).mul(8).clamp(-30, 30),
+    ]
+    x = torch.cat(maps)
+    for sign in (1.0, -1.0):
+        for top in (0.0, 0.0005, 0.01, 0.5, 1.0):
+            with use_backend("cpu"):
+                got, score = ops.anomaly_map(
+                    x, torch.zeros_like(x), weights=(sign, 0, 0), sigma=0.0, top=top
+                )
+            assert torch.equal(got, sign * x[:, 0].abs())
+            count = max(1, round(top * 2000))
+            want = got.double().flatten(1).sort(dim=1).values[:, -count:].mean(dim=1)
+            torch.testing.assert_close(score.double(), want, rtol=2e-7, atol=0)
+    for bad, want in ((torch.nan, torch.nan), (-torch.nan, torch.nan), (torch.inf, torch.inf)):
+        x = maps[0].clone()
+        x[0, 0, 3, 4] = bad
+        with use_backend("cpu"):
+            score = ops.anomaly_map(x, torch.zeros_like(x), sigma=0.0)[1]
+        torch.testing.assert_close(score, torch.full((1,), want, dtype=dtype), equal_nan=True)
+
+
+@needs_native
+def test_native_writes_everything_and_does_not_depend_on_threads():
+    # More samples than go through the stages together, so that the last group is smaller.
+    x, y, f, g = inputs((5, 1, 384, 400), [(9, 24, 25), (4, 100, 100)], torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+        for number in (1, 2, 7, 2):
+            torch.set_num_threads(number)
+            results.append(agree(x, y, f, g, levels=3, tolerance=2e-5))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    alone = agree(
+        x[3:4], y[3:4], [a[3:4] for a in f], [a[3:4] for a in g], levels=3, tolerance=2e-5
+    )
+    assert torch.equal(alone[0][0], results[0][0][3])
+
+
+@needs_native
+def test_native_compiles_and_passes_opcheck():
+    x, y, f, g = inputs((2, 2, 16, 24), [(5, 4, 6)], torch.float32)
+    stats = [(0.1, 2.0), (random((16, 24), 1, torch.float32), 1.0), None]
+
+    def call(x, y, f, g):
+        return ops.anomaly_map(x, y, [f], [g], (1.0, 1.0, 0.0), 2, stats)
+
+    with use_backend("cpu"):
+        want = call(x, y, *f, *g)
+        got = torch.compile(call, fullgraph=True, backend="aot_eager")(x, y, *f, *g)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    flat = [torch.zeros(16, 24), torch.ones(()).expand(16, 24)] * 3
+    torch.library.opcheck(
+        torch.ops.diffad_fast.anomaly_map.default,
+        (x, y, f, g, [1.0, 1.0, 1.0], 2, flat, 1.0, 0.01),
+    )
+
+
+@needs_native
+def test_gradients_are_those_of_the_reference():
+    x, y, f, g = inputs((1, 2, 8, 8), [(3, 4, 4)], torch.float32)
+    grads = []
+    for backend in ("cpu", "reference"):
+        leaves = [a.clone().requires_grad_() for a in (x, y, f[0], g[0])]
+        with use_backend(backend):
+            maps, score = ops.anomaly_map(*leaves[:2], leaves[2:3], leaves[3:], levels=1)
+        (maps.sum() + score.sum()).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@needs_native
+@settings(max_examples=25, deadline=None)
+@given(
+    st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 40)),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 50)), max_size=3),
+    st.integers(0, 3),
+    st.floats(0.0, 6.0),
+    st.floats(0.0, 1.0),
+    st.booleans(),
+)
+def test_native_shapes(size, scales, levels, sigma, top, channels_last):
+    n, c, h, w = size
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, y, f, g = inputs((n, c, h << levels, w << levels), scales, torch.float64, layout)
+    agree(x, y, f, g, (1.0, 1.0, 1.0), levels, None, sigma, top, tolerance=1e-12)
+
+
+@needs_native
+def test_native_guards_its_memory():
+    op = torch.ops.diffad_fast.anomaly_map
+    x = torch.zeros(2, 1, 8, 8)
+    f, ones = torch.zeros(2, 3, 4, 4), [1.0, 1.0, 1.0]
+    good = [x, x, [f], [f], ones, 1, [], 1.0, 0.1]
+    op(*good)
+    for position, bad in [
+        (0, x[0]), (1, x[..., :4]), (1, x.double()), (2, []), (2, [f[:1]]), (3, [f[:, :2]]),
+        (2, [f.half()]), (2, [f[..., :0]]), (4, [1.0]), (5, 4), (5, -1), (6, [x[0, 0]]),
+        (6, [x[0, 0, :4]] * 6), (6, [x[0, 0].double()] * 6), (7, -1.0), (7, float("nan")),
+        (8, 2.0),
+    ]:  # fmt: skip
+        args = list(good)
+        args[position] = bad
+        with pytest.raises(RuntimeError, match="anomaly_map"):
+            op(*args)
+    both_double = [x, x, [f.double()], [f.double()], ones, 1, [], 1.0, 0.1]
+    with pytest.raises(RuntimeError, match="differ in dtype"):
+        op(*both_double)

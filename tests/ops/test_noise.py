@@ -9,10 +9,19 @@ import pytest
 import scipy.stats
 import torch
 
-from diffad_fast import ops, reference
+from diffad_fast import native, ops, reference
 from diffad_fast.errors import BackendError
 from diffad_fast.ops.dispatch import use_backend
 from diffad_fast.reference import noise as implementation
+
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+
+
+@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_native)])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
 
 # kat_vectors of Random123, philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [
@@ -55,7 +64,7 @@ def by_integers(count, seed, draw, step):
     "seed, draw, step",
     [(0, 0, 0), (1, 2, 3), (2**63 - 1, 2**63 - 1, 2**32 - 1), (7 << 32, 5 << 32, 0)],
 )
-def test_layout(count, seed, draw, step):
+def test_layout(backend, count, seed, draw, step):
     got = ops.philox_normal((count,), seed, draw, step)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), by_integers(count, seed, draw, step), rtol=1e-6, atol=0)
@@ -69,7 +78,7 @@ def test_the_smallest_and_the_largest_word():
     assert sine.tolist() == [0.0, 0.0]
 
 
-def test_each_index_of_a_tensor_draw_is_a_field_of_its_own():
+def test_each_index_of_a_tensor_draw_is_a_field_of_its_own(backend):
     draw = torch.tensor([0, 3, 2**40 + 1])
     step = torch.tensor([9, 0, 2**32 - 1])
     for shape in [(5,), (2, 3, 3), ()]:
@@ -85,7 +94,7 @@ def test_each_index_of_a_tensor_draw_is_a_field_of_its_own():
         )
 
 
-def test_shapes():
+def test_shapes(backend):
     flat = ops.philox_normal((24,), 5)
     assert torch.equal(ops.philox_normal((2, 3, 4), 5), flat.view(2, 3, 4))
     assert torch.equal(ops.philox_normal(torch.Size([10]), 5), flat[:10])
@@ -95,7 +104,7 @@ def test_shapes():
     assert ops.philox_normal((2, 0), 5, torch.zeros(2, dtype=torch.int64)).shape == (2, 0)
 
 
-def test_numpy_integers_count_as_integers():
+def test_numpy_integers_count_as_integers(backend):
     got = ops.philox_normal((np.int32(5),), np.int64(2**40 + 1), np.int64(3), np.int32(2))
     assert torch.equal(got, ops.philox_normal((5,), 2**40 + 1, 3, 2))
 
@@ -108,18 +117,18 @@ def test_the_backend_is_chosen_by_the_device():
 
 def test_chunks_do_not_show(monkeypatch):
     draw = torch.tensor([1, 2, 3])
-    whole = ops.philox_normal((3, 11), 3, draw)
+    whole = reference.philox_normal((3, 11), 3, draw)
     monkeypatch.setattr(implementation, "CHUNK", 2)
-    assert torch.equal(ops.philox_normal((3, 11), 3, draw), whole)
+    assert torch.equal(reference.philox_normal((3, 11), 3, draw), whole)
 
 
-def test_every_argument_matters():
+def test_every_argument_matters(backend):
     base = ops.philox_normal((8,), 1, 1, 1)
     for other in [(2, 1, 1), (1, 2, 1), (1, 1, 2), (1 + 2**32, 1, 1), (1, 1 + 2**32, 1)]:
         assert not torch.isclose(ops.philox_normal((8,), *other), base).any()
 
 
-def test_distribution():
+def test_distribution(backend):
     """At these sizes a right generator fails each bound with probability below 1e-5."""
     n = 1 << 18
     x = ops.philox_normal((n,), 2024).double().numpy()
@@ -153,3 +162,69 @@ def test_distribution():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.philox_normal(*arguments)
+
+
+def test_native_is_the_reference_to_rounding(cpu_isa):
+    """Four units in the last place, of 2^20 numbers; the reference's are rounded from float64."""
+    for shape, arguments in [
+        ((2**20,), (3,)),
+        ((5, 4099), (2**62 + 1, torch.tensor([0, 1, 2**32, 2**40, 2**63 - 1]), 7)),
+        ((5, 17), (2**62 + 1, 4, torch.tensor([0, 1, 2**31, 2**32 - 1, 5]))),
+    ]:
+        with use_backend("cpu"):
+            got = ops.philox_normal(shape, *arguments).numpy()
+        expected = reference.philox_normal(shape, *arguments).numpy()
+        assert np.abs(got - expected).max() < 2e-6  # |z| < 6.7
+        assert (np.abs(got - expected) <= 4 * np.spacing(np.abs(expected))).all()
+
+
+@needs_native
+def test_sizes_and_threads_do_not_change_a_bit():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = ops.philox_normal((70001,), 5)
+        keyed = ops.philox_normal((9, 8191), 5, torch.arange(9))
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            for n in (1, 31, 33, 8191, 8193, 70001):
+                assert torch.equal(ops.philox_normal((n,), 5), whole[:n])
+            assert torch.equal(ops.philox_normal((9, 8191), 5, torch.arange(9)), keyed)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_outputs_are_fully_written(cpu_isa):
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        for n in (1, 3, 31, 32, 33, 8191, 8193):
+            assert ops.philox_normal((n,), 0).isfinite().all()
+            assert ops.philox_normal((3, n), 0, torch.arange(3)).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_native
+def test_the_bare_operator():
+    fill = torch.ops.diffad_fast.philox_normal_
+    torch.library.opcheck(fill.default, (torch.empty(3, 5), 1, 2, 3, None, torch.arange(3)))
+    key = torch.arange(3)
+    for out, draws in [
+        (torch.empty(3, 5).t(), None),
+        (torch.empty(3).double(), None),
+        (torch.empty(4), key),
+        (torch.empty(()), key),
+        (torch.empty(3), key.int()),
+        (torch.empty(3), key[None]),
+    ]:
+        with pytest.raises(RuntimeError):
+            fill(out, 0, 0, 0, draws, None)
+
+
+def test_compiles_as_one_graph(backend):
+    def draw(t):
+        return ops.philox_normal((3, 7), 1, t, device="cpu") * 2
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    t = torch.tensor([1, 2, 3])
+    torch.testing.assert_close(compiled(t), draw(t))

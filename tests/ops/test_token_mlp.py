@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from diffad_fast import ops
+from diffad_fast import native, ops, reference, use_backend
+from diffad_fast.errors import BackendError
+from diffad_fast.ops import token_mlp
 
 D, WIDTH, BLOCKS, STEPS = 6, 10, 3, 4
 
@@ -178,3 +187,360 @@ def test_bad_arguments(model, change, error, message):
     change(arguments)
     with pytest.raises(error, match=message):
         ops.token_mlp_loop(**arguments)
+
+
+# ------------------------------------------------------------------ the native operator
+
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+# Of the largest value; the reference itself is within a third of each.
+TOLERANCE = {
+    torch.float64: 1e-13,
+    torch.float32: 3e-6,
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
+}
+
+
+def problem(m, d, width, blocks, steps, dtype=torch.float64, weights=None, seed=0):
+    """Arguments of token_mlp_loop with random numbers everywhere, exact in ``dtype``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape, scale=1.0, to=dtype):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        return x.to(to)
+
+    weights = weights or dtype
+    packed = ops.PackedTokenMLP(
+        W_in=random(width, d, scale=d**-0.5, to=weights),
+        b_in=random(width, to=weights),
+        W1=random(blocks, width, width, scale=width**-0.5, to=weights),
+        W2=random(blocks, width, width, scale=width**-0.5, to=weights),
+        b2=random(blocks, width, to=weights),
+        W_out=random(d, width, scale=width**-0.5, to=weights),
+        b_out=random(d, to=weights),
+    )
+    state = torch.promote_types(dtype, torch.float32)
+    table = random(steps, 5, to=state)
+    table[:, 1:3] *= 0.5
+    return random(m, d), packed, random(steps, blocks, width, to=state), table
+
+
+def double(arguments):
+    x, weights, bias, table = arguments
+    weights = ops.PackedTokenMLP(*(w.double() for w in weights))
+    return x.double(), weights, bias.double(), table.double()
+
+
+def assert_close(results, expected, tolerance):
+    for found, wanted in zip(results, expected, strict=True):
+        assert found.shape == wanted.shape
+        scale = wanted.abs().max().item() if wanted.numel() else 0.0
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance * (scale or 1))
+
+
+def on_cpu(arguments):
+    with use_backend("cpu"):
+        return ops.token_mlp_loop(*arguments)
+
+
+SIZES = [  # tokens, token size, width, blocks, steps
+    (1, 1, 1, 1, 1),
+    (1, 64, 128, 2, 3),
+    (2, 3, 7, 2, 2),
+    (3, 5, 6, 1, 2),
+    (9, 17, 13, 3, 2),
+    (16, 8, 16, 1, 1),
+    (31, 33, 40, 2, 2),
+    (70, 20, 35, 2, 3),
+    (5, 1536, 24, 1, 2),
+    (4, 6, 9, 0, 2),
+    (0, 6, 9, 2, 2),
+    (7, 6, 9, 2, 0),
+]
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("size", SIZES)
+def test_native_agrees_with_the_reference_in_float64(cpu_isa, size, dtype):
+    arguments = problem(*size, dtype)
+    x_end, stats = on_cpu(arguments)
+    assert x_end.dtype == dtype and stats.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close((x_end, stats), reference.token_mlp_loop(*double(arguments)), TOLERANCE[dtype])
+
+
+@needs_native
+@pytest.mark.parametrize("weights", TOLERANCE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_native_mixes_dtypes_as_the_reference_does(cpu_isa, dtype, weights):
+    """Inputs of products are rounded to the dtype of the weights, and nothing else is."""
+    arguments = problem(11, 10, 12, 2, 1, dtype, weights)
+    expected = reference.token_mlp_loop(*arguments)
+    found = on_cpu(arguments)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    # The reference rounds what comes out of a product too: that is one more rounding, not more.
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[weights])
+    assert_close(found, [t.double() for t in expected], tolerance)
+
+
+@needs_native
+def test_inputs_of_products_are_rounded_to_the_weights(cpu_isa):
+    """With weights that are powers of two on a diagonal, rounding shows: W_out = I, no blocks."""
+    width = 16
+    eye = torch.eye(width, dtype=torch.bfloat16)
+    zero = torch.zeros(width, dtype=torch.bfloat16)
+    none = torch.zeros(0, width, width, dtype=torch.bfloat16)
+    weights = ops.PackedTokenMLP(eye, zero, none, none, none[:, 0], eye, zero)
+    x = torch.randn(5, width)
+    table = torch.tensor([[0.7, 0.0, 1.0, 0.0, 1.0]])
+    found, _ = on_cpu((x, weights, torch.zeros(1, 0, width), table))
+    h = (torch.tensor(0.7) * x).bfloat16().float()
+    expected = torch.nn.functional.silu(torch.nn.functional.layer_norm(h, (width,))).bfloat16()
+    torch.testing.assert_close(found, expected.float(), rtol=4e-3, atol=0)
+    assert torch.equal(found, found.bfloat16().float())
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(0, 80),
+    d=st.integers(1, 40),
+    width=st.integers(1, 40),
+    blocks=st.integers(0, 3),
+    steps=st.integers(0, 3),
+)
+def test_native_agrees_for_any_size(m, d, width, blocks, steps):
+    arguments = problem(m, d, width, blocks, steps)
+    # LayerNorm over one or two features is a step function: it magnifies any rounding.
+    tolerance = 1e-10 if width > 2 else 1e-6
+    assert_close(on_cpu(arguments), reference.token_mlp_loop(*arguments), tolerance)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_native_result_of_a_token_is_its_own(cpu_isa, dtype):
+    """Bit for bit, however many others there are: one, a few, a panel, a tile."""
+    x, *rest = problem(71, 13, 22, 2, 2, dtype)
+    x_end, stats = on_cpu((x, *rest))
+    for count in (1, 2, 3, 5, 8, 9, 16, 17, 24, 33):
+        for begin in (0, 71 - count):
+            some = on_cpu((x[begin : begin + count], *rest))
+            assert torch.equal(some[0], x_end[begin : begin + count])
+            assert torch.equal(some[1], stats[begin : begin + count])
+
+
+@needs_native
+def test_native_bits_do_not_depend_on_threads():
+    arguments = problem(300, 13, 64, 2, 2, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results += [on_cpu(arguments), on_cpu(arguments)]
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_native
+def test_native_takes_any_strides(cpu_isa):
+    x, weights, bias, table = problem(12, 10, 9, 2, 3)
+    expected = reference.token_mlp_loop(x, weights, bias, table)
+
+    def strided(t):
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), torch.nan, dtype=t.dtype)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+
+    weights = ops.PackedTokenMLP(*(strided(w) for w in weights))
+    for tokens in (strided(x), x.t().contiguous().t(), torch.cat([x, x], 1)[:, :10]):
+        found = on_cpu((tokens, weights, strided(bias), strided(table)))
+        assert_close(found, expected, 1e-13)
+    row = x[:1].expand(12, 10)
+    found = on_cpu((row, weights, bias[:, :1].expand_as(bias), table[:1].expand_as(table)))
+    wanted = reference.token_mlp_loop(
+        row, weights, bias[:, :1].expand_as(bias), table[:1].expand_as(table)
+    )
+    assert_close(found, wanted, 1e-13)
+
+
+@needs_native
+def test_native_writes_all_of_its_outputs(cpu_isa):
+    for size in SIZES:
+        arguments = problem(*size, torch.float32)
+        poison = [torch.full((n,), torch.nan) for n in (size[0] * size[1], size[0] * size[4])]
+        del poison  # the allocator hands the same memory out again
+        x_end, stats = on_cpu(arguments)
+        assert torch.isfinite(x_end).all() and torch.isfinite(stats).all()
+        assert x_end.data_ptr() != arguments[0].data_ptr() or x_end.numel() == 0
+
+
+@needs_native
+@pytest.mark.parametrize("m", [1, 5])
+def test_native_hands_nan_on_and_keeps_it_to_its_token(cpu_isa, m):
+    x, *rest = problem(m, 10, 9, 2, 2, torch.float32)
+    x[0, 3] = torch.nan
+    x_end, stats = on_cpu((x, *rest))
+    assert x_end[0].isnan().all() and stats[0].isnan().all()
+    assert torch.isfinite(x_end[1:]).all() and torch.isfinite(stats[1:]).all()
+
+
+@needs_native
+def test_native_gradients():
+    x, weights, bias, table = problem(3, 4, 5, 2, 2)
+    leaves = [t.requires_grad_() for t in (x, *weights, bias, table)]
+    operator = torch.ops.diffad_fast.token_mlp_loop
+    assert torch.autograd.gradcheck(operator, leaves)
+    # One gradient, without strides.
+    x_end, _ = operator(*leaves)
+    found = torch.autograd.grad(x_end.sum(), leaves)
+    expected, _ = reference.token_mlp_loop(x, weights, bias, table)
+    expected = torch.autograd.grad(expected.sum(), leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    x, weights, bias, table = problem(3, 4, 5, 2, 2, dtype)
+    leaves = [t.requires_grad_() for t in (x, *weights, bias, table)]
+    torch.library.opcheck(torch.ops.diffad_fast.token_mlp_loop.default, leaves)
+
+
+@needs_native
+@pytest.mark.parametrize("grad", [False, True])
+def test_compiles(grad):
+    x, weights, bias, table = problem(6, 4, 5, 2, 2)
+    if grad:
+        x.requires_grad_()
+        weights.W1.requires_grad_()
+    compiled = torch.compile(ops.token_mlp_loop, fullgraph=True, backend="aot_eager")
+    found = compiled(x, weights, bias, table)
+    expected = ops.token_mlp_loop(x, weights, bias, table)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    if grad:
+        gradients = [
+            torch.autograd.grad(sum(t.square().sum() for t in result), (x, weights.W1))
+            for result in (found, expected)
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("argument", range(10))
+def test_native_refuses_what_does_not_fit(argument):
+    """A direct call, without Python's checks: no shape reads memory that is not its own."""
+    x, weights, bias, table = problem(3, 4, 5, 2, 2)
+    arguments = [x, *weights, bias, table]
+    arguments[argument] = arguments[argument].flatten()[:3]
+    with pytest.raises(RuntimeError, match="token_mlp_loop"):
+        torch.ops.diffad_fast.token_mlp_loop(*arguments)
+    arguments[argument] = torch.zeros(1, 2, 3, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="token_mlp_loop"):
+        torch.ops.diffad_fast.token_mlp_loop(*arguments)
+
+
+# ------------------------------------------------------------------------- CUDA
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The CUDA kernel's own code, run lane by lane on the CPU."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("native") / "token_mlp_tile"
+    source = Path(__file__).parents[1] / "native" / "token_mlp_tile.cpp"
+    flags = ["-O2", "-std=c++17", "-Wno-unknown-pragmas"]
+    subprocess.run([compiler, *flags, source, "-o", program], check=True)
+
+    def run(arguments, tiles, warps, grid):
+        x, weights, bias, table = arguments
+        m, d = x.shape
+        width, blocks, steps = weights.W_in.shape[0], weights.W1.shape[0], table.shape[0]
+        pitch = -(-d // 8) * 8
+        weights = weights._replace(W_in=nn.functional.pad(weights.W_in, (0, pitch - d)))
+        numbers = [np.array([width, tiles, warps, grid, m, d, blocks, steps], np.int32)]
+        numbers += [w.contiguous().view(torch.int16).numpy() for w in weights]
+        numbers += [t.float().contiguous().numpy() for t in (bias, table, x)]
+        data = b"".join(n.tobytes() for n in numbers)
+        out = subprocess.run([program], input=data, stdout=subprocess.PIPE, check=True).stdout
+        x_end, stats = np.split(np.frombuffer(out, np.float32), [m * d])
+        return torch.tensor(x_end).view(m, d), torch.tensor(stats).view(m, steps)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "width, tiles, warps, grid, m, d, blocks, steps",
+    [
+        (128, 1, 1, 1, 3, 1, 1, 1),
+        (128, 1, 2, 1, 70, 20, 1, 2),  # three tiles of tokens, the last one short
+        (128, 2, 1, 2, 37, 64, 1, 1),
+        (128, 2, 1, 1, 20, 131, 0, 2),  # more than two stages of D
+        (256, 1, 1, 1, 16, 33, 1, 1),
+        (256, 1, 1, 1, 9, 40, 0, 2),
+    ],
+)
+def test_the_cuda_kernel_in_emulation(emulator, width, tiles, warps, grid, m, d, blocks, steps):
+    """Fragments, stages, swizzles and tails of the kernel. Its rounding is that of the C++ one."""
+    arguments = problem(m, d, width, blocks, steps, torch.float32, torch.bfloat16)
+    found = emulator(arguments, tiles, warps, grid)
+    expected = reference.token_mlp_loop(*double(arguments))
+    scale = [t.abs().max().item() for t in expected]
+    for result, wanted, largest in zip(found, expected, scale, strict=True):
+        torch.testing.assert_close(result.double(), wanted, rtol=0, atol=2e-2 * largest)
+    # Much nearer to what rounds in the same places.
+    if native.loaded():
+        for result, same, largest in zip(found, on_cpu(arguments), scale, strict=True):
+            torch.testing.assert_close(result, same, rtol=0, atol=4e-3 * largest)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("m, d", [(1, 1), (1000, 64), (70000, 33), (50, 1536)])
+def test_on_a_gpu(width, m, d, dtype):
+    x, weights, bias, table = problem(m, d, width, 2, 3, torch.float32, torch.bfloat16)
+    arguments = (x.to(dtype), weights, bias, table)
+    moved = [t.cuda() for t in arguments[1]]
+    with use_backend("cuda"):
+        found = ops.token_mlp_loop(
+            arguments[0].cuda(), ops.PackedTokenMLP(*moved), bias.cuda(), table.cuda()
+        )
+    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    expected = reference.token_mlp_loop(*double(arguments))
+    assert_close([t.cpu() for t in found], expected, 3e-2)
+
+
+@pytest.mark.parametrize(
+    "width, dtype, x_dtype, served",
+    [
+        (128, torch.bfloat16, torch.float32, True),
+        (256, torch.bfloat16, torch.float16, True),
+        (64, torch.bfloat16, torch.float32, False),
+        (128, torch.float32, torch.float32, False),
+        (128, torch.bfloat16, torch.float64, False),
+    ],
+)
+def test_which_weights_the_cuda_kernel_serves(monkeypatch, width, dtype, x_dtype, served):
+    class Kernel:
+        @staticmethod
+        def default(*arguments):
+            return "kernel"
+
+    arguments = problem(3, 4, width, 1, 1, x_dtype, dtype)
+    loop = token_mlp._cuda(Kernel)
+    assert (loop(*arguments) == "kernel") is served  # auto
+    monkeypatch.setattr(token_mlp, "selected", lambda: "cuda")
+    if served:
+        assert loop(*arguments) == "kernel"
+    else:
+        with pytest.raises(BackendError, match="bfloat16 weights of width 128 and 256"):
+            loop(*arguments)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import ops, reference
+from diffad_fast import native, ops, reference
 from diffad_fast.errors import BackendError
 from diffad_fast.ops.dispatch import use_backend
 
@@ -249,3 +249,215 @@ def test_a_backend_without_these_operators_is_refused():
             call()
         with use_backend("reference"):
             call()
+
+
+# ------------------------------------------------------------------- native operators
+
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def normal(*shape, dtype=torch.float64, layout=torch.contiguous_format, seed=0):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.to(dtype).to(memory_format=layout)
+
+
+def exact(function, *arguments):
+    """The reference's result in float64, which is that of PyWavelets (see above)."""
+    with use_backend("reference"):
+        return function(*arguments)
+
+
+def assert_close(got, expected, dtype, growth=1.0):
+    """Within the rounding of the result, and of sums in float32 before it."""
+    eps = {torch.float64: 2e-14, torch.float32: 2e-6}.get(dtype, 2e-6)
+    rtol = {torch.bfloat16: 4e-3, torch.float16: 5e-4}.get(dtype, 0.0) * 1.02
+    scale = growth * max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=eps * scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("name", ["haar", "db2", "bior1.3", "db4", "sym8", "dmey"])
+def test_native_agrees_with_the_reference(cpu_isa, name, dtype, layout):
+    for mode in ("periodization", "symmetric", "smooth"):
+        for shape in [(2, 3, 16, 24), (1, 9, 7, 41), (1, 1, 1, 5), (0, 2, 8, 8), (1, 17, 34, 70)]:
+            x = normal(*shape, dtype=dtype, layout=layout)
+            got = ops.dwt2d(x, name, mode)
+            expected = exact(ops.dwt2d, x.double(), name, mode)
+            for g, e in zip(got, expected, strict=True):
+                assert g.dtype == dtype and g.is_contiguous(memory_format=layout)
+                assert_close(g, e, dtype, 10)
+            back = ops.idwt2d(got, name, mode)
+            expected = exact(ops.idwt2d, [g.double() for g in got], name, mode)
+            assert back.dtype == dtype and back.is_contiguous(memory_format=layout)
+            assert_close(back, expected, dtype, 10)
+
+
+@needs_native
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["haar", "db3", "db4", "sym5"])
+def test_each_direction_is_the_adjoint_of_the_other(name, mode):
+    """<M x, c> = <x, M^T c> ties the two operators, border by border, at any crop."""
+    filters = torch.tensor(pywt.Wavelet(name).filter_bank[:2], dtype=torch.float64)
+    cropped = len(MODES)
+    for border in (reference.wavelet.MODES.index(mode), cropped):
+        for height, width in [(12, 10), (7, 16), (2, 3), (23, 5)]:
+            rows, columns = (height + filters.shape[1]) // 2, (width + 1) // 2
+            x = normal(2, 2, height, width)
+            c = [normal(2, 2, rows, columns, seed=i) for i in range(4)]
+            y = torch.ops.diffad_fast.dwt2d(x, filters, border, rows, columns)
+            z = torch.ops.diffad_fast.idwt2d(*c, filters, border, height, width)
+            left = sum((a * b).sum() for a, b in zip(y, c, strict=True))
+            torch.testing.assert_close(left, (x * z).sum(), rtol=1e-11, atol=1e-11)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    base = normal(4, 6, 40, 36, layout=layout)
+    views = {
+        "crop": base[:, :, 3:30, 5:28],
+        "every second column": base[..., ::2],
+        "flipped batch of channels": base.transpose(0, 1),
+        "transposed": base.mT,
+        "channels": base[:, 1:4],
+        "expanded": base[:, :1, :1, :1].expand(4, 6, 20, 18),
+    }
+    for name, x in views.items():
+        for wavelet in ("haar", "db4"):
+            got = ops.dwt2d(x, wavelet, "symmetric")
+            expected = exact(ops.dwt2d, x.contiguous(), wavelet, "symmetric")
+            for g, e in zip(got, expected, strict=True):
+                torch.testing.assert_close(g, e, msg=name)
+    # Bands of unlike strides.
+    bands = [
+        base[..., :18],
+        base[..., 1:19],
+        base[..., ::2],
+        base[:, :, :1, :18].expand(4, 6, 40, 18),
+    ]
+    for wavelet in ("haar", "db4"):
+        torch.testing.assert_close(
+            ops.idwt2d(bands, wavelet, "symmetric"), exact(ops.idwt2d, bands, wavelet, "symmetric")
+        )
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["haar", "db4", "sym8"])
+def test_outputs_are_fully_written(name, layout):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # new tensors are filled with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        for mode in MODES:
+            for size in [(1, 1, 2, 2), (2, 3, 17, 30), (1, 5, 64, 64)]:
+                bands = ops.dwt2d(normal(*size, dtype=torch.float32, layout=layout), name, mode)
+                assert all(band.isfinite().all() for band in bands)
+                assert ops.idwt2d(bands, name, mode).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["haar", "db4", "sym8"])
+def test_threads_do_not_change_a_bit(name, layout):
+    x = normal(3, 5, 95, 160, dtype=torch.float32, layout=layout).requires_grad_()
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 7, 1):
+            torch.set_num_threads(threads)
+            bands = ops.dwt2d(x, name, "reflect")
+            back = ops.idwt2d(bands, name, "reflect")
+            (grad,) = torch.autograd.grad(back.square().sum() + bands[1].sum(), x)
+            results.append((*bands, back, grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["periodization", "antireflect"])
+def test_gradient_of_a_sum(mode):
+    """Its gradient is expanded from one number; the bands that are not used count as zeros."""
+    x = normal(2, 3, 9, 8).requires_grad_()
+    for pick in (slice(0, 1), slice(1, 4)):
+        ours, theirs = (
+            torch.autograd.grad(sum(b.sum() for b in bands[pick]), x)[0]
+            for bands in (ops.dwt2d(x, "db3", mode), exact(ops.dwt2d, x, "db3", mode))
+        )
+        torch.testing.assert_close(ours, theirs)
+    bands = [normal(2, 3, 9, 8, seed=i).requires_grad_() for i in range(4)]
+    ours = torch.autograd.grad(ops.idwt2d(bands, "db3", mode).sum(), bands)
+    theirs = torch.autograd.grad(exact(ops.idwt2d, bands, "db3", mode).sum(), bands)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", ["periodization", "smooth"])
+def test_second_derivatives(mode):
+    x = normal(1, 2, 5, 4).requires_grad_()
+    square = lambda x: sum(b.square().sum() for b in ops.dwt2d(x, "db2", mode))  # noqa: E731
+    assert torch.autograd.gradgradcheck(square, x)
+
+
+@needs_native
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout):
+    for name, border in (("haar", 5), ("db3", 4)):
+        filters = torch.tensor(pywt.Wavelet(name).filter_bank[:2], dtype=torch.float64)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = normal(2, 3, 8, 10, dtype=dtype, layout=layout).requires_grad_()
+            torch.library.opcheck(torch.ops.diffad_fast.dwt2d.default, (x, filters, border, 4, 5))
+            bands = [
+                normal(2, 3, 4, 5, dtype=dtype, layout=layout, seed=i).requires_grad_()
+                for i in range(4)
+            ]
+            torch.library.opcheck(
+                torch.ops.diffad_fast.idwt2d.default, (*bands, filters, border, 8, 10)
+            )
+
+
+def test_compiles_as_one_graph():
+    def twice(x):
+        low, *details = ops.dwt2d(x, "db2", "symmetric")
+        return ops.idwt2d((low.tanh(), *details), "db2", "symmetric")
+
+    twice(torch.zeros(1, 1, 4, 4))  # PyWavelets gives the filters once, outside the graph
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    for size in (16, 21):
+        x = normal(2, 3, size, 8).requires_grad_()
+        torch.testing.assert_close(compiled(x), twice(x))
+        ours, theirs = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, twice))
+        torch.testing.assert_close(ours, theirs)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.zeros(1, 8, 8), torch.zeros(2, 2).double(), 0, 4, 4),
+        (torch.zeros(1, 1, 8, 8), torch.zeros(2, 2), 0, 4, 4),
+        (torch.zeros(1, 1, 8, 8), torch.zeros(3, 2).double(), 0, 4, 4),
+        (torch.zeros(1, 1, 8, 8), torch.zeros(2, 2).double(), 10, 4, 4),
+        (torch.zeros(1, 1, 1, 8), torch.zeros(2, 2).double(), 6, 4, 4),
+        (torch.zeros(1, 1, 8, 8).int(), torch.zeros(2, 2).double(), 0, 4, 4),
+    ],
+)
+def test_the_bare_operator_guards_its_memory(arguments):
+    with pytest.raises(RuntimeError):
+        torch.ops.diffad_fast.dwt2d(*arguments)
+
+
+@needs_native
+def test_the_bare_inverse_refuses_unlike_bands():
+    filters = torch.zeros(2, 2).double()
+    x = torch.zeros(1, 1, 4, 4)
+    for other in (torch.zeros(1, 1, 4, 3), x.double(), x[0]):
+        with pytest.raises(RuntimeError):
+            torch.ops.diffad_fast.idwt2d(x, x, x, other, filters, 0, 8, 8)

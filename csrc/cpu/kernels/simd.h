@@ -115,6 +115,15 @@ DIFFAD_SIMD V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// For float by the instruction, which has the same rule; compilers make two of the choice above.
+#if defined(__AVX512F__)
+DIFFAD_SIMD Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a, b); }
+DIFFAD_SIMD Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
+#elif defined(__AVX2__)
+DIFFAD_SIMD Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+DIFFAD_SIMD Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+#endif
+
 DIFFAD_SIMD Vec<float> abs(Vec<float> x) {
   return bits<Vec<float>>(bits<VecU32>(x) & 0x7fffffffu);
 }
@@ -166,6 +175,29 @@ DIFFAD_SIMD lane_t<V> max_of_lanes(V x) {
 #pragma GCC unroll 16
   for (int i = 1; i < lanes; ++i) result = lane[i] > result ? lane[i] : result;
   return result;
+}
+
+// ------------------------------------------------------------- words and lanes
+
+typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
+
+// The product of the low words of each lane of `a` with `b`.
+DIFFAD_SIMD VecU64 multiply_words(VecU64 a, uint32_t b) {
+#if defined(__AVX512F__)
+  return bits<VecU64>(_mm512_mul_epu32(bits<__m512i>(a), _mm512_set1_epi64(b)));
+#elif defined(__AVX2__)
+  return bits<VecU64>(_mm256_mul_epu32(bits<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return bits<VecU64>(_mm_mul_epu32(bits<__m128i>(a), _mm_set1_epi64x(b)));
+#else
+  return (a & 0xffffffffu) * static_cast<uint64_t>(b);
+#endif
+}
+
+// The nearest float of an unsigned and of a signed integer, given by its bits.
+DIFFAD_SIMD Vec<float> to_float(VecU32 x) { return __builtin_convertvector(x, Vec<float>); }
+DIFFAD_SIMD Vec<float> to_float_signed(VecU32 x) {
+  return __builtin_convertvector(bits<VecI32>(x), Vec<float>);
 }
 
 // ------------------------------------------------------------ loads and stores
@@ -300,6 +332,30 @@ DIFFAD_SIMD void interleave(V even, V odd, V& a, V& b) {
   interleave(even, odd, a, b, std::make_integer_sequence<int, lanes>{});
 }
 
+// Runs of Half lanes: (a0, b0, a2, b2, ...) or, of the odd ones, (a1, b1, a3, b3, ...).
+template <int Half, bool kOdd, class V, int... I>
+DIFFAD_SIMD V exchange_blocks(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I), odd = kOdd ? Half : 0;
+  return __builtin_shufflevector(a, b, (I & Half ? n + I - Half + odd : I + odd)...);
+}
+
+// Element i of vector k goes to element k of vector i, for as many vectors as there are lanes.
+template <int Half = 1, class V, int N>
+DIFFAD_SIMD void transpose(V (&v)[N]) {
+  static_assert(sizeof(V) == N * sizeof(v[0][0]));
+  if constexpr (Half < N) {
+    // Swap the upper right and the lower left quarter of every square of 2 Half elements.
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      if (i & Half) continue;
+      const V a = v[i], b = v[i + Half];
+      v[i] = exchange_blocks<Half, false>(a, b, std::make_integer_sequence<int, N>());
+      v[i + Half] = exchange_blocks<Half, true>(a, b, std::make_integer_sequence<int, N>());
+    }
+    transpose<2 * Half>(v);
+  }
+}
+
 // ------------------------------------------------------------------- functions
 
 // e^x, within 2 units in the last place; below -87.3 it is 0 and above 88.4 infinity.
@@ -334,10 +390,57 @@ DIFFAD_SIMD Vec<double> exp(Vec<double> x) {
   return x;
 }
 
+// 1 + e^-x for x of at least -87, for functions that divide by it: within 3 units in the last place
+// for |x| < 30, and its value at 87 serves all larger x. NaN stays. e^-x = 2^k 2^f, k the integer
+// next to -x / ln 2; the polynomial is the minimax one of 2^f on [-1/2, 1/2], up to 8e-8.
+DIFFAD_SIMD Vec<float> one_plus_exp_minus(Vec<float> x) {
+  const Vec<float> limited = min(splat(87.0f), x);
+  const Vec<float> magic = splat(12582912.0f);  // see exp
+  const Vec<float> shifted = fma(limited, splat(-1.44269504f), magic);
+  const Vec<float> f = fma(limited, splat(-1.44269504f), magic - shifted);
+  Vec<float> p = splat(0.00132764725f);
+  p = fma(p, f, splat(0.00967554096f));
+  p = fma(p, f, splat(0.0555071309f));
+  p = fma(p, f, splat(0.240221202f));
+  p = fma(p, f, splat(0.693146944f));
+  p = fma(p, f, splat(1.00000012f));
+  return bits<Vec<float>>(bits<VecI32>(p) + (bits<VecI32>(shifted) << 23)) + 1.0f;
+}
+DIFFAD_SIMD Vec<double> one_plus_exp_minus(Vec<double> x) { return 1 + exp(-x); }
+
+// 2^x for x <= 0, within 1.5 units in the last place; 0 below -126.5, NaN for NaN.
+// x = k + r with |r| <= 1/2; the polynomial is the minimax one of degree 6 for 2^r that is 1 at 0.
+DIFFAD_SIMD Vec<float> exp2_negative(Vec<float> x) {
+  const Vec<float> limited = max(splat(-127.0f), x);
+  const Vec<float> magic = splat(12582912.0f);  // as in exp
+  const Vec<float> shifted = limited + magic;
+  const Vec<float> r = limited - (shifted - magic);
+  Vec<float> p = splat(1.5353362e-4f);
+  p = fma(p, r, splat(1.3398875e-3f));
+  p = fma(p, r, splat(9.6184369e-3f));
+  p = fma(p, r, splat(5.5503324e-2f));
+  p = fma(p, r, splat(2.4022648e-1f));
+  p = fma(p, r, splat(6.9314718e-1f));
+  p = fma(p, r, splat(1.0f));
+  // 2^k has the exponent k + 127: all bits 0, which is 0, for k = -127.
+  return p * bits<Vec<float>>((bits<VecI32>(shifted) - (bits<VecI32>(magic) - 127)) << 23);
+}
+DIFFAD_SIMD Vec<double> exp2_negative(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
 // 1 / (1 + e^-x).
 template <class V>
 DIFFAD_SIMD V sigmoid(V x) {
-  return 1 / (1 + exp(-x));
+  return 1 / one_plus_exp_minus(max(V{} - 87, x));
+}
+
+// x / (1 + e^-x). Below -87 the value is that at -87, which is -1e-36.
+template <class V>
+DIFFAD_SIMD V silu(V x) {
+  const V limited = max(V{} - 87, x);
+  return limited / one_plus_exp_minus(limited);
 }
 
 }  // namespace diffad::DIFFAD_ISA

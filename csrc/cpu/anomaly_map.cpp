@@ -1,0 +1,207 @@
+// The anomaly map on the CPU: kernels/anomaly_map.h tells its stages.
+#include "kernels/anomaly_map.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "dtype_of.h"
+
+namespace diffad {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kGroup = 1 << 19;  // pixels of the samples that go through the stages together
+constexpr int64_t kGrain = 1 << 14;  // pixels or feature values that are worth a thread
+
+Samples samples_of(const Tensor& x) {
+  return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
+}
+
+Tensor new_dense(const Tensor& like, std::vector<int64_t> size, bool wide) {
+  using torch::headeronly::ScalarType;
+  return torch::stable::empty({size.data(), size.size()},
+                              wide ? ScalarType::Double : ScalarType::Float, std::nullopt,
+                              like.device());
+}
+
+// Bilinear upsampling along one axis (align_corners=False): each of `size` pixels lies between the
+// source pixels left[i] and left[i] + 1, the second of which has the weight share[i].
+template <class A>
+void bilinear(int64_t source, int64_t size, std::vector<int32_t>& left, std::vector<A>& share) {
+  left.resize(size);
+  share.resize(size);
+  const double scale = static_cast<double>(source) / static_cast<double>(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const double position = std::max(0.0, (static_cast<double>(i) + 0.5) * scale - 0.5);
+    left[i] = static_cast<int32_t>(std::min(static_cast<int64_t>(position), source - 1));
+    share[i] = static_cast<A>(position - left[i]);
+  }
+}
+
+// Half of a Gaussian whose whole sum is 1.
+template <class A>
+std::vector<A> half_gaussian(int64_t radius, double sigma) {
+  std::vector<double> value(radius + 1, 1.0);
+  double sum = 1.0;
+  for (int64_t j = 1; j <= radius; ++j) {
+    const double z = static_cast<double>(j) / sigma;
+    value[j] = std::exp(-0.5 * z * z);
+    sum += 2 * value[j];
+  }
+  std::vector<A> kernel(radius + 1);
+  for (int64_t j = 0; j <= radius; ++j) kernel[j] = static_cast<A>(value[j] / sum);
+  return kernel;
+}
+
+// One scale of features, and how it is upsampled.
+template <class A>
+struct Scale {
+  Tensor f, f_hat;
+  std::vector<int32_t> left, above;
+  std::vector<A> share, share_y;
+};
+
+template <class A>
+void run(AnomalyMapArgs& a, const Tensor& x, std::vector<Scale<A>>& scales, double sigma) {
+  const bool wide = a.dtype == DType::kDouble;
+  const int64_t batch = x.size(0);
+  const int64_t group = std::clamp<int64_t>(kGroup / (a.height * a.width), 1, batch);
+  std::vector<FeatureScale> features;
+  std::vector<Tensor> buffers;  // PyTorch's memory, which is not cleared first
+  const auto buffer = [&](int64_t height) {
+    buffers.push_back(new_dense(x, {group, height, a.pitch}, wide));
+    return buffers.back().mutable_data_ptr();
+  };
+  for (auto& s : scales) {
+    const auto dense = [](const Tensor& f, const Tensor& g, int axis) {
+      return f.stride(axis) == 1 && g.stride(axis) == 1;
+    };
+    if (!dense(s.f, s.f_hat, 3) && !dense(s.f, s.f_hat, 1)) {
+      s.f = torch::stable::contiguous(s.f);
+      s.f_hat = torch::stable::contiguous(s.f_hat);
+    }
+    const int64_t h = s.f.size(2), w = s.f.size(3);
+    bilinear(w, a.width, s.left, s.share);
+    bilinear(h, a.height, s.above, s.share_y);
+    features.push_back({dtype_of(s.f, "anomaly_map"), samples_of(s.f), samples_of(s.f_hat),
+                        s.f.size(1), h, w, std::max<int64_t>(1, 128 / w), s.left.data(),
+                        s.share.data(), s.above.data(), s.share_y.data(), buffer(h), 0,
+                        a.pitch, a.width});
+  }
+  a.features = features.data();
+  a.feature_count = static_cast<int64_t>(features.size());
+  const std::vector<A> kernel = half_gaussian<A>(a.radius, sigma);
+  a.kernel = kernel.data();
+  a.rows = buffer(a.height);
+
+  const auto parallel = [](int64_t items, int64_t work, auto&& f) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work));
+    torch::stable::parallel_for(0, items, grain, f);
+  };
+  for (a.first = 0; a.first < batch; a.first += group) {
+    const int64_t samples = std::min(group, batch - a.first);
+    for (auto& f : features) {
+      f.first = a.first;
+      const int64_t blocks = (f.height + f.block - 1) / f.block;
+      parallel(samples * blocks, f.block * (f.width * f.channels + a.width),
+               [&](int64_t begin, int64_t end) {
+                 std::vector<A> scratch((f.block + 1) * f.width + 1);
+                 feature_rows_kernel()(f, scratch.data(), begin, end);
+               });
+    }
+    parallel(samples * (a.height >> a.levels), a.width << a.levels,
+             [&](int64_t begin, int64_t end) {
+               std::vector<A> scratch(anomaly_scratch(a));
+               anomaly_rows_kernel()(a, scratch.data(), begin, end);
+             });
+    parallel(samples * a.height, a.width,
+             [&](int64_t begin, int64_t end) { anomaly_columns_kernel()(a, begin, end); });
+    parallel(samples, a.height * a.width, [&](int64_t begin, int64_t end) {
+      anomaly_scores_kernel()(a, a.first + begin, a.first + end);
+    });
+  }
+}
+
+template <class A>
+void check_and_run(AnomalyMapArgs& a, const Tensor& x, const std::vector<Tensor>& features,
+                   const std::vector<Tensor>& features_hat, double sigma) {
+  std::vector<Scale<A>> scales;
+  for (size_t i = 0; i < features.size(); ++i) {
+    const Tensor &f = features[i], &g = features_hat[i];
+    const bool wide = dtype_of(f, "anomaly_map") == DType::kDouble;
+    STD_TORCH_CHECK(f.dim() == 4 && f.size(0) == x.size(0) && f.size(2) > 0 && f.size(3) > 0 &&
+                        f.sizes() == g.sizes(),
+                    "anomaly_map: features ", i, " must be (N, C, h, w), as their counterparts");
+    STD_TORCH_CHECK(f.scalar_type() == g.scalar_type() && wide == (a.dtype == DType::kDouble),
+                    "anomaly_map: features ", i, " differ in dtype");
+    scales.push_back({f, g, {}, {}, {}, {}});
+  }
+  run<A>(a, x, scales, sigma);
+}
+
+std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
+                                       std::vector<Tensor> features,
+                                       std::vector<Tensor> features_hat,
+                                       std::vector<double> weights, int64_t levels,
+                                       std::vector<Tensor> stats, double sigma, double top) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.sizes() == x_hat.sizes(),
+                  "anomaly_map: x and x_hat must be (N, C, H, W)");
+  STD_TORCH_CHECK(x.scalar_type() == x_hat.scalar_type(), "anomaly_map: x_hat differs in dtype");
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, "anomaly_map: x has no pixels");
+  STD_TORCH_CHECK(weights.size() == 3 && features.size() == features_hat.size() &&
+                      (stats.empty() || stats.size() == 6),
+                  "anomaly_map: three weights, as many features_hat as features, 0 or 6 stats");
+  STD_TORCH_CHECK(0 <= levels && levels <= 16 && h % (int64_t{1} << levels) == 0 &&
+                      w % (int64_t{1} << levels) == 0,
+                  "anomaly_map: ", h, " x ", w, " does not divide by 2^", levels);
+  STD_TORCH_CHECK(0 <= sigma && sigma <= 1e6 && 0 <= top && top <= 1,
+                  "anomaly_map: sigma or top out of range");
+  const bool wide = dtype_of(x, "anomaly_map") == DType::kDouble;
+  AnomalyMapArgs a{};
+  a.dtype = dtype_of(x, "anomaly_map");
+  const Tensor map = new_dense(x, {n, h, w}, wide), score = new_dense(x, {n}, wide);
+  if (n == 0) return {map, score};
+  a.x = samples_of(x);
+  a.x_hat = samples_of(x_hat);
+  a.channels = c;
+  a.height = h;
+  a.width = w;
+  a.pitch = (w + 15) / 16 * 16;
+  a.levels = static_cast<int>(levels);
+  for (size_t i = 0; i < 3; ++i) a.weight[i] = weights[i];
+  for (size_t i = 0; i < stats.size(); ++i) {
+    Tensor& s = stats[i];
+    STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == h && s.size(1) == w &&
+                        s.scalar_type() == map.scalar_type(),
+                    "anomaly_map: statistics must be (H, W), in the dtype of the map");
+    if (s.stride(1) != 0 && s.stride(1) != 1) s = torch::stable::contiguous(s);
+    Statistics& entry = a.stats[i / 2];
+    entry.data[i % 2] = s.const_data_ptr();
+    entry.stride_y[i % 2] = s.stride(0);
+    entry.stride_x[i % 2] = s.stride(1);
+  }
+  a.radius = static_cast<int64_t>(4 * sigma + 0.5);
+  a.map = map.mutable_data_ptr();
+  a.score = score.mutable_data_ptr();
+  const double count = std::nearbyint(top * static_cast<double>(h) * static_cast<double>(w));
+  a.top = std::max<int64_t>(1, static_cast<int64_t>(count));
+  if (wide) {
+    check_and_run<double>(a, x, features, features_hat, sigma);
+  } else {
+    check_and_run<float>(a, x, features, features_hat, sigma);
+  }
+  return {map, score};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(diffad_fast, CPU, m) { m.impl("anomaly_map", TORCH_BOX(&anomaly_map)); }
+
+}  // namespace
+}  // namespace diffad

@@ -1,0 +1,349 @@
+// The kernel of token_mlp_loop, apart from the instructions (mma.h) and from torch: a test on the
+// CPU runs this very code, lane by lane (tests/native/).
+//
+// A warp owns 16 kTiles tokens. Of them it keeps h, in the results' layout of the matrix units
+// (mma.h), and the input of the present product, as left factors, in registers through all layers.
+// A block's hidden layer is never there as a whole: 16 of its units are computed, activated and
+// multiplied into h at once. LayerNorm and the statistics are sums over a lane's own numbers and
+// over the four lanes that share a row. The state x lies in x_end, which the L2 holds; a lane reads
+// only what it wrote itself, so that D may be anything.
+//
+// The weights stream from L2 through shared memory, stage by stage, each stage while the one before
+// it is used; all warps of a thread block use the same stages. A stage is 16 KiB of rows and 16 KiB
+// of columns. With N = 8192 / W:
+//   in        columns [N i, N i + N) of W_in
+//   block     rows [N i, N i + N) of W1 and columns [N i, N i + N) of W2
+//   out       rows [N i, N i + N) of W_out
+// Both lie as (outputs, inputs), as the weights themselves do. The 16-byte units of a row are
+// permuted so that the eight rows that load_matrices reads at once hit different banks.
+#pragma once
+
+#include <cstdint>
+
+namespace diffad {
+
+struct TokenMlpTask {
+  int tokens;
+  int size, pitch;  // D, and D rounded up to 8: the row length of w_in
+  int blocks, steps;
+  const uint16_t *w_in, *b_in, *w1, *w2, *b2, *w_out, *b_out;  // bf16
+  const float *step_bias, *table;
+  const float* x;  // (M, D) as x_end
+  float *x_end, *stats;
+};
+
+constexpr int kStageHalf = 16384;                // bytes
+constexpr int kTokenMlpShared = 4 * kStageHalf;  // two stages of two halves
+
+// Where unit `unit` (16 bytes) of a row lies, in rows of kUnits units.
+template <int kUnits>
+__device__ __forceinline__ int unit_at(int row, int unit) {
+  static_assert(kUnits == 4 || kUnits % 8 == 0, "eight rows must cover the 32 banks");
+  const int permuted = kUnits == 4 ? unit ^ ((row >> 1) & 3) : unit ^ (row & 7);
+  return (row * kUnits + permuted) * 16;
+}
+
+__device__ __forceinline__ float bf16_to_float(uint16_t x) {
+  return __uint_as_float(static_cast<uint32_t>(x) << 16);
+}
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+// W: width. kTiles: groups of 16 tokens of a warp.
+template <int W, int kTiles>
+struct TokenMlp {
+  static constexpr int N = kStageHalf / 2 / W;
+  static constexpr int kSteps = W / 16;  // steps of 16 along a product's inputs
+  static_assert(W % N == 0 && N % 16 == 0, "stages cut the width evenly");
+
+  const TokenMlpTask& task;
+  char* shared;
+  int in_stages = (task.size + N - 1) / N;
+  int stages = 2 * in_stages + task.blocks * (W / N);  // of a step
+  int parity = 0;  // of the two stages in shared memory, the one that comes next
+
+  float h[kTiles][W / 8][4];
+  uint32_t a[kTiles][kSteps][4];
+
+  __device__ TokenMlp(const TokenMlpTask& task, char* shared) : task(task), shared(shared) {}
+
+  // ------------------------------------------------------------------ weights
+
+  // N rows, W long, from `row` on, of a matrix of `rows` rows.
+  __device__ void fetch_rows(char* half, const uint16_t* matrix, int row, int rows) const {
+    constexpr int kUnits = W / 8;
+#pragma unroll 1  // registers are full
+    for (int i = threadIdx.x; i < N * kUnits; i += blockDim.x) {
+      const int r = i / kUnits, unit = i % kUnits;
+      const bool valid = row + r < rows;
+      copy_async(half + unit_at<kUnits>(r, unit),
+                 matrix + static_cast<int64_t>(valid ? row + r : 0) * W + unit * 8, valid);
+    }
+  }
+  // N columns from `column` on of W rows that are `pitch` long.
+  __device__ void fetch_columns(char* half, const uint16_t* matrix, int column, int pitch) const {
+    constexpr int kUnits = N / 8;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < W * kUnits; i += blockDim.x) {
+      const int r = i / kUnits, unit = i % kUnits;
+      const bool valid = column + unit * 8 < pitch;
+      copy_async(half + unit_at<kUnits>(r, unit),
+                 matrix + static_cast<int64_t>(r) * pitch + (valid ? column + unit * 8 : 0), valid);
+    }
+  }
+  __device__ void fetch(int stage, char* buffer) const {
+    const int block_stages = task.blocks * (W / N);
+    if (stage < in_stages) {
+      fetch_columns(buffer + kStageHalf, task.w_in, stage * N, task.pitch);
+    } else if (stage < in_stages + block_stages) {
+      const int64_t matrix = static_cast<int64_t>((stage - in_stages) / (W / N)) * W * W;
+      const int i = (stage - in_stages) % (W / N);
+      fetch_rows(buffer, task.w1 + matrix, i * N, W);
+      fetch_columns(buffer + kStageHalf, task.w2 + matrix, i * N, W);
+    } else {
+      fetch_rows(buffer, task.w_out, (stage - in_stages - block_stages) * N, task.size);
+    }
+  }
+
+  // Right factors of two products, outputs n to n + 15 and inputs k to k + 15 (multiples of 16) of
+  // a half stage `half` bytes into the shared memory: of the first the first two registers. This is
+  // unit_at(n + the lane's row, k / 8 + the lane's unit), taken apart so that all lies in a
+  // register and constants.
+  template <int kRowLength>
+  __device__ void weights(uint32_t (&b)[4], int lane, int half, int n, int k) const {
+    constexpr int kUnits = kRowLength / 8;
+    const int start = unit_at<kUnits>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    load_matrices(b, shared + (start ^ k / 8 % 8 * 16) + (half + n * kUnits * 16 + k / 64 * 128));
+  }
+
+  // ----------------------------------------------------------------- one warp
+
+  // h += columns . factor, whose inputs are k to k + 15 of the stage.
+  __device__ void into_h(int columns, int k, const uint32_t (&factor)[kTiles][4]) {
+    const int lane = lane_of_thread();
+#pragma unroll
+    for (int n = 0; n < W / 16; ++n) {
+      uint32_t b[4];
+      weights<N>(b, lane, columns, n * 16, k);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        mma(h[m][2 * n], factor[m], b[0], b[1]);
+        mma(h[m][2 * n + 1], factor[m], b[2], b[3]);
+      }
+    }
+  }
+
+  // 16 outputs from row n of the stage on, of the product with a.
+  __device__ void from_a(int rows, int n, float (&sum)[kTiles][2][4]) const {
+    const int lane = lane_of_thread();
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[m][i / 4][i % 4] = 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t b[4];
+      weights<W>(b, lane, rows, n, k * 16);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        mma(sum[m][0], a[m][k], b[0], b[1]);
+        mma(sum[m][1], a[m][k], b[2], b[3]);
+      }
+    }
+  }
+
+  // h (+)= a bias of W numbers.
+  template <bool kAdd>
+  __device__ void bias_to_h(const uint16_t* bias) {
+    const int t = lane_of_thread() % 4;
+#pragma unroll
+    for (int n = 0; n < W / 8; ++n) {
+      const float b[2] = {bf16_to_float(bias[n * 8 + 2 * t]), bf16_to_float(bias[n * 8 + 2 * t + 1])};
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) h[m][n][i] = kAdd ? h[m][n][i] + b[i % 2] : b[i % 2];
+      }
+    }
+  }
+
+  // a = LN(h), or SiLU(LN(h)), as left factors.
+  template <bool kSilu>
+  __device__ void normalise() {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < W / 8; ++n) sum += h[m][n][2 * row] + h[m][n][2 * row + 1];
+        const float mean = over_row(sum) / W;
+        sum = 0;
+#pragma unroll
+        for (int n = 0; n < W / 8; ++n) {
+          const float u = h[m][n][2 * row] - mean, v = h[m][n][2 * row + 1] - mean;
+          sum += u * u + v * v;
+        }
+        const float scale = rsqrtf(over_row(sum) / W + 1e-5f);
+#pragma unroll
+        for (int n = 0; n < W / 8; ++n) {
+          float u = (h[m][n][2 * row] - mean) * scale, v = (h[m][n][2 * row + 1] - mean) * scale;
+          if (kSilu) {
+            u = silu(u);
+            v = silu(v);
+          }
+          a[m][n / 2][n % 2 * 2 + row] = pack_bf16(u, v);
+        }
+      }
+    }
+  }
+  // Sum over the four lanes of a row.
+  __device__ static float over_row(float x) {
+    x += exchange(x, 1);
+    return x + exchange(x, 2);
+  }
+
+  // -------------------------------------------------------------------- stages
+
+  // The token of row g (`lower` 0) or g + 8 (1) of the warp's tile m.
+  __device__ int token(int first, int m, int lower) const {
+    return first + m * 16 + lower * 8 + lane_of_thread() / 4;
+  }
+  __device__ float state(const float* x, int token, int column) const {
+    return token < task.tokens && column < task.size ? x[place(token, column)] : 0.0f;
+  }
+  __device__ int64_t place(int token, int column) const {
+    return static_cast<int64_t>(token) * task.size + column;
+  }
+
+  __device__ void in_stage(int i, int columns, int first, const float* x, float c_in) {
+    if (i == 0) bias_to_h<false>(task.b_in);
+    for (int k = 0; k < N && i * N + k < task.size; k += 16) {
+      const int t = lane_of_thread() % 4;
+      uint32_t factor[kTiles][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int column = i * N + k + r / 2 * 8 + 2 * t;
+          const int at = token(first, m, r % 2);
+          factor[m][r] = pack_bf16(c_in * state(x, at, column), c_in * state(x, at, column + 1));
+        }
+      }
+      into_h(columns, k, factor);
+    }
+  }
+
+  __device__ void block_stage(int i, int rows, int columns, const float* bias,
+                              const uint16_t* b2) {
+    if (i == 0) normalise<false>();
+#pragma unroll 1
+    for (int n = 0; n < N; n += 16) {
+      float sum[kTiles][2][4];
+      uint32_t hidden[kTiles][4];
+      from_a(rows, n, sum);
+      const int t = lane_of_thread() % 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* e = bias + i * N + n + half * 8 + 2 * t;
+        const float e0 = e[0], e1 = e[1];
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          const float(&s)[4] = sum[m][half];
+          hidden[m][2 * half] = pack_bf16(silu(s[0] + e0), silu(s[1] + e1));
+          hidden[m][2 * half + 1] = pack_bf16(silu(s[2] + e0), silu(s[3] + e1));
+        }
+      }
+      into_h(columns, n, hidden);
+    }
+    if (i == W / N - 1) bias_to_h<true>(b2);
+  }
+
+  __device__ void out_stage(int i, int rows, int first, const float* x,
+                            const float* row, float (&squares)[kTiles][2]) {
+    if (i == 0) normalise<true>();
+#pragma unroll 1
+    for (int n = 0; n < N && i * N + n < task.size; n += 16) {
+      float sum[kTiles][2][4];
+      from_a(rows, n, sum);
+      const int t = lane_of_thread() % 4;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int half = j / 4, column = i * N + n + half * 8 + 2 * t + j % 2;
+        const float bias = column < task.size ? bf16_to_float(task.b_out[column]) : 0.0f;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          const int lower = j % 4 / 2;
+          const int at = token(first, m, lower);
+          const float now = state(x, at, column), y = sum[m][half][j % 4] + bias;
+          if (at < task.tokens && column < task.size) {
+            task.x_end[place(at, column)] = row[1] * now + row[2] * y;
+            const float residual = row[3] * now + row[4] * y;
+            squares[m][lower] += residual * residual;
+          }
+        }
+      }
+    }
+  }
+
+  // Waits for `stage`, starts the one after it, if there is one, and returns where the rows lie.
+  __device__ int arrive(int stage, bool more) {
+    wait_for_copies();
+    __syncthreads();  // the stage has come, and nobody uses the one before it any more
+    const int rows = parity * 2 * kStageHalf;
+    parity ^= 1;
+    if (stage + 1 < stages || more) {
+      fetch(stage + 1 < stages ? stage + 1 : 0, shared + parity * 2 * kStageHalf);
+    }
+    return rows;
+  }
+
+  // One step of the tokens from `first` on.
+  __device__ void one_step(int step, int first, bool more) {
+    const float* row = task.table + step * 5;
+    const float* x = step == 0 ? task.x : task.x_end;
+    int stage = 0;
+    for (int i = 0; i < in_stages; ++i) {
+      in_stage(i, arrive(stage++, more) + kStageHalf, first, x, row[0]);
+    }
+    for (int block = 0; block < task.blocks; ++block) {
+      for (int i = 0; i < W / N; ++i) {
+        const int rows = arrive(stage++, more);
+        block_stage(i, rows, rows + kStageHalf,
+                    task.step_bias + static_cast<int64_t>(step * task.blocks + block) * W,
+                    task.b2 + static_cast<int64_t>(block) * W);
+      }
+    }
+    float squares[kTiles][2] = {};
+    for (int i = 0; i < in_stages; ++i) {
+      out_stage(i, arrive(stage++, more), first, x, row, squares);
+    }
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        const float mean = over_row(squares[m][lower]) / static_cast<float>(task.size);
+        const int at = token(first, m, lower);
+        if (lane_of_thread() % 4 == 0 && at < task.tokens) {
+          task.stats[static_cast<int64_t>(at) * task.steps + step] = mean;
+        }
+      }
+    }
+  }
+
+  __device__ void run() {
+    const int per_block = blockDim.x / 32 * (16 * kTiles);
+    const int stride = gridDim.x * per_block;
+    int first = blockIdx.x * per_block;  // of the thread block
+    if (first < task.tokens) fetch(0, shared);
+    for (; first < task.tokens; first += stride) {
+      for (int step = 0; step < task.steps; ++step) {
+        one_step(step, first + threadIdx.x / 32 * (16 * kTiles),
+                 step + 1 < task.steps || first + stride < task.tokens);
+      }
+    }
+  }
+};
+
+}  // namespace diffad

@@ -1,0 +1,449 @@
+"""Analytic checks of the whole forward, reverse and inverse process: for Gaussian data the best
+denoiser is known in closed form, and deterministic DDIM is linear in its input."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from diffad_fast import denoisers, native, ops, use_backend
+from diffad_fast.denoisers.diffusers_unet import DiffusersUNet
+from diffad_fast.diffusion import NoiseSchedule, ReverseLoop, loop
+
+VARIANCE = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)[None, :, None, None]
+KINDS = ["sample", "epsilon", "v_prediction"]
+
+
+def exact_denoiser(kind):
+    """E[target | x_t] for data N(0, VARIANCE): x0 = c x_t with c = sqrt(a) v / (a v + 1 - a)."""
+
+    def denoise(x_t, log_sigma):
+        a = 1 / (1 + torch.exp(2 * log_sigma.double())).view(-1, 1, 1, 1)
+        x0 = a.sqrt() * VARIANCE / (a * VARIANCE + 1 - a) * x_t
+        noise = (x_t - a.sqrt() * x0) / (1 - a).sqrt()
+        return {
+            "sample": x0,
+            "epsilon": noise,
+            "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * x0,
+        }[kind]
+
+    return denoise
+
+
+def deviation(a):
+    """Of the marginal at a level, a coordinate."""
+    return (a * VARIANCE + 1 - a).sqrt()
+
+
+def gaussian(n=3, side=4):
+    return torch.randn(n, 3, side, side, dtype=torch.float64) * VARIANCE.sqrt()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gaussian_data_comes_back_gaussian(kind):
+    """The probability flow of exact DDIM maps the marginal at sigma to that of the data: a standard
+    deviation sqrt(a v + 1 - a) at the start becomes sqrt(v), per coordinate and linearly."""
+    schedule = NoiseSchedule("cosine")
+    x0 = gaussian()
+    start = schedule.timestep(1.0)
+    table = schedule.reverse_steps(start, start + 1)
+    seen = []
+
+    def denoiser(x_t, log_sigma):
+        seen.append(x_t)
+        return exact_denoiser(kind)(x_t, log_sigma)
+
+    x_hat = ReverseLoop(denoiser, table, seed=1, prediction_type=kind)(x0)
+    expected = seen[0] * VARIANCE.sqrt() / deviation(table[0].alpha_t)
+    # Some 500 steps of a first-order solver.
+    torch.testing.assert_close(x_hat, expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inversion_gives_the_latent_and_reconstruction_undoes_it(kind):
+    """From the level of sigma_min to that of sigma_max the flow multiplies by the ratio of the
+    marginals' deviations; the way back gives the input again. Both are solvers of first order: with
+    twice the steps, the errors halve."""
+    x0 = gaussian()
+    errors = []
+    for steps in (200, 400):
+        up = NoiseSchedule.inversion_steps(0.02, 20.0, steps)
+        a, b = up[0].alpha_t, up[-1].alpha_s
+        latent = ReverseLoop(exact_denoiser(kind), up, prediction_type=kind)(x0)
+        expected = math.sqrt(a) * x0 * deviation(b) / deviation(a)
+        # The same levels downwards, and at last to the clean end.
+        down = [type(s)(s.alpha_s, s.alpha_t, t) for s, t in zip(
+            reversed(up), [0.5 * math.log((1 - s.alpha_s) / s.alpha_s) for s in reversed(up)],
+            strict=True)]  # fmt: skip
+        back = ReverseLoop(exact_denoiser(kind), down, prediction_type=kind).run(latent)
+        errors.append([
+            float(((latent - expected) / expected).abs().max()),
+            float(((back - math.sqrt(a) * x0) / x0).abs().max()),
+        ])  # fmt: skip
+    (latent_200, back_200), (latent_400, back_400) = errors
+    assert latent_400 < 0.02 and back_400 < 0.03
+    assert latent_200 / latent_400 == pytest.approx(2, rel=0.1)
+    assert back_200 / back_400 == pytest.approx(2, rel=0.1)
+
+
+def test_latents_of_normal_data_are_standard_normal_and_others_are_not():
+    """What scores by inversion rest on: ||z||^2 / d is 1 on the model's data, larger beside it."""
+    normal, wide = gaussian(200, 8), 2 * gaussian(200, 8)
+    invert = ReverseLoop(
+        exact_denoiser("v_prediction"), NoiseSchedule.inversion_steps(0.01, 50.0, 300)
+    )
+    square = invert(normal).square().flatten(1).mean(dim=1)
+    d = 3 * 8 * 8
+    assert float(square.mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / d / 200) + 0.02)
+    assert float(square.var()) == pytest.approx(2 / d, rel=0.5)
+    assert float(invert(wide).square().mean()) == pytest.approx(4, rel=0.05)
+
+
+def test_forward_part_and_the_same_noise_for_every_sample():
+    table = NoiseSchedule("linear").reverse_steps(400, 1)
+    x0 = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    seen = {}
+
+    def denoiser(x_t, log_sigma):
+        seen.update(x_t=x_t, log_sigma=log_sigma)
+        return torch.zeros_like(x_t)
+
+    ReverseLoop(denoiser, table, seed=3)(x0)
+    a = table[0].alpha_t
+    noise = (seen["x_t"] - math.sqrt(a) * x0) / math.sqrt(1 - a)
+    torch.testing.assert_close(noise[0], noise[1])
+    field = ops.philox_normal((1, 8, 8), 3).double()
+    torch.testing.assert_close(noise[0], field, rtol=0, atol=1e-6)
+    assert seen["log_sigma"].shape == (2,)
+    assert float(seen["log_sigma"][1]) == pytest.approx(table[0].log_sigma)
+
+
+def test_guidance_pulls_towards_the_input():
+    table = NoiseSchedule("linear").reverse_steps(400, 4)
+    x0 = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    distance = [
+        (ReverseLoop(exact_denoiser("epsilon"), table, prediction_type="epsilon", guidance=w)(x0)
+         - x0).abs().mean()
+        for w in (0.0, 0.5, 1.0)
+    ]  # fmt: skip
+    assert distance[0] > distance[1] > distance[2]
+
+
+def test_eta_adds_noise_that_repeats():
+    table = NoiseSchedule("linear").reverse_steps(400, 4)
+    x0 = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+
+    def run(eta, seed=0):
+        return ReverseLoop(exact_denoiser("v_prediction"), table, seed=seed, eta=eta)(x0)
+
+    assert torch.equal(run(1.0), run(1.0))
+    assert not torch.allclose(run(1.0), run(0.0))
+    assert not torch.allclose(run(1.0), run(1.0, seed=1))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_sample_does_not_depend_on_its_neighbours(layout):
+    table = NoiseSchedule("linear").reverse_steps(400, 3)
+    x0 = gaussian(5, 6).to(memory_format=layout)
+    run = ReverseLoop(exact_denoiser("v_prediction"), table, eta=0.5, clip=3.0, guidance=0.1)
+    together = run(x0)
+    for i in range(5):
+        assert torch.equal(run(x0[i : i + 1])[0], together[i])
+
+
+def test_prepare_and_conclude():
+    table = NoiseSchedule("linear").reverse_steps(400, 2)
+    x = gaussian(2)
+    plain = ReverseLoop(exact_denoiser("v_prediction"), table)
+    whole = ReverseLoop(
+        exact_denoiser("v_prediction"),
+        table,
+        prepare=lambda x: x / 2,
+        conclude=lambda x, x0, x_hat: {"input": x, "error": (x0 - x_hat, x_hat)},
+    )
+    result = whole(x)
+    assert torch.equal(result["input"], x) and torch.equal(result["error"][1], plain(x / 2))
+    assert torch.equal(result["error"][0], x / 2 - plain(x / 2))
+
+
+def test_run_leaves_its_state_alone():
+    x = gaussian(2)
+    before = x.clone()
+    ReverseLoop(exact_denoiser("sample"), NoiseSchedule().inversion_steps(0.1, 1.0, 2),
+                prediction_type="sample").run(x)  # fmt: skip
+    assert torch.equal(x, before)
+
+
+def test_levels_embedded_at_once_are_the_levels():
+    """The U-Net's embedding is taken out of the loop; without it the result is the same."""
+    torch.manual_seed(0)
+    unet = denoisers.create("unet-tiny", 16).eval()
+    nn.init.normal_(unet.conv_out.weight, std=0.02)  # starts at 0
+    table = NoiseSchedule().reverse_steps(700, 3)
+    x0 = torch.randn(2, 16, 16, 16)
+    calls = []
+    unet.embedding.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    got = ReverseLoop(unet, table)(x0)
+    assert calls == [3]
+    with torch.inference_mode():
+        expected = ReverseLoop(lambda x, level: unet(x, level), table)(x0)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_narrow_network_gets_narrow_inputs_and_the_state_stays_wide():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+        def forward(self, x, log_sigma):
+            assert x.dtype == torch.bfloat16 and log_sigma.dtype == torch.float32
+            return x * self.weight
+
+    got = ReverseLoop(Half(), NoiseSchedule().reverse_steps(500, 3))(torch.randn(2, 3, 4, 4))
+    assert got.dtype == torch.float32
+
+
+def test_a_unet_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 8),
+        layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()  # fmt: skip
+    schedule = NoiseSchedule("linear")
+    denoiser = DiffusersUNet(unet, scheduler.alphas_cumprod)
+    asked = []
+    unet.register_forward_pre_hook(
+        lambda module, args: asked.append(torch.as_tensor(args[1]).tolist())
+    )
+    table = schedule.reverse_steps(599, 3)
+    x0 = torch.randn(2, 3, 8, 8)
+    run = ReverseLoop(denoiser, table, prediction_type="epsilon", seed=5)
+    got = run(x0)
+    assert asked == [[599] * 2, [399] * 2, [199] * 2]
+    # Their loop from the same noise.
+    noise = ops.philox_normal((1, 3, 8, 8), 5)
+    x = scheduler.add_noise(x0, noise.expand(x0.shape), torch.tensor([599, 599]))
+    scheduler.set_timesteps(5)  # steps of 200
+    with torch.no_grad():
+        for t in (599, 399, 199):
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(got, x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clip, guidance", [(None, 0.0), (0.7, 0.0), (0.7, 0.3)])
+def test_the_table_of_the_kernels_is_the_step(kind, clip, guidance):
+    """x0 = c0 x + c1 m + c2 y, x_s = c3 x + c4 m + c5 y + c6 limited(x0) + c7 z, limit c8."""
+    steps = NoiseSchedule("linear").reverse_steps(700, 4)
+    table = ops.diffusion.step_table(steps, kind, 0.6, clip, guidance)
+    assert table.shape == (4, 9) and table.dtype == torch.float32
+    x, m, y, z = torch.randn(4, 2, 30, dtype=torch.float64)
+    for c, step in zip(table.double(), steps, strict=True):
+        x0 = (c[0] * x + c[1] * m + c[2] * y).clamp(-c[8], c[8])
+        got = c[3] * x + c[4] * m + c[5] * y + c[6] * x0 + c[7] * z
+        with use_backend("reference"):
+            expected = ops.ddim_step(x, m, step.alpha_t, step.alpha_s, kind, 0.6, z, clip,
+                                     guidance=(y, guidance))  # fmt: skip
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+class FakeCapture:
+    """In place of CapturedCall: counts, and computes eagerly."""
+
+    made: list = []
+
+    def __init__(self, function, x):
+        self.function = function
+        FakeCapture.made.append(tuple(x.shape))
+
+    def __call__(self, x):
+        return self.function(x)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    monkeypatch.setattr(loop, "CapturedCall", FakeCapture)
+    monkeypatch.setattr(loop.ReverseLoop, "_gains", lambda self, captured, x: True)
+    FakeCapture.made = []
+    return FakeCapture.made
+
+
+def graph_of(run, x):
+    with torch.inference_mode():
+        return run._graph(x)
+
+
+def test_what_is_captured(captures):
+    """A shape that comes twice; again when a weight changes; the oldest is forgotten."""
+    unet = nn.Conv2d(3, 3, 1)
+    run = ReverseLoop(lambda x, level: unet(x), NoiseSchedule().reverse_steps(500, 2),
+                      modules=[unet], graphs=2)  # fmt: skip
+    a, b, c = (torch.randn(n, 3, 4, 4) for n in (1, 2, 3))
+    assert graph_of(run, a) is None and captures == []
+    first = graph_of(run, a)
+    assert isinstance(first, FakeCapture) and graph_of(run, a.clone()) is first
+    assert captures == [(1, 3, 4, 4)]
+    with torch.no_grad():
+        unet.weight.mul_(2)
+    assert graph_of(run, a) is None and graph_of(run, a) is not first
+    unet.weight = nn.Parameter(unet.weight.detach().clone())
+    assert graph_of(run, a) is None
+    del captures[:]
+    for x in (a, b, b, c, c, a):
+        graph_of(run, x)
+    assert captures == [(1, 3, 4, 4), (2, 3, 4, 4), (3, 3, 4, 4)]
+    assert graph_of(run, b) is None  # pushed out
+    assert len(run._captured) == 2
+
+
+def test_a_failed_capture_says_so_once_and_runs_eagerly(captures, monkeypatch):
+    def fail(self, function, x):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeCapture, "__init__", fail)
+    run = ReverseLoop(exact_denoiser("v_prediction"), NoiseSchedule().reverse_steps(500, 2))
+    x = gaussian()
+    graph_of(run, x)
+    with pytest.warns(RuntimeWarning, match="capture failed: operation not permitted"):
+        assert graph_of(run, x) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert graph_of(run, x) is None
+
+
+def test_a_graph_without_gain_is_not_used(captures, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "CapturedCall", FakeCapture)
+    FakeCapture.made = []
+    run = ReverseLoop(exact_denoiser("v_prediction"), NoiseSchedule().reverse_steps(500, 2))
+    x = gaussian()
+    for graph_takes, used in ((5.0, False), (1.0, True)):
+        run._captured.clear()
+        monkeypatch.setattr(
+            loop, "elapsed",
+            lambda call, x, t=graph_takes: t if isinstance(call, FakeCapture) else 2.0,
+        )  # fmt: skip
+        graph_of(run, x)
+        assert (graph_of(run, x) is not None) == used
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+
+def on_gpu(test):
+    needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(needed(test))
+
+
+def small_unet(dtype=torch.float32):
+    torch.manual_seed(0)
+    unet = denoisers.create("unet-tiny", 16)
+    nn.init.normal_(unet.conv_out.weight, std=0.02)
+    return unet.to("cuda", dtype, memory_format=torch.channels_last).eval()
+
+
+@on_gpu
+@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"clip": 2.0, "guidance": 0.2}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_are_the_eager_loop(options, dtype):
+    run = ReverseLoop(small_unet(dtype), NoiseSchedule().reverse_steps(700, 4), **options)
+    for side in (torch.cuda.Stream(), torch.cuda.current_stream()):
+        with torch.cuda.stream(side):
+            for n in (2, 5):
+                for _ in range(4):
+                    x = torch.randn(n, 16, 16, 16, device="cuda")
+                    x = x.contiguous(memory_format=torch.channels_last)
+                    with torch.inference_mode():
+                        assert torch.equal(run(x), run.eager(x))
+        torch.cuda.synchronize()
+    assert any(isinstance(c, loop.CapturedCall) for c in run._captured.values())
+
+
+@on_gpu
+def test_new_weights_are_seen():
+    unet = small_unet()
+    run = ReverseLoop(unet, NoiseSchedule().reverse_steps(700, 4))
+    x = torch.randn(2, 16, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
+    before = [run(x) for _ in range(3)][-1]
+    with torch.no_grad():
+        unet.conv_out.bias.add_(0.1)
+    for _ in range(3):
+        after = run(x)
+        assert not torch.equal(after, before) and torch.equal(after, run.eager(x))
+
+
+@on_gpu
+def test_the_loop_does_not_wait_for_the_device():
+    run = ReverseLoop(small_unet(), NoiseSchedule().reverse_steps(700, 4), eta=1.0)
+    x = torch.randn(2, 16, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
+    for _ in range(3):
+        run(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            run.eager(x)
+        run(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("side", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_steps_are_the_steps_of_the_cpu(dtype, side, layout):
+    """In-kernel noise included: the same Philox numbers, whatever the layout."""
+    steps = NoiseSchedule("linear").reverse_steps(700, 3)
+    x, y = (torch.randn(2, 8, side, side).to(memory_format=layout) for _ in range(2))
+    for limits in ({"clip": 0.8}, {}, {"dynamic_threshold": (0.9, 1.5)}):
+        clip = 1.0 if "dynamic_threshold" in limits else limits.get("clip")
+        table = ops.diffusion.step_table(steps, "v_prediction", 0.7, clip, 0.2).cuda()
+        counter = torch.zeros(2, dtype=torch.int32, device="cuda")
+        state, expected = x.cuda(), x
+        following = torch.empty_like(state, dtype=dtype)
+        for i, step in enumerate(steps):
+            m = torch.randn(2, 8, side, side).to(dtype).to(memory_format=layout)
+            noise = ops.philox_normal((1, 8, side, side), 3, step=i + 1, device="cpu")
+            torch.ops.diffad_fast.ddim_loop_step_(
+                state, m.cuda(), y.cuda(), table, counter, following, 3, 0,
+                *limits.get("dynamic_threshold", (-1.0, 1.0)),
+            )  # fmt: skip
+            expected = ops.ddim_step(expected, m, *step[:2], "v_prediction", 0.7, noise,
+                                     guidance=(y, 0.2), **limits)  # fmt: skip
+            torch.testing.assert_close(state.cpu(), expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(following, state.to(dtype))
+        assert counter.tolist() == [0, 0]
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_fused_end(level, channels, layout):
+    n, h, w, r = 2, 3, 40, 2**level
+    size = (n, channels * 4**level, h, w)
+    x, m, y = (torch.randn(size).to(memory_format=layout) for _ in range(3))
+    mean, deviation = torch.randn(size[1]) * 0.1, torch.rand(size[1]) + 0.5
+    images = torch.rand(n, channels, h * r, w * r)
+    step = NoiseSchedule("linear").reverse_steps(300, 1)
+    for clamp in (True, False):
+        table = ops.diffusion.step_table(step, "epsilon", 0.0, 1.5, 0.1).cuda()
+        counter = torch.zeros(2, dtype=torch.int32, device="cuda")
+        got = torch.ops.diffad_fast.ddim_finish(
+            *(t.cuda() for t in (x, m, y)), table, counter,
+            *(t.cuda() for t in (mean, deviation, images)), level, clamp,
+        )  # fmt: skip
+        x0 = ops.ddim_step(x, m, *step[0][:2], clip=1.5, guidance=(y, 0.1))
+        x_hat = ops.haar_unpack(x0 * deviation[:, None, None] + mean[:, None, None], level)
+        x_hat = x_hat.clamp(0, 1) if clamp else x_hat
+        d_p = ops.anomaly_map(images, x_hat, weights=(1, 0, 0), sigma=0.0)[0]
+        d_w = ops.anomaly_map(images, x_hat, weights=(0, 0, 1), levels=level, sigma=0.0)[0]
+        for ours, expected in zip(got, (x_hat, d_p, d_w), strict=True):
+            torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,235 @@
+// Runs csrc/cuda/token_mlp_tile.h on the CPU: every thread of a thread block is a fiber, and the
+// instructions of mma.h, written here from PTX's description of their fragments, let the fibers of
+// a warp meet. Standard input: the task as numbers; standard output: x_end and stats.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+
+struct Dim {
+  unsigned x;
+};
+static Dim threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+ucontext_t scheduler;
+std::vector<ucontext_t> fibers;
+std::vector<std::vector<char>> stacks;
+std::function<void()> body;
+std::vector<bool> finished;
+
+void yield() {
+  const unsigned me = threadIdx.x;
+  swapcontext(&fibers[me], &scheduler);
+}
+
+// All fibers take turns in order: when a fiber is back from `yield`, all others have come as far.
+// A write, a yield, reads and a yield are thus an exchange without races.
+union Slot {
+  uint32_t u[8];
+  float f[8];
+  const void* p;
+};
+std::vector<Slot> slots;
+
+Slot& mine() { return slots[threadIdx.x]; }
+Slot& of_lane(int lane) { return slots[threadIdx.x / 32 * 32 + lane]; }
+
+float from_bf16(uint32_t bits) {
+  bits <<= 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+uint32_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+struct Copy {
+  char* shared;
+  const void* global;
+  bool valid;
+};
+std::vector<std::vector<Copy>> pending;  // by thread
+
+}  // namespace
+
+static float __uint_as_float(uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+static float __fdividef(float a, float b) { return a / b; }
+#define __expf(x) std::exp(x)  // the C library has taken the name
+static float rsqrtf(float x) { return 1 / std::sqrt(x); }
+static void __syncthreads() { yield(); }
+
+namespace diffad {
+
+static int lane_of_thread() { return threadIdx.x % 32; }
+
+static uint32_t pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+
+static float exchange(float x, int lanes) {
+  mine().f[0] = x;
+  yield();
+  const float other = of_lane(lane_of_thread() ^ lanes).f[0];
+  yield();
+  return other;
+}
+
+// PTX ISA, mma.m16n8k16, .bf16: A element (row, k) is in lane (row % 8) * 4 + k % 8 / 2, register
+// row / 8 + k / 8 * 2, half k % 2; B element (k, n) in lane n * 4 + k % 8 / 2, register k / 8, half
+// k % 2; C element (row, n) in lane (row % 8) * 4 + n / 2, register row / 8 * 2 + n % 2.
+static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  for (int i = 0; i < 4; ++i) mine().u[i] = a[i];
+  mine().u[4] = b0;
+  mine().u[5] = b1;
+  yield();
+  const int lane = lane_of_thread();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t x = of_lane(row % 8 * 4 + k % 8 / 2).u[row / 8 + k / 8 * 2];
+      const uint32_t y = of_lane(n * 4 + k % 8 / 2).u[4 + k / 8];
+      c[i] += from_bf16(x >> k % 2 * 16 & 0xffffu) * from_bf16(y >> k % 2 * 16 & 0xffffu);
+    }
+  }
+  yield();
+}
+
+// PTX ISA, ldmatrix.x4.
+static void load_matrices(uint32_t (&r)[4], const void* shared) {
+  mine().p = shared;
+  yield();
+  const int lane = lane_of_thread();
+  for (int i = 0; i < 4; ++i) {
+    const char* row = static_cast<const char*>(of_lane(i * 8 + lane / 4).p);
+    std::memcpy(&r[i], row + lane % 4 * 4, 4);
+  }
+  yield();
+}
+
+// A copy may arrive at any time up to the wait: those of odd threads do at once, which shows where
+// shared memory is overwritten too early, the others at the wait, which shows where that is missing.
+static void wait_for_copies() {
+  for (const Copy& copy : pending[threadIdx.x]) {
+    if (copy.valid) {
+      std::memcpy(copy.shared, copy.global, 16);
+    } else {
+      std::memset(copy.shared, 0, 16);
+    }
+  }
+  pending[threadIdx.x].clear();
+}
+
+static void copy_async(void* shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
+    std::fprintf(stderr, "a copy of 16 bytes from or to an address that is no multiple of 16\n");
+    std::exit(1);
+  }
+  pending[threadIdx.x].push_back({static_cast<char*>(shared), global, valid});
+  if (threadIdx.x % 2) wait_for_copies();
+}
+}  // namespace diffad
+
+#include "../../csrc/cuda/token_mlp_tile.h"
+
+namespace {
+
+void entry() {
+  body();
+  finished[threadIdx.x] = true;
+  yield();
+}
+
+void run_block(unsigned threads) {
+  fibers.assign(threads, {});
+  stacks.assign(threads, std::vector<char>(256 * 1024));
+  slots.assign(threads, {});
+  finished.assign(threads, false);
+  pending.assign(threads, {});
+  for (unsigned i = 0; i < threads; ++i) {
+    getcontext(&fibers[i]);
+    fibers[i].uc_stack.ss_sp = stacks[i].data();
+    fibers[i].uc_stack.ss_size = stacks[i].size();
+    fibers[i].uc_link = nullptr;
+    makecontext(&fibers[i], entry, 0);
+  }
+  for (bool more = true; more;) {
+    more = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      if (finished[i]) continue;
+      threadIdx.x = i;
+      swapcontext(&scheduler, &fibers[i]);
+      more = more || !finished[i];
+    }
+  }
+}
+
+template <class T>
+std::vector<T> read(size_t count) {
+  // Starts at a multiple of 16, as tensors do.
+  std::vector<T> x(count);
+  if (std::fread(x.data(), sizeof(T), count, stdin) != count) std::exit(2);
+  return x;
+}
+
+}  // namespace
+
+int main() {
+  // width, tiles of a warp, warps, thread blocks; tokens, size, blocks, steps
+  const std::vector<int32_t> n = read<int32_t>(8);
+  const size_t w = n[0], tokens = n[4], size = n[5], blocks = n[6], steps = n[7];
+  const size_t pitch = (size + 7) / 8 * 8;
+  const auto w_in = read<uint16_t>(w * pitch), b_in = read<uint16_t>(w);
+  const auto w1 = read<uint16_t>(blocks * w * w), w2 = read<uint16_t>(blocks * w * w);
+  const auto b2 = read<uint16_t>(blocks * w), w_out = read<uint16_t>(size * w);
+  const auto b_out = read<uint16_t>(size);
+  const auto step_bias = read<float>(steps * blocks * w), table = read<float>(steps * 5);
+  const auto x = read<float>(tokens * size);
+  std::vector<float> x_end(tokens * size, NAN), stats(tokens * steps, NAN);
+
+  diffad::TokenMlpTask task{};
+  task.tokens = tokens;
+  task.size = size;
+  task.pitch = pitch;
+  task.blocks = blocks;
+  task.steps = steps;
+  task.w_in = w_in.data();
+  task.b_in = b_in.data();
+  task.w1 = w1.data();
+  task.w2 = w2.data();
+  task.b2 = b2.data();
+  task.w_out = w_out.data();
+  task.b_out = b_out.data();
+  task.step_bias = step_bias.data();
+  task.table = table.data();
+  task.x = x.data();
+  task.x_end = x_end.data();
+  task.stats = stats.data();
+
+  blockDim.x = 32 * n[2];
+  gridDim.x = n[3];
+  char* shared = static_cast<char*>(std::aligned_alloc(1024, diffad::kTokenMlpShared));
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+    std::memset(shared, 0xff, diffad::kTokenMlpShared);  // NaN
+    if (n[0] == 128 && n[1] == 1) body = [&] { diffad::TokenMlp<128, 1>(task, shared).run(); };
+    if (n[0] == 128 && n[1] == 2) body = [&] { diffad::TokenMlp<128, 2>(task, shared).run(); };
+    if (n[0] == 256 && n[1] == 1) body = [&] { diffad::TokenMlp<256, 1>(task, shared).run(); };
+    run_block(blockDim.x);
+  }
+  std::fwrite(x_end.data(), 4, x_end.size(), stdout);
+  std::fwrite(stats.data(), 4, stats.size(), stdout);
+}
