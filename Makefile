@@ -5,6 +5,8 @@ PYTHON ?= python3
 # PyPI's torch for Linux brings several GB of CUDA; this index has the build without.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
+# Tests run side by side, one process a core, four at most.
+PYTEST_JOBS ?= -n auto --maxprocesses 4
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 # OpenMP threads that wait shall sleep: where other work shares the cores, spinning ones made these
@@ -17,10 +19,10 @@ demo: .venv/.built
 	$(BIN)/python -m diffad_fast.data.demo --out out/demo
 
 test: .venv/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_JOBS)
 
 test-all: .venv/.built
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "slow or not slow"
 
 test-asan: .venv/.installed
 	tests/asan.sh $(abspath $(BIN)/python) out/asan

@@ -23,7 +23,8 @@ from diffad_fast.ops import dispatch
 CPU = torch.device("cpu")
 TINY = harness.Effort(seconds=0.0, at_least=3, compile_seconds=0.0)
 CEILINGS = {
-    "copy_gb_per_s": 10.0, "copy_megabytes": 1, "matrix_gflop_per_s": {"float32": 100.0},
+    "copy_gb_per_s": 10.0, "clone_gb_per_s": 5.0, "copy_megabytes": 1,
+    "matrix_gflop_per_s": {"float32": 100.0},
     "matrix_side": 8,
 }  # fmt: skip
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
@@ -118,7 +119,7 @@ def test_what_counts_as_wrong(output, reason):
 def test_every_quick_operator_case_is_right():
     """Each contender of each operator passes its own check: the baselines compute the same."""
     for case in cases.load(cases.OPERATORS[:-1], "cpu", quick=True):
-        with torch.inference_mode():
+        with torch.inference_mode(not case.gradients):
             inputs = case.inputs(CPU)
             exact = case.exact(inputs)
             for name, contender in case.contenders.items():
@@ -128,7 +129,7 @@ def test_every_quick_operator_case_is_right():
 
 
 def test_every_operator_has_a_case():
-    here = {case.operator for case in cases.load(cases.OPERATORS, "cpu", quick=True)}
+    here = {case.operator for case in cases.load(cases.OPERATORS[:-1], "cpu", quick=True)}
     assert set(dispatch.OPERATORS) == here
 
 

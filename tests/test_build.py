@@ -131,7 +131,7 @@ with warnings.catch_warnings(record=True) as caught:
     info = diffad_fast.info()
 ours = [str(w.message) for w in caught if "diffad_fast" in str(w.message)]
 assert len(ours) == 1 and "slower reference backend" in ours[0], ours
-assert info["build"] is None and set(info["unavailable"]) == {"cpu", "cuda"}, info
+assert info["build"] is None and {"cpu", "cuda"} <= set(info["unavailable"]), info
 assert set(info["operators"]["haar_pack"].values()) == {"reference"}, info
 try:
     diffad_fast.use_backend("cpu").__enter__()

@@ -55,7 +55,7 @@ def inverse(bands, wavelet, mode, output_size=None, tolerance=1e-12):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize("wavelet", ["db2", pytest.param("haar", marks=pytest.mark.slow)])
 def test_modes(wavelet, mode):
     for shape in ((1, 2, 5, 7), (2, 1, 8, 6)):
         bands = forward(random(*shape), wavelet, mode)
@@ -68,7 +68,7 @@ def test_images_shorter_than_the_filter(mode):
     inverse(forward(random(*shape), "db4", mode), "db4", mode, shape[2:])
 
 
-@pytest.mark.parametrize("wavelet", ["bior2.6", "sym8"])
+@pytest.mark.parametrize("wavelet", ["bior2.6", pytest.param("sym8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["periodization", "symmetric"])
 def test_lengths(wavelet, mode):
     x = random(1, 1, 18, 17)
