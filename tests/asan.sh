@@ -22,4 +22,4 @@ run() {
         ASAN_OPTIONS=detect_leaks=0 "$python" "$@"
 }
 run -c "from diffad_fast import native; assert native.loaded()"
-run -m pytest -q tests/ops tests/test_metrics.py
+run -m pytest -q -n auto --maxprocesses 4 tests/ops tests/test_metrics.py
