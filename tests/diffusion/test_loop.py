@@ -189,7 +189,7 @@ def test_levels_embedded_at_once_are_the_levels():
     assert calls == [3]
     with torch.inference_mode():
         expected = ReverseLoop(lambda x, level: unet(x, level), table)(x0)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_narrow_network_gets_narrow_inputs_and_the_state_stays_wide():
@@ -233,7 +233,7 @@ def test_a_unet_of_diffusers():
     with torch.no_grad():
         for t in (599, 399, 199):
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-    torch.testing.assert_close(got, x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got, x, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.skipif(not native.loaded(), reason="the native library is missing")

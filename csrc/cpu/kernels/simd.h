@@ -153,7 +153,7 @@ DIFFAD_SIMD Vec<double> sqrt(Vec<double> x) {
 template <class V>
 using lane_t = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
 
-// Sum and largest of the lanes: halves are folded onto each other, in a fixed order.
+// Sum of the lanes: halves are folded onto each other, in a fixed order.
 template <class V>
 DIFFAD_SIMD lane_t<V> sum_of_lanes(V x) {
   constexpr int lanes = sizeof(V) / sizeof(lane_t<V>);
@@ -166,17 +166,6 @@ DIFFAD_SIMD lane_t<V> sum_of_lanes(V x) {
   }
   return lane[0];
 }
-template <class V>
-DIFFAD_SIMD lane_t<V> max_of_lanes(V x) {
-  constexpr int lanes = sizeof(V) / sizeof(lane_t<V>);
-  lane_t<V> lane[lanes];
-  std::memcpy(lane, &x, sizeof(x));
-  lane_t<V> result = lane[0];
-#pragma GCC unroll 16
-  for (int i = 1; i < lanes; ++i) result = lane[i] > result ? lane[i] : result;
-  return result;
-}
-
 // ------------------------------------------------------------- words and lanes
 
 typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
