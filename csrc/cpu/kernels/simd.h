@@ -166,6 +166,7 @@ DIFFAD_SIMD lane_t<V> sum_of_lanes(V x) {
   }
   return lane[0];
 }
+
 // ------------------------------------------------------------- words and lanes
 
 typedef uint64_t VecU64 __attribute__((vector_size(kVectorBytes)));
