@@ -90,7 +90,7 @@ def _data(args: argparse.Namespace, quick: bool) -> tuple[Path, str]:
 
 
 def _all(source) -> torch.Tensor:
-    return torch.cat([batch.images for batch in source.batches(64)])
+    return torch.cat([batch.x for batch in source.batches(64)])
 
 
 class _Ours:
@@ -101,7 +101,7 @@ class _Ours:
         self.detector.mode = mode
 
     def __call__(self, images: torch.Tensor):
-        return self.detector.score_images(images)
+        return self.detector.score_batch(images)
 
 
 def _ours(runner: Run, args: argparse.Namespace, steps: int, train: torch.Tensor):
@@ -119,7 +119,7 @@ def _ours(runner: Run, args: argparse.Namespace, steps: int, train: torch.Tensor
         for mode in MODES:
             name = f"{OURS} {preset}, {mode}" if scorers else OURS
             scorers[name] = _Ours(detector, mode)
-            count = sum(p.numel() for p in detector.denoiser.parameters())
+            count = sum(p.numel() for p in detector.model.denoiser.parameters())
             notes[name] = (
                 f"preset {preset}, mode {mode}, {detector.config.reverse_steps} steps, "
                 f"{count / 1e6:.1f} M parameters"
@@ -135,7 +135,7 @@ def _references(detector):
     def on_reference(variant):
         def score(images):
             with use_backend("reference"):
-                return variant.score_images(images)
+                return variant.score_batch(images)
 
         return score
 
@@ -181,7 +181,7 @@ def _case(n: int, scorers: dict, notes: dict, images: torch.Tensor, exact) -> Ca
 
     def exactly(inputs):
         with use_backend("reference"):
-            return exact.score_images(inputs[0].double())
+            return exact.score_batch(inputs[0].double())
 
     contenders = {}
     for name, scorer in scorers.items():

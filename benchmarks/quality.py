@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         parts[part] = figures(tests, evaluation.score.take(rows))
     return {
         "options": options,
-        "parameters": sum(p.numel() for p in detector.denoiser.parameters()),
+        "parameters": sum(p.numel() for p in detector.model.denoiser.parameters()),
         "train_steps": detector.config.train_steps,
         "reverse_steps": detector.config.reverse_steps,
         "fit_seconds": seconds,

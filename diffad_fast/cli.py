@@ -160,7 +160,7 @@ def _write_heatmaps(
     from .report import colour_range, encode_png, overlay
 
     low, high = colour_range(detector)
-    images = next(iter(detector.open(part.paths, strict=True).batches(len(part)))).images.numpy()
+    images = next(iter(detector.open(part.paths, strict=True).batches(len(part)))).x.numpy()
 
     def write(path: str, image, map_) -> None:
         name = Path(path).relative_to(root if root.is_dir() else root.parent)

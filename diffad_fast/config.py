@@ -11,18 +11,29 @@ from pathlib import Path
 
 from .errors import InputError
 
-KINDS = ("image",)
-MODES = ("reconstruct",)
+KINDS = ("image", "vector")
+MODES = ("reconstruct", "invert", "one_step")
+DENOISERS = ("unet-tiny", "unet-small", "unet-base", "token-mlp")
 SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
+INTENSITIES = ("auto", "linear", "log")
+SCALES = ("auto", "feature", "global")
+SEMANTICS = ("mahalanobis", "nearest")
 
-# Whole recipes. `python -m benchmarks end-to-end` measures fast and balanced; best is unmeasured.
-PRESETS: dict[str, dict[str, object]] = {
-    "fast": {"denoiser": "unet-tiny", "train_steps": 1500, "reverse_steps": 3},
-    "balanced": {"denoiser": "unet-small", "train_steps": 2000, "reverse_steps": 5},
-    "best": {"denoiser": "unet-base", "train_steps": 10000, "reverse_steps": 10},
+# Whole recipes, by kind. `python -m benchmarks quality` measures them.
+PRESETS: dict[str, dict[str, dict[str, object]]] = {
+    "image": {
+        "fast": {"denoiser": "unet-tiny", "train_steps": 1500, "reverse_steps": 3},
+        "balanced": {"denoiser": "unet-small", "train_steps": 2000, "reverse_steps": 5},
+        "best": {"denoiser": "unet-base", "train_steps": 10000, "reverse_steps": 10},
+    },
+    "vector": {
+        "fast": {"denoiser": "token-mlp", "train_steps": 300},
+        "balanced": {"denoiser": "token-mlp", "train_steps": 600},
+        "best": {"denoiser": "token-mlp", "train_steps": 2000},
+    },
 }
 
 # The U-Net halves the resolution twice, and its coarsest attention works on blocks of 2x2.
@@ -47,16 +58,45 @@ class DetectorConfig:
     # Representation
     haar_level: int | None = None
     """Levels of the Haar packet in front of the denoiser; None: the short side becomes about 32."""
+    tokens: tuple[str, ...] = ("energy-16", "energy-8")
+    """What the token MLP sees of an image, one or several of: `energy-S`, log energies of wavelet
+    bands on cells of S pixels; `patch-S`, Haar packets of S x S pixels; `features`, the feature
+    maps of a backbone."""
+    features: str | None = None
+    """Whose feature maps stand for meaning: None, the denoiser's own; a timm model by name; or
+    `custom`, a module handed over."""
+    intensity: str = "auto"
+    """Tokens see the intensity itself (`linear`) or its logarithm (`log`); `auto`: `fit` takes the
+    one in which the contrast of normals depends less on their brightness."""
+    illumination: float | None = None
+    """Deviation in pixels of the Gaussian whose smooth image is taken off in front of the tokens;
+    0: nothing is; None: a 21st of the short side."""
+    image_scale: bool = True
+    """Divide each image by its own deviation in front of the tokens."""
+    feature_scale: str = "auto"
+    """Vectors: every feature by its own deviation (`feature`), or all by one (`global`); `auto`:
+    `global` from 256 features on, as in embeddings."""
 
     # Denoiser and diffusion
     denoiser: str = "unet-small"
+    token_width: int = 256
+    token_blocks: int = 3
+    """Width and residual blocks of the token MLP."""
     schedule: str = "cosine"
     diffusion_steps: int = 1000
     """T, the length of the schedule."""
     prediction_type: str = "v_prediction"
 
     # Inference
-    mode: str = "reconstruct"
+    mode: str | None = None
+    """`reconstruct`: noise, go back, compare. `invert`: deterministic inversion, improbability of
+    the latent. `one_step`: clean-input residual at the noise levels `sigmas`. None: `one_step` for
+    the token MLP, `reconstruct` for others. Can be changed after training."""
+    sigmas: tuple[float, ...] = (0.6, 1.0, 1.5, 2.5, 4.0)
+    """Noise levels of `one_step`."""
+    inversion_sigmas: tuple[float, float] = (0.1, 10.0)
+    """First and last noise level of `invert`."""
+    inversion_steps: int = 3
     start_sigma: float = 3.0
     """Noise level (sigma = noise over signal) from which `reconstruct` goes back."""
     reverse_steps: int = 5
@@ -72,13 +112,19 @@ class DetectorConfig:
 
     # Score
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Weights of the pixel, feature and sub-band maps."""
+    """Weights of the pixel, feature and sub-band maps of `reconstruct` with a U-Net."""
+    semantic_weight: float = 0.0
+    """Weight of one more map, in every mode: the distance of the denoiser's features to those of
+    normals."""
+    semantic: str = "mahalanobis"
+    """That distance: `mahalanobis`, or `nearest` of a sample of normal features."""
     feature_sigma: float = 0.1
     """Noise level at which the denoiser's features are read."""
     smoothing: float | None = None
     """Standard deviation in pixels of the map's Gaussian; None: a 64th of the short side."""
-    top_fraction: float = 0.01
-    """Share of the map whose mean is the image's score; 0: its maximum."""
+    top_fraction: float | None = None
+    """Share of the map whose mean is the image's score; 0: its maximum. None: 0 for the token MLP,
+    0.01 for others."""
     statistics: str = "auto"
     """Standardise maps per `position`, by a `scalar`, or (`auto`) by what fits held-out normals."""
     false_positive_rate: float = 0.05
@@ -91,8 +137,12 @@ class DetectorConfig:
 
     # Training
     train_steps: int = 2000
-    batch_size: int = 16
-    learning_rate: float = 1e-3
+    batch_size: int | None = None
+    """Samples that are read, trained on and scored together; None: 16 images, 4096 vectors."""
+    token_batch: int = 1024
+    """Tokens in a training step of the token MLP."""
+    learning_rate: float | None = None
+    """None: 2e-3 for the token MLP, 1e-3 for others."""
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     gradient_clip: float = 1.0
@@ -105,14 +155,32 @@ class DetectorConfig:
         if isinstance(size, int):
             size = (size, size)
         object.__setattr__(self, "image_size", tuple(size))
-        object.__setattr__(self, "map_weights", tuple(self.map_weights))
+        for name in ("map_weights", "tokens", "sigmas", "inversion_sigmas"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _choice("kind", self.kind, KINDS)
+        on_tokens = self.on_tokens
+        for name, value in (
+            ("mode", "one_step" if on_tokens else "reconstruct"),
+            ("top_fraction", 0.0 if on_tokens else 0.01),
+            ("learning_rate", 2e-3 if on_tokens else 1e-3),
+            ("batch_size", 4096 if self.kind == "vector" else 16),
+            ("illumination", round(min(self.image_size) / 21)),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         _choice("mode", self.mode, MODES)
         _choice("schedule", self.schedule, SCHEDULES)
         _choice("prediction_type", self.prediction_type, PREDICTIONS)
         _choice("statistics", self.statistics, STATISTICS)
         _choice("inference_dtype", self.inference_dtype, INFERENCE_DTYPES)
-        _choice("preset", self.preset, tuple(PRESETS))
+        _choice("intensity", self.intensity, INTENSITIES)
+        _choice("feature_scale", self.feature_scale, SCALES)
+        _choice("semantic", self.semantic, SEMANTICS)
+        _choice("preset", self.preset, tuple(PRESETS[self.kind]))
+        if self.kind == "vector" and not on_tokens:
+            raise InputError(
+                f"denoiser {self.denoiser!r} works on images: vectors need 'token-mlp'"
+            )
         if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
             raise InputError(f"image_size is one integer or (height, width), not {size!r}")
         if self.channels not in (1, 3):
@@ -121,14 +189,36 @@ class DetectorConfig:
             raise InputError(
                 f"map_weights is three numbers of at least 0, not all 0; got {self.map_weights!r}"
             )
-        for name in ("train_steps", "batch_size", "reverse_steps", "diffusion_steps"):
+        for name in (
+            "train_steps", "batch_size", "token_batch", "reverse_steps", "diffusion_steps",
+            "inversion_steps", "token_width", "token_blocks",
+        ):  # fmt: skip
             _range(name, getattr(self, name), 1, math.inf)
+        for name in ("sigmas", "inversion_sigmas"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty: give at least one noise level")
+            for value in getattr(self, name):
+                _range(name, value, 0.01, 100.0)
+        if (
+            len(self.inversion_sigmas) != 2
+            or not self.inversion_sigmas[0] < self.inversion_sigmas[1]
+        ):
+            raise InputError(
+                f"inversion_sigmas is a lower and a higher noise level, not "
+                f"{self.inversion_sigmas!r}"
+            )
+        if not self.tokens:
+            raise InputError("tokens is empty: name at least one token source")
+        for name in self.tokens:
+            token_source(name)
         for name in ("seed", "warmup_steps"):
             _range(name, getattr(self, name), 0, 2**63 - 1)
         _range("start_sigma", self.start_sigma, 0.01, 100.0)
         _range("feature_sigma", self.feature_sigma, 0.01, 100.0)
         _range("eta", self.eta, 0.0, 1.0)
         _range("guidance", self.guidance, 0.0, math.inf)
+        _range("semantic_weight", self.semantic_weight, 0.0, math.inf)
+        _range("illumination", self.illumination, 0.0, math.inf)
         _range("top_fraction", self.top_fraction, 0.0, 1.0)
         _range("false_positive_rate", self.false_positive_rate, 1e-6, 1 - 1e-6)
         _range("learning_rate", self.learning_rate, 1e-9, 1.0)
@@ -149,7 +239,7 @@ class DetectorConfig:
             object.__setattr__(self, "haar_level", default_haar_level(self.image_size))
         _range("haar_level", self.haar_level, 1, 4)
         stride = self.stride
-        for side in self.image_size:
+        for side in self.image_size if self.kind == "image" else ():
             if side < stride:
                 raise InputError(
                     f"image_size {side} is smaller than the model's stride of {stride}: use at "
@@ -162,14 +252,23 @@ class DetectorConfig:
                 )
 
     @property
+    def on_tokens(self) -> bool:
+        """Is the denoiser the token MLP?"""
+        return self.denoiser == "token-mlp"
+
+    @property
     def stride(self) -> int:
-        """Side in pixels of the square that becomes one position of the coarsest attention."""
+        """Side in pixels of the square that images must consist of: one position of the U-Net's
+        coarsest attention, or the largest cell of the tokens."""
+        if self.on_tokens:
+            return max(token_source(name)[1] for name in self.tokens)
         return 2**self.haar_level * UNET_STRIDE
 
     @classmethod
-    def create(cls, preset: str = "balanced", **options) -> DetectorConfig:
-        """The configuration of a preset, with single options overridden."""
-        _choice("preset", preset, tuple(PRESETS))
+    def create(cls, preset: str = "balanced", kind: str = "image", **options) -> DetectorConfig:
+        """The configuration of a kind's preset, with single options overridden."""
+        _choice("kind", kind, KINDS)
+        _choice("preset", preset, tuple(PRESETS[kind]))
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
@@ -177,7 +276,7 @@ class DetectorConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
                 raise InputError(f"unknown option {name!r}: {hint}")
         try:
-            return cls(**{"preset": preset, **PRESETS[preset], **options})
+            return cls(**{"kind": kind, "preset": preset, **PRESETS[kind][preset], **options})
         except TypeError as error:
             raise InputError(f"an option has a value of the wrong type: {error}") from None
 
@@ -192,6 +291,22 @@ class DetectorConfig:
     @classmethod
     def from_json(cls, text: str) -> DetectorConfig:
         return cls.create(**json.loads(text))
+
+
+TOKEN_SOURCES = ("energy", "patch", "features")
+
+
+def token_source(name: str) -> tuple[str, int]:
+    """Kind and cell side in pixels of a token source: ("energy", 16) for "energy-16"."""
+    kind, _, side = str(name).partition("-")
+    if kind == "features" and not side:
+        return kind, 1
+    if kind not in TOKEN_SOURCES or not side.isdecimal() or int(side) not in (2, 4, 8, 16, 32):
+        raise InputError(
+            f"unknown token source {name!r}: choose energy-S or patch-S with a cell side S of 2, "
+            "4, 8, 16 or 32 pixels, or features"
+        )
+    return kind, int(side)
 
 
 def default_haar_level(image_size: tuple[int, int]) -> int:

@@ -1,4 +1,4 @@
-"""The detector: fit on normal images, score new ones, say where and how surely."""
+"""The detector: fit on normal data, score new data, say where and how surely."""
 
 from __future__ import annotations
 
@@ -9,37 +9,46 @@ import re
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from . import denoisers, ops
-from .config import DetectorConfig
+from . import models
+from .config import MODES, DetectorConfig
 from .data.images import Images, open_images
-from .denoisers import inference
-from .diffusion import NoiseSchedule, ReverseLoop
+from .data.vectors import Vectors, open_vectors
 from .errors import BackendError, CheckpointError, InputError
-from .evaluation import evaluate
+from .evaluation import evaluate, evaluate_vectors
 from .progress import progress
-from .representations import WaveletRepresentation
 from .scoring import Conformal, MapStatistics, Score, fit_statistics, split_by_group
 from .training import checkpoint
-from .training.loop import History, Trainer, TrainingCheckpoint
+from .training.loop import History, TrainingCheckpoint
 
 KIND = "diffad"
 CUSTOM = "custom"
+_OPENED = (Images, Vectors)
+
+
+class Calibration(NamedTuple):
+    """What held-out normals look like in one mode."""
+
+    statistics: list[MapStatistics | None]
+    conformal: Conformal
 
 
 class Detector:
-    """Anomaly detector by diffusion in the wavelet domain.
+    """Anomaly detector by diffusion: of an image's wavelet coefficients, or of tokens.
 
-    kind: "image". image_size: side, or (height, width), in pixels to which every image is
-    resized. channels: 1 (grey) or 3 (colour). preset: "fast", "balanced" or "best", a whole
-    recipe. seed: of everything random. denoiser: overrides the preset's by name, or a module
-    ``(x (N,C,h,w), log_sigma (N,)) -> prediction`` with a method ``features`` of the same
-    arguments that gives a list of feature maps. device: "cpu", "cuda", ... or None for the best
-    there is. Further options by name: see :class:`diffad_fast.DetectorConfig`.
+    kind: "image", or "vector" for the rows of tables and embeddings. image_size: side, or (height,
+    width), in pixels to which every image is resized. channels: 1 (grey) or 3 (colour). preset:
+    "fast", "balanced" or "best", a whole recipe. seed: of everything random. denoiser: overrides
+    the preset's by name, or a module ``(x (N,C,h,w), log_sigma (N,)) -> prediction`` with a method
+    ``features`` of the same arguments that gives a list of feature maps. features: a frozen module
+    ``images (N,C,H,W) in [0,1] -> feature map (N,c,h,w) or list of them``, or a timm model's name:
+    what semantic discrepancy and the token source "features" read. device: "cpu", "cuda", ... or
+    None for the best there is. Further options by name: see :class:`diffad_fast.DetectorConfig`.
 
     Raises InputError for an unknown or impossible option, BackendError for a missing device.
     """
@@ -52,6 +61,7 @@ class Detector:
         preset: str = "balanced",
         seed: int = 0,
         denoiser: str | nn.Module | None = None,
+        features: str | nn.Module | None = None,
         device: str | torch.device | None = None,
         **options,
     ):
@@ -60,57 +70,57 @@ class Detector:
             options["denoiser"] = CUSTOM
         elif denoiser is not None:
             options["denoiser"] = denoiser
+        if features is not None:
+            options["features"] = CUSTOM if isinstance(features, nn.Module) else features
         config = DetectorConfig.create(
             kind=kind, image_size=image_size, channels=channels, preset=preset, seed=seed, **options
         )
-        self._set_up(config, resolve_device(device), module)
+        backbone = features if isinstance(features, nn.Module) else None
+        self._set_up(config, resolve_device(device), module, backbone)
 
-    def _set_up(self, config: DetectorConfig, device: torch.device, module: nn.Module | None):
-        self.config, self.device = config, device
-        self.representation = WaveletRepresentation(config.channels, config.haar_level)
-        if module is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                module = denoisers.create(config.denoiser, self.representation.channels)
-        self.denoiser = module.to(device, memory_format=torch.channels_last).eval()
-        self.representation.to(device)
-        self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
-        self.statistics: list[MapStatistics | None] | None = None
-        self.conformal: Conformal | None = None
+    def _set_up(
+        self,
+        config: DetectorConfig,
+        device: torch.device,
+        denoiser: nn.Module | None,
+        features: nn.Module | None,
+    ) -> None:
+        self.device = device
+        if features is None and config.features is not None:
+            features = timm_features(config.features, config.channels)
+        self.model = models.create(config, device, denoiser, features)
+        self.calibrations: dict[str, Calibration] = {}
         self.history = History()
-        self._in_bfloat16: nn.Module | None = None
-        if module is not None and not isinstance(module, denoisers.WaveletUNet):
-            if config.inference_dtype == "bfloat16":
-                raise InputError(
-                    "inference_dtype='bfloat16' is for the built-in U-Nets: convert your denoiser "
-                    "yourself and leave inference_dtype at 'float32'"
-                )
-            self.config = config.replace(inference_dtype="float32")
-        self._set_mode()
 
-    def _set_mode(self) -> None:
-        start = self.schedule.timestep(self.config.start_sigma)
-        self._steps = self.schedule.reverse_steps(start, self.config.reverse_steps)
-        # Made at the first score and kept, with the graphs that it captures on a GPU, until what
-        # they read is replaced.
-        self._scoring: ReverseLoop | None = None
+    @property
+    def config(self) -> DetectorConfig:
+        """The options; a choice left to ``fit`` is settled in it after that."""
+        return self.model.config
 
-    def _loop(self, conclude) -> ReverseLoop:
-        """From images through their reconstruction to ``conclude(images, x0, x0_hat)``."""
-        config = self.config
-        denoiser = self._scoring_denoiser
-        return ReverseLoop(
-            denoiser,
-            self._steps,
-            seed=config.seed,
-            prediction_type=config.prediction_type,
-            eta=config.eta,
-            clip=config.clip,
-            guidance=config.guidance,
-            prepare=self.representation.encode,
-            conclude=conclude,
-            modules=[denoiser, self.representation],
-        )
+    @property
+    def mode(self) -> str:
+        """How scores are made from the model: "reconstruct", "invert" or "one_step".
+
+        Can be set at any time: all modes share the one denoiser, and ``fit`` calibrates each.
+        """
+        return self.config.mode
+
+    @mode.setter
+    def mode(self, value: str) -> None:
+        self.model.config = self.config.replace(mode=value)
+        self.model.use(self.statistics)
+
+    @property
+    def statistics(self) -> list[MapStatistics | None] | None:
+        """Of each raw map of the mode on held-out normals; None before ``fit``."""
+        calibration = self.calibrations.get(self.mode)
+        return None if calibration is None else calibration.statistics
+
+    @property
+    def conformal(self) -> Conformal | None:
+        """The mode's scores of held-out normals; None before ``fit``."""
+        calibration = self.calibrations.get(self.mode)
+        return None if calibration is None else calibration.conformal
 
     # ---------------------------------------------------------------- fit
 
@@ -122,83 +132,69 @@ class Detector:
         strict: bool = False,
         training_checkpoint: TrainingCheckpoint | None = None,
     ) -> Detector:
-        """Train on normal images and calibrate on held-out ones.
+        """Train on normal data and calibrate every mode on held-out normals.
 
-        source: a folder (searched through), a list of files, an array or tensor (N,C,H,W) or
-        (N,H,W) of uint8, uint16 or float in [0,1], or a DataLoader of such batches.
-        groups: one label for each image; images of one label never stand on both sides of a
+        source: for images a folder (searched through), a list of files, an array or tensor
+        (N,C,H,W) or (N,H,W) of uint8, uint16 or float in [0,1], or a DataLoader of such batches;
+        for vectors what ``data.vectors.open_vectors`` takes.
+        groups: one label for each sample; those of one label never stand on both sides of a
         split. strict: raise at the first unusable file instead of leaving it out with a warning.
         training_checkpoint: keep the state of the training on disk, and continue from it.
 
         Returns self. Raises InputError for unusable data, KeyboardInterrupt after SIGINT or
         SIGTERM, once the state is written.
         """
-        config = self.config
-        images = self.open(source, strict=strict)
-        usable = images.load()
-        if groups is not None and len(groups) != len(images):
-            raise InputError(f"groups has {len(groups)} labels for {len(images)} images")
-        split = split_by_group(usable, groups, config)
-        self.representation.fit(
-            batch.images.to(self.device)
-            for batch in images.batches(config.batch_size, indices=split.fit)
-        )
-        trainer = Trainer(
-            self.denoiser, self.representation.encode, images, split.fit, split.validation,
-            config, self.device,
-        )  # fmt: skip
-        self.history = trainer.run(training_checkpoint)
-        self._set_inference_dtype()
-        self._calibrate(images, split.statistics, split.conformal, split.conformal_groups)
+        samples = self.open(source, strict=strict)
+        usable = samples.load()
+        if groups is not None and len(groups) != len(samples):
+            raise InputError(f"groups has {len(groups)} labels for {len(samples)} samples")
+        split = split_by_group(usable, groups, self.config)
+        self.calibrations = {}
+        self.history = self.model.learn(samples, split, training_checkpoint)
+        wanted = self.mode
+        for mode in MODES:
+            self.mode = mode
+            self._calibrate(samples, split.statistics, split.conformal, split.conformal_groups)
+        self.mode = wanted
         return self
-
-    def _set_inference_dtype(self) -> None:
-        """Settle "auto" once and for all, before anything is calibrated."""
-        self._in_bfloat16 = None
-        config = self.config
-        if config.inference_dtype == "auto":
-            side = [s // 2**config.haar_level for s in config.image_size]
-            x = torch.zeros(4, self.representation.channels, *side, device=self.device)
-            x = x.contiguous(memory_format=torch.channels_last)
-            dtype = inference.faster_dtype(self.denoiser, x)
-            self.config = config.replace(inference_dtype=dtype)
-
-    @property
-    def _scoring_denoiser(self) -> nn.Module:
-        if self.config.inference_dtype != "bfloat16":
-            return self.denoiser
-        if self._in_bfloat16 is None:
-            self._in_bfloat16 = inference.in_dtype(self.denoiser, "bfloat16")
-        return self._in_bfloat16
 
     @torch.inference_mode()
     def _calibrate(
-        self, images: Images, statistics: list[int], conformal: list[int], conformal_groups: int
+        self, samples, statistics: list[int], conformal: list[int], conformal_groups: int
     ) -> None:
-        config = self.config
-        bar = progress(None, len(statistics) + len(conformal), "calibrating", "image")
+        config, model = self.config, self.model
+        bar = progress(None, len(statistics) + len(conformal), "calibrating", samples.unit)
 
         def maps() -> Iterator[list[torch.Tensor | None]]:
-            for batch in images.batches(config.batch_size, indices=statistics):
-                yield self._raw_maps(batch.images)
+            for batch in samples.batches(config.batch_size, indices=statistics):
+                yield model.raw_maps(batch.x)
                 bar.update(len(batch.index))
 
         with bar:
-            self.statistics = fit_statistics(maps(), config.statistics, config.smoothing)
-            self._set_mode()
+            found = fit_statistics(maps(), config.statistics, model.statistics_smoothing)
+            model.use(found)
             scores = []
-            for batch in images.batches(config.batch_size, indices=conformal):
-                scores.append(self.score_images(batch.images)[1])
+            for batch in samples.batches(config.batch_size, indices=conformal):
+                scores.append(self.score_batch(batch.x)[1])
                 bar.update(len(batch.index))
-        self.conformal = Conformal(
-            np.concatenate(scores), conformal_groups, config.false_positive_rate
+        self.calibrations[self.mode] = Calibration(
+            found,
+            Conformal(np.concatenate(scores), conformal_groups, config.false_positive_rate),
         )
 
-    def open(self, source, *, strict: bool = False) -> Images:
-        """The images of ``source`` (as in :meth:`fit`) in this detector's size and channels."""
-        if isinstance(source, Images):
+    def open(self, source, *, strict: bool = False) -> Images | Vectors:
+        """The samples of ``source`` (as in :meth:`fit`), images in this detector's size."""
+        if isinstance(source, _OPENED):
             return source
         config = self.config
+        if config.kind == "vector":
+            vectors = open_vectors(source)
+            fitted, found = self.model.representations[0].dim, vectors.rows.shape[1]
+            if self.calibrations and found != fitted:
+                raise InputError(
+                    f"the vectors have {found} features and the detector was fitted on {fitted}"
+                )
+            return vectors
         return open_images(
             source, config.image_size, config.channels, strict=strict, min_side=config.stride
         )
@@ -208,9 +204,9 @@ class Detector:
     def score(
         self, source, *, maps: bool = True, batch_size: int | None = None, strict: bool = False
     ) -> Score:
-        """Score images; ``source`` as in :meth:`fit`.
+        """Score samples; ``source`` as in :meth:`fit`.
 
-        maps=False keeps no maps: memory then does not grow with the number of images, but for a
+        maps=False keeps no maps: memory then does not grow with the number of samples, but for a
         few numbers each. Raises InputError for unusable data or before ``fit``.
         """
         return Score.join(self.score_iter(source, maps=maps, batch_size=batch_size, strict=strict))
@@ -225,15 +221,16 @@ class Detector:
         self._require_fitted()
         if self.conformal.threshold is None:
             warnings.warn(f"label is None: {self.conformal.why_no_label()}", stacklevel=2)
-        images = self.open(source, strict=strict)
-        return self._score_batches(images, maps, batch_size or self.config.batch_size)
+        samples = self.open(source, strict=strict)
+        maps = maps and self.config.kind != "vector"
+        return self._score_batches(samples, maps, batch_size or self.config.batch_size)
 
-    def _score_batches(self, images: Images, maps: bool, batch_size: int) -> Iterator[Score]:
+    def _score_batches(self, samples, maps: bool, batch_size: int) -> Iterator[Score]:
         reported = 0
-        with progress(None, images.length, "scoring", "image") as bar:
-            for batch in images.batches(batch_size):
-                map_, score = self.score_images(batch.images)
-                skipped = images.skipped[reported:]
+        with progress(None, samples.length, "scoring", samples.unit) as bar:
+            for batch in samples.batches(batch_size):
+                map_, score = self.score_batch(batch.x)
+                skipped = samples.skipped[reported:]
                 reported += len(skipped)
                 yield Score(
                     score=score,
@@ -245,92 +242,65 @@ class Detector:
                     skipped=skipped,
                 )
                 bar.update(len(score))
-        if len(images.skipped) > reported:
+        if len(samples.skipped) > reported:
             none = np.empty(0)
-            yield Score(none, none, none, none, [], none, images.skipped[reported:])
+            yield Score(none, none, none, none, [], none, samples.skipped[reported:])
 
     @torch.inference_mode()
-    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        """The model's idea of images (N,C,H,W) in [0,1] without their anomalies."""
-        loop = self._loop(lambda images, x0, x0_hat: self.representation.decode(x0_hat))
-        return loop.eager(images.to(self.device)).cpu()
-
-    def _evidence(self, images: torch.Tensor, x0: torch.Tensor, x0_hat: torch.Tensor) -> tuple:
-        """The first four arguments of ``ops.anomaly_map``."""
-        features: list[list[torch.Tensor]] = [[], []]
-        if self.config.map_weights[1] > 0:
-            sigma = self.config.feature_sigma
-            alpha = 1 / (1 + sigma**2)
-            level = torch.full((len(images),), float(np.log(sigma)), device=self.device)
-            # The network expects inputs of the variance-preserving process at that level.
-            denoiser = self._scoring_denoiser
-            features = [denoiser.features(x * alpha**0.5, level) for x in (x0, x0_hat)]
-        return images, self.representation.decode(x0_hat), *features
-
-    def _levels(self, weights: Sequence[float]) -> int:
-        return self.config.haar_level if weights[2] > 0 else 0
-
-    def _raw_maps(self, images: torch.Tensor) -> list[torch.Tensor | None]:
-        """Each map alone, not standardised and not smoothed; None where it has no weight."""
-        x, x_hat, f, f_hat = self._loop(self._evidence).eager(images.to(self.device))
-        result: list[torch.Tensor | None] = []
-        for i, weight in enumerate(self.config.map_weights):
-            one = [0.0, 0.0, 0.0]
-            one[i] = 1.0
-            features = (f, f_hat) if i == 1 else ((), ())
-            result.append(
-                ops.anomaly_map(x, x_hat, *features, one, self._levels(one), sigma=0.0)[0]
-                if weight > 0
-                else None
-            )
-        return result
-
-    @torch.inference_mode()
-    def score_images(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Maps (n,H,W) float32 and scores (n,) float64 of one batch (n,C,H,W) of floats in [0,1].
+    def score_batch(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Maps (n,H,W) float32 and scores (n,) float64 of one batch: images (n,C,H,W) of floats in
+        [0,1], or vectors (n,D), whose maps are (n,1,1).
 
         The innermost call: no decoding, no checks, no calibration of p-values.
         """
-        if self._scoring is None:
-            self._scoring = self._loop(self._map_and_score)
-        map_, score = self._scoring(images.to(self.device))
+        map_, score = self.model.score(x)
         return map_.cpu().numpy(), score.cpu().double().numpy()
 
-    def _map_and_score(self, *reconstruction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        config = self.config
-        return ops.anomaly_map(
-            *self._evidence(*reconstruction),
-            weights=config.map_weights,
-            levels=self._levels(config.map_weights),
-            stats=self.statistics,
-            sigma=config.smoothing,
-            top=config.top_fraction,
-        )
+    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+        """A U-Net's idea of images (N,C,H,W) in [0,1] without their anomalies.
+
+        Raises InputError for a detector on tokens, which have no way back to an image.
+        """
+        if self.config.on_tokens:
+            raise InputError(
+                "the token MLP reconstructs tokens, not images: use a U-Net, such as "
+                "denoiser='unet-small'"
+            )
+        return self.model.reconstruct(images)
 
     def _require_fitted(self) -> None:
-        if self.statistics is None:
+        if not self.calibrations:
             raise InputError("this detector is not fitted: call fit, or load a checkpoint")
 
     # ----------------------------------------------------------- evaluate
 
     def evaluate(
         self,
-        root: str | os.PathLike,
+        data,
         *,
         strict: bool = False,
         report: str | os.PathLike | None = None,
     ) -> dict:
-        """Figures on a test set in the MVTec AD layout: root/test/*, root/ground_truth/*.
+        """Figures on a labelled test set.
+
+        data: for images the root of an MVTec AD layout, root/test/*, root/ground_truth/*; for
+        vectors a table with labels, as in ``data.vectors.open_vectors``.
 
         Returns a dict that JSON can hold: image_auroc, pixel_auroc, aupro (to a false-positive
         rate of 0.3), f1_max (of images), pixel_f1_max, false_positive_rate and
         true_positive_rate of the labels, per_defect (the same figures for one kind of defect
         against all normals), latency_ms (median of single images, decoded image in, score and map
         out), n_normal, n_anomalous, and ``undefined``: why a figure is null. Pixel metrics are
-        taken at each mask's own size. report: a folder for an HTML report.
-        Raises InputError for a missing test folder or a mask of the wrong size.
+        taken at each mask's own size. For vectors: auroc, pauc (to a false-positive rate of 0.1),
+        f1_max, the two rates, the two numbers, latency_ms and ``undefined``.
+        report: a folder for an HTML report of images.
+        Raises InputError for a missing test folder or labels, or a mask of the wrong size.
         """
-        evaluation = evaluate(self, Path(root), strict)
+        if self.config.kind == "vector":
+            if report is not None:
+                raise InputError("a report shows images: leave it out for vectors")
+            return evaluate_vectors(self, data)
+        evaluation = evaluate(self, Path(data), strict)
         if report is not None:
             from .report import write_report
 
@@ -339,30 +309,22 @@ class Detector:
 
     # --------------------------------------------------------- checkpoint
 
-    @property
-    def mode(self) -> str:
-        """How scores are made from the model; can be set at any time."""
-        return self.config.mode
-
-    @mode.setter
-    def mode(self, value: str) -> None:
-        self.config = self.config.replace(mode=value)
-
     def save(self, path: str | os.PathLike) -> None:
         """Write the fitted detector as one safetensors file, atomically. Raises InputError."""
         self._require_fitted()
-        tensors = {f"denoiser.{k}": v for k, v in self.denoiser.state_dict().items()}
-        tensors |= {f"representation.{k}": v for k, v in self.representation.state_dict().items()}
-        names = []
-        for i, entry in enumerate(self.statistics):
-            if entry is not None:
-                tensors |= {f"statistics.{i}.{k}": v for k, v in entry._asdict().items()}
-                names.append(i)
-        tensors["conformal.scores"] = torch.from_numpy(self.conformal.scores)
+        tensors = {f"model.{k}": v for k, v in self.model.state().items()}
+        groups = 0
+        for mode, (statistics, conformal) in self.calibrations.items():
+            for i, entry in enumerate(statistics):
+                if entry is not None:
+                    prefix = f"statistics.{mode}.{i}"
+                    tensors |= {f"{prefix}.{k}": v for k, v in entry._asdict().items()}
+            tensors[f"conformal.{mode}"] = torch.from_numpy(conformal.scores)
+            groups = conformal.groups
         texts = {
             "config": self.config.to_json(),
-            "statistics": json.dumps({"maps": len(self.statistics), "present": names}),
-            "conformal_groups": str(self.conformal.groups),
+            "statistics": json.dumps({m: len(c.statistics) for m, c in self.calibrations.items()}),
+            "conformal_groups": str(groups),
             "history": json.dumps(dataclasses.asdict(self.history)),
         }
         checkpoint.save(path, KIND, tensors, texts)
@@ -373,43 +335,62 @@ def load(
     *,
     device: str | torch.device | None = None,
     denoiser: nn.Module | None = None,
+    features: nn.Module | None = None,
 ) -> Detector:
     """Read a detector that :meth:`Detector.save` wrote.
 
-    denoiser: a module of the architecture that was fitted, for detectors with their own.
-    Raises CheckpointError for a file that is missing, damaged, newer, or of another kind.
+    denoiser, features: modules of the architectures that were fitted, for detectors with their own.
+    Raises CheckpointError for a file that is missing, damaged, of another version, or of another
+    kind.
     """
     tensors, texts = checkpoint.load(path, KIND)
     config = DetectorConfig.from_json(texts["config"])
-    if config.denoiser == CUSTOM and denoiser is None:
-        raise CheckpointError(f"{path} was fitted with a denoiser of its own: pass denoiser=module")
+    for name, module in (("denoiser", denoiser), ("features", features)):
+        if getattr(config, name) == CUSTOM and module is None:
+            raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")
     detector = Detector.__new__(Detector)
-    detector._set_up(config, resolve_device(device), denoiser)
-    device = detector.device
+    detector._set_up(config, resolve_device(device), denoiser, features)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
     try:
-        detector.denoiser.load_state_dict(part("denoiser."))
+        detector.model.restore(part("model."))
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise CheckpointError(f"{path} does not fit this denoiser: {first[0].strip()}") from None
-    detector.representation.load_state_dict(part("representation."))
-    names = json.loads(texts["statistics"])
-    detector.statistics = [
-        MapStatistics(**{k: v.to(device) for k, v in part(f"statistics.{i}.").items()})
-        if i in names["present"]
-        else None
-        for i in range(names["maps"])
-    ]
-    detector.conformal = Conformal(
-        tensors["conformal.scores"].numpy(),
-        int(texts["conformal_groups"]),
-        config.false_positive_rate,
-    )
+    for mode, count in json.loads(texts["statistics"]).items():
+        entries = [part(f"statistics.{mode}.{i}.") for i in range(count)]
+        statistics = [
+            MapStatistics(**{k: v.to(detector.device) for k, v in entry.items()}) if entry else None
+            for entry in entries
+        ]
+        detector.calibrations[mode] = Calibration(
+            statistics,
+            Conformal(
+                tensors[f"conformal.{mode}"].numpy(),
+                int(texts["conformal_groups"]),
+                config.false_positive_rate,
+            ),
+        )
+    detector.mode = config.mode
     detector.history = History(**json.loads(texts["history"]))
     return detector
+
+
+def timm_features(name: str, channels: int) -> nn.Module:
+    """A pretrained timm model as a list of feature maps. Raises BackendError without timm."""
+    try:
+        import timm
+    except ImportError:
+        raise BackendError(
+            f"features={name!r} names a timm model and timm is not installed: pip install timm, or "
+            "pass a module"
+        ) from None
+    try:
+        return timm.create_model(name, pretrained=True, features_only=True, in_chans=channels)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"timm cannot make features={name!r}: {error}") from None
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

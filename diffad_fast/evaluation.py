@@ -42,8 +42,27 @@ def evaluate(detector: Detector, root: Path, strict: bool) -> Evaluation:
     for test in tests:
         read_mask(test.mask_path, test.path)  # a wrong mask is told before the work
     score = detector.score(images)
-    result = {**figures(tests, score), "latency_ms": _latency(detector, tests[0].path)}
+    first = next(iter(detector.open([tests[0].path]).batches(1))).x
+    result = {**figures(tests, score), "latency_ms": _latency(detector, first)}
     return Evaluation(tests, score, labels(tests), result)
+
+
+def evaluate_vectors(detector: Detector, source) -> dict:
+    """Figures of a table with labels; as documented at :meth:`diffad_fast.Detector.evaluate`."""
+    vectors = detector.open(source)
+    if vectors.labels is None:
+        raise InputError(
+            "the table has no labels: give the pair (X, y), an .npz with X and y, or a .csv with a "
+            "column label"
+        )
+    score, label = detector.score(vectors), vectors.labels
+    figures = _Figures(label)
+    figures.put(["auroc"], lambda: (metrics.auroc(label, score.score),))
+    figures.put(["pauc"], lambda: (metrics.pauc(label, score.score),))
+    figures.put(["f1_max"], lambda: (metrics.f1_max(label, score.score),))
+    figures.put_rates(score)
+    latency = _latency(detector, next(vectors.batches(1)).x)
+    return {**figures.values, "latency_ms": latency, "undefined": figures.undefined}
 
 
 def labels(tests: Sequence[TestImage]) -> np.ndarray:
@@ -64,20 +83,41 @@ def figures(tests: Sequence[TestImage], score: Score) -> dict:
     return result
 
 
+class _Figures:
+    """Figures of one set of samples, and why any of them is None."""
+
+    def __init__(self, label: np.ndarray):
+        self.label = label
+        self.values: dict[str, float | int | None] = {
+            "n_normal": int((label == 0).sum()),
+            "n_anomalous": int(label.sum()),
+        }
+        self.undefined: dict[str, str] = {}
+
+    def put(self, names: Sequence[str], compute: Callable[[], Sequence[float]]) -> None:
+        """Take the figures that ``compute`` gives; None for each where it raises InputError."""
+        try:
+            self.values.update(zip(names, compute(), strict=True))
+        except InputError as error:
+            self.values.update(dict.fromkeys(names))
+            self.undefined.update(dict.fromkeys(names, str(error)))
+
+    def put_rates(self, score: Score) -> None:
+        """Shares of the normal and of the anomalous samples that are labelled anomalous."""
+        self.put(["false_positive_rate"], lambda: self._rate(score, 0))
+        self.put(["true_positive_rate"], lambda: self._rate(score, 1))
+
+    def _rate(self, score: Score, value: int) -> Sequence[float]:
+        if score.label is None:
+            raise InputError("too few normals were held out for labels")
+        if not (self.label == value).any():
+            raise InputError(f"there are no {'anomalous' if value else 'normal'} test samples")
+        return (float(score.label[self.label == value].mean()),)
+
+
 def _figures(tests: Sequence[TestImage], score: Score, label: np.ndarray) -> tuple[dict, dict]:
     """The figures of one set of test images, and why any of them is None."""
-    result: dict[str, float | int | None] = {
-        "n_normal": int((label == 0).sum()),
-        "n_anomalous": int(label.sum()),
-    }
-    undefined: dict[str, str] = {}
-
-    def put(names: Sequence[str], compute: Callable[[], Sequence[float]]) -> None:
-        try:
-            result.update(zip(names, compute(), strict=True))
-        except InputError as error:
-            result.update(dict.fromkeys(names))
-            undefined.update(dict.fromkeys(names, str(error)))
+    figures = _Figures(label)
 
     def pixel() -> Sequence[float]:
         unmasked = sum(
@@ -88,19 +128,11 @@ def _figures(tests: Sequence[TestImage], score: Score, label: np.ndarray) -> tup
         values = metrics.pixel_metrics(_Masks(tests), _MapsAtMaskSize(score.map, tests))
         return values["auroc"], values["aupro"], values["f1_max"]
 
-    def rate(value: int) -> Sequence[float]:
-        if score.label is None:
-            raise InputError("too few normals were held out for labels")
-        if not (label == value).any():
-            raise InputError(f"there are no {'anomalous' if value else 'normal'} test images")
-        return (float(score.label[label == value].mean()),)
-
-    put(["image_auroc"], lambda: (metrics.auroc(label, score.score),))
-    put(["f1_max"], lambda: (metrics.f1_max(label, score.score),))
-    put(["pixel_auroc", "aupro", "pixel_f1_max"], pixel)
-    put(["false_positive_rate"], lambda: rate(0))
-    put(["true_positive_rate"], lambda: rate(1))
-    return result, undefined
+    figures.put(["image_auroc"], lambda: (metrics.auroc(label, score.score),))
+    figures.put(["f1_max"], lambda: (metrics.f1_max(label, score.score),))
+    figures.put(["pixel_auroc", "aupro", "pixel_f1_max"], pixel)
+    figures.put_rates(score)
+    return figures.values, figures.undefined
 
 
 class _Masks:
@@ -127,12 +159,11 @@ class _MapsAtMaskSize:
             yield resized[0, 0].numpy()
 
 
-def _latency(detector: Detector, path: str, runs: int = 15) -> float:
-    """Median milliseconds from one decoded image to its score and map on the host."""
-    batch = next(iter(detector.open([path]).batches(1)))
+def _latency(detector: Detector, x: torch.Tensor, runs: int = 15) -> float:
+    """Median milliseconds from one decoded sample x (1,...) to its score and map on the host."""
     times = []
     for _ in range(runs + 2):
         start = time.perf_counter()
-        detector.score_images(batch.images)
+        detector.score_batch(x)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:]) * 1e3

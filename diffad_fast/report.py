@@ -361,7 +361,7 @@ def _case_figures(detector: Detector, evaluation: Evaluation, rows: Sequence[int
 
     score, low_high = evaluation.score, colour_range(detector)
     paths = [evaluation.images[i].path for i in rows]
-    images = next(iter(detector.open(paths, strict=True).batches(len(paths)))).images.numpy()
+    images = next(iter(detector.open(paths, strict=True).batches(len(paths)))).x.numpy()
     for i, image in zip(rows, images, strict=True):
         test = evaluation.images[i]
         mask = None if test.mask_path is None else read_mask(test.mask_path, test.path)

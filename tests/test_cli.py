@@ -379,7 +379,7 @@ def test_outputs_that_cannot_be_written(good, model, root, tmp_path, fails):
 
 
 def test_an_error_in_the_middle_leaves_no_scores(model, root, tmp_path, monkeypatch, fails):
-    whole = daf.Detector.score_images
+    whole = daf.Detector.score_batch
     calls = []
 
     def break_down(self, images):
@@ -388,7 +388,7 @@ def test_an_error_in_the_middle_leaves_no_scores(model, root, tmp_path, monkeypa
             raise InputError("the second batch is broken")
         return whole(self, images)
 
-    monkeypatch.setattr(daf.Detector, "score_images", break_down)
+    monkeypatch.setattr(daf.Detector, "score_batch", break_down)
     argv = ["score", model, root / "test", "--out", tmp_path / "a" / "out", "--batch-size", 8]
     fails(*argv, names=["second batch"])
 

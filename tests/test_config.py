@@ -7,10 +7,11 @@ from diffad_fast.config import PRESETS, DetectorConfig, read_options
 from diffad_fast.errors import InputError
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_override_defaults_and_options_override_presets(preset):
-    config = DetectorConfig.create(preset)
-    assert config.denoiser == PRESETS[preset]["denoiser"]
+@pytest.mark.parametrize("kind", PRESETS)
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+def test_presets_override_defaults_and_options_override_presets(kind, preset):
+    config = DetectorConfig.create(preset, kind)
+    assert config.denoiser == PRESETS[kind][preset]["denoiser"]
     assert DetectorConfig.create(preset, reverse_steps=7).reverse_steps == 7
 
 

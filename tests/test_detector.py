@@ -125,7 +125,9 @@ def test_interrupted_training_ends_with_the_same_weights(fitted, tmp_path, monke
         normals(160), training_checkpoint=TrainingCheckpoint(state, resume=True)
     )
     for (name, a), b in zip(
-        resumed.denoiser.state_dict().items(), fitted.denoiser.state_dict().values(), strict=True
+        resumed.model.denoiser.state_dict().items(),
+        fitted.model.denoiser.state_dict().values(),
+        strict=True,
     ):
         assert torch.equal(a, b), name
     images = normals(5, seed=9)
@@ -189,21 +191,23 @@ def test_colour_and_rectangles():
 def test_features_are_read_at_their_noise_level(fitted, monkeypatch):
     """Clean inputs in the scale of the variance-preserving process: x / sqrt(1 + sigma^2)."""
     seen = []
-    features = fitted.denoiser.features
+    features = fitted.model.denoiser.features
     monkeypatch.setattr(
-        fitted.denoiser, "features", lambda x, level: seen.append((x, level)) or features(x, level)
+        fitted.model.denoiser,
+        "features",
+        lambda x, level: seen.append((x, level)) or features(x, level),
     )
     images = torch.from_numpy(normals(2, seed=1))[:, None]
-    fitted.score_images(images)
+    fitted.score_batch(images)
     (x, level), _ = seen
     sigma = fitted.config.feature_sigma
-    expected = fitted.representation.encode(images) / (1 + sigma**2) ** 0.5
+    expected = fitted.model.representation.encode(images) / (1 + sigma**2) ** 0.5
     torch.testing.assert_close(x, expected)
     torch.testing.assert_close(level.exp(), torch.full((2,), sigma))
 
 
 def test_groups_must_match():
-    with pytest.raises(InputError, match="groups has 3 labels for 40 images"):
+    with pytest.raises(InputError, match="groups has 3 labels for 40 samples"):
         daf.Detector(**OPTIONS).fit(normals(40), groups=[1, 2, 3])
 
 
@@ -273,13 +277,13 @@ def test_evaluate_on_a_folder(fitted, tmp_path):
 def test_bfloat16_convolutions(fitted, tmp_path):
     fitted.save(tmp_path / "float32.diffad")
     detector = daf.load(tmp_path / "float32.diffad")
-    detector.config = detector.config.replace(inference_dtype="bfloat16")
+    detector.model.config = detector.config.replace(inference_dtype="bfloat16")
     images = np.concatenate([normals(10, seed=1), with_squares(normals(10, seed=2))[0]])
     score, exact = detector.score(images), fitted.score(images)
     # Only the rounding to 8 bits in the convolutions differs.
     assert not np.array_equal(score.score, exact.score)
     assert np.corrcoef(score.score, exact.score)[0, 1] > 0.99
-    assert all(p.dtype == torch.float32 for p in detector.denoiser.parameters())
+    assert all(p.dtype == torch.float32 for p in detector.model.denoiser.parameters())
     detector.save(tmp_path / "bfloat16.diffad")
     loaded = daf.load(tmp_path / "bfloat16.diffad")
     assert loaded.config.inference_dtype == "bfloat16"

@@ -14,6 +14,7 @@ from PIL import Image
 import diffad_fast as daf
 from diffad_fast import report
 from diffad_fast.data import demo
+from diffad_fast.detector import Calibration
 from diffad_fast.errors import InputError
 from diffad_fast.evaluation import evaluate, figures
 from diffad_fast.scoring import Conformal
@@ -148,7 +149,9 @@ def test_outline_surrounds_the_mask_at_any_size():
     ],
 )
 def test_colours_come_from_the_calibration(detector, scores, groups, expected, monkeypatch):
-    monkeypatch.setattr(detector, "conformal", Conformal(scores, groups, 0.05))
+    monkeypatch.setitem(
+        detector.calibrations, detector.mode, Calibration([], Conformal(scores, groups, 0.05))
+    )
     assert report.colour_range(detector) == expected
 
 
@@ -197,7 +200,7 @@ def test_missing_figures_have_a_dash_and_the_reason(detector, root, tmp_path):
 
 def test_without_a_threshold(detector, evaluation, tmp_path, monkeypatch):
     few = Conformal(detector.conformal.scores[:5], 5, 0.05)
-    monkeypatch.setattr(detector, "conformal", few)
+    monkeypatch.setitem(detector.calibrations, detector.mode, Calibration([], few))
     score = dataclasses.replace(evaluation.score, label=None)
     metrics = {**figures(evaluation.images, score), "latency_ms": 1.0}
     report.write_report(

@@ -49,25 +49,25 @@ def score_case(
 
     def plain(images):
         with use_backend("reference"):
-            return contiguous(detector).score_images(images)
+            return contiguous(detector).score_batch(images)
 
     def channels_last(images):
         with use_backend("reference"):
-            return detector.score_images(images)
+            return detector.score_batch(images)
 
     def by_compiler(images):
         with use_backend("reference"):
-            return compiled_denoiser(detector).score_images(images)
+            return compiled_denoiser(detector).score_batch(images)
 
     def exact(inputs):
         with use_backend("reference"):
-            return in_float64(detector).score_images(inputs[0].double())
+            return in_float64(detector).score_batch(inputs[0].double())
 
     images = (random(n, 1, side, side) / 8 + 0.5).clamp(0, 1)
     with FlopCounterMode(display=False) as counter, use_backend("reference"), torch.no_grad():
-        detector.score_images(images[:1])
+        detector.score_batch(images[:1])
     contenders = {
-        OURS: Contender(detector.score_images, memory_format="channels_last"),
+        OURS: Contender(detector.score_batch, memory_format="channels_last"),
         REFERENCE: Contender(plain),
         f"{REFERENCE}, channels_last": Contender(channels_last, memory_format="channels_last"),
     }
@@ -105,7 +105,7 @@ def fill_zeros(detector):
     could hide."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in detector.denoiser.parameters():
+        for p in detector.model.denoiser.parameters():
             if not p.any():
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
     return detector
@@ -124,9 +124,9 @@ def _variant(detector, kind: str, make):
 
 def contiguous(detector):
     def make(copied):
-        copied.denoiser.to(memory_format=torch.contiguous_format)
-        encode = copied.representation.encode
-        copied.representation.encode = lambda images: encode(images).contiguous()
+        copied.model.denoiser.to(memory_format=torch.contiguous_format)
+        encode = copied.model.representation.encode
+        copied.model.representation.encode = lambda images: encode(images).contiguous()
         return copied
 
     return _variant(detector, "contiguous", make)
@@ -134,8 +134,9 @@ def contiguous(detector):
 
 def compiled_denoiser(detector):
     def make(copied):
-        copied.denoiser.compile(dynamic=False)
-        copied.denoiser.features = torch.compile(copied.denoiser.features, dynamic=False)
+        denoiser = copied.model.denoiser
+        denoiser.compile(dynamic=False)
+        denoiser.features = torch.compile(denoiser.features, dynamic=False)
         return copied
 
     return _variant(detector, "compiled", make)
@@ -143,10 +144,10 @@ def compiled_denoiser(detector):
 
 def in_float64(detector):
     def make(copied):
-        copied.device = torch.device("cpu")
-        copied.denoiser.to("cpu").double()
-        copied.representation.to("cpu").double()
-        copied.statistics = map_tensors(torch.Tensor.cpu, copied.statistics)
+        model = copied.model
+        model.device = copied.device = torch.device("cpu")
+        model.to("cpu").double()
+        model.use(map_tensors(torch.Tensor.cpu, model.statistics))
         return copied
 
     return _variant(detector, "float64", make)

@@ -75,8 +75,8 @@ def _step(device, denoiser, side, memory_format, dtype):
                  learning_rate=1e-9, device=device)
     )  # fmt: skip
     layout = getattr(torch, "contiguous_format" if memory_format == "contiguous" else memory_format)
-    module: nn.Module = detector.denoiser.to(memory_format=layout).to(dtype).train()
-    representation = detector.representation.to(dtype)
+    module: nn.Module = detector.model.denoiser.to(memory_format=layout).to(dtype).train()
+    representation = detector.model.representation.to(dtype)
     trainer = Trainer(
         module, lambda x: representation.encode(x).contiguous(memory_format=layout), None, [], [],
         detector.config, device,

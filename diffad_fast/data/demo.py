@@ -237,7 +237,7 @@ def overview(detector: Detector, evaluations: Sequence[Evaluation]) -> Figure:
         evaluation, rows = members[name]
         typical = sorted(rows, key=lambda i: evaluation.score.score[i])[len(rows) // 2]
         test = evaluation.images[typical]
-        image = next(iter(detector.open([test.path]).batches(1))).images
+        image = next(iter(detector.open([test.path]).batches(1))).x
         mask = None if test.mask_path is None else read_mask(test.mask_path, test.path)
         pictures = (
             outline(image[0].numpy(), None),

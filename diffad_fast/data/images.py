@@ -43,13 +43,14 @@ _ROUNDING = 1e-5
 
 
 class Batch(NamedTuple):
-    """Some images of a source.
+    """Some samples of a source.
 
-    `images` (n, C, H, W) float32 in [0, 1], contiguous, on the CPU; `index` (n,) int64, the place
-    of each image in its source; `paths` n names, or None where the source is not files.
+    `x` on the CPU, float32, contiguous: images (n, C, H, W) in [0, 1], or vectors (n, D); `index`
+    (n,) int64, the place of each sample in its source; `paths` n names, or None where the source is
+    not files.
     """
 
-    images: torch.Tensor
+    x: torch.Tensor
     index: torch.Tensor
     paths: list[str] | None
 
@@ -122,6 +123,8 @@ class Images:
     filled with (path, reason) as unusable files are met. `len` is `length`, or a TypeError where
     that is None.
     """
+
+    unit = "image"
 
     def __init__(self, items, loader: _LoaderItems | None, strict: bool):
         self.paths: list[str] | None = getattr(items, "paths", None)

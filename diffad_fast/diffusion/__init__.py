@@ -1,9 +1,11 @@
 """The diffusion process on represented inputs: schedules, forward, reverse."""
 
+from .graphs import Graphed
 from .loop import ReverseLoop
 from .schedule import NoiseSchedule, ReverseStep
 
 __all__ = [
+    "Graphed",
     "NoiseSchedule",
     "ReverseLoop",
     "ReverseStep",

@@ -3,21 +3,14 @@ its anomaly, or to its latent."""
 
 from __future__ import annotations
 
-import statistics
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from .. import ops
+from .graphs import Graphed
 from .schedule import ReverseStep
-
-# A call that has not come before, and one that has come once: the last, smaller batch of a data set
-# is not worth a capture.
-NEW, ONCE = "new", "once"
 
 
 class ReverseLoop:
@@ -36,13 +29,8 @@ class ReverseLoop:
     ``prepare`` x is x0 already, without ``conclude`` x_end is the result; results are tensors in
     tuples, lists or dicts.
 
-    On a CUDA device a shape that comes a second time is captured as one CUDA graph, which then
-    replays with a single launch: no Python in the loop, no synchronisation, no allocation. The
-    last ``graphs`` of them are kept, one for each shape, dtype, layout and version of the tensors
-    of ``modules`` (the denoiser's, if not given): whatever ``prepare`` and ``conclude`` read beside
-    them has to stay the same. Where capture is impossible the loop runs eagerly, after a warning
-    that says why; where a trial shows no gain, too. On a CPU it always runs eagerly. ``eager`` does
-    so anywhere, and alone can be differentiated.
+    On a CUDA device the call is :class:`Graphed`, with the tensors of ``modules`` (the denoiser's,
+    if not given). ``eager`` is the same without graphs, and alone can be differentiated.
     """
 
     def __init__(
@@ -67,16 +55,12 @@ class ReverseLoop:
         self.prepare, self.conclude = prepare, conclude
         if modules is None:
             modules = [denoiser] if isinstance(denoiser, nn.Module) else []
-        self.modules = list(modules)
-        self.graphs = graphs
-        self._captured: OrderedDict[Hashable, CapturedCall | str | None] = OrderedDict()
+        self.graphed = Graphed(self.eager, modules, graphs)
         self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}
 
-    @torch.inference_mode()
     def __call__(self, x: torch.Tensor):
-        """The whole pass for a batch x (N,...)."""
-        captured = self._graph(x) if x.is_cuda and self.graphs else None
-        return self.eager(x) if captured is None else captured(x)
+        """The whole pass for a batch x (N,...), in inference mode."""
+        return self.graphed(x)
 
     def eager(self, x: torch.Tensor):
         """The same without a graph."""
@@ -159,89 +143,7 @@ class ReverseLoop:
             self._constants[device] = first, log_sigma, table
         return self._constants[device]
 
-    # ------------------------------------------------------------- graphs
-
-    def _graph(self, x: torch.Tensor) -> CapturedCall | None:
-        """The captured call for tensors like x; None where it runs eagerly."""
-        key = (x.shape, x.dtype, x.device, x.stride(), ops.dispatch.selected(), *self._versions())
-        captured = self._captured.get(key, NEW)
-        if captured is NEW:
-            captured = ONCE
-        elif captured is ONCE:
-            captured = self._capture_or_warn(x)
-        self._captured[key] = captured
-        self._captured.move_to_end(key)
-        while len(self._captured) > self.graphs:
-            self._captured.popitem(last=False)
-        return captured if isinstance(captured, CapturedCall) else None
-
-    def _capture_or_warn(self, x: torch.Tensor) -> CapturedCall | None:
-        try:
-            captured = CapturedCall(self.eager, x)
-        except Exception as error:
-            warnings.warn(
-                f"the reverse loop runs without a CUDA graph, its capture failed: {error}",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            return None
-        return captured if self._gains(captured, x) else None
-
-    def _gains(self, captured: CapturedCall, x: torch.Tensor) -> bool:
-        """Is the graph faster than the eager loop? Both give the same bits."""
-        times = {captured: [], self.eager: []}
-        for _ in range(3):
-            for call, found in times.items():
-                found.append(elapsed(call, x))
-        return statistics.median(times[captured]) < statistics.median(times[self.eager])
-
-    def _versions(self) -> Iterable[tuple[int, int]]:
-        """What changes when a weight is replaced or updated in place."""
-        for module in self.modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                version = 0 if tensor.is_inference() else tensor._version
-                yield tensor.data_ptr(), version
-
-
-class CapturedCall:
-    """``function(x)`` for tensors like x, captured as a CUDA graph with buffers of its own."""
-
-    def __init__(self, function: Callable, x: torch.Tensor):
-        self._input = x.clone()
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.device(x.device), torch.cuda.stream(side):
-            for _ in range(2):  # libraries load their kernels and choose among them
-                function(self._input)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=side):
-                self._output = function(self._input)
-        torch.cuda.current_stream(x.device).wait_stream(side)
-        self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(x.device))
-
-    def __call__(self, x: torch.Tensor):
-        stream = torch.cuda.current_stream(x.device)
-        # Another stream may still be in the last replay, whose buffers these are.
-        stream.wait_event(self._done)
-        self._input.copy_(x)
-        self._graph.replay()
-        result = tree_map(lambda y: y.clone() if isinstance(y, torch.Tensor) else y, self._output)
-        self._done.record(stream)
-        return result
-
 
 def _is_state_of_the_kernels(x: torch.Tensor) -> bool:
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x.dtype == torch.float32 and x.numel() > 0 and (last or x.is_contiguous())
-
-
-def elapsed(call: Callable, x: torch.Tensor) -> float:
-    """Milliseconds of ``call(x)`` on the device."""
-    with torch.cuda.device(x.device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call(x)
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end)

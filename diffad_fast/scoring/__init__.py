@@ -3,11 +3,13 @@
 from .calibration import Conformal
 from .maps import MAPS, MapStatistics, fit_statistics
 from .score import Score
+from .semantic import FeatureDistance
 from .split import Split, split_by_group
 
 __all__ = [
     "MAPS",
     "Conformal",
+    "FeatureDistance",
     "MapStatistics",
     "Score",
     "Split",

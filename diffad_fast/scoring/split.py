@@ -28,9 +28,9 @@ def split_by_group(
 ) -> Split:
     """Split ``indices`` by the shares of the configuration, shuffled by its seed.
 
-    groups: one label for every image of the data set (indexed by ``indices``), None where every
-    image is an object of its own. Every part gets at least one group.
-    Raises InputError with fewer than 8 images or 4 groups.
+    groups: one label for every sample of the data set (indexed by ``indices``), None where every
+    sample is an object of its own. Every part gets at least one group.
+    Raises InputError with fewer than 8 samples or 4 groups.
     """
     label = (lambda i: i) if groups is None else (lambda i: groups[i])
     members: dict[Hashable, list[int]] = {}
@@ -38,7 +38,7 @@ def split_by_group(
         members.setdefault(label(i), []).append(i)
     if len(indices) < SMALLEST_SET:
         raise InputError(
-            f"{len(indices)} usable image{'' if len(indices) == 1 else 's'} of normals: fit needs "
+            f"{len(indices)} usable normal sample{'' if len(indices) == 1 else 's'}: fit needs "
             f"at least {SMALLEST_SET}, because parts are held out for calibration"
         )
     if len(members) < 4:
@@ -47,7 +47,7 @@ def split_by_group(
             "because whole groups are held out for calibration"
         )
 
-    # Ordered by a hash and not by a shuffled list: adding images moves few others to another part.
+    # Ordered by a hash and not by a shuffled list: adding samples moves few others to another part.
     def position(group: Hashable) -> bytes:
         return hashlib.sha256(f"{config.seed} {group}".encode()).digest()
 

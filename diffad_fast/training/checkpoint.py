@@ -20,7 +20,7 @@ import torch
 from ..errors import CheckpointError, InputError
 from ..version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save(
@@ -75,6 +75,11 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
         raise CheckpointError(
             f"{path} has format {found}, written by diffad_fast {metadata.get('version', '?')}; "
             f"diffad_fast {__version__} reads formats up to {FORMAT_VERSION}: upgrade diffad_fast"
+        )
+    if int(found) < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {found}, written by diffad_fast {metadata.get('version', '?')}; "
+            f"this one reads format {FORMAT_VERSION}: fit again, or use that version"
         )
     try:
         tensors = from_bytes(content)

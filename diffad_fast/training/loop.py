@@ -48,6 +48,15 @@ class History:
     validation_loss: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
 
+    @staticmethod
+    def joined(parts: Sequence[History]) -> History:
+        """The losses of several networks, one after another, and their seconds together."""
+        return History(
+            loss=[entry for part in parts for entry in part.loss],
+            validation_loss=[entry for part in parts for entry in part.validation_loss],
+            seconds=sum(part.seconds for part in parts),
+        )
+
 
 class Trainer:
     """Trains a denoiser on represented images and leaves the averaged weights in it.
@@ -94,7 +103,7 @@ class Trainer:
         with bar, _deferred_signals() as stop:
             for step, batch in zip(range(start, total), batches, strict=False):
                 epochs = [epoch for _, epoch in order[(step - start) * size :][: len(batch.index)]]
-                loss = self._step(step, batch.images, batch.index, torch.tensor(epochs))
+                loss = self._step(step, batch.x, batch.index, torch.tensor(epochs))
                 bar.update(size)
                 if step % 20 == 0 or step == total - 1:
                     self.history.loss.append((step, float(loss)))
@@ -130,7 +139,7 @@ class Trainer:
         self, step: int, images: torch.Tensor, index: torch.Tensor, epoch: torch.Tensor
     ) -> torch.Tensor:
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
+            group["lr"] = learning_rate(self.config, step)
         generator = _generator(self.config.seed, "level", step)
         loss = self._loss(images, index, epoch, generator)
         self.optimizer.zero_grad(set_to_none=True)
@@ -159,16 +168,6 @@ class Trainer:
         )
         return ops.weighted_mse(self.denoiser(x_t, self.log_sigma[t]), target, weight)
 
-    def _learning_rate(self, step: int) -> float:
-        """Linear warm-up, then half a cosine to a hundredth."""
-        config = self.config
-        # A short run warms up for at most a tenth of itself.
-        warmup = min(config.warmup_steps, max(1, config.train_steps // 10))
-        if step < warmup:
-            return config.learning_rate * (step + 1) / warmup
-        done = (step - warmup) / max(1, config.train_steps - warmup)
-        return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
-
     @torch.no_grad()
     def _validate(self) -> float:
         """The averaged model's loss on held-out normals, at the same levels and noise each time."""
@@ -179,7 +178,7 @@ class Trainer:
         for batch in self.images.batches(self.config.batch_size, indices=self.validation):
             generator = _generator(self.config.seed, "validation", count)
             epoch = torch.zeros(len(batch.index), dtype=torch.int64)
-            loss = self._loss(batch.images, batch.index, epoch, generator)
+            loss = self._loss(batch.x, batch.index, epoch, generator)
             total += float(loss) * len(batch.index)
             count += len(batch.index)
         torch._foreach_copy_(list(self.denoiser.parameters()), current)
@@ -232,6 +231,16 @@ class Trainer:
             }
         self.history = History(**json.loads(texts["history"]))
         return step
+
+
+def learning_rate(config: DetectorConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine to a hundredth."""
+    # A short run warms up for at most a tenth of itself.
+    warmup = min(config.warmup_steps, max(1, config.train_steps // 10))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.train_steps - warmup)
+    return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def _generator(seed: int, stream: str, number: int) -> torch.Generator:

@@ -47,7 +47,7 @@ def folder_of(tmp_path: Path, number: int) -> Path:
 
 def everything(images, batch_size=4, indices=None):
     batches = list(images.batches(batch_size, indices))
-    return torch.cat([b.images for b in batches]), torch.cat([b.index for b in batches]).tolist()
+    return torch.cat([b.x for b in batches]), torch.cat([b.index for b in batches]).tolist()
 
 
 def png_claiming(width: int, height: int) -> bytes:
@@ -81,8 +81,8 @@ def test_resizing_equals_antialiased_interpolation(tmp_path, shape, size):
         tensor = torch.from_numpy((array / scale).astype(np.float32))[None, None]
         expected = F.interpolate(tensor, size, mode="bilinear", antialias=True, align_corners=False)
         (batch,) = open_images(path, size, 1).batches(1)
-        assert batch.images.shape == (1, 1, *size)
-        assert (batch.images - expected).abs().max() <= tolerance
+        assert batch.x.shape == (1, 1, *size)
+        assert (batch.x - expected).abs().max() <= tolerance
 
 
 def test_sixteen_bit_grey_png(tmp_path):
@@ -92,7 +92,7 @@ def test_sixteen_bit_grey_png(tmp_path):
     assert found.dtype == np.uint16 and np.array_equal(found[0], array)
     assert np.array_equal(read_image(path, (40, 24), 3), np.stack([array] * 3))
     (batch,) = open_images(path, (40, 24), 1).batches(1)
-    assert torch.equal(batch.images[0, 0], torch.from_numpy(array / np.float32(65535)))
+    assert torch.equal(batch.x[0, 0], torch.from_numpy(array / np.float32(65535)))
 
 
 def test_integer_mode_is_sixteen_bit(tmp_path):
@@ -174,8 +174,8 @@ def test_folder_is_searched_in_order(tmp_path):
     assert images.paths == [str(tmp_path / name) for name in names]
     (batch,) = images.batches(8)
     assert batch.paths == images.paths and batch.index.tolist() == [0, 1, 2, 3]
-    assert batch.index.dtype == torch.int64 and batch.images.dtype == torch.float32
-    assert batch.images.is_contiguous() and len(images) == images.length == 4
+    assert batch.index.dtype == torch.int64 and batch.x.dtype == torch.float32
+    assert batch.x.is_contiguous() and len(images) == images.length == 4
 
 
 def test_names_are_kept_as_given(tmp_path, monkeypatch):
@@ -300,7 +300,7 @@ def test_arrays_are_read_lazily_and_not_copied(tmp_path):
     array[:] = pixels(0, array.shape)
     array[40] = 7
     batches = open_images(array, (8, 8), 1).batches(4)
-    assert torch.equal(next(batches).images * 255, torch.from_numpy(array[:4].astype(np.float32)))
+    assert torch.equal(next(batches).x * 255, torch.from_numpy(array[:4].astype(np.float32)))
     array[40] = pixels(1, (1, 8, 8))
     images = open_images(array, (8, 8), 1)
     assert len(images.load()) == 50 and images._kept is None

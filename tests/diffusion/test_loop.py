@@ -10,7 +10,7 @@ from torch import nn
 
 from diffad_fast import denoisers, native, ops, use_backend
 from diffad_fast.denoisers.diffusers_unet import DiffusersUNet
-from diffad_fast.diffusion import NoiseSchedule, ReverseLoop, loop
+from diffad_fast.diffusion import NoiseSchedule, ReverseLoop, graphs
 
 VARIANCE = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)[None, :, None, None]
 KINDS = ["sample", "epsilon", "v_prediction"]
@@ -269,15 +269,15 @@ class FakeCapture:
 
 @pytest.fixture
 def captures(monkeypatch):
-    monkeypatch.setattr(loop, "CapturedCall", FakeCapture)
-    monkeypatch.setattr(loop.ReverseLoop, "_gains", lambda self, captured, x: True)
+    monkeypatch.setattr(graphs, "CapturedCall", FakeCapture)
+    monkeypatch.setattr(graphs.Graphed, "_gains", lambda self, captured, x: True)
     FakeCapture.made = []
     return FakeCapture.made
 
 
 def graph_of(run, x):
     with torch.inference_mode():
-        return run._graph(x)
+        return run.graphed._graph(x)
 
 
 def test_what_is_captured(captures):
@@ -300,7 +300,7 @@ def test_what_is_captured(captures):
         graph_of(run, x)
     assert captures == [(1, 3, 4, 4), (2, 3, 4, 4), (3, 3, 4, 4)]
     assert graph_of(run, b) is None  # pushed out
-    assert len(run._captured) == 2
+    assert len(run.graphed._captured) == 2
 
 
 def test_a_failed_capture_says_so_once_and_runs_eagerly(captures, monkeypatch):
@@ -320,14 +320,14 @@ def test_a_failed_capture_says_so_once_and_runs_eagerly(captures, monkeypatch):
 
 def test_a_graph_without_gain_is_not_used(captures, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "CapturedCall", FakeCapture)
+    monkeypatch.setattr(graphs, "CapturedCall", FakeCapture)
     FakeCapture.made = []
     run = ReverseLoop(exact_denoiser("v_prediction"), NoiseSchedule().reverse_steps(500, 2))
     x = gaussian()
     for graph_takes, used in ((5.0, False), (1.0, True)):
-        run._captured.clear()
+        run.graphed._captured.clear()
         monkeypatch.setattr(
-            loop, "elapsed",
+            graphs, "elapsed",
             lambda call, x, t=graph_takes: t if isinstance(call, FakeCapture) else 2.0,
         )  # fmt: skip
         graph_of(run, x)
@@ -363,7 +363,7 @@ def test_replays_are_the_eager_loop(options, dtype):
                     with torch.inference_mode():
                         assert torch.equal(run(x), run.eager(x))
         torch.cuda.synchronize()
-    assert any(isinstance(c, loop.CapturedCall) for c in run._captured.values())
+    assert any(isinstance(c, graphs.CapturedCall) for c in run.graphed._captured.values())
 
 
 @on_gpu

@@ -34,7 +34,7 @@ def test_seed_decides():
 
 
 def test_too_little_data():
-    with pytest.raises(InputError, match="1 usable image .*at least 8"):
+    with pytest.raises(InputError, match="1 usable normal sample.*at least 8"):
         split_by_group([0], None, CONFIG)
     with pytest.raises(InputError, match="2 object"):
         split_by_group(range(20), [i % 2 for i in range(20)], CONFIG)

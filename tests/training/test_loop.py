@@ -7,6 +7,7 @@ import torch
 from diffad_fast import ops
 from diffad_fast.config import DetectorConfig
 from diffad_fast.data.images import open_images
+from diffad_fast.training import loop
 from diffad_fast.training.loop import Trainer
 
 
@@ -48,7 +49,7 @@ def test_order_visits_every_image_once_an_epoch():
 
 def test_learning_rate_warms_up_and_decays():
     one = trainer(learning_rate=0.1)
-    rates = [one._learning_rate(step) for step in range(12)]
+    rates = [loop.learning_rate(one.config, step) for step in range(12)]
     # A tenth of 12 steps is one step of warm-up.
     expected = [0.1] + [
         0.1 * (0.01 + 0.99 * (1 + math.cos(math.pi * k / 11)) / 2) for k in range(11)
@@ -65,7 +66,7 @@ def test_loss_by_its_formula(kind):
     batch = next(iter(one.images.batches(4)))
     generator = torch.Generator().manual_seed(5)
     epoch = torch.tensor([0, 0, 1, 2])
-    loss = one._loss(batch.images, batch.index, epoch, generator)
+    loss = one._loss(batch.x, batch.index, epoch, generator)
 
     generator = torch.Generator().manual_seed(5)
     u = (torch.rand((), generator=generator) + torch.arange(4) / 4) % 1
@@ -74,7 +75,7 @@ def test_loss_by_its_formula(kind):
     total = 0.0
     for i in range(4):
         a = float(one.schedule.alphas_cumprod[t[i]])
-        x = batch.images[i : i + 1]
+        x = batch.x[i : i + 1]
         noise = ops.philox_normal(x.shape[1:], 0, draw=i + 1, step=int(epoch[i]))[None]
         snr = a / (1 - a)
         target, weight = {

@@ -1,0 +1,135 @@
+"""Vectors from anywhere: the rows of tables, embeddings."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from .images import Batch
+
+_SUFFIXES = (".npy", ".npz", ".csv")
+
+
+class Vectors:
+    """Rows (N,D) of one table; made by :func:`open_vectors`."""
+
+    unit = "row"
+    paths = None
+
+    def __init__(self, rows: np.ndarray, labels: np.ndarray | None = None):
+        self.rows, self.labels = rows, labels
+        self.skipped: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    length = property(__len__)
+
+    def load(self) -> list[int]:
+        """The indices of the usable rows: all."""
+        return list(range(len(self)))
+
+    def batches(self, batch_size: int, indices: Iterable[int] | None = None) -> Iterator[Batch]:
+        """Batches of rows in the order of ``indices`` (default: all, in order)."""
+        order = np.arange(len(self)) if indices is None else np.fromiter(indices, np.int64)
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            yield Batch(torch.from_numpy(self.rows[part]), torch.from_numpy(part), None)
+
+
+def open_vectors(source) -> Vectors:
+    """Open a table of numbers.
+
+    source: an array, tensor or data frame (N,D), or a file: .npy; .npz with an array ``X`` and
+    perhaps labels ``y``, 1 for an anomaly; .csv with one line of names, whose column ``label`` is
+    taken for labels; or the pair (X, y).
+
+    Raises InputError for another shape, for values that are not numbers, NaN or infinite, or
+    beyond float32.
+    """
+    labels = None
+    name = "the table"
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fspath(source)
+        source, labels = _read(name)
+    elif isinstance(source, tuple) and len(source) == 2:
+        source, labels = source
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = source.float() if source.dtype == torch.bfloat16 else source
+    try:
+        rows = np.asarray(source)
+        if rows.dtype.kind not in "fiub":
+            rows = rows.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} is not a table of numbers: {error}") from None
+    if rows.ndim != 2:
+        raise InputError(f"{name} has shape {rows.shape}: vectors are rows (N, D), so reshape it")
+    if 0 in rows.shape:
+        raise InputError(f"{name} of shape {rows.shape} is empty: give at least one row and column")
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+    bad = ~np.isfinite(rows)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise InputError(
+            f"{name} holds {rows[row, column]} in row {row}, column {column}: remove or replace "
+            "missing, infinite and huge values first"
+        )
+    if labels is not None:
+        labels = np.asarray(labels).reshape(-1)
+        if len(labels) != len(rows) or not np.isin(labels, (0, 1)).all():
+            raise InputError(
+                f"{name} has {len(rows)} rows and {len(labels)} labels: a row needs one, 0 for a "
+                "normal row and 1 for an anomaly"
+            )
+        labels = labels.astype(np.int64)
+    return Vectors(rows, labels)
+
+
+def _read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """The table in a file and its labels, where there are any."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in _SUFFIXES:
+        raise InputError(f"{path} is no table: give a file {', '.join(_SUFFIXES)}")
+    try:
+        if suffix == ".csv":
+            return _read_csv(path)
+        content = np.load(path, allow_pickle=False)
+        if suffix == ".npy":
+            return content, None
+        with content:
+            if "X" not in content:
+                raise InputError(
+                    f"{path} has no array X, only {', '.join(content) or 'nothing'}: name it X"
+                )
+            return content["X"], content["y"] if "y" in content else None
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} cannot be read as a table: {error}") from None
+
+
+def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        names = next(reader, [])
+        lines = [line for line in reader if line]
+    for number, line in enumerate(lines):
+        if len(line) != len(names):
+            raise InputError(
+                f"{path} has {len(line)} values in data line {number + 1} but {len(names)} names: "
+                "every line needs one for each name"
+            )
+    table = np.array(lines, dtype=np.float64).reshape(len(lines), len(names))
+    if "label" not in names:
+        return table, None
+    column = names.index("label")
+    return np.delete(table, column, axis=1), table[:, column]

@@ -1,0 +1,83 @@
+"""A residual MLP on single tokens: the denoiser of vectors and of token grids."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops import PackedTokenMLP
+from ..reference.token_mlp import LAYER_NORM_EPS
+from .wavelet_unet import NoiseLevelEmbedding, zero_init
+
+
+class TokenMLP(nn.Module):
+    """Denoiser of tokens (M,dim), one by one; ``blocks`` residual blocks of ``width`` units.
+
+    h = W_in x + b_in; each block h <- h + W2 SiLU(W1 LN(h) + b1 + e(log sigma)) + b2; the
+    prediction is W_out SiLU(LN(h)) + b_out. It is a v-prediction, which for tokens of unit
+    variance equals the preconditioning of Karras et al. (2022) with sigma_data = 1.
+
+    ``ops.token_mlp_loop`` runs whole loops of it on the weights of :meth:`pack` and the biases of
+    :meth:`step_bias`.
+    """
+
+    def __init__(self, dim: int, width: int = 256, blocks: int = 3):
+        super().__init__()
+        self.dim, self.width = dim, width
+        self.linear_in = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(TokenBlock(width) for _ in range(blocks))
+        self.embedding = NoiseLevelEmbedding(width)
+        self.modulation = nn.Linear(width, blocks * width)
+        self.linear_out = zero_init(nn.Linear(width, dim))
+
+    def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+        """Prediction (M,dim) for network inputs x (M,dim) at levels log_sigma (M,)."""
+        return self.linear_out(F.silu(self._hidden(x, self._levels(log_sigma))))
+
+    def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+        """The normalised hidden state (M,width) in front of the last layer."""
+        return self._hidden(x, self._levels(log_sigma))
+
+    def _hidden(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+        h = self.linear_in(x)
+        for block, bias in zip(self.blocks, e.unbind(dim=1), strict=True):
+            h = block(h, bias)
+        return F.layer_norm(h, (self.width,), eps=LAYER_NORM_EPS)
+
+    def _levels(self, log_sigma: torch.Tensor) -> torch.Tensor:
+        """(M,blocks,width): what each block adds for the level."""
+        return self.modulation(self.embedding(log_sigma)).unflatten(1, (-1, self.width))
+
+    def pack(self, dtype: torch.dtype | None = None) -> PackedTokenMLP:
+        """The weights for ``ops.token_mlp_loop``, in ``dtype`` (that of the module)."""
+        return self._packed(dtype)[0]
+
+    def step_bias(self, log_sigma: torch.Tensor) -> torch.Tensor:
+        """(S,blocks,width) for the levels log_sigma (S,), for ``ops.token_mlp_loop``."""
+        return self._levels(log_sigma) + self._packed(None)[1]
+
+    def _packed(self, dtype: torch.dtype | None) -> tuple[PackedTokenMLP, torch.Tensor]:
+        def stacked(layer: str, name: str) -> torch.Tensor:
+            return torch.stack([getattr(getattr(b, layer), name) for b in self.blocks])
+
+        return PackedTokenMLP.pack(
+            self.linear_in.weight, self.linear_in.bias,
+            stacked("norm", "weight"), stacked("norm", "bias"),
+            stacked("linear1", "weight"), stacked("linear1", "bias"),
+            stacked("linear2", "weight"), stacked("linear2", "bias"),
+            self.linear_out.weight, self.linear_out.bias, dtype=dtype,
+        )  # fmt: skip
+
+
+class TokenBlock(nn.Module):
+    """x + linear(SiLU(linear(LayerNorm(x)) + level))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.linear1 = nn.Linear(width, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, h: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return h + self.linear2(F.silu(self.linear1(self.norm(h)) + level))

@@ -1,0 +1,323 @@
+"""Diffusion of an image's wavelet coefficients by a network that sees the whole image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from .. import denoisers, ops
+from ..config import DetectorConfig
+from ..denoisers import inference
+from ..diffusion import Graphed, NoiseSchedule, ReverseLoop
+from ..errors import InputError
+from ..representations import WaveletRepresentation
+from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
+from ..training.loop import History, Trainer, TrainingCheckpoint
+from .fusion import fuse, resized
+
+
+class CoefficientModel(nn.Module):
+    """Haar packet, denoiser on it, three modes of scoring.
+
+    denoiser: a module of one's own, else the one that ``config`` names. features: a module
+    ``images (N,C,H,W) -> list of maps`` for the feature map of ``reconstruct``, in place of the
+    denoiser's own features.
+    """
+
+    def __init__(
+        self,
+        config: DetectorConfig,
+        device: torch.device,
+        denoiser: nn.Module | None = None,
+        features: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.device = device
+        self.representation = WaveletRepresentation(config.channels, config.haar_level)
+        if denoiser is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                denoiser = denoisers.create(config.denoiser, self.representation.channels)
+        elif not isinstance(denoiser, denoisers.WaveletUNet):
+            if config.inference_dtype == "bfloat16":
+                raise InputError(
+                    "inference_dtype='bfloat16' is for the built-in U-Nets: convert your denoiser "
+                    "yourself and leave inference_dtype at 'float32'"
+                )
+            config = config.replace(inference_dtype="float32")
+        self.config = config
+        self.denoiser = denoiser.to(memory_format=torch.channels_last)
+        self.backbone = None if features is None else features.eval().requires_grad_(False)
+        self.distance = FeatureDistance(config.semantic) if config.semantic_weight > 0 else None
+        self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
+        self.to(device).eval()
+        self._in_bfloat16: nn.Module | None = None
+        self.use(None)
+
+    # ---------------------------------------------------------------- fit
+
+    def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
+        """Fit the representation, train the denoiser, fit the features' distribution."""
+        config = self.config
+
+        def batches(indices: Sequence[int]) -> Iterable[torch.Tensor]:
+            for batch in source.batches(config.batch_size, indices=indices):
+                yield batch.x.to(self.device)
+
+        self.representation.fit(batches(split.fit))
+        history = Trainer(
+            self.denoiser, self.representation.encode, source, split.fit, split.validation,
+            config, self.device,
+        ).run(kept)  # fmt: skip
+        self._settle_dtype()
+        if self.distance is not None:
+            with torch.inference_mode():
+                self.distance.fit(
+                    (self._coarsest(self.representation.encode(x)) for x in batches(split.fit)),
+                    config.seed,
+                )
+        return history
+
+    def _settle_dtype(self) -> None:
+        """Settle "auto" once and for all, before anything is calibrated."""
+        self._in_bfloat16 = None
+        config = self.config
+        if config.inference_dtype == "auto":
+            side = [s // 2**config.haar_level for s in config.image_size]
+            x = torch.zeros(4, self.representation.channels, *side, device=self.device)
+            x = x.contiguous(memory_format=torch.channels_last)
+            dtype = inference.faster_dtype(self.denoiser, x)
+            self.config = config.replace(inference_dtype=dtype)
+
+    @property
+    def scoring_denoiser(self) -> nn.Module:
+        """The denoiser in its inference dtype."""
+        if self.config.inference_dtype != "bfloat16":
+            return self.denoiser
+        if self._in_bfloat16 is None:
+            self._in_bfloat16 = inference.in_dtype(self.denoiser, "bfloat16")
+        return self._in_bfloat16
+
+    # -------------------------------------------------------------- score
+
+    def use(self, statistics: list[MapStatistics | None] | None) -> None:
+        """Standardise the maps of the configuration's mode by ``statistics`` from now on."""
+        self.statistics = statistics
+        # Made at the first score and kept, with the graphs that it captures on a GPU, until what
+        # they read is replaced.
+        self._scoring = None
+
+    @property
+    def map_names(self) -> list[str]:
+        """What each of :meth:`raw_maps` is."""
+        config = self.config
+        names = {
+            "reconstruct": list(MAPS),
+            "invert": ["latent"],
+            "one_step": [f"residual at {sigma:g}" for sigma in config.sigmas],
+        }[config.mode]
+        return names + (["semantic"] if self.distance is not None else [])
+
+    @property
+    def statistics_smoothing(self) -> float:
+        """Deviation of the Gaussian for statistics per position, in positions of the maps."""
+        return self.config.smoothing * (1 if self.config.mode == "reconstruct" else self._grid)
+
+    @property
+    def _grid(self) -> float:
+        """Positions of the coefficients' grid in a pixel."""
+        return 2.0**-self.config.haar_level
+
+    def raw_maps(self, images: torch.Tensor) -> list[torch.Tensor | None]:
+        """Each map alone, neither standardised nor smoothed; None where it has no weight."""
+        config, images = self.config, images.to(self.device)
+        if config.mode == "reconstruct":
+            x, x_hat, f, f_hat = self._loop(self._evidence).eager(images)
+            result: list[torch.Tensor | None] = []
+            for i, weight in enumerate(config.map_weights):
+                one = [0.0, 0.0, 0.0]
+                one[i] = 1.0
+                features = (f, f_hat) if i == 1 else ((), ())
+                result.append(
+                    ops.anomaly_map(x, x_hat, *features, one, self._levels(one), sigma=0.0)[0]
+                    if weight > 0
+                    else None
+                )
+        elif config.mode == "invert":
+            result = self._loop(self._latent).eager(images)
+        else:
+            result = self._residuals(self.representation.encode(images))
+        if self.distance is not None:
+            result.append(self._semantic(images, self.representation.encode(images)))
+        return result
+
+    def score(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(map (N,H,W), score (N,)) of images (N,C,H,W)."""
+        if self._scoring is None:
+            if self.config.mode == "one_step":
+                modules = [self.scoring_denoiser, self.representation]
+                self._scoring = Graphed(self._score_one_step, modules)
+            else:
+                conclude = self._score_reconstruction
+                if self.config.mode == "invert":
+                    conclude = self._score_latent
+                self._scoring = self._loop(conclude)
+        return self._scoring(images.to(self.device))
+
+    @torch.inference_mode()
+    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
+        """The model's idea of images (N,C,H,W) in [0,1] without their anomalies."""
+        loop = self._loop(lambda images, x0, x0_hat: self.representation.decode(x0_hat), False)
+        return loop.eager(images.to(self.device)).cpu()
+
+    def _loop(self, conclude, inverts: bool | None = None) -> ReverseLoop:
+        """From images to ``conclude(images, x0, x_end)``: through their reconstruction, or
+        (the default in mode invert) up to their latent."""
+        config, schedule = self.config, self.schedule
+        if config.mode == "invert" if inverts is None else inverts:
+            steps = schedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
+            options = {}
+        else:
+            start = schedule.timestep(config.start_sigma)
+            steps = schedule.reverse_steps(start, config.reverse_steps)
+            options = {"eta": config.eta, "clip": config.clip, "guidance": config.guidance}
+        denoiser = self.scoring_denoiser
+        return ReverseLoop(
+            denoiser,
+            steps,
+            seed=config.seed,
+            prediction_type=config.prediction_type,
+            prepare=self.representation.encode,
+            conclude=conclude,
+            modules=[denoiser, self.representation],
+            **options,
+        )
+
+    # reconstruct
+
+    def _evidence(self, images: torch.Tensor, x0: torch.Tensor, x0_hat: torch.Tensor) -> tuple:
+        """The first four arguments of ``ops.anomaly_map``."""
+        decoded = self.representation.decode(x0_hat)
+        features: list[list[torch.Tensor]] = [[], []]
+        if self.config.map_weights[1] > 0:
+            if self.backbone is not None:
+                features = [list(self.backbone(x)) for x in (images, decoded)]
+            else:
+                features = [self._features(x) for x in (x0, x0_hat)]
+        return images, decoded, *features
+
+    def _score_reconstruction(
+        self, images: torch.Tensor, x0: torch.Tensor, x0_hat: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        map_, score = ops.anomaly_map(
+            *self._evidence(images, x0, x0_hat),
+            weights=config.map_weights,
+            levels=self._levels(config.map_weights),
+            stats=None if self.statistics is None else self.statistics[:3],
+            sigma=config.smoothing,
+            top=config.top_fraction,
+        )
+        if self.distance is None:
+            return map_, score
+        share = sum(config.map_weights)
+        standard = MapStatistics(score.new_zeros(()), score.new_tensor(share))
+        return fuse(
+            [map_, self._semantic(images, x0)], [standard, self.statistics[3]],
+            [share, config.semantic_weight], 0.0, config.top_fraction,
+        )  # fmt: skip
+
+    def _levels(self, weights: Sequence[float]) -> int:
+        return self.config.haar_level if weights[2] > 0 else 0
+
+    # invert
+
+    def _latent(self, images: torch.Tensor, x0: torch.Tensor, z: torch.Tensor) -> list:
+        """[mean square of the latent over channels (N,h,w)]."""
+        return [z.square().mean(dim=1)]
+
+    def _score_latent(self, images: torch.Tensor, x0: torch.Tensor, z: torch.Tensor) -> tuple:
+        return self._fused(self._latent(images, x0, z), images, x0)
+
+    # one_step
+
+    def _residuals(self, x0: torch.Tensor) -> list[torch.Tensor]:
+        """mean over channels of (D(x0, sigma) - x0)^2 at each of the levels (N,h,w)."""
+        sigmas = self.config.sigmas
+        n = len(x0)
+        sigma = torch.tensor(sigmas, device=x0.device).repeat_interleave(n)
+        alpha = (1 / (1 + sigma**2))[:, None, None, None]
+        x = x0.repeat(len(sigmas), 1, 1, 1)
+        x_in = (x * alpha.sqrt()).contiguous(memory_format=torch.channels_last)
+        output = self.scoring_denoiser(x_in, sigma.log())
+        # x_in as a state at its level: its clean estimate is D.
+        if self.config.prediction_type == "v_prediction":
+            clean = alpha.sqrt() * x_in - (1 - alpha).sqrt() * output
+        elif self.config.prediction_type == "epsilon":
+            clean = (x_in - (1 - alpha).sqrt() * output) / alpha.sqrt()
+        else:
+            clean = output
+        return list((clean - x).square().mean(dim=1).split(n))
+
+    def _score_one_step(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x0 = self.representation.encode(images)
+        return self._fused(self._residuals(x0), images, x0)
+
+    # all
+
+    def _fused(self, maps: list[torch.Tensor], images: torch.Tensor, x0: torch.Tensor) -> tuple:
+        config = self.config
+        weights = [1.0 / len(maps)] * len(maps)
+        if self.distance is not None:
+            maps = [*maps, self._semantic(images, x0)]
+            weights.append(config.semantic_weight)
+        map_, score = fuse(
+            maps, self.statistics, weights, config.smoothing * self._grid, config.top_fraction
+        )
+        return resized(map_, config.image_size), score
+
+    def _features(self, x0: torch.Tensor) -> list[torch.Tensor]:
+        """The denoiser's features of coefficients, at the level ``feature_sigma``."""
+        sigma = self.config.feature_sigma
+        level = torch.full((len(x0),), math.log(sigma), device=x0.device)
+        # The network expects inputs of the variance-preserving process at that level.
+        return self.scoring_denoiser.features(x0 * (1 + sigma**2) ** -0.5, level)
+
+    def _coarsest(self, x0: torch.Tensor) -> torch.Tensor:
+        """(N,h,w,C): the features that see most of the image."""
+        return self._features(x0)[-1].permute(0, 2, 3, 1)
+
+    def _semantic(self, images: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
+        """(N,h,w), in reconstruct at the size of the images."""
+        distance = self.distance(self._coarsest(x0))
+        in_pixels = self.config.mode == "reconstruct"
+        return resized(distance, images.shape[2:] if in_pixels else x0.shape[2:])
+
+    # --------------------------------------------------------- checkpoint
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that :meth:`restore` needs."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what :meth:`state` gave. Raises RuntimeError where it does not fit."""
+        if self.distance is not None:
+            restore_buffers(self.distance, tensors, "distance.")
+        missing, unexpected = self.load_state_dict(tensors, strict=False)
+        missing = [name for name in missing if not name.startswith("backbone.")]
+        if missing or unexpected:
+            raise RuntimeError(f"tensors {', '.join([*missing, *unexpected][:3])} do not match")
+        self._in_bfloat16 = None
+
+
+def restore_buffers(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Give the buffers below ``module``, whose sizes come from data, the sizes in ``tensors``."""
+    for name, buffer in list(module.named_buffers()):
+        if prefix + name in tensors:
+            parent, _, own = name.rpartition(".")
+            sized = torch.empty_like(buffer, memory_format=torch.contiguous_format)
+            sized = sized.new_empty(tensors[prefix + name].shape)
+            setattr(module.get_submodule(parent), own, sized)

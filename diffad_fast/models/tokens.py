@@ -1,0 +1,255 @@
+"""Diffusion of single tokens: of vectors, and of the cells of an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..config import DetectorConfig
+from ..denoisers.token_mlp import TokenMLP
+from ..diffusion import Graphed, NoiseSchedule, ReverseStep
+from ..errors import InputError
+from ..representations import create_tokens
+from ..scoring import FeatureDistance, MapStatistics, Split
+from ..training.loop import History, TrainingCheckpoint
+from ..training.tokens import fit_tokens
+from .coefficients import restore_buffers
+from .fusion import fuse, resized
+
+# Tokens that a training keeps in memory: at 500 numbers each these take 1 GiB.
+LARGEST_BANK = 1 << 19
+
+
+class TokenModel(nn.Module):
+    """One token MLP for every token representation, scored as whole loops of
+    ``ops.token_mlp_loop``.
+
+    features: the backbone behind the token source "features".
+    """
+
+    def __init__(
+        self, config: DetectorConfig, device: torch.device, features: nn.Module | None = None
+    ):
+        super().__init__()
+        self.device = device
+        self.representations = nn.ModuleList(create_tokens(config, features))
+        self.denoisers = nn.ModuleList()
+        self.distances = nn.ModuleList()
+        self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
+        self.config = config
+        if config.prediction_type != "v_prediction":
+            raise InputError(
+                f"the token MLP predicts v: prediction_type {config.prediction_type!r} is for the "
+                "U-Nets"
+            )
+        if config.eta or config.clip or config.guidance:
+            raise InputError(
+                "the token MLP runs its loop in one kernel without eta, clip or guidance: leave "
+                "them at 0, None and 0"
+            )
+        self.to(device).eval()
+        self.use(None)
+
+    # ---------------------------------------------------------------- fit
+
+    def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
+        """Fit the representations and train a denoiser for each."""
+        config = self.config
+        histories = []
+        self.denoisers, self.distances = nn.ModuleList(), nn.ModuleList()
+        for representation in self.representations:
+            representation.fit(lambda: self._batches(source, split.fit))
+            bank = self._bank(representation, source, split.fit)
+            denoiser = self._denoiser(representation.dim)
+            validation = self._bank(representation, source, split.validation)
+            histories.append(fit_tokens(denoiser, bank, validation, config, self.device, kept))
+            self.denoisers.append(denoiser)
+            if config.semantic_weight > 0:
+                distance = FeatureDistance(config.semantic).to(self.device)
+                with torch.inference_mode():
+                    parts = bank.split(8192)
+                    features = (self._features(denoiser, x.to(self.device)) for x in parts)
+                    distance.fit(features, config.seed)
+                self.distances.append(distance)
+        if config.inference_dtype == "auto":
+            # The tensor cores' dtype is what the CUDA kernel is made for.
+            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+            self.config = config.replace(inference_dtype=dtype)
+        self.use(None)
+        return History.joined(histories)
+
+    def _batches(self, source, indices: Sequence[int]) -> Iterable[torch.Tensor]:
+        for batch in source.batches(self.config.batch_size, indices=indices):
+            yield batch.x.to(self.device)
+
+    @torch.inference_mode()
+    def _bank(self, representation: nn.Module, source, indices: Sequence[int]) -> torch.Tensor:
+        """Tokens (M,dim) of these samples; of each as many positions as LARGEST_BANK allows."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        kept, share = [], max(1, LARGEST_BANK // max(1, len(indices)))
+        for x in self._batches(source, indices):
+            tokens = representation.encode(x).flatten(1, 2)
+            if tokens.shape[1] > share:
+                chosen = torch.randperm(tokens.shape[1], generator=generator)[:share]
+                tokens = tokens[:, chosen.to(tokens.device)]
+            kept.append(tokens.flatten(0, 1))
+        return torch.cat(kept).clone()
+
+    def _denoiser(self, dim: int) -> TokenMLP:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            denoiser = TokenMLP(dim, self.config.token_width, self.config.token_blocks)
+        return denoiser.to(self.device).eval()
+
+    # -------------------------------------------------------------- score
+
+    def use(self, statistics: list[MapStatistics] | None) -> None:
+        """Standardise the maps of the configuration's mode by ``statistics`` from now on."""
+        self.statistics = statistics
+        self._loops: list[tuple] | None = None
+        self._scoring = Graphed(self._score, [self])
+
+    @property
+    def map_names(self) -> list[str]:
+        """What each of :meth:`raw_maps` is."""
+        config = self.config
+        names = {
+            "reconstruct": ["reconstruction error"],
+            "invert": ["latent"],
+            "one_step": [f"residual at {sigma:g}" for sigma in config.sigmas],
+        }[config.mode]
+        names = names + (["semantic"] if config.semantic_weight > 0 else [])
+        sources = config.tokens if config.kind == "image" else [config.kind]
+        return [f"{source}: {name}" for source in sources for name in names]
+
+    statistics_smoothing = 1.0
+    """Deviation of the Gaussian for statistics per position, in cells."""
+
+    def raw_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Maps (N,h,w) of every representation, neither standardised nor smoothed."""
+        x = x.to(self.device)
+        if self._loops is None:
+            self._loops = [self._loop(denoiser) for denoiser in self.denoisers]
+        maps = []
+        for i, (representation, loop) in enumerate(
+            zip(self.representations, self._loops, strict=True)
+        ):
+            tokens = representation.encode(x)
+            rows = tokens.flatten(0, 2)
+            found = self._evaluate(tokens, rows, loop)
+            if self.distances:
+                found.append(self.distances[i](self._features(self.denoisers[i], rows)))
+            maps += [m.reshape(tokens.shape[:3]).float() for m in found]
+        return maps
+
+    def score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(map, score (N,)) of raw inputs; the map (N,H,W) of images, (N,1,1) of vectors."""
+        return self._scoring(x.to(self.device))
+
+    def _score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.config
+        maps = self.raw_maps(x)
+        own = len(maps) // len(self.representations)
+        weights = [1.0] * own
+        if self.distances:
+            weights = [1 / (own - 1)] * (own - 1) + [config.semantic_weight]
+        finest = min(representation.cell for representation in self.representations)
+        smoothing = config.smoothing / finest if config.kind == "image" else 0.0
+        weights = weights * len(self.representations)
+        map_, score = fuse(maps, self.statistics, weights, smoothing, config.top_fraction)
+        if config.kind == "image":
+            map_ = resized(map_, x.shape[2:])
+        return map_, score
+
+    def _features(self, denoiser: TokenMLP, rows: torch.Tensor) -> torch.Tensor:
+        sigma = self.config.feature_sigma
+        level = torch.full((len(rows),), math.log(sigma), device=rows.device)
+        return denoiser.features(rows * (1 + sigma**2) ** -0.5, level)
+
+    def _loop(self, denoiser: TokenMLP) -> tuple:
+        """(weights, step_bias, table) of the mode, for ``ops.token_mlp_loop``."""
+        config = self.config
+        if config.mode == "one_step":
+            log_sigma = [math.log(sigma) for sigma in config.sigmas]
+            table = [residual_row(sigma) for sigma in config.sigmas]
+        else:
+            steps = self._steps
+            log_sigma = [step.log_sigma for step in steps]
+            table = [ddim_row(step) for step in steps]
+        dtype = torch.bfloat16 if config.inference_dtype == "bfloat16" else torch.float32
+        with torch.inference_mode():
+            levels = torch.tensor(log_sigma, device=self.device)
+            return (
+                denoiser.pack(dtype), denoiser.step_bias(levels),
+                torch.tensor(table, device=self.device),
+            )  # fmt: skip
+
+    @property
+    def _steps(self) -> list[ReverseStep]:
+        config = self.config
+        if config.mode == "invert":
+            return self.schedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
+        start = self.schedule.timestep(config.start_sigma)
+        return self.schedule.reverse_steps(start, config.reverse_steps)
+
+    def _evaluate(self, tokens: torch.Tensor, rows: torch.Tensor, loop: tuple) -> list:
+        """The mode's numbers (M,), each for rows (M,dim) = tokens (N,h,w,dim)."""
+        mode = self.config.mode
+        if mode == "one_step":
+            return list(ops.token_mlp_loop(rows, *loop)[1].unbind(dim=1))
+        alpha = self._steps[0].alpha_t
+        if mode == "invert":
+            z, _ = ops.token_mlp_loop(rows * alpha**0.5, *loop)
+            return [z.square().mean(dim=1)]
+        # The same noise for every sample, so that a score does not depend on its neighbours.
+        noise = ops.philox_normal((1, *tokens.shape[1:]), self.config.seed, device=rows.device)
+        noised = tokens * alpha**0.5 + noise * (1 - alpha) ** 0.5
+        end, _ = ops.token_mlp_loop(noised.flatten(0, 2), *loop)
+        return [(end - rows).square().mean(dim=1)]
+
+    # --------------------------------------------------------- checkpoint
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that :meth:`restore` needs."""
+        return {k: v for k, v in self.state_dict().items() if ".backbone." not in k}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what :meth:`state` gave. Raises RuntimeError where it does not fit."""
+        restore_buffers(self.representations, tensors, "representations.")
+        for representation in self.representations:
+            self.denoisers.append(self._denoiser(representation.dim))
+            if self.config.semantic_weight > 0:
+                self.distances.append(FeatureDistance(self.config.semantic).to(self.device))
+        restore_buffers(self.distances, tensors, "distances.")
+        missing, unexpected = self.load_state_dict(tensors, strict=False)
+        missing = [name for name in missing if ".backbone." not in name]
+        if missing or unexpected:
+            raise RuntimeError(f"tensors {', '.join([*missing, *unexpected][:3])} do not match")
+        self.use(None)
+
+
+def residual_row(sigma: float) -> tuple[float, float, float, float, float]:
+    """The row (c_in, A, Bm, p, q) of ``ops.token_mlp_loop`` for the clean-input residual.
+
+    D(x, sigma) is the clean estimate for the network input c x, c = 1/sqrt(1 + sigma^2): with the
+    prediction v it is c (c x) - sigma c v, so D - x = (c^2 - 1) x - sigma c v. x itself stays.
+    """
+    c = (1 + sigma**2) ** -0.5
+    return c, 1.0, 0.0, c * c - 1, -sigma * c
+
+
+def ddim_row(step: ReverseStep) -> tuple[float, float, float, float, float]:
+    """The row of a deterministic DDIM step, whose statistic is the length of the way it goes.
+
+    With a = sqrt(alpha), b = sqrt(1 - alpha) at t and s, the estimates are x0 = a_t x - b_t v and
+    eps = b_t x + a_t v, so x_s = (a_s a_t + b_s b_t) x + (b_s a_t - a_s b_t) v. The way is that of
+    x / a, the state of the variance-exploding process.
+    """
+    a_t, b_t = step.alpha_t**0.5, (1 - step.alpha_t) ** 0.5
+    a_s, b_s = step.alpha_s**0.5, (1 - step.alpha_s) ** 0.5
+    scale, shift = a_s * a_t + b_s * b_t, b_s * a_t - a_s * b_t
+    return 1.0, scale, shift, scale / a_s - 1 / a_t, shift / a_s

@@ -1,0 +1,52 @@
+"""Tables and embeddings: one vector, one token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+# From this many features on a vector is taken for an embedding, whose features share a unit.
+EMBEDDING_FEATURES = 256
+
+
+class VectorTokens(nn.Module):
+    """Vectors (N,D) to standardised tokens (N,1,1,D).
+
+    scale: "feature" divides every feature by its own deviation on normal data, "global" all by the
+    root of their mean variance; "auto" takes "global" from 256 features on. A feature that never
+    varies among normals is divided by that global number: what it does in new data still counts.
+    """
+
+    cell = 1
+
+    def __init__(self, scale: str = "auto"):
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("mean", torch.zeros(0))
+        self.register_buffer("deviation", torch.zeros(0))
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @torch.no_grad()
+    def fit(self, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
+        """Set mean and deviation; ``batches()`` iterates over normal vectors (n,D)."""
+        rows = torch.cat([batch.double() for batch in batches()])
+        variance = rows.var(dim=0, correction=0)
+        overall = variance.mean().sqrt().clamp(min=1e-12)
+        scale = self.scale
+        if scale == "auto":
+            scale = "global" if rows.shape[1] >= EMBEDDING_FEATURES else "feature"
+        deviation = variance.sqrt()
+        # Rounding leaves a constant feature a deviation of some 1e-16 of its size.
+        varies = deviation > 1e-6 * rows.abs().amax(dim=0)
+        if scale == "global":
+            varies = torch.zeros_like(varies)
+        self.mean = rows.mean(dim=0).float()
+        self.deviation = torch.where(varies, deviation, overall).float()
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.deviation)[:, None, None]

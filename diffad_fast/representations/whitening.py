@@ -1,0 +1,63 @@
+"""Tokens to unit variance: by principal components, by feature, or by one number."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Share of the largest eigenvalue below which none may fall: directions in which normals hardly
+# vary are noise of the estimate, and would be blown up to the size of a signal.
+SMALLEST_EIGENVALUE = 1e-3
+
+
+class Moments:
+    """Mean and covariance of rows, merged batch by batch in float64."""
+
+    def __init__(self):
+        self.count, self.mean, self.scatter = 0, 0.0, 0.0
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Take in rows (n,D)."""
+        rows = rows.double()
+        n = len(rows)
+        mean = rows.mean(dim=0)
+        centred = rows - mean
+        # Chan et al. (1979).
+        delta = mean - self.mean
+        total = self.count + n
+        self.scatter = self.scatter + centred.T @ centred
+        self.scatter = self.scatter + torch.outer(delta, delta) * (self.count * n / total)
+        self.mean = self.mean + delta * (n / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """(D,D) float64."""
+        return self.scatter / self.count
+
+
+class Whitening(nn.Module):
+    """Tokens (...,D) to (x - mean) @ matrix, of about unit variance on normal data.
+
+    matrix (D,D) holds the principal directions, each over its deviation; no eigenvalue counts as
+    less than SMALLEST_EIGENVALUE of the largest.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(0))
+        self.register_buffer("matrix", torch.zeros(0, 0))
+
+    @property
+    def dim(self) -> int:
+        return self.matrix.shape[1]
+
+    def fit(self, moments: Moments) -> None:
+        values, directions = torch.linalg.eigh(moments.covariance)
+        floor = (values[-1] * SMALLEST_EIGENVALUE).clamp(min=1e-12)
+        self.mean = moments.mean.float()
+        self.matrix = (directions / values.clamp(min=floor).sqrt()).float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # One matrix product: the mean goes through the matrix as a bias.
+        return torch.nn.functional.linear(x, self.matrix.T, -(self.mean @ self.matrix))

@@ -1,0 +1,56 @@
+"""How far features are from those of normal data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..representations.whitening import Moments, Whitening
+
+# Normal features that `nearest` keeps: its cost and memory grow with them.
+LARGEST_SAMPLE = 4096
+
+
+class FeatureDistance(nn.Module):
+    """Distance of feature vectors (...,C) to those of normals.
+
+    kind: "mahalanobis" is the mean square of the features after whitening by the principal
+    components of normal features (Lee et al. 2018, one class); "nearest" the squared distance to
+    the nearest of a sample of normal features, over their mean variance (Roth et al. 2022).
+    """
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+        self.whitening = Whitening()
+        self.register_buffer("sample", torch.zeros(0, 0))
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[torch.Tensor], seed: int) -> None:
+        """Learn from batches (...,C) of normal features."""
+        moments, kept = Moments(), []
+        generator = torch.Generator().manual_seed(seed)
+        for features in batches:
+            rows = features.reshape(-1, features.shape[-1])
+            moments.add(rows)
+            if self.kind == "nearest":
+                kept.append(rows)
+        self.whitening.fit(moments)
+        if self.kind == "nearest":
+            rows = torch.cat(kept)
+            chosen = torch.randperm(len(rows), generator=generator)[:LARGEST_SAMPLE]
+            scale = moments.covariance.trace().clamp(min=1e-12).sqrt().float()
+            self.whitening.matrix = torch.eye(rows.shape[1], device=rows.device) / scale
+            self.sample = self.whitening(rows[chosen.to(rows.device)])
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(...,C) to (...)."""
+        x = self.whitening(features)
+        if self.kind == "mahalanobis":
+            return x.square().mean(dim=-1)
+        # A few million distances at a time.
+        rows = x.reshape(-1, x.shape[-1]).split(1024)
+        nearest = [torch.cdist(part, self.sample).amin(dim=1).square() for part in rows]
+        return torch.cat(nearest).reshape(x.shape[:-1])
