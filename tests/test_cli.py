@@ -333,7 +333,7 @@ def test_folders_that_cannot_be_fitted(tmp_path, good, fails):
     out = tmp_path / "m.diffad"
     fails("fit", tmp_path / "empty", "--out", out, *FAST, names=["empty"])
     fails("fit", tmp_path / "missing", "--out", out, *FAST, names=["missing"])
-    fails("fit", tmp_path / "one", "--out", out, *FAST, names=["1 usable image"])
+    fails("fit", tmp_path / "one", "--out", out, *FAST, names=["1 usable normal sample"])
 
 
 def test_options_that_cannot_be(good, tmp_path, fails):

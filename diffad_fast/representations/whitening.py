@@ -56,7 +56,8 @@ class Whitening(nn.Module):
         values, directions = torch.linalg.eigh(moments.covariance)
         floor = (values[-1] * SMALLEST_EIGENVALUE).clamp(min=1e-12)
         self.mean = moments.mean.float()
-        self.matrix = (directions / values.clamp(min=floor).sqrt()).float()
+        # eigh gives columns; the same bits after a checkpoint need the layout it restores.
+        self.matrix = (directions / values.clamp(min=floor).sqrt()).float().contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # One matrix product: the mean goes through the matrix as a bias.

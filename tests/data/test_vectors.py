@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+
+from diffad_fast.data.vectors import open_vectors
+from diffad_fast.errors import InputError
+
+X = np.arange(12.0).reshape(4, 3)
+
+
+def test_sources(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    np.savez(tmp_path / "x.npz", X=X, y=[0, 1, 0, 1])
+    (tmp_path / "x.csv").write_text("a,label,b,c\n0,0,1,2\n3,1,4,5\n6,0,7,8\n9,1,10,11\n")
+    for source, labelled in (
+        (X, False), (X.tolist(), False), (torch.from_numpy(X), False), (X.astype(np.uint8), False),
+        (torch.from_numpy(X).bfloat16(), False), ((X, [0, 1, 0, 1]), True),
+        (tmp_path / "x.npy", False), (str(tmp_path / "x.npz"), True), (tmp_path / "x.csv", True),
+    ):  # fmt: skip
+        vectors = open_vectors(source)
+        assert vectors.rows.dtype == np.float32 and np.array_equal(vectors.rows, X)
+        assert (vectors.labels is not None) == labelled
+        assert not labelled or vectors.labels.tolist() == [0, 1, 0, 1]
+    batches = list(vectors.batches(2, [3, 0, 1]))
+    assert [b.index.tolist() for b in batches] == [[3, 0], [1]]
+    assert torch.equal(batches[0].x, torch.from_numpy(X[[3, 0]]).float())
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        (np.zeros(3), r"shape \(3,\).*reshape"),
+        (np.zeros((0, 3)), "empty"),
+        (np.array([[1.0, np.nan]]), "nan in row 0, column 1"),
+        (np.array([[1.0], [1e300]]), "inf in row 1, column 0"),
+        ([["a", "b"]], "not a table of numbers"),
+        ((X, [0, 1]), "4 rows and 2 labels"),
+        ((X, [0, 1, 2, 0]), "0 for a normal row"),
+        ("table.parquet", "no table"),
+        ("missing.npy", "no file missing.npy"),
+    ],
+)
+def test_what_is_no_table(source, message):
+    with pytest.raises(InputError, match=message):
+        open_vectors(source)
+
+
+def test_files_that_are_no_table(tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"not numpy")
+    (tmp_path / "short.csv").write_text("a,b\n1,2\n3\n")
+    (tmp_path / "words.csv").write_text("a,b\n1,two\n")
+    np.savez(tmp_path / "other.npz", Z=X)
+    for name, message in (
+        ("x.npy", "cannot be read"), ("short.csv", "1 values in data line 2"),
+        ("words.csv", "cannot be read"), ("other.npz", "no array X, only Z"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            open_vectors(tmp_path / name)
