@@ -13,27 +13,37 @@ from .errors import InputError
 
 KINDS = ("image", "vector")
 MODES = ("reconstruct", "invert", "one_step")
-DENOISERS = ("unet-tiny", "unet-small", "unet-base", "token-mlp")
 SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
 INTENSITIES = ("auto", "linear", "log")
 SCALES = ("auto", "feature", "global")
+SEMANTIC_OF = ("denoiser", "tokens")
 SEMANTICS = ("mahalanobis", "nearest")
 
 # Whole recipes, by kind. `python -m benchmarks quality` measures them.
+_CELLS = {"denoiser": "token-mlp", "token_width": 128, "token_blocks": 2, "token_batch": 512}
+_CELLS = {**_CELLS, "sigmas": (1.0, 2.0, 4.0)}
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "image": {
-        "fast": {"denoiser": "unet-tiny", "train_steps": 1500, "reverse_steps": 3},
-        "balanced": {"denoiser": "unet-small", "train_steps": 2000, "reverse_steps": 5},
-        "best": {"denoiser": "unet-base", "train_steps": 10000, "reverse_steps": 10},
+        "fast": {**_CELLS, "sigmas": (2.0,)},
+        "balanced": _CELLS,
+        "best": {**_CELLS, "token_width": 256, "token_blocks": 3, "train_steps": 1000},
     },
     "vector": {
         "fast": {"denoiser": "token-mlp", "train_steps": 300},
         "balanced": {"denoiser": "token-mlp", "train_steps": 600},
         "best": {"denoiser": "token-mlp", "train_steps": 2000},
     },
+}
+
+# Steps of training and of the reverse process that a denoiser takes unless told otherwise.
+_STEPS = {
+    "token-mlp": (300, 5),
+    "unet-tiny": (1500, 3),
+    "unet-small": (2000, 5),
+    "unet-base": (10000, 10),
 }
 
 # The U-Net halves the resolution twice, and its coarsest attention works on blocks of 2x2.
@@ -58,10 +68,13 @@ class DetectorConfig:
     # Representation
     haar_level: int | None = None
     """Levels of the Haar packet in front of the denoiser; None: the short side becomes about 32."""
-    tokens: tuple[str, ...] = ("energy-16", "energy-8")
-    """What the token MLP sees of an image, one or several of: `energy-S`, log energies of wavelet
-    bands on cells of S pixels; `patch-S`, Haar packets of S x S pixels; `features`, the feature
-    maps of a backbone."""
+    tokens: tuple[str, ...] = (
+        "energy-16", "cell-8", "gradient-32", "spread-2", "spread-1", "mean-2",
+    )  # fmt: skip
+    """What the token MLP sees of an image, one or several sources on grids of G cells along the
+    short side: log energies of wavelet bands, as `energy-G` with those of neighbours, `cell-G`
+    alone, `gradient-G` their differences, `spread-G` mean and deviation over a cell, `mean-G`
+    the mean alone; `patch-G`, Haar packets; `features`, the feature maps of a backbone."""
     features: str | None = None
     """Whose feature maps stand for meaning: None, the denoiser's own; a timm model by name; or
     `custom`, a module handed over."""
@@ -71,14 +84,15 @@ class DetectorConfig:
     illumination: float | None = None
     """Deviation in pixels of the Gaussian whose smooth image is taken off in front of the tokens;
     0: nothing is; None: a 21st of the short side."""
-    image_scale: bool = True
+    image_scale: bool = False
     """Divide each image by its own deviation in front of the tokens."""
     feature_scale: str = "auto"
     """Vectors: every feature by its own deviation (`feature`), or all by one (`global`); `auto`:
     `global` from 256 features on, as in embeddings."""
 
     # Denoiser and diffusion
-    denoiser: str = "unet-small"
+    denoiser: str = "token-mlp"
+    """`token-mlp`, `unet-tiny`, `unet-small` or `unet-base`; `custom`, a module handed over."""
     token_width: int = 256
     token_blocks: int = 3
     """Width and residual blocks of the token MLP."""
@@ -99,7 +113,8 @@ class DetectorConfig:
     inversion_steps: int = 3
     start_sigma: float = 3.0
     """Noise level (sigma = noise over signal) from which `reconstruct` goes back."""
-    reverse_steps: int = 5
+    reverse_steps: int | None = None
+    """None: 3 for unet-tiny, 10 for unet-base, 5 for others."""
     eta: float = 0.0
     """0: deterministic DDIM; 1: as noisy as DDPM."""
     clip: float | None = None
@@ -113,20 +128,26 @@ class DetectorConfig:
     # Score
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Weights of the pixel, feature and sub-band maps of `reconstruct` with a U-Net."""
-    semantic_weight: float = 0.0
-    """Weight of one more map, in every mode: the distance of the denoiser's features to those of
-    normals."""
-    semantic: str = "mahalanobis"
-    """That distance: `mahalanobis`, or `nearest` of a sample of normal features."""
+    semantic_weight: float | None = None
+    """Weight, beside the mode's own maps together, of one more: the distance of features to those
+    of normals. None: 1 for tables (vectors that are scaled by feature), 0 elsewhere."""
+    semantic: str | None = None
+    """That distance: `mahalanobis`, or `nearest`, the mean to the five nearest of a sample of
+    normals. None: `nearest` for vectors, `mahalanobis` elsewhere."""
+    semantic_of: str | None = None
+    """Features of the `denoiser`, or the `tokens` themselves. None: `tokens` for vectors,
+    `denoiser` elsewhere."""
     feature_sigma: float = 0.1
     """Noise level at which the denoiser's features are read."""
     smoothing: float | None = None
-    """Standard deviation in pixels of the map's Gaussian; None: a 64th of the short side."""
+    """Standard deviation in pixels of the map's Gaussian; None: a 64th of the short side, with the
+    token MLP a 32nd."""
     top_fraction: float | None = None
     """Share of the map whose mean is the image's score; 0: its maximum. None: 0 for the token MLP,
     0.01 for others."""
-    statistics: str = "auto"
-    """Standardise maps per `position`, by a `scalar`, or (`auto`) by what fits held-out normals."""
+    statistics: str | None = None
+    """Standardise maps per `position`, by a `scalar`, or (`auto`) by what fits held-out normals.
+    None: `scalar` with the token MLP, whose tokens are standardised per position, else `auto`."""
     false_positive_rate: float = 0.05
     """Share of normal images that may be labelled anomalous."""
 
@@ -136,7 +157,8 @@ class DetectorConfig:
     conformal_share: float = 0.15
 
     # Training
-    train_steps: int = 2000
+    train_steps: int | None = None
+    """None: 1500 for unet-tiny, 10000 for unet-base, 300 for the token MLP, 2000 for others."""
     batch_size: int | None = None
     """Samples that are read, trained on and scored together; None: 16 images, 4096 vectors."""
     token_batch: int = 1024
@@ -159,11 +181,18 @@ class DetectorConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _choice("kind", self.kind, KINDS)
         on_tokens = self.on_tokens
+        train_steps, reverse_steps = _STEPS.get(self.denoiser, _STEPS["unet-small"])
         for name, value in (
+            ("train_steps", train_steps),
+            ("reverse_steps", reverse_steps),
             ("mode", "one_step" if on_tokens else "reconstruct"),
+            ("statistics", "scalar" if on_tokens else "auto"),
             ("top_fraction", 0.0 if on_tokens else 0.01),
             ("learning_rate", 2e-3 if on_tokens else 1e-3),
             ("batch_size", 4096 if self.kind == "vector" else 16),
+            ("semantic", "nearest" if self.kind == "vector" else "mahalanobis"),
+            ("semantic_of", "tokens" if self.kind == "vector" else "denoiser"),
+            ("semantic_weight", None if self.kind == "vector" else 0.0),
             ("illumination", round(min(self.image_size) / 21)),
         ):
             if getattr(self, name) is None:
@@ -176,11 +205,14 @@ class DetectorConfig:
         _choice("intensity", self.intensity, INTENSITIES)
         _choice("feature_scale", self.feature_scale, SCALES)
         _choice("semantic", self.semantic, SEMANTICS)
+        _choice("semantic_of", self.semantic_of, SEMANTIC_OF)
         _choice("preset", self.preset, tuple(PRESETS[self.kind]))
         if self.kind == "vector" and not on_tokens:
             raise InputError(
                 f"denoiser {self.denoiser!r} works on images: vectors need 'token-mlp'"
             )
+        if self.semantic_of == "tokens" and not on_tokens:
+            raise InputError("semantic_of='tokens' is for the token MLP: U-Nets have no tokens")
         if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
             raise InputError(f"image_size is one integer or (height, width), not {size!r}")
         if self.channels not in (1, 3):
@@ -217,7 +249,8 @@ class DetectorConfig:
         _range("feature_sigma", self.feature_sigma, 0.01, 100.0)
         _range("eta", self.eta, 0.0, 1.0)
         _range("guidance", self.guidance, 0.0, math.inf)
-        _range("semantic_weight", self.semantic_weight, 0.0, math.inf)
+        if self.semantic_weight is not None:
+            _range("semantic_weight", self.semantic_weight, 0.0, math.inf)
         _range("illumination", self.illumination, 0.0, math.inf)
         _range("top_fraction", self.top_fraction, 0.0, 1.0)
         _range("false_positive_rate", self.false_positive_rate, 1e-6, 1 - 1e-6)
@@ -233,11 +266,17 @@ class DetectorConfig:
         if self.clip is not None:
             _range("clip", self.clip, 1e-3, math.inf)
         if self.smoothing is None:
-            object.__setattr__(self, "smoothing", min(self.image_size) / 64)
+            share = BASE_GRID if on_tokens else 64
+            object.__setattr__(self, "smoothing", min(self.image_size) / share)
         _range("smoothing", self.smoothing, 0.0, math.inf)
         if self.haar_level is None:
             object.__setattr__(self, "haar_level", default_haar_level(self.image_size))
         _range("haar_level", self.haar_level, 1, 4)
+        if on_tokens and self.kind == "image" and min(self.image_size) < BASE_GRID:
+            raise InputError(
+                f"image_size {min(self.image_size)} is too small for tokens: use at least "
+                f"{BASE_GRID}"
+            )
         stride = self.stride
         for side in self.image_size if self.kind == "image" else ():
             if side < stride:
@@ -259,9 +298,13 @@ class DetectorConfig:
     @property
     def stride(self) -> int:
         """Side in pixels of the square that images must consist of: one position of the U-Net's
-        coarsest attention, or the largest cell of the tokens."""
+        coarsest attention, or a cell of the tokens."""
         if self.on_tokens:
-            return max(token_source(name)[1] for name in self.tokens)
+            short = min(self.image_size)
+            patches = [token_source(name) for name in self.tokens]
+            return max(
+                [short // BASE_GRID, *(short // g for kind, g in patches if kind == "patch")]
+            )
         return 2**self.haar_level * UNET_STRIDE
 
     @classmethod
@@ -293,20 +336,25 @@ class DetectorConfig:
         return cls.create(**json.loads(text))
 
 
-TOKEN_SOURCES = ("energy", "patch", "features")
+TOKEN_SOURCES = ("energy", "cell", "gradient", "spread", "mean", "patch")
+BASE_GRID = 32
+"""Cells along the short side of an image of the finest token grid."""
 
 
 def token_source(name: str) -> tuple[str, int]:
-    """Kind and cell side in pixels of a token source: ("energy", 16) for "energy-16"."""
-    kind, _, side = str(name).partition("-")
-    if kind == "features" and not side:
-        return kind, 1
-    if kind not in TOKEN_SOURCES or not side.isdecimal() or int(side) not in (2, 4, 8, 16, 32):
+    """Kind and cells along the short side of a token source: ("energy", 16) for "energy-16"."""
+    kind, _, grid = str(name).partition("-")
+    if name == "features":
+        return kind, BASE_GRID
+    smallest = 4 if kind in ("energy", "gradient") else 1  # these need neighbours
+    known = kind in TOKEN_SOURCES and grid in ("1", "2", "4", "8", "16", "32")
+    if not known or int(grid) < smallest:
         raise InputError(
-            f"unknown token source {name!r}: choose energy-S or patch-S with a cell side S of 2, "
-            "4, 8, 16 or 32 pixels, or features"
+            f"unknown token source {name!r}: choose one of {', '.join(TOKEN_SOURCES)} with a grid "
+            "of 1, 2, 4, 8, 16 or 32 (from 4 on for energy and gradient), such as energy-16, or "
+            "features"
         )
-    return kind, int(side)
+    return kind, int(grid)
 
 
 def default_haar_level(image_size: tuple[int, int]) -> int:

@@ -189,7 +189,7 @@ class Detector:
         config = self.config
         if config.kind == "vector":
             vectors = open_vectors(source)
-            fitted, found = self.model.representations[0].dim, vectors.rows.shape[1]
+            fitted, found = self.model.representation.dims[0], vectors.rows.shape[1]
             if self.calibrations and found != fitted:
                 raise InputError(
                     f"the vectors have {found} features and the detector was fitted on {fitted}"

@@ -19,7 +19,7 @@ def test_presets_override_defaults_and_options_override_presets(kind, preset):
     "size, level, stride", [(32, 1, 16), (64, 1, 16), (128, 2, 32), (256, 3, 64), (512, 4, 128)]
 )
 def test_haar_level_follows_the_size(size, level, stride):
-    config = DetectorConfig.create(image_size=size)
+    config = DetectorConfig.create(image_size=size, denoiser="unet-small")
     assert (config.haar_level, config.stride) == (level, stride)
     assert config.smoothing == size / 64
 
@@ -40,8 +40,10 @@ def test_frozen():
         ({"preset": "quick"}, "'quick'.*fast, balanced, best"),
         ({"kind": "audio"}, "'audio'"),
         ({"mode": "guess"}, "'guess'"),
-        ({"image_size": 100}, "100 is not a multiple of .*96 or 128"),
-        ({"image_size": 8}, "8 is smaller than the model's stride of 16"),
+        ({"denoiser": "unet-tiny", "image_size": 100}, "100 is not a multiple of .*96 or 128"),
+        ({"image_size": 8, "denoiser": "unet-tiny"}, "8 is smaller than the model's stride of 16"),
+        ({"image_size": 31}, "31 is too small for tokens"),
+        ({"image_size": 100}, "100 is not a multiple of .* 99 or 102"),
         ({"image_size": (64,)}, "image_size"),
         ({"channels": 4}, "4"),
         ({"train_steps": 0}, "train_steps .*not 0"),

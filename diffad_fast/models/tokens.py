@@ -13,7 +13,9 @@ from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
 from ..diffusion import Graphed, NoiseSchedule, ReverseStep
 from ..errors import InputError
+from ..reference.maps import gaussian_blur
 from ..representations import create_tokens
+from ..representations.tokens import SMALLEST_SMOOTHED
 from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training.loop import History, TrainingCheckpoint
 from ..training.tokens import fit_tokens
@@ -22,10 +24,11 @@ from .fusion import fuse, resized
 
 # Tokens that a training keeps in memory: at 500 numbers each these take 1 GiB.
 LARGEST_BANK = 1 << 19
+LARGEST_FIT = 2048
 
 
 class TokenModel(nn.Module):
-    """One token MLP for every token representation, scored as whole loops of
+    """One token MLP for every source of tokens, scored as whole loops of
     ``ops.token_mlp_loop``.
 
     features: the backbone behind the token source "features".
@@ -36,7 +39,7 @@ class TokenModel(nn.Module):
     ):
         super().__init__()
         self.device = device
-        self.representations = nn.ModuleList(create_tokens(config, features))
+        self.representation = create_tokens(config, features)
         self.denoisers = nn.ModuleList()
         self.distances = nn.ModuleList()
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
@@ -61,19 +64,24 @@ class TokenModel(nn.Module):
         config = self.config
         histories = []
         self.denoisers, self.distances = nn.ModuleList(), nn.ModuleList()
-        for representation in self.representations:
-            representation.fit(lambda: self._batches(source, split.fit))
-            bank = self._bank(representation, source, split.fit)
-            denoiser = self._denoiser(representation.dim)
-            validation = self._bank(representation, source, split.validation)
-            histories.append(fit_tokens(denoiser, bank, validation, config, self.device, kept))
+        # Statistics of tokens need no more images than these, evenly chosen.
+        some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]
+        self.representation.fit(lambda: self._batches(source, some))
+        if config.semantic_weight is None:
+            weight = 0.0 if self.representation.by_one_scale else 1.0
+            config = self.config = config.replace(semantic_weight=weight)
+        validation = self._banks(source, split.validation)
+        for dim, bank, held_out in zip(
+            self.representation.dims, self._banks(source, split.fit), validation, strict=True
+        ):
+            denoiser = self._denoiser(dim)
+            histories.append(fit_tokens(denoiser, bank, held_out, config, self.device, kept))
             self.denoisers.append(denoiser)
             if config.semantic_weight > 0:
                 distance = FeatureDistance(config.semantic).to(self.device)
                 with torch.inference_mode():
                     parts = bank.split(8192)
-                    features = (self._features(denoiser, x.to(self.device)) for x in parts)
-                    distance.fit(features, config.seed)
+                    distance.fit((self._features(denoiser, x) for x in parts), config.seed)
                 self.distances.append(distance)
         if config.inference_dtype == "auto":
             # The tensor cores' dtype is what the CUDA kernel is made for.
@@ -86,18 +94,22 @@ class TokenModel(nn.Module):
         for batch in source.batches(self.config.batch_size, indices=indices):
             yield batch.x.to(self.device)
 
-    @torch.inference_mode()
-    def _bank(self, representation: nn.Module, source, indices: Sequence[int]) -> torch.Tensor:
-        """Tokens (M,dim) of these samples; of each as many positions as LARGEST_BANK allows."""
+    def _banks(self, source, indices: Sequence[int]) -> list[torch.Tensor]:
+        """The tokens (M,dim) of these samples, for each source of tokens; of each sample as many
+        positions as LARGEST_BANK allows."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        kept, share = [], max(1, LARGEST_BANK // max(1, len(indices)))
+        share = max(1, LARGEST_BANK // max(1, len(indices)))
+        banks: list[list[torch.Tensor]] = [[] for _ in self.representation.dims]
         for x in self._batches(source, indices):
-            tokens = representation.encode(x).flatten(1, 2)
-            if tokens.shape[1] > share:
-                chosen = torch.randperm(tokens.shape[1], generator=generator)[:share]
-                tokens = tokens[:, chosen.to(tokens.device)]
-            kept.append(tokens.flatten(0, 1))
-        return torch.cat(kept).clone()
+            with torch.inference_mode():
+                grids = self.representation.encode(x)
+            for bank, grid in zip(banks, grids, strict=True):
+                tokens = grid.flatten(1, 2)
+                if tokens.shape[1] > share:
+                    chosen = torch.randperm(tokens.shape[1], generator=generator)[:share]
+                    tokens = tokens[:, chosen.to(tokens.device)]
+                bank.append(tokens.flatten(0, 1).clone())
+        return [torch.cat(bank) for bank in banks]
 
     def _denoiser(self, dim: int) -> TokenMLP:
         with torch.random.fork_rng(devices=[]):
@@ -130,20 +142,31 @@ class TokenModel(nn.Module):
     """Deviation of the Gaussian for statistics per position, in cells."""
 
     def raw_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (N,h,w) of every representation, neither standardised nor smoothed."""
-        x = x.to(self.device)
+        """Maps (N,h,w) of every source of tokens, on the finest grid, smoothed, not standardised.
+
+        They are logarithms of distances: what multiplies all of them in an image adds to these, and
+        their spread among normals is near a Gaussian's.
+        """
         if self._loops is None:
             self._loops = [self._loop(denoiser) for denoiser in self.denoisers]
+        grids = self.representation.encode(x.to(self.device))
+        finest = max((grid.shape[1:3] for grid in grids), key=lambda s: s[0] * s[1])
+        smoothing = 0.0
+        if self.config.kind == "image":
+            smoothing = self.config.smoothing * min(finest) / min(self.config.image_size)
         maps = []
-        for i, (representation, loop) in enumerate(
-            zip(self.representations, self._loops, strict=True)
-        ):
-            tokens = representation.encode(x)
+        for i, (tokens, loop) in enumerate(zip(grids, self._loops, strict=True)):
             rows = tokens.flatten(0, 2)
             found = self._evaluate(tokens, rows, loop)
             if self.distances:
                 found.append(self.distances[i](self._features(self.denoisers[i], rows)))
-            maps += [m.reshape(tokens.shape[:3]).float() for m in found]
+            size = tokens.shape[1:3]
+            for map_ in found:
+                map_ = map_.float().clamp(min=1e-12).log().reshape(tokens.shape[:3])
+                map_ = resized(map_, finest)
+                if min(size) > SMALLEST_SMOOTHED:
+                    map_ = gaussian_blur(map_, smoothing)
+                maps.append(map_)
         return maps
 
     def score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,19 +176,20 @@ class TokenModel(nn.Module):
     def _score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
         maps = self.raw_maps(x)
-        own = len(maps) // len(self.representations)
+        own = len(maps) // len(self.denoisers)
         weights = [1.0] * own
         if self.distances:
             weights = [1 / (own - 1)] * (own - 1) + [config.semantic_weight]
-        finest = min(representation.cell for representation in self.representations)
-        smoothing = config.smoothing / finest if config.kind == "image" else 0.0
-        weights = weights * len(self.representations)
-        map_, score = fuse(maps, self.statistics, weights, smoothing, config.top_fraction)
+        map_, score = fuse(
+            maps, self.statistics, weights * len(self.denoisers), 0.0, config.top_fraction
+        )
         if config.kind == "image":
             map_ = resized(map_, x.shape[2:])
         return map_, score
 
     def _features(self, denoiser: TokenMLP, rows: torch.Tensor) -> torch.Tensor:
+        if self.config.semantic_of == "tokens":
+            return rows
         sigma = self.config.feature_sigma
         level = torch.full((len(rows),), math.log(sigma), device=rows.device)
         return denoiser.features(rows * (1 + sigma**2) ** -0.5, level)
@@ -219,9 +243,9 @@ class TokenModel(nn.Module):
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over what :meth:`state` gave. Raises RuntimeError where it does not fit."""
-        restore_buffers(self.representations, tensors, "representations.")
-        for representation in self.representations:
-            self.denoisers.append(self._denoiser(representation.dim))
+        restore_buffers(self.representation, tensors, "representation.")
+        for dim in self.representation.dims:
+            self.denoisers.append(self._denoiser(dim))
             if self.config.semantic_weight > 0:
                 self.distances.append(FeatureDistance(self.config.semantic).to(self.device))
         restore_buffers(self.distances, tensors, "distances.")

@@ -1,21 +1,25 @@
-"""Images as grids of tokens: sub-band energies, Haar-packet patches, a backbone's features."""
+"""Images as grids of tokens: energies of wavelet bands, Haar packets, a backbone's features."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..config import BASE_GRID, token_source
+from ..errors import InputError
 from ..reference.maps import gaussian_blur
 from .whitening import Moments, Whitening
 
-# Under a sub-band's mean square in front of its logarithm. Images are divided by their deviation,
-# so this is a hundredth of it: what is fainter is rounding and noise.
-SMALLEST_ENERGY = 1e-4
+# Under an energy in front of its logarithm: of intensities in [0,1], an amplitude of a thousandth,
+# less than rounding to 8 bits leaves.
+SMALLEST_ENERGY = 1e-6
+# Deviation in cells of the Gaussian over energies: a cell's own edges should not matter.
+SOFTENING = 0.7
 # Added to an intensity in front of its logarithm: black has a finite one, and noise in the dark is
 # not blown up.
 LOG_OFFSET = 0.05
@@ -78,71 +82,234 @@ class Preprocessing(nn.Module):
 
 
 class ImageTokens(nn.Module):
-    """Images (N,C,H,W) to whitened tokens (N,H/cell,W/cell,dim).
+    """Images (N,C,H,W) to one grid of whitened tokens (N,h,w,dim) for each of several sources.
 
-    ``raw`` maps preprocessed images to feature maps (N,D,H/cell,W/cell); each token is those of a
-    position and, with ``neighbours``, of the eight around it (reflected at borders), whitened by
-    principal components on normal data.
+    names: token sources, see :class:`~diffad_fast.DetectorConfig`; a square image has G x G tokens
+    of the source "kind-G". What they are made of is computed once for all: the preprocessed image,
+    and of its undecimated Haar transform the mean square and the maximum of every band on the cells
+    of a grid of 32 along the short side.
     """
 
     def __init__(
         self,
-        raw: Callable[[torch.Tensor], torch.Tensor],
-        cell: int,
-        preprocessing: Preprocessing | None,
-        neighbours: bool,
+        names: Sequence[str],
+        image_size: tuple[int, int],
+        preprocessing: Preprocessing,
+        backbone: nn.Module | None,
     ):
         super().__init__()
-        self.raw, self.cell, self.neighbours = raw, cell, neighbours
         self.preprocessing = preprocessing
-        self.whitening = Whitening()
+        self.energies = BandEnergies(min(image_size))
+        self.sources = nn.ModuleList()
+        for name in names:
+            kind, grid = token_source(name)
+            if kind == "features":
+                source = BackboneFeatures(backbone)
+            elif kind == "patch":
+                source = HaarPatches(min(image_size) // grid)
+            else:
+                source = EnergySource(kind, grid, self.energies.levels)
+            self.sources.append(source)
+        self.whitenings = nn.ModuleList(Whitening() for _ in names)
 
     @property
-    def dim(self) -> int:
-        return self.whitening.dim
+    def dims(self) -> list[int]:
+        """The size of each source's tokens, after ``fit``."""
+        return [whitening.dim for whitening in self.whitenings]
 
     @torch.no_grad()
     def fit(self, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
         """Set everything from normal images; ``batches()`` iterates over them anew each time."""
-        if self.preprocessing is not None:
-            self.preprocessing.fit(batches())
-        moments = Moments()
-        for images in batches():
-            moments.add(self._tokens(images).flatten(0, 2))
-        self.whitening.fit(moments)
+        self.preprocessing.fit(batches())
+        # The statistics of a step rest on the steps before it: several passes, over the energies
+        # where these are enough, a thirtieth of an image.
+        energies = None
+        if any(isinstance(source, EnergySource) for source in self.sources):
+            energies = [self.energies(self.preprocessing(x)) for x in batches()]
+        for source, whitening in zip(self.sources, self.whitenings, strict=True):
+            moments = Moments()
+            if isinstance(source, EnergySource):
+                source.fit(energies)
+                for batch in energies:
+                    moments.add(source(batch).permute(0, 2, 3, 1).flatten(0, 2))
+            else:
+                for x in batches():
+                    moments.add(self._raw(source, x).permute(0, 2, 3, 1).flatten(0, 2))
+            whitening.fit(moments)
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.whitening(self._tokens(x))
+    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The token grids of images."""
+        prepared = self.preprocessing(x)
+        energies = None
+        result = []
+        for source, whitening in zip(self.sources, self.whitenings, strict=True):
+            if isinstance(source, EnergySource):
+                energies = self.energies(prepared) if energies is None else energies
+                raw = source(energies)
+            else:
+                raw = self._raw(source, x, prepared)
+            result.append(whitening(raw.permute(0, 2, 3, 1)))
+        return result
 
-    def _tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """(N,h,w,D), not whitened."""
-        x = images if self.preprocessing is None else self.preprocessing(images)
-        x = self.raw(x)
-        if self.neighbours:
-            n, _, h, w = x.shape
-            x = F.pad(x, (1, 1, 1, 1), mode="replicate")
-            x = F.unfold(x, 3).unflatten(2, (h, w))
-        return x.permute(0, 2, 3, 1)
+    def _raw(self, source: nn.Module, x: torch.Tensor, prepared=None) -> torch.Tensor:
+        """(N,D,h,w) of a source that sees the image: a backbone as it is, patches prepared."""
+        if isinstance(source, BackboneFeatures):
+            return source(x)
+        return source(self.preprocessing(x) if prepared is None else prepared)
 
 
-def sub_band_energies(x: torch.Tensor, cell: int) -> torch.Tensor:
-    """Images (N,C,H,W) to (N,C(3 levels+1),H/cell,W/cell), levels = log2 of the cell.
+class BandEnergies(nn.Module):
+    """Images (N,C,H,W) to (N,(2K+1)C,h,w): on cells a 32nd of ``side`` wide, the mean squares and
+    maximum squares of K = 3 levels bands, and the mean of the image.
 
-    The logarithm of the mean square of each Haar sub-band over a cell, and the mean of the cell.
+    The undecimated Haar transform (Shensa 1992) has a coefficient at every pixel: its mean squares
+    vary far less from cell to cell than those of the few decimated coefficients in a cell.
     """
-    levels, parts = int(math.log2(cell)), []
-    channels = x.shape[1]
-    for level in range(1, levels + 1):
-        bands = ops.haar_pack(x)
-        x, detail = bands[:, :channels], bands[:, channels:]
-        energy = F.avg_pool2d(detail.square(), cell >> level)
-        parts.append((energy + SMALLEST_ENERGY).log())
-    return torch.cat([*parts, x / 2**levels], dim=1)
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.cell = side // BASE_GRID
+        # Bands up to a sixteenth of the side; what is larger is left to the coarse sources.
+        self.levels = min(6, max(1, round(math.log2(side / BASE_GRID)) + 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[2:]
+        pad = 2 ** (self.levels + 1)
+        low = F.pad(x, (pad,) * 4, mode="reflect")
+        squares, peaks = [], []
+        for level in range(1, self.levels + 1):
+            shift = 2 ** (level - 1)
+            left, right = low[..., :-shift], low[..., shift:]
+            low, *details = _sum_and_difference(left + right, shift)
+            details += _sum_and_difference(right - left, shift)
+            # A coefficient stands over 2^level pixels: this crop centres it on its own. Of each sum
+            # and difference a factor 1/2 is left out; 16^-level makes up for them in the squares.
+            start = pad - shift
+            for band in details:
+                band = band[..., start : start + h, start : start + w]
+                cells = self._cells(band.square())
+                squares.append(cells.mean(dim=(3, 5)) * 16.0**-level)
+                peaks.append(cells.amax(dim=(3, 5)) * 16.0**-level)
+        return torch.cat([*squares, *peaks, self._cells(x).mean(dim=(3, 5))], dim=1)
+
+    def _cells(self, x: torch.Tensor) -> torch.Tensor:
+        """(N,C,h,cell,w,cell)."""
+        n, c, h, w = x.shape
+        return x.reshape(n, c, h // self.cell, self.cell, w // self.cell, self.cell)
 
 
-def haar_patches(x: torch.Tensor, cell: int) -> torch.Tensor:
+def _sum_and_difference(x: torch.Tensor, shift: int) -> list[torch.Tensor]:
+    """Of rows that lie ``shift`` apart."""
+    return [x[..., :-shift, :] + x[..., shift:, :], x[..., shift:, :] - x[..., :-shift, :]]
+
+
+class EnergySource(nn.Module):
+    """What :class:`BandEnergies` gives to features (N,D,h,w) of one kind on one grid.
+
+    Energies are averaged to the grid, softened and taken the logarithm of; every feature is
+    standardised per position, since normal objects have edges and textures in known places. Then
+    ``energy`` puts the features of every other cell in a window of 5 x 5 beside those of a cell,
+    ``cell`` takes them as they are, ``gradient`` takes differences of neighbours, ``spread`` means
+    and deviations over large blocks, ``mean`` means alone, and these three are standardised again.
+    """
+
+    def __init__(self, kind: str, grid: int, levels: int):
+        super().__init__()
+        self.kind, self.grid, self.levels = kind, grid, levels
+        self.first = PositionStandardiser()
+        self.second = None if kind in ("energy", "cell") else PositionStandardiser()
+
+    def fit(self, energies: Sequence[torch.Tensor]) -> None:
+        """Set the statistics from batches of energies of normal images."""
+        self.first.fit(lambda: (self._features(x) for x in energies))
+        if self.second is not None:
+            self.second.fit(lambda: (self._derived(x) for x in energies))
+
+    def forward(self, energies: torch.Tensor) -> torch.Tensor:
+        derived = self._derived(energies)
+        return derived if self.second is None else self.second(derived)
+
+    def _features(self, energies: torch.Tensor) -> torch.Tensor:
+        by_block = self.kind in ("spread", "mean")
+        x = energies if by_block else _pooled(energies, self.grid)
+        channels = x.shape[1] // (6 * self.levels + 1)
+        powers, mean = x[:, :-channels], x[:, -channels:]
+        if not by_block:
+            powers = gaussian_blur(powers.flatten(0, 1), SOFTENING).view_as(powers)
+        return torch.cat([(powers + SMALLEST_ENERGY).log(), mean], dim=1)
+
+    def _derived(self, energies: torch.Tensor) -> torch.Tensor:
+        x = self.first(self._features(energies))
+        if self.kind == "cell":
+            return x
+        if self.kind == "energy":
+            h, w = x.shape[2:]
+            x = F.pad(x, (2, 2, 2, 2), mode="reflect")
+            return F.unfold(x, 3, dilation=2).unflatten(2, (h, w))
+        if self.kind == "gradient":
+            x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+            rows = x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
+            return torch.cat([rows, x[..., 1:-1, 2:] - x[..., 1:-1, :-2]], dim=1)
+        mean = _pooled(x, self.grid)
+        if self.kind == "mean":
+            return mean
+        variance = _pooled(x.square(), self.grid) - mean.square()
+        return torch.cat([mean, variance.clamp(min=1e-4).sqrt()], dim=1)
+
+
+def _pooled(x: torch.Tensor, grid: int) -> torch.Tensor:
+    """(N,D,h,w) averaged to ``grid`` cells along its short side."""
+    short = min(x.shape[2:])
+    if grid >= short:
+        return x
+    return F.adaptive_avg_pool2d(x, [max(1, round(grid * side / short)) for side in x.shape[2:]])
+
+
+class PositionStandardiser(nn.Module):
+    """(x - mean) / deviation at every position, both smoothed over neighbouring ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(0, 0, 0))
+        self.register_buffer("deviation", torch.zeros(0, 0, 0))
+
+    def fit(self, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
+        """Set both from (n,D,h,w); ``batches()`` iterates anew each time."""
+        count, total = 0, 0.0
+        for x in batches():
+            total, count = total + x.double().sum(dim=0), count + len(x)
+        mean, squares = total / count, 0.0
+        for x in batches():
+            squares = squares + (x.double() - mean).square().sum(dim=0)
+        variance = squares / count
+        if min(mean.shape[1:]) > SMALLEST_SMOOTHED:
+            mean, variance = gaussian_blur(mean, 1.0), gaussian_blur(variance, 1.0)
+        deviation = variance.sqrt()
+        floor = deviation.mean().clamp(min=1e-6) * 1e-3
+        self.mean, self.deviation = mean.float(), deviation.clamp(min=floor).float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) / self.deviation
+
+
+# Grids up to this many cells a side are not smoothed: their cells have little to do with another.
+SMALLEST_SMOOTHED = 4
+
+
+class HaarPatches(nn.Module):
     """Images (N,C,H,W) to the Haar packets of their cells, (N,C cell^2,H/cell,W/cell)."""
-    return ops.haar_pack(x, int(math.log2(cell)))
+
+    def __init__(self, cell: int):
+        super().__init__()
+        self.level = int(math.log2(max(1, cell)))
+        if not 1 <= self.level <= 4 or 2**self.level != cell:
+            raise InputError(
+                f"patches would be {cell} pixels wide: choose image_size and the grid of 'patch-G' "
+                "so that they are 2, 4, 8 or 16"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.haar_pack(x, self.level)
 
 
 class BackboneFeatures(nn.Module):

@@ -12,14 +12,12 @@ EMBEDDING_FEATURES = 256
 
 
 class VectorTokens(nn.Module):
-    """Vectors (N,D) to standardised tokens (N,1,1,D).
+    """Vectors (N,D) to one grid of one standardised token, (N,1,1,D).
 
     scale: "feature" divides every feature by its own deviation on normal data, "global" all by the
     root of their mean variance; "auto" takes "global" from 256 features on. A feature that never
     varies among normals is divided by that global number: what it does in new data still counts.
     """
-
-    cell = 1
 
     def __init__(self, scale: str = "auto"):
         super().__init__()
@@ -28,25 +26,31 @@ class VectorTokens(nn.Module):
         self.register_buffer("deviation", torch.zeros(0))
 
     @property
-    def dim(self) -> int:
-        return len(self.mean)
+    def dims(self) -> list[int]:
+        """The size of the tokens, after ``fit``."""
+        return [len(self.mean)]
+
+    @property
+    def by_one_scale(self) -> bool:
+        """Is every feature divided by the same number?"""
+        return (
+            self.scale == "global" or self.scale == "auto" and len(self.mean) >= EMBEDDING_FEATURES
+        )
 
     @torch.no_grad()
     def fit(self, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
         """Set mean and deviation; ``batches()`` iterates over normal vectors (n,D)."""
         rows = torch.cat([batch.double() for batch in batches()])
+        self.mean = rows.mean(dim=0).float()
         variance = rows.var(dim=0, correction=0)
         overall = variance.mean().sqrt().clamp(min=1e-12)
-        scale = self.scale
-        if scale == "auto":
-            scale = "global" if rows.shape[1] >= EMBEDDING_FEATURES else "feature"
         deviation = variance.sqrt()
         # Rounding leaves a constant feature a deviation of some 1e-16 of its size.
         varies = deviation > 1e-6 * rows.abs().amax(dim=0)
-        if scale == "global":
+        if self.by_one_scale:
             varies = torch.zeros_like(varies)
-        self.mean = rows.mean(dim=0).float()
         self.deviation = torch.where(varies, deviation, overall).float()
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.mean) / self.deviation)[:, None, None]
+    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The grid of vectors."""
+        return [((x - self.mean) / self.deviation)[:, None, None]]

@@ -11,14 +11,15 @@ from ..representations.whitening import Moments, Whitening
 
 # Normal features that `nearest` keeps: its cost and memory grow with them.
 LARGEST_SAMPLE = 4096
+NEIGHBOURS = 5
 
 
 class FeatureDistance(nn.Module):
     """Distance of feature vectors (...,C) to those of normals.
 
     kind: "mahalanobis" is the mean square of the features after whitening by the principal
-    components of normal features (Lee et al. 2018, one class); "nearest" the squared distance to
-    the nearest of a sample of normal features, over their mean variance (Roth et al. 2022).
+    components of normal features (Lee et al. 2018, one class); "nearest" the mean distance to the
+    five nearest of a sample of normal features, over the root of their total variance.
     """
 
     def __init__(self, kind: str):
@@ -52,5 +53,9 @@ class FeatureDistance(nn.Module):
             return x.square().mean(dim=-1)
         # A few million distances at a time.
         rows = x.reshape(-1, x.shape[-1]).split(1024)
-        nearest = [torch.cdist(part, self.sample).amin(dim=1).square() for part in rows]
+        count = min(NEIGHBOURS, len(self.sample))
+        nearest = [
+            torch.cdist(part, self.sample).topk(count, largest=False).values.mean(dim=1)
+            for part in rows
+        ]
         return torch.cat(nearest).reshape(x.shape[:-1])

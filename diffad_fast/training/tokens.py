@@ -17,7 +17,7 @@ from .loop import History, TrainingCheckpoint, _generator, learning_rate
 
 # Noise levels are drawn uniformly in log sigma between these: below, a token of unit variance is
 # as good as clean, above as good as noise.
-SIGMA_RANGE = (0.05, 20.0)
+SIGMA_RANGE = (0.1, 10.0)
 
 
 def fit_tokens(

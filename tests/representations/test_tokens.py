@@ -7,10 +7,10 @@ import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
 
-from diffad_fast.config import DetectorConfig
+from diffad_fast.config import DetectorConfig, token_source
 from diffad_fast.errors import InputError
 from diffad_fast.representations import Preprocessing, VectorTokens, create_tokens
-from diffad_fast.representations.tokens import SMALLEST_ENERGY, haar_patches, sub_band_energies
+from diffad_fast.representations.tokens import BandEnergies, HaarPatches
 from diffad_fast.representations.whitening import Moments, Whitening
 
 
@@ -36,25 +36,36 @@ def test_small_eigenvalues_are_not_blown_up():
 
 
 def test_energies_are_those_of_pywavelets():
-    x = torch.rand(2, 1, 32, 16)
-    found = sub_band_energies(x, 8)
-    assert found.shape == (2, 10, 4, 2)
-    low, expected = x[:, 0].numpy().astype(np.float64), []
-    for level in (1, 2, 3):
-        low, bands = pywt.dwt2(low, "haar")
-        for band in bands:
-            side = 8 >> level
-            cells = band.reshape(2, 4, side, 2, side)
-            expected.append(np.log((cells**2).mean(axis=(2, 4)) + SMALLEST_ENERGY))
-    expected.append(low / 8)
-    assert np.abs(found.numpy() - np.stack(expected, axis=1)).max() < 2e-5
+    """The undecimated transform of PyWavelets, whose bands are circular: compared inside."""
+    side = 128
+    x = torch.rand(2, 1, side, side)
+    energies = BandEnergies(side)
+    assert (energies.cell, energies.levels) == (4, 3)
+    found = energies(x).unflatten(1, (19, 1))[:, :, 0].numpy()
+    assert found.shape == (2, 19, 32, 32)
+    bands = pywt.swt2(x[:, 0].double().numpy(), "haar", level=3, norm=True, axes=(1, 2))
+    row = 0
+    for level, (_, details) in zip((1, 2, 3), reversed(bands), strict=True):
+        for band in details:
+            # Ours is centred on its pixel, theirs begins there.
+            centred = np.roll(band, (2 ** (level - 1),) * 2, axis=(1, 2))
+            cells = centred.reshape(2, 32, 4, 32, 4)
+            inside = slice(4, -4)
+            for offset, reduced in ((0, (cells**2).mean(axis=(2, 4))), (9, (cells**2).max((2, 4)))):
+                error = found[:, row + offset, inside, inside] - reduced[:, inside, inside]
+                assert np.abs(error).max() < 1e-6, (level, offset)
+            row += 1
+    mean = x[:, 0].reshape(2, 32, 4, 32, 4).mean(dim=(2, 4))
+    assert np.abs(found[:, 18] - mean.numpy()).max() < 1e-6
 
 
 def test_patches_keep_everything():
     x = torch.rand(2, 3, 16, 16)
-    patches = haar_patches(x, 4)
+    patches = HaarPatches(4)(x)
     assert patches.shape == (2, 48, 4, 4)
     assert torch.allclose(patches.square().sum(), x.square().sum())
+    with pytest.raises(InputError, match="3 pixels wide"):
+        HaarPatches(3)
 
 
 def test_preprocessing():
@@ -77,22 +88,60 @@ def test_intensity_follows_what_light_does(multiplies):
     assert bool(step.log) == multiplies
 
 
-def test_a_token_is_a_cell_and_its_neighbours():
-    (tokens,) = create_tokens(
-        DetectorConfig.create(denoiser="token-mlp", image_size=64, tokens=["energy-16"])
-    )
-    images = torch.rand(6, 1, 64, 64)
-    tokens.fit(lambda: iter(images.split(4)))
-    encoded = tokens.encode(images)
-    assert encoded.shape == (6, 4, 4, 9 * 13) and tokens.dim == 9 * 13
-    rows = encoded.flatten(0, 2)
-    # As many directions as tokens allow have the variance 1, none has more.
-    assert rows.std(dim=0, correction=0).max() == pytest.approx(1, abs=1e-2)
+SOURCES = ["energy-16", "cell-8", "gradient-32", "spread-2", "mean-1", "patch-16"]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 64)])
+def test_every_source_has_its_grid(size):
+    options = {"denoiser": "token-mlp", "tokens": SOURCES, "image_size": size}
+    tokens = create_tokens(DetectorConfig.create(**options))
+    images = torch.rand(12, 1, *size)
+    tokens.fit(lambda: iter(images.split(5)))
+    grids = tokens.encode(images)
+    for (kind, grid), encoded in zip(map(token_source, SOURCES), grids, strict=True):
+        expected = [round(grid * side / min(size)) for side in size]
+        assert list(encoded.shape[:3]) == [12, *expected], kind
+        rows = encoded.flatten(0, 2)
+        assert rows.mean(dim=0).abs().max() < 1e-3
+        # No direction has more than the variance 1.
+        assert rows.std(dim=0, correction=0).max() == pytest.approx(1, abs=1e-2)
+    # Two levels of bands, their mean squares and maxima, and the mean.
+    features = 2 * 3 * 2 + 1
+    assert tokens.dims == [9 * features, features, 2 * features, 2 * features, features, 16]
+
+
+def test_where_a_spot_is_seen():
+    options = {"denoiser": "token-mlp", "image_size": 64, "illumination": 0.0}
+    options["tokens"] = ["energy-16", "cell-16", "spread-2"]
+    tokens = create_tokens(DetectorConfig.create(**options))
+    images = torch.rand(30, 1, 64, 64)
+    tokens.fit(lambda: iter(images.split(7)))
     changed = images.clone()
-    changed[:, :, 20:24, 20:24] = 1 - changed[:, :, 20:24, 20:24]
-    tokens.preprocessing.illumination, tokens.preprocessing.scale = 0.0, False
-    moved = (tokens.encode(changed) - tokens.encode(images)).abs().amax(dim=(0, 3)) > 1e-4
-    assert moved[:3, :3].all() and not moved[3].any() and not moved[:, 3].any()
+    changed[:, :, 20:24, 20:24] = 0.0  # cell 5 of 16, the first of four quarters
+    moved = [
+        (a - b).abs().amax(dim=(0, 3)) > 1e-3
+        for a, b in zip(tokens.encode(changed), tokens.encode(images), strict=True)
+    ]
+    assert moved[1][5, 5] and not moved[1][10:].any() and not moved[1][:, 10:].any()
+    assert moved[0][3, 3] and moved[0][7, 7] and not moved[0][12:].any()
+    assert moved[2].tolist() == [[True, False], [False, False]]
+
+
+def test_normals_with_edges_in_known_places():
+    """A line that every normal image has is no anomaly; where it is missing is one."""
+    images = torch.rand(60, 1, 64, 64) * 0.2
+    images[..., 30:34] += 0.7
+    options = {"denoiser": "token-mlp", "image_size": 64, "tokens": ["cell-32"]}
+    tokens = create_tokens(DetectorConfig.create(**options))
+    tokens.fit(lambda: iter(images.split(20)))
+    (normal,) = tokens.encode(images)
+    distance = normal.square().mean(dim=(0, 3))
+    assert distance.max() < 3 * distance.mean()
+    broken = images[:1].clone()
+    broken[..., 20:28, 30:34] -= 0.7
+    (seen,) = tokens.encode(broken)
+    y, x = divmod(int(seen.square().mean(dim=3)[0].argmax()), 32)
+    assert 9 <= y <= 14 and 14 <= x <= 17
 
 
 def test_vectors_by_feature_and_by_one_scale():
@@ -104,7 +153,7 @@ def test_vectors_by_feature_and_by_one_scale():
     ):
         tokens = VectorTokens(scale)
         tokens.fit(lambda: iter(rows.split(90)))
-        encoded = tokens.encode(rows)
+        (encoded,) = tokens.encode(rows)
         assert encoded.shape == (400, 1, 1, 3)
         found = encoded[:, 0, 0].std(dim=0, correction=0)
         assert found[:2].tolist() == pytest.approx(expected, rel=0.1) and found[2] < 1e-5

@@ -24,6 +24,6 @@ def test_nearest_is_scikit_learns():
     normal, new = torch.randn(200, 4) * 3, torch.randn(50, 4) * 5
     distance = FeatureDistance("nearest")
     distance.fit(normal.split(64), seed=0)
-    found = NearestNeighbors(n_neighbors=1).fit(normal.numpy()).kneighbors(new.numpy())[0][:, 0]
-    expected = found**2 / normal.numpy().var(axis=0).sum()
+    found = NearestNeighbors(n_neighbors=5).fit(normal.numpy()).kneighbors(new.numpy())[0]
+    expected = found.mean(axis=1) / normal.numpy().var(axis=0).sum() ** 0.5
     assert distance(new).numpy() == pytest.approx(expected, rel=1e-3, abs=1e-6)
