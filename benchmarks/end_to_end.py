@@ -23,9 +23,10 @@ from .detectors import (
     PyodPixels,
 )
 from .harness import Run
-from .quality import part_of
+from .quality.data import part_of
 
-PRESETS = ("fast", "balanced")
+# The first is the one that is timed against its own weights in plain PyTorch.
+DENOISERS = ("unet-tiny", "unet-small", "token-mlp")
 PUBLISHED_STEPS = (50, 250)
 
 
@@ -97,7 +98,8 @@ class _Ours:
     """A fitted detector in one of its modes; all modes share one model."""
 
     def __init__(self, detector, mode: str):
-        self.detector = copy.copy(detector)
+        # The mode belongs to the model, which the copies must not share.
+        self.detector = copy.deepcopy(detector)
         self.detector.mode = mode
 
     def __call__(self, images: torch.Tensor):
@@ -105,23 +107,23 @@ class _Ours:
 
 
 def _ours(runner: Run, args: argparse.Namespace, steps: int, train: torch.Tensor):
-    """Each preset in each mode; the first is OURS."""
+    """Each denoiser in each mode; the first is OURS."""
     from diffad_fast import Detector
     from diffad_fast.config import MODES
 
     scorers, notes = {}, {}
-    for preset in PRESETS:
-        print(f"  fitting {preset}, {steps} steps", file=sys.stderr, flush=True)
+    for denoiser in DENOISERS:
+        print(f"  fitting {denoiser}, {steps} steps", file=sys.stderr, flush=True)
         detector = Detector(
-            image_size=args.size, channels=1, preset=preset, train_steps=steps,
+            image_size=args.size, channels=1, denoiser=denoiser, train_steps=steps,
             device=runner.device,
         ).fit(train)  # fmt: skip
         for mode in MODES:
-            name = f"{OURS} {preset}, {mode}" if scorers else OURS
+            name = f"{OURS} {denoiser}, {mode}" if scorers else OURS
             scorers[name] = _Ours(detector, mode)
-            count = sum(p.numel() for p in detector.model.denoiser.parameters())
+            count = sum(p.numel() for p in detector.model.parameters())
             notes[name] = (
-                f"preset {preset}, mode {mode}, {detector.config.reverse_steps} steps, "
+                f"{denoiser}, mode {mode}, {detector.config.reverse_steps} steps, "
                 f"{count / 1e6:.1f} M parameters"
             )
     return scorers, notes

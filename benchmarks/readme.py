@@ -73,21 +73,13 @@ def _section(suite: str, path: Path, result: dict, folder: Path) -> str:
 
 
 def _quality(path: Path, folder: Path) -> str:
-    """A result of the suite `quality`: the lines over all defects."""
-    result = results.read(path)
-    if "runs" not in result:
+    """What a result of the commands `quality` and `audio` says of itself in short."""
+    text = results.read(path).get("summary")
+    if text is None:
         return ""
-    from .quality import table
-
-    lines = table(result).splitlines()
-    head, *rest = [line for line in lines if line.startswith("|")]
-    rows = [line for line in rest if line.split("|")[5].strip() in ("---", "all")]
-    text = [line for line in lines[1:] if line and not line.startswith("|")]
+    title, _, rest = text.partition("\n")
     link = _link(path.with_suffix(".md"), folder)
-    return "\n".join(
-        [f"**{lines[0].removeprefix('# ')}**", "", *text, "", head, *rows, "",
-         f"By defect: [{path.stem}]({link})."]
-    )  # fmt: skip
+    return f"**{title.removeprefix('# ')}**\n{rest}\nAll of it: [{path.stem}]({link})."
 
 
 def _link(path: Path, folder: Path) -> str:

@@ -14,7 +14,7 @@ SIDE, STEPS = 128, 3
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
-    # Along each axis the two others stay at (1, 128, 3): a model of the preset "fast".
+    # Along each axis the two others stay at (1, 128, 3): a "unet-tiny".
     batches = (1, 2, 4, 8, 16, 32) if device_type == "cpu" else (1, 4, 16, 64, 256)
     sides = (64, 128, 192, 256) if device_type == "cpu" else (64, 128, 256, 512)
     steps = (1, 3, 5, 10, 20)
@@ -26,14 +26,14 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     for count in steps:
         points.setdefault((1, SIDE, count), {})["steps"] = count
     for (n, side, count), sweep in points.items():
-        yield score_case(device_type, "fast", n, side, count, sweep)
+        yield score_case(device_type, "unet-tiny", n, side, count, sweep)
     for n in () if quick else (1, 16):
-        yield score_case(device_type, "balanced", n, 256, 5, {}, compiled=True)
+        yield score_case(device_type, "unet-small", n, 256, 5, {}, compiled=True)
 
 
 def score_case(
     device_type: str,
-    preset: str,
+    denoiser: str,
     n: int,
     side: int,
     steps: int,
@@ -45,7 +45,7 @@ def score_case(
     from diffad_fast import use_backend
 
     device = torch.device(device_type)
-    detector = _detector(device, preset, side, steps)
+    detector = _detector(device, denoiser, side, steps)
 
     def plain(images):
         with use_backend("reference"):
@@ -77,7 +77,7 @@ def score_case(
         )
     return Case(
         "detector.score",
-        f"{preset}, batch {n}, {side}×{side}, {steps} steps",
+        f"{denoiser}, batch {n}, {side}×{side}, {steps} steps",
         lambda device: (images,),  # on the host, where decoded images are
         exact,
         contenders,
@@ -90,12 +90,12 @@ def score_case(
     )
 
 
-def _detector(device: torch.device, preset: str, side: int, steps: int):
+def _detector(device: torch.device, denoiser: str, side: int, steps: int):
     """Not fitted: the time of a score does not depend on the weights' values."""
     from diffad_fast import Detector
 
     detector = Detector(
-        image_size=side, channels=1, preset=preset, reverse_steps=steps, device=device
+        image_size=side, channels=1, denoiser=denoiser, reverse_steps=steps, device=device
     )
     return fill_zeros(detector)
 

@@ -1,0 +1,69 @@
+"""Closed forms in the place of a detector's learned denoisers, on the very same tokens.
+
+Everything else stays: representation, smoothing, standardisation on held-out normals, fusion.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from diffad_fast import Detector
+from diffad_fast.representations import VectorTokens
+from diffad_fast.scoring import FeatureDistance, split_by_group
+
+CONTROLS = ("Gaussian", "PCA residual", "kNN")
+# Share of the variance that the principal components keep.
+PCA_SHARE = 0.95
+
+
+def controls(detector: Detector, samples, groups) -> Iterator[tuple[str, Detector]]:
+    """(name, calibrated detector) of each control, for a detector on tokens."""
+    samples = detector.open(samples)
+    split = split_by_group(samples.load(), groups, detector.config)
+    banks = detector.model._banks(samples, split.fit)
+    for name in CONTROLS:
+        control = copy.copy(detector)
+        control.model = model = copy.deepcopy(detector.model)
+        control.calibrations = {}
+        model.distances = nn.ModuleList()
+        forms = dict(zip(model.denoisers, _forms(name, model, banks), strict=True))
+        model._loop = forms.get
+        model._evaluate = lambda tokens, rows, form: [form(rows)]
+        model.use(None)
+        control._calibrate(samples, split.statistics, split.conformal, split.conformal_groups)
+        yield name, control
+
+
+def _forms(name: str, model, banks: list[torch.Tensor]) -> list[Callable]:
+    """A distance of tokens (M,dim) for each source."""
+    forms: list[Callable] = []
+    for i, bank in enumerate(banks):
+        if name == "PCA residual":
+            forms.append(_pca_residual(bank, _unwhitened(model.representation, i)))
+            continue
+        distance = FeatureDistance("mahalanobis" if name == "Gaussian" else "nearest")
+        distance.fit(bank.split(8192), seed=0)
+        forms.append(distance.eval())
+    return forms
+
+
+def _unwhitened(representation, source: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From tokens back to what they were before whitening, which has no principal components."""
+    if isinstance(representation, VectorTokens):
+        return lambda rows: rows
+    inverse = torch.linalg.inv(representation.whitenings[source].matrix.double()).float()
+    return lambda rows: rows @ inverse
+
+
+def _pca_residual(bank: torch.Tensor, back: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+    rows = back(bank)
+    mean = rows.mean(dim=0)
+    values, directions = torch.linalg.eigh(torch.cov((rows - mean).T.double()))
+    # The smallest eigenvalues stand first; what they span is the residual.
+    count = int((values.cumsum(0) / values.sum() <= 1 - PCA_SHARE).sum())
+    left_out = directions[:, : max(1, count)].float()
+    return lambda x: ((back(x) - mean) @ left_out).square().sum(dim=1)

@@ -1,0 +1,282 @@
+"""Fit detectors on data sets and compare them with their controls."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffad_fast import Detector, metrics
+from diffad_fast.config import MODES
+from diffad_fast.evaluation import figures
+from diffad_fast.scoring import Score
+
+from ..machine import describe
+from ..results import write_quality
+from .controls import CONTROLS, controls
+from .data import DataSet, find
+from .tables import markdown, summary
+
+OURS = "diffad_fast"
+RESAMPLES = 1000
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks quality",
+        description="Accuracy of a preset over seeds, beside closed-form controls on its tokens. "
+        "Choose on --part dev, report on --part report.",
+    )
+    parser.add_argument(
+        "--data", required=True, nargs="+", type=Path, metavar="PATH",
+        help="an MVTec AD layout, a folder of them (all of MVTec AD), or a folder of .npz tables; "
+        "for UrbanSound8K see python -m benchmarks audio",
+    )  # fmt: skip
+    parser.add_argument("--part", choices=("report", "dev", "all"), default="report")
+    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--options", type=json.loads, default={}, help="detector options, as JSON")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[], help="others to measure")
+    parser.add_argument("--size", type=int, default=256, help="side of images (%(default)s)")
+    parser.add_argument("--channels", type=int, default=1)
+    parser.add_argument(
+        "--group-number", metavar="REGEX",
+        help="its first parenthesis is a number in file names, by which photographs of one object "
+        "stand together",
+    )  # fmt: skip
+    parser.add_argument("--group-gap", type=int, default=0, help="a larger step: another object")
+    parser.add_argument(
+        "--variant", action="append", default=[], type=_variant, metavar="NAME=JSON",
+        help="further options to measure beside the preset, for an ablation",
+    )  # fmt: skip
+    parser.add_argument("--robustness", action="store_true", help="hidden anomalies, shifts")
+    parser.add_argument("--device")
+    parser.add_argument("--name", default="quality", help="name of the result")
+    parser.add_argument("--note", default="", help="what a reader must know, for the table")
+    args = parser.parse_args(argv)
+
+    sets = [
+        found
+        for path in args.data
+        for found in find(path, args.size, args.channels, args.group_number, args.group_gap)
+    ]
+    if args.part != "all":
+        sets = [found for found in sets if (found.part == args.part).any()]
+    result = {
+        "machine": describe(),
+        "part": args.part,
+        "preset": args.preset,
+        "options": args.options,
+        "seeds": args.seeds,
+        "note": args.note,
+        "sets": [_measure(found, args) for found in sets],
+    }
+    result["summary"] = summary(result)
+    write_quality(args.name, result, markdown(result))
+    return 0
+
+
+def _variant(text: str) -> tuple[str, dict]:
+    name, _, options = text.partition("=")
+    return name, json.loads(options)
+
+
+def _measure(data: DataSet, args: argparse.Namespace) -> dict:
+    """The rows of one data set: a method's figures for each seed, and its scores' intervals."""
+    rows = np.arange(len(data.label)) if args.part == "all" else np.flatnonzero(
+        data.part == args.part
+    )  # fmt: skip
+    runs: dict[str, list[dict]] = {}
+    scores: dict[str, list[np.ndarray]] = {}
+    costs = []
+    robustness: list[dict] = []
+
+    def put(method: str, score: Score) -> None:
+        runs.setdefault(method, []).append(_figures(data, score, rows))
+        scores.setdefault(method, []).append(score.score[rows])
+
+    for seed in args.seeds:
+        detector, seconds = _fit(data, args, seed, {})
+        put(OURS, detector.score(data.test))
+        costs.append({"fit_seconds": seconds, "latency_ms": _latency(detector, data)})
+        for mode in args.modes:
+            detector.mode, usual = mode, detector.mode
+            put(f"{OURS}, {mode}", detector.score(data.test))
+            detector.mode = usual
+        if detector.config.on_tokens:
+            for name, control in controls(detector, data.train, data.groups):
+                put(name, control.score(data.test))
+        for name, options in args.variant:
+            put(name, _fit(data, args, seed, options)[0].score(data.test))
+        if args.robustness:
+            robustness.append(_robustness(detector, data, args, seed, rows))
+        image = [run["image_auroc" if data.kind == "image" else "auroc"] for run in runs[OURS]]
+        print(f"{data.name} seed {seed}: AUROC {image[-1]:.3f}", file=sys.stderr, flush=True)
+    groups = data.test_groups
+    groups = rows if groups is None else np.asarray(groups)[rows]
+    label = data.label[rows]
+    best = max(
+        (name for name in CONTROLS if name in scores), default=None,
+        key=lambda name: _mean_auroc(label, scores[name]),
+    )  # fmt: skip
+    intervals, difference = _bootstrap(label, groups, scores, best)
+    return {
+        "name": data.name,
+        "kind": data.kind,
+        "n_normal": int((label == 0).sum()),
+        "n_anomalous": int(label.sum()),
+        "n_objects": len(set(groups.tolist())),
+        "runs": runs,
+        "intervals": intervals,
+        "best_control": best,
+        "difference_to_best_control": difference,
+        "costs": costs,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "robustness": robustness,
+    }
+
+
+def _fit(
+    data: DataSet, args: argparse.Namespace, seed: int, options: dict, train=None, groups=None
+) -> tuple[Detector, float]:
+    if data.kind == "image":
+        options = {"image_size": args.size, "channels": args.channels, **options}
+    detector = Detector(
+        data.kind, preset=args.preset, seed=seed, device=args.device, **{**args.options, **options}
+    )
+    began = time.perf_counter()
+    if train is None:
+        train, groups = data.train, data.groups
+    detector.fit(train, groups=groups)
+    return detector, time.perf_counter() - began
+
+
+def _figures(data: DataSet, score: Score, rows: np.ndarray) -> dict:
+    part = score.take(rows)
+    if data.tests is not None:
+        return figures([data.tests[i] for i in rows], part)
+    label = data.label[rows]
+    return {"auroc": metrics.auroc(label, part.score), "f1_max": metrics.f1_max(label, part.score)}
+
+
+def _latency(detector: Detector, data: DataSet, runs: int = 15) -> float:
+    """Median milliseconds of one sample, decoded, to its score and map on the host."""
+    x = next(iter(detector.open(data.test).batches(1))).x
+    times = []
+    for _ in range(runs + 2):
+        began = time.perf_counter()
+        detector.score_batch(x)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:]) * 1e3
+
+
+# ------------------------------------------------------------- intervals
+
+
+def _mean_auroc(label: np.ndarray, scores: Sequence[np.ndarray]) -> float:
+    return float(np.mean([metrics.auroc(label, score) for score in scores]))
+
+
+def _bootstrap(
+    label: np.ndarray, groups: np.ndarray, scores: dict[str, list[np.ndarray]], best: str | None
+) -> tuple[dict, list[float] | None]:
+    """95% percentile intervals of the mean AUROC over seeds, and of ours less the best control.
+
+    Objects are drawn, with all their samples: photographs of one object are no independent
+    evidence. The same draws serve every method, so that differences are paired.
+    """
+    rng = np.random.default_rng(0)
+    names, members = np.unique(groups), {}
+    for name in names:
+        members[name] = np.flatnonzero(groups == name)
+    drawn: dict[str, list[float]] = {name: [] for name in scores}
+    while len(drawn[OURS]) < RESAMPLES:
+        rows = np.concatenate([members[n] for n in rng.choice(names, len(names))])
+        if label[rows].min() == label[rows].max():
+            continue
+        for name, found in scores.items():
+            drawn[name].append(_mean_auroc(label[rows], [score[rows] for score in found]))
+    interval = {n: np.quantile(v, [0.025, 0.975]).tolist() for n, v in drawn.items()}
+    if best is None:
+        return interval, None
+    difference = np.subtract(drawn[OURS], drawn[best])
+    return interval, [float(difference.mean()), *np.quantile(difference, [0.025, 0.975]).tolist()]
+
+
+# ------------------------------------------------------------- robustness
+
+
+def _robustness(
+    detector: Detector, data: DataSet, args: argparse.Namespace, seed: int, rows: np.ndarray
+) -> dict:
+    """AUROC with anomalies hidden in the training normals, and with test images shifted."""
+    label, found = data.label[rows], {}
+    anomalous = np.flatnonzero(data.label == 1)
+    drawn = np.random.default_rng(seed).permutation(anomalous)
+    test = _array(detector, data.test)
+    train = _array(detector, data.train)
+    for share in (0.02, 0.05, 0.1):
+        hidden = drawn[: max(1, round(share * len(train)))]
+        # What was trained on is no test any more.
+        kept = np.array([row for row in rows if row not in set(hidden.tolist())])
+        groups = None
+        if data.groups is not None:
+            groups = [*data.groups, *(f"hidden {i}" for i in hidden)]
+        polluted = np.concatenate([train, test[hidden]])
+        other, _ = _fit(data, args, seed, {}, polluted, groups)
+        clean = metrics.auroc(data.label[kept], detector.score(test[kept], maps=False).score)
+        auroc = metrics.auroc(data.label[kept], other.score(test[kept], maps=False).score)
+        found[f"{share:.0%} hidden anomalies"] = auroc - clean
+    usual = metrics.auroc(label, detector.score(test[rows], maps=False).score)
+    if data.kind == "image":
+        for name, shift in SHIFTS.items():
+            shifted = np.clip(shift(test[rows]), 0, 1).astype(np.float32)
+            auroc = metrics.auroc(label, detector.score(shifted, maps=False).score)
+            found[name] = auroc - usual
+    return found
+
+
+def _array(detector: Detector, source) -> np.ndarray:
+    batches = detector.open(source).batches(64)
+    return torch.cat([batch.x for batch in batches]).numpy()
+
+
+def _blurred(images: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(images, (0, 0, 1, 1))
+
+
+def _compressed(images: np.ndarray) -> np.ndarray:
+    """JPEG of quality 50."""
+    from PIL import Image
+
+    result = np.empty_like(images)
+    for image, out in zip(images, result, strict=True):
+        for channel, plane in zip(image, out, strict=True):
+            stream = io.BytesIO()
+            Image.fromarray(np.rint(channel * 255).astype(np.uint8)).save(
+                stream, "jpeg", quality=50
+            )
+            plane[:] = np.asarray(Image.open(stream), dtype=np.float32) / 255
+    return result
+
+
+SHIFTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "exposure +0.1": lambda x: x + 0.1,
+    "exposure -0.1": lambda x: x - 0.1,
+    "gain 1.25": lambda x: x * 1.25,
+    "gain 0.8": lambda x: x * 0.8,
+    "blur, sigma 1 pixel": _blurred,
+    "noise, deviation 0.02": lambda x: x + 0.02 * np.random.default_rng(0).standard_normal(x.shape),
+    "JPEG, quality 50": _compressed,
+}

@@ -1,0 +1,121 @@
+"""The result of `python -m benchmarks quality` in Markdown."""
+
+from __future__ import annotations
+
+import statistics
+
+FIGURES = {
+    "image": {
+        "image_auroc": "image AUROC",
+        "pixel_auroc": "pixel AUROC",
+        "aupro": "AUPRO",
+        "f1_max": "F1-max",
+    },
+    "vector": {"auroc": "AUROC", "f1_max": "F1-max"},
+}
+
+
+def markdown(result: dict) -> str:
+    """Everything: figures, defects, robustness."""
+    lines = [summary(result)]
+    for one in result["sets"]:
+        lines += _defects(one) + _robustness(one)
+    return "\n".join(lines) + "\n"
+
+
+def summary(result: dict) -> str:
+    """A row for each method and data set, and the means over the vector sets."""
+    machine = result["machine"]
+    options = f", options {result['options']}" if result["options"] else ""
+    lines = [
+        f"# Detection, preset {result['preset']}, {result['part']} parts",
+        "",
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
+        f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}; seeds "
+        f"{', '.join(map(str, result['seeds']))}{options}. In percent: mean and standard deviation "
+        "over the seeds; in brackets the 95% bootstrap interval over objects. Gaussian, PCA "
+        "residual and kNN are closed forms on the same tokens, through the same fusion and "
+        "calibration.",
+        *([result["note"]] if result["note"] else []),
+    ]
+    for kind in ("image", "vector"):
+        sets = [one for one in result["sets"] if one["kind"] == kind]
+        if sets:
+            lines += ["", *_table(sets, FIGURES[kind])]
+            lines += ["", *map(_verdict, sets)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
+    first = next(iter(figures))
+    head = ["data set", "method", *figures.values(), "fit s", "ms each"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for one in sets:
+        for method, runs in one["runs"].items():
+            row = [f"{one['name']} ({one['n_normal']} + {one['n_anomalous']})", method]
+            for name in figures:
+                text = _spread([run[name] for run in runs])
+                if name == first:
+                    low, high = one["intervals"][method]
+                    text += f" ({100 * low:.1f}–{100 * high:.1f})"
+                row.append(text)
+            costs = one["costs"] if method == next(iter(one["runs"])) else []
+            for name, digits in (("fit_seconds", 0), ("latency_ms", 1)):
+                values = [cost[name] for cost in costs]
+                row.append(f"{statistics.median(values):.{digits}f}" if values else "")
+            lines.append("| " + " | ".join(row) + " |")
+    if len(sets) > 1:
+        for method in sets[0]["runs"]:
+            # The mean over the sets for each seed, then the spread over seeds.
+            row = [f"mean of {len(sets)}", f"**{method}**"]
+            for name in figures:
+                values = zip(*([run[name] for run in s["runs"][method]] for s in sets), strict=True)
+                row.append(_spread([statistics.mean(seed) for seed in values]))
+            lines.append("| " + " | ".join([*row, "", ""]) + " |")
+    return lines
+
+
+def _verdict(one: dict) -> str:
+    """Does what was learned beat the best closed form?"""
+    if one["difference_to_best_control"] is None:
+        return ""
+    mean, low, high = (100 * value for value in one["difference_to_best_control"])
+    word = "beats" if low > 0 else "loses to" if high < 0 else "does not differ from"
+    return (
+        f"- {one['name']}: the learned model {word} its best control, {one['best_control']}: "
+        f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), paired."
+    )
+
+
+def _defects(one: dict) -> list[str]:
+    runs = next(iter(one["runs"].values()))
+    if "per_defect" not in runs[0]:
+        return []
+    figures = FIGURES["image"]
+    lines = ["", f"## {one['name']} by defect", ""]
+    lines += ["| method | defect | " + " | ".join(figures.values()) + " |"]
+    lines += ["|" + " --- |" * (2 + len(figures))]
+    for method, runs in one["runs"].items():
+        for defect in runs[0]["per_defect"]:
+            values = [_spread([r["per_defect"][defect][name] for r in runs]) for name in figures]
+            lines.append(f"| {method} | {defect} | " + " | ".join(values) + " |")
+    return lines
+
+
+def _robustness(one: dict) -> list[str]:
+    if not one["robustness"]:
+        return []
+    lines = ["", f"## {one['name']}: change of the AUROC, in points", "", "| what | change |"]
+    lines.append("| --- | --- |")
+    for name in one["robustness"][0]:
+        values = [100 * run[name] for run in one["robustness"]]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        lines.append(f"| {name} | {statistics.mean(values):+.1f}{spread} |")
+    return lines
+
+
+def _spread(values: list[float | None]) -> str:
+    if any(value is None for value in values):
+        return "—"
+    text = f"{100 * statistics.mean(values):.1f}"
+    return text + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
