@@ -48,6 +48,9 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "Tensor W_out, Tensor b_out, Tensor step_bias, Tensor table) -> (Tensor, Tensor)");
   m.def("token_mlp_loop_backward(Tensor grad_x, Tensor grad_stats, Tensor[] inputs) -> Tensor[]");
   m.def(
+      "token_mlp_loss(Tensor x, Tensor target, Tensor weight, Tensor[] weights, Tensor "
+      "step_bias, bool gradients) -> (Tensor, Tensor[])");
+  m.def(
       "wavelet_attention(Tensor q, Tensor k, Tensor v, Tensor? logit_gain, Tensor? value_gain, "
       "int level, float scale) -> (Tensor out, Tensor lse)");
   m.def(

@@ -11,6 +11,7 @@ from .haar import haar_pack, haar_unpack
 from .maps import anomaly_map
 from .noise import philox_normal
 from .norm import group_norm_silu
+from .token_loss import token_mlp_loss
 from .token_mlp import PackedTokenMLP, token_mlp_loop
 from .training import noised_target, weighted_mse
 from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
@@ -28,6 +29,7 @@ __all__ = [
     "philox_normal",
     "q_sample",
     "token_mlp_loop",
+    "token_mlp_loss",
     "wavedec2",
     "wavelet_attention",
     "waverec2",

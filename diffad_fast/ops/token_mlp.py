@@ -104,8 +104,12 @@ def _fits(x, weights, step_bias, table):
 
 def _shapes(x, weights, table):
     """The shapes that ``weights``, ``step_bias`` and ``table`` must have."""
+    return *_weight_shapes(x, weights, len(table)), (len(table), 5)
+
+
+def _weight_shapes(x, weights, levels):
     d = x.shape[1]
-    width, blocks, steps = weights.W_in.shape[0], weights.W1.shape[0], table.shape[0]
+    width, blocks = weights.W_in.shape[0], weights.W1.shape[0]
     return (
         (width, d),
         (width,),
@@ -114,24 +118,28 @@ def _shapes(x, weights, table):
         (blocks, width),
         (d, width),
         (d,),
-        (steps, blocks, width),
-        (steps, 5),
+        (levels, blocks, width),
     )
 
 
 def _check(x, weights, step_bias, table):
     """Raise what is wrong with the arguments, if anything."""
     checks.tensor("x", x, 2)
+    checks.tensor("table", table, 2)
+    checks.shaped("table", table, (len(table), 5), x.device)
+    check_weights(x, weights, step_bias, len(table))
+
+
+def check_weights(x, weights, step_bias, levels):
+    """Raise what is wrong with a token MLP's weights, or its biases at so many levels, for x."""
     if not isinstance(weights, PackedTokenMLP):
         raise TypeError(f"weights must be a PackedTokenMLP, got {type(weights).__name__}")
     checks.tensor("W_in", weights.W_in, 2)
     checks.tensor("W1", weights.W1, 3)
-    checks.tensor("table", table, 2)
-    *shapes, bias_shape, table_shape = _shapes(x, weights, table)
+    *shapes, bias_shape = _weight_shapes(x, weights, levels)
     for name, tensor, shape in zip(PackedTokenMLP._fields, weights, shapes, strict=True):
         checks.shaped(name, tensor, shape, x.device)
         checks.same_dtype(name, tensor, "W_in", weights.W_in.dtype)
-    checks.shaped("table", table, table_shape, x.device)
     checks.shaped("step_bias", step_bias, bias_shape, x.device)
 
 

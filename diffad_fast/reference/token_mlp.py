@@ -1,4 +1,4 @@
-"""The token MLP and a whole loop of its evaluations."""
+"""The token MLP: a whole loop of its evaluations, and its training loss."""
 
 from __future__ import annotations
 
@@ -65,21 +65,40 @@ def token_mlp_loop(x, weights, step_bias, table):
     """
     state = torch.promote_types(x.dtype, torch.float32)
     current = x.to(state)
-    width = weights.W_in.shape[0]
     stats = []
     for row, biases in zip(table.to(state), step_bias.to(state), strict=True):
         c_in, a, b, p, q = row
-        h = _linear(c_in * current, weights.W_in) + weights.b_in.to(state)
-        for w1, w2, b2, e in zip(weights.W1, weights.W2, weights.b2, biases, strict=True):
-            n = F.layer_norm(h, (width,), eps=LAYER_NORM_EPS)
-            h = h + _linear(F.silu(_linear(n, w1) + e), w2) + b2.to(state)
-        n = F.layer_norm(h, (width,), eps=LAYER_NORM_EPS)
-        m = _linear(F.silu(n), weights.W_out) + weights.b_out.to(state)
+        m = _evaluate(c_in * current, weights, biases)
         stats.append((p * current + q * m).square().mean(dim=1))
         current = a * current + b * m
     if not stats:
         return x, torch.empty(len(x), 0, dtype=state, device=x.device)
     return current.to(x.dtype), torch.stack(stats, dim=1)
+
+
+def token_mlp_loss(x, target, weight, weights, step_bias):
+    """x, target (M,D), weight (M,), step_bias (S,B,W) -> scalar
+
+        1/M sum over tokens of weight times mean over j of (m_j - target_j)^2
+
+    with m the token MLP of :func:`token_mlp_loop` for the network input x. Tokens s M/S to
+    (s + 1) M/S - 1 are at the level of the biases number s.
+    """
+    state = torch.promote_types(x.dtype, torch.float32)
+    biases = step_bias.to(state).repeat_interleave(len(x) // len(step_bias), dim=0)
+    m = _evaluate(x.to(state), weights, biases.unbind(dim=1))
+    return ((m - target.to(state)).square().mean(dim=1) * weight.to(state)).mean()
+
+
+def _evaluate(x, weights, biases):
+    """The prediction for network inputs x (M,D); biases: for each block (W,) or (M,W)."""
+    width, state = weights.W_in.shape[0], x.dtype
+    h = _linear(x, weights.W_in) + weights.b_in.to(state)
+    for w1, w2, b2, e in zip(weights.W1, weights.W2, weights.b2, biases, strict=True):
+        n = F.layer_norm(h, (width,), eps=LAYER_NORM_EPS)
+        h = h + _linear(F.silu(_linear(n, w1) + e), w2) + b2.to(state)
+    n = F.layer_norm(h, (width,), eps=LAYER_NORM_EPS)
+    return _linear(F.silu(n), weights.W_out) + weights.b_out.to(state)
 
 
 def _linear(x, weight):
