@@ -108,8 +108,7 @@ def _fit(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt(
             f": the training is kept in {state}; repeat the command with --resume to continue"
         ) from None
-    if os.path.exists(state):
-        os.unlink(state)
+    kept.remove()
     split = split_by_group(images.load(), groups, detector.config)
     print(_fit_summary(detector, images, split, args.out), file=sys.stderr)
 
@@ -319,9 +318,9 @@ def _size(text: str) -> int | tuple[int, int]:
 
 def _duration(text: str) -> float:
     """Seconds, from "300", "300s", "5min" or "2h"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a duration: give seconds such as 300, or 300s, 5min, 2h"
-        )
-    return float(match[1]) * {None: 1, "s": 1, "min": 60, "h": 3600}[match[2]]
+    from .config import duration
+
+    try:
+        return duration(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

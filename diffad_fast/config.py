@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ KINDS = ("image", "vector")
 MODES = ("reconstruct", "invert", "one_step")
 SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
+TRAIN_DTYPES = ("auto", "float32", "bfloat16")
+AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "shift", "rotate", "brightness")
 INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
 INTENSITIES = ("auto", "linear", "log")
@@ -171,6 +174,20 @@ class DetectorConfig:
     ema_decay: float = 0.999
     snr_limit: float = 5.0
     """Limit of the signal-to-noise ratio in the min-SNR weight."""
+    train_budget: float | None = None
+    """Seconds, or a text such as "5min", that the training may take. It then has as many steps as
+    a trial at its start finds to fit, instead of `train_steps`."""
+    early_stopping: int = 0
+    """Stop after so many of ten validations in a row without a lower loss; 0: never."""
+    accumulate: int = 1
+    """Parts of a step's images whose gradients are computed one after another, to save memory."""
+    train_dtype: str = "auto"
+    """Of matrix products and convolutions in training: `float32`, `bfloat16`, or (`auto`) bfloat16
+    on GPUs that have it."""
+    augment: tuple[str, ...] = ()
+    """What may be done to normal images in training, of `flip-horizontal`, `flip-vertical`, `shift`
+    (a 16th of a side), `rotate` (5 degrees) and `brightness` (10%). Only what leaves a normal image
+    normal is safe; the default is nothing."""
 
     def __post_init__(self):
         size = self.image_size
@@ -213,6 +230,7 @@ class DetectorConfig:
             )
         if self.semantic_of == "tokens" and not on_tokens:
             raise InputError("semantic_of='tokens' is for the token MLP: U-Nets have no tokens")
+        self._check_training()
         if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
             raise InputError(f"image_size is one integer or (height, width), not {size!r}")
         if self.channels not in (1, 3):
@@ -290,6 +308,19 @@ class DetectorConfig:
                     f"{side // stride * stride} or {-(-side // stride) * stride}"
                 )
 
+    def _check_training(self) -> None:
+        if isinstance(self.train_budget, str):
+            object.__setattr__(self, "train_budget", duration(self.train_budget))
+        if self.train_budget is not None:
+            _range("train_budget", self.train_budget, 1e-3, math.inf)
+        _range("early_stopping", self.early_stopping, 0, math.inf)
+        _range("accumulate", self.accumulate, 1, math.inf)
+        _choice("train_dtype", self.train_dtype, TRAIN_DTYPES)
+        names = (self.augment,) if isinstance(self.augment, str) else tuple(self.augment)
+        object.__setattr__(self, "augment", names)
+        for name in names:
+            _choice("augment", name, AUGMENTATIONS)
+
     @property
     def on_tokens(self) -> bool:
         """Is the denoiser the token MLP?"""
@@ -360,6 +391,14 @@ def token_source(name: str) -> tuple[str, int]:
 def default_haar_level(image_size: tuple[int, int]) -> int:
     """The level that brings the short side closest to 32 positions, between 1 and 4."""
     return min(4, max(1, round(math.log2(max(min(image_size), 1) / 32))))
+
+
+def duration(text: str) -> float:
+    """Seconds, from "300", "300s", "5min" or "2h". Raises InputError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)?", text)
+    if match is None:
+        raise InputError(f"{text!r} is not a duration: give seconds such as 300, or 300s, 5min, 2h")
+    return float(match[1]) * {None: 1, "s": 1, "min": 60, "h": 3600}[match[2]]
 
 
 def read_options(path: str) -> dict[str, object]:

@@ -105,17 +105,17 @@ class Interrupt(Exception):
 
 
 def test_interrupted_training_ends_with_the_same_weights(fitted, tmp_path, monkeypatch):
-    from diffad_fast.training.loop import Trainer
+    from diffad_fast.training.images import Trainer
 
-    step = Trainer._step
+    inputs = Trainer.inputs
 
-    def failing(self, number, *args):
+    def failing(self, number):
         if number == 37:
             raise Interrupt
-        return step(self, number, *args)
+        return inputs(self, number)
 
     state = tmp_path / "m.training"
-    monkeypatch.setattr(Trainer, "_step", failing)
+    monkeypatch.setattr(Trainer, "inputs", failing)
     with pytest.raises(Interrupt):
         daf.Detector(**OPTIONS).fit(
             normals(160), training_checkpoint=TrainingCheckpoint(state, seconds=0.0)

@@ -55,7 +55,14 @@ class TokenMLP(nn.Module):
 
     def step_bias(self, log_sigma: torch.Tensor) -> torch.Tensor:
         """(S,blocks,width) for the levels log_sigma (S,), for ``ops.token_mlp_loop``."""
-        return self._levels(log_sigma) + self._packed(None)[1]
+        return self.packed(log_sigma)[1]
+
+    def packed(
+        self, log_sigma: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[PackedTokenMLP, torch.Tensor]:
+        """:meth:`pack` and :meth:`step_bias` together, for ``ops.token_mlp_loss``."""
+        weights, extra = self._packed(dtype)
+        return weights, self._levels(log_sigma) + extra
 
     def _packed(self, dtype: torch.dtype | None) -> tuple[PackedTokenMLP, torch.Tensor]:
         def stacked(layer: str, name: str) -> torch.Tensor:

@@ -15,7 +15,8 @@ from ..diffusion import Graphed, NoiseSchedule, ReverseLoop
 from ..errors import InputError
 from ..representations import WaveletRepresentation
 from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
-from ..training.loop import History, Trainer, TrainingCheckpoint
+from ..training.images import Trainer
+from ..training.loop import History, TrainingCheckpoint
 from .fusion import fuse, resized
 
 

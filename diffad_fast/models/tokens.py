@@ -70,12 +70,15 @@ class TokenModel(nn.Module):
         if config.semantic_weight is None:
             weight = 0.0 if self.representation.by_one_scale else 1.0
             config = self.config = config.replace(semantic_weight=weight)
+        training, dims = config, self.representation.dims
+        if config.train_budget is not None:
+            training = config.replace(train_budget=config.train_budget / len(dims))
         validation = self._banks(source, split.validation)
-        for dim, bank, held_out in zip(
-            self.representation.dims, self._banks(source, split.fit), validation, strict=True
-        ):
+        parts = zip(dims, self._banks(source, split.fit), validation, strict=True)
+        for number, (dim, bank, held_out) in enumerate(parts):
             denoiser = self._denoiser(dim)
-            histories.append(fit_tokens(denoiser, bank, held_out, config, self.device, kept))
+            part = None if kept is None else kept.part(number)
+            histories.append(fit_tokens(denoiser, bank, held_out, training, self.device, part))
             self.denoisers.append(denoiser)
             if config.semantic_weight > 0:
                 distance = FeatureDistance(config.semantic).to(self.device)

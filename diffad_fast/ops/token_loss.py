@@ -30,7 +30,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        *weights, step_bias = (g * grad for g in ctx.saved_tensors)
+        gradients = ctx.saved_tensors
+        # A loss that is what is differentiated; reading a number waits for nothing on a CPU.
+        if float(grad) != 1.0:
+            gradients = [g * grad for g in gradients]
+        *weights, step_bias = gradients
         return None, None, None, step_bias, *weights
 
 

@@ -43,7 +43,7 @@ class PackedTokenMLP(NamedTuple):
         """
         compute = torch.promote_types(W1.dtype, torch.float32)
         w1, gain = W1.to(compute), norm_weight.to(compute)
-        extra = torch.einsum("bij,bj->bi", w1, norm_bias.to(compute)) + b1.to(compute)
+        extra = (w1 * norm_bias.to(compute)[:, None, :]).sum(dim=2) + b1.to(compute)
         fields = (W_in, b_in, w1 * gain[:, None, :], W2, b2, W_out, b_out)
         return cls(*(field.to(dtype or W1.dtype) for field in fields)), extra
 

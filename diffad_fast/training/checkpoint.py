@@ -7,6 +7,7 @@ every tensor's name, type, shape and bytes. Nothing is pickled.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -146,6 +147,13 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     finally:
         if temporary is not None:
             os.unlink(temporary)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Remove what a process that was killed while it wrote ``path`` has left beside it."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}"):
+        leftover.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike) -> None:

@@ -1,43 +1,70 @@
-"""The training loop. Every random choice depends on the seed and the step alone, never on a
-generator's history: a run that was stopped continues bit for bit."""
+"""The training loop, whatever is trained on. Every random choice depends on the seed, the sample
+and the step alone, never on a generator's history or on the number of processes: a run that was
+stopped continues bit for bit."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
 import signal
+import statistics
 import threading
 import time
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from .. import ops
 from ..config import DetectorConfig
-from ..data.images import Images
-from ..diffusion import NoiseSchedule
 from ..errors import CheckpointError, InputError
 from ..progress import progress
 from . import checkpoint
-from .ema import EMA
+from .distributed import ProcessError, processes
+from .log import Log
+from .optimizer import STATE, Optimizer
+from .step import CapturedStep
 
 KIND = "diffad-training"
+# Losses are read from the device this often; in between the host waits for nothing.
+REPORT_EVERY = 20
+VALIDATIONS = 10  # in a run
+# Steps that tell what one costs; on a GPU the first ones are spent on its capture.
+TRIAL_STEPS = {"cpu": 3, "cuda": 16}
 
 
 @dataclass
 class TrainingCheckpoint:
-    """Where and how often the state of an unfinished training is kept."""
+    """Where and how often the state of an unfinished training is kept, and its log."""
 
     path: str | os.PathLike
     seconds: float = 300.0
     """Interval between two writes."""
     resume: bool = False
     """Continue from ``path`` if it is there."""
+    log: str | os.PathLike | None = None
+    """A CSV file of losses by step; TensorBoard files go beside it where that is installed."""
+
+    def part(self, number: int) -> TrainingCheckpoint:
+        """The same for one of several networks; files but for the first get its number."""
+        if number == 0:
+            return self
+        log = None if self.log is None else Path(self.log).with_suffix(f".{number}.csv")
+        return replace(self, path=f"{os.fspath(self.path)}.{number}", log=log)
+
+    def remove(self) -> None:
+        """Remove the states of all parts, if they are there."""
+        path = Path(self.path)
+        for file in (path, *path.parent.glob(f"{glob.escape(path.name)}.[0-9]*")):
+            file.unlink(missing_ok=True)
 
 
 @dataclass
@@ -47,10 +74,14 @@ class History:
     loss: list[tuple[int, float]] = field(default_factory=list)
     validation_loss: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    best_step: int | None = None
+    """The step after which the averaged weights had the lowest validation loss: those are kept."""
 
     @staticmethod
     def joined(parts: Sequence[History]) -> History:
         """The losses of several networks, one after another, and their seconds together."""
+        if len(parts) == 1:
+            return parts[0]
         return History(
             loss=[entry for part in parts for entry in part.loss],
             validation_loss=[entry for part in parts for entry in part.validation_loss],
@@ -58,192 +89,343 @@ class History:
         )
 
 
-class Trainer:
-    """Trains a denoiser on represented images and leaves the averaged weights in it.
+class Loop(ABC):
+    """Trains a denoiser and leaves the averaged weights of the lowest validation loss in it.
 
-    images: decoded collection; ``fit`` and ``validation`` are indices into it.
-    ``represent`` maps images (n,C,H,W) on the device to x0.
+    A subclass says what a step consists of: :meth:`inputs` names its samples on the host,
+    :meth:`loss` computes on the device. Of a step's ``batch`` samples each process computes an
+    equal share, ``accumulate`` parts of it one after another where memory is short. On one GPU the
+    step is captured once and then replayed.
     """
 
+    unit: str
+    """What a sample is called."""
+
     def __init__(
-        self,
-        denoiser: nn.Module,
-        represent,
-        images: Images,
-        fit: Sequence[int],
-        validation: Sequence[int],
-        config: DetectorConfig,
-        device: torch.device,
+        self, denoiser: nn.Module, config: DetectorConfig, device, batch: int, accumulate: int = 1
     ):
-        self.denoiser, self.represent, self.images = denoiser, represent, images
-        self.fit, self.validation = list(fit), list(validation)
-        self.config, self.device = config, device
-        self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
-        self.alphas = self.schedule.alphas_cumprod.to(device)
-        self.log_sigma = self.schedule.log_sigma.float().to(device)
-        self.optimizer = torch.optim.AdamW(
-            denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-            fused=True,
-        )  # fmt: skip
-        self.ema = EMA(denoiser, config.ema_decay)
+        self.denoiser, self.config, self.device = denoiser, config, torch.device(device)
+        self.processes = processes()
+        if batch % (self.processes.count * accumulate):
+            raise InputError(
+                f"a step has {batch} {self.unit}s: that must be a multiple of {accumulate} parts "
+                f"in each of {self.processes.count} process(es)"
+            )
+        self.batch, self.accumulate = batch, accumulate
         self.history = History()
+        self.total = config.train_steps
+        self.dtype = training_dtype(config, self.device)
+
+    @abstractmethod
+    def inputs(self, step: int) -> tuple[torch.Tensor, ...]:
+        """What :meth:`loss` needs of this process's share of a step, on the host: the same shapes
+        each time, first axes divisible by ``accumulate``."""
+
+    @abstractmethod
+    def loss(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The loss, a mean over samples, for inputs on the device or a part of them."""
+
+    @abstractmethod
+    def validation_loss(self) -> float | None:
+        """Of the denoiser as it is, over all held-out samples; None without any."""
+
+    @abstractmethod
+    def identity(self) -> bytes:
+        """What a state must share with a run to be continued by it, beside the options."""
+
+    def share(self, n: int) -> slice:
+        """This process's part of n entries of a step."""
+        part = n // self.processes.count
+        return slice(self.processes.rank * part, (self.processes.rank + 1) * part)
 
     def run(self, kept: TrainingCheckpoint | None = None) -> History:
-        """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt."""
-        config, size = self.config, self.config.batch_size
-        start = self._load(kept) if kept and kept.resume and os.path.exists(kept.path) else 0
-        total = config.train_steps
-        order = self._order(start * size, total * size)
-        began = last_write = time.monotonic()
-        spent = self.history.seconds
-        validate_every = max(1, total // 10)
+        """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt.
+
+        Raises InputError for a loss that is not finite, CheckpointError for a state that does not
+        belong to this run, ProcessError where another process has ended, after the state of the
+        last complete step was written.
+        """
+        self.optimizer = Optimizer(self.denoiser, self.config)
+        self.best: torch.Tensor | None = None
         self.denoiser.train()
-        batches = self.images.batches(size, indices=[index for index, _ in order])
-        bar = progress(None, total * size, "training", "image", initial=start * size)
-        with bar, _deferred_signals() as stop:
-            for step, batch in zip(range(start, total), batches, strict=False):
-                epochs = [epoch for _, epoch in order[(step - start) * size :][: len(batch.index)]]
-                loss = self._step(step, batch.x, batch.index, torch.tensor(epochs))
-                bar.update(size)
-                if step % 20 == 0 or step == total - 1:
-                    self.history.loss.append((step, float(loss)))
-                    bar.set_postfix(refresh=False, loss=f"{self.history.loss[-1][1]:.4f}")
-                    if not math.isfinite(self.history.loss[-1][1]):
-                        raise InputError(
-                            f"the training loss became {float(loss)} at step {step}: lower "
-                            f"learning_rate (now {config.learning_rate:g})"
-                        )
-                self.history.seconds = spent + time.monotonic() - began
-                if self.validation and ((step + 1) % validate_every == 0 or step == total - 1):
-                    self.history.validation_loss.append((step, self._validate()))
-                if kept and (stop or time.monotonic() - last_write >= kept.seconds):
-                    self._save(kept, step + 1)
-                    last_write = time.monotonic()
-                if stop:
-                    raise KeyboardInterrupt
-        self.ema.copy_to(self.denoiser)
-        self.denoiser.eval()
-        self.history.seconds = spent + time.monotonic() - began
+        try:
+            self._run(kept)
+        finally:
+            self.optimizer.release()
+            self.denoiser.eval()
         return self.history
 
-    def _order(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """(data-set index, epoch) of the samples number ``start`` to ``stop`` of the whole run."""
-        order, n = [], len(self.fit)
-        for epoch in range(start // n, -(-stop // n)):
-            shuffled = torch.randperm(n, generator=_generator(self.config.seed, "order", epoch))
-            order += [(self.fit[i], epoch) for i in shuffled.tolist()]
-        first = start // n * n
-        return order[start - first : stop - first]
-
-    def _step(
-        self, step: int, images: torch.Tensor, index: torch.Tensor, epoch: torch.Tensor
-    ) -> torch.Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step)
-        generator = _generator(self.config.seed, "level", step)
-        loss = self._loss(images, index, epoch, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.config.gradient_clip:
-            nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.config.gradient_clip)
-        self.optimizer.step()
-        self.ema.update(self.denoiser, step)
-        return loss.detach()
-
-    def _loss(self, images, index, epoch, generator: torch.Generator) -> torch.Tensor:
-        """Min-SNR weighted squared error of the prediction, mean over the batch."""
-        x0 = self.represent(images.to(self.device))
-        n = len(x0)
-        # One level from each n-th of the schedule instead of n independent ones: the same
-        # expectation with less spread from batch to batch (Kingma et al. 2021, appendix I.1).
-        u = (torch.rand((), generator=generator) + torch.arange(n) / n) % 1
-        t = (u[torch.randperm(n, generator=generator)] * len(self.schedule)).long()
-        t = t.clamp(max=len(self.schedule) - 1).to(self.device)
-        # Draw 0 belongs to inference.
-        noise = ops.philox_normal(
-            x0.shape, self.config.seed, draw=index + 1, step=epoch, device=self.device
-        ).contiguous(memory_format=torch.channels_last)
-        x_t, target, weight = ops.noised_target(
-            x0, t, noise, self.alphas, self.config.prediction_type, self.config.snr_limit
+    def _run(self, kept: TrainingCheckpoint | None) -> None:
+        start = 0
+        if kept is not None:
+            if kept.resume and os.path.exists(kept.path):
+                start = self._load(kept)
+            if self.processes.first:
+                checkpoint.remove_leftovers(kept.path)
+        step_of = self._step
+        if self.device.type == "cuda" and self.processes.count == 1:
+            step_of = CapturedStep(self._step)
+        clock = _Clock(self.history.seconds)
+        if start == 0 and self.config.train_budget is not None:
+            self.total = self._affordable(step_of, clock)
+        bar = progress(
+            None, self.total * self.batch, "training", self.unit, initial=start * self.batch
         )
-        return ops.weighted_mse(self.denoiser(x_t, self.log_sigma[t]), target, weight)
+        log = Log(kept.log if kept and self.processes.first else None, start)
+        done = start
+        with bar, log, _deferred_signals() as signals:
+            try:
+                for step in range(start, self.total):
+                    interrupted, late = bool(signals), self._late(clock)
+                    loss = self._exchanged_step(step, step_of, interrupted, late)
+                    done, last = step + 1, step + 1 == self.total
+                    self.history.seconds = clock.seconds()
+                    bar.update(self.batch)
+                    if step % REPORT_EVERY == 0 or last:
+                        self._report(step, float(loss), bar, log)
+                    interrupted, late = self._agreed(step, interrupted, late)
+                    if not interrupted and (
+                        late or last or done % max(1, self.total // VALIDATIONS) == 0
+                    ):
+                        self._validate(step, log)
+                    if kept and self.processes.first and (interrupted or clock.due(kept.seconds)):
+                        self._keep(kept, done, must=interrupted)
+                        clock.kept()
+                    if interrupted:
+                        raise KeyboardInterrupt
+                    if late or self._waited() >= self.config.early_stopping > 0:
+                        break
+            except ProcessError as error:
+                # A step's update follows its exchange: this is the state after `done` steps.
+                if kept and self.processes.first:
+                    self._keep(kept, done, must=True)
+                    raise ProcessError(
+                        f"{error}; the training is kept in {kept.path} after {done} steps"
+                    ) from None
+                raise
+        if kept and self.processes.first:
+            # Complete: what follows, other networks and the calibration, may be interrupted too.
+            self.total = done
+            self._keep(kept, done, must=False)
+        self.optimizer.exchange(self.optimizer.average if self.best is None else self.best)
+        self.history.seconds = clock.seconds()
+
+    # --------------------------------------------------------------- a step
+
+    def _exchanged_step(self, step: int, step_of, interrupted: bool, late: bool) -> torch.Tensor:
+        self.optimizer.set(step, learning_rate(self.config, step, self.total))
+        if self.processes.count > 1:
+            self.optimizer.extra[1:] = torch.tensor([float(interrupted), float(late)])
+        return step_of(*self.inputs(step))
+
+    def _step(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """One update; returns its loss, on the device, to be read before the next step."""
+        optimizer = self.optimizer
+        optimizer.gradient.zero_()
+        inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for part in zip(*(t.chunk(self.accumulate) for t in inputs), strict=True):
+            loss = self.loss(*part) / self.accumulate
+            loss.backward()
+            total += loss.detach()
+        optimizer.extra[0] = total
+        if self.processes.count > 1:
+            self.processes.add(optimizer.shared)
+            optimizer.gradient.div_(self.processes.count)
+            optimizer.extra[0].div_(self.processes.count)
+        optimizer.update()
+        return optimizer.extra[0]
+
+    def _agreed(self, step: int, interrupted: bool, late: bool) -> tuple[bool, bool]:
+        """What any process asked for in this step, so that all do the same."""
+        if self.processes.count == 1:
+            return interrupted, late
+        if self.device.type == "cuda" and step % REPORT_EVERY:
+            return False, False  # reading it makes the host wait
+        return tuple(bool(flag) for flag in self.optimizer.extra[1:].tolist())
+
+    def _report(self, step: int, loss: float, bar, log: Log) -> None:
+        if not math.isfinite(loss):
+            raise self._diverged(step)
+        self.history.loss.append((step, loss))
+        bar.set_postfix(refresh=False, loss=f"{loss:.4f}")
+        rate = learning_rate(self.config, step, self.total)
+        log.write(step, seconds=self.history.seconds, learning_rate=rate, loss=loss)
+
+    def _diverged(self, step: int) -> InputError:
+        return InputError(
+            f"the training loss became infinite or NaN by step {step}: lower learning_rate (now "
+            f"{self.config.learning_rate:g})"
+        )
 
     @torch.no_grad()
-    def _validate(self) -> float:
-        """The averaged model's loss on held-out normals, at the same levels and noise each time."""
-        current = [p.detach().clone() for p in self.denoiser.parameters()]
-        self.ema.copy_to(self.denoiser)
+    def _validate(self, step: int, log: Log) -> None:
+        """The averaged weights' loss on held-out normals; keeps those of the lowest."""
+        self.optimizer.exchange(self.optimizer.average)
         self.denoiser.eval()
-        total, count = 0.0, 0
-        for batch in self.images.batches(self.config.batch_size, indices=self.validation):
-            generator = _generator(self.config.seed, "validation", count)
-            epoch = torch.zeros(len(batch.index), dtype=torch.int64)
-            loss = self._loss(batch.x, batch.index, epoch, generator)
-            total += float(loss) * len(batch.index)
-            count += len(batch.index)
-        torch._foreach_copy_(list(self.denoiser.parameters()), current)
-        self.denoiser.train()
-        return total / max(count, 1)
+        try:
+            loss = self.validation_loss()
+        finally:
+            self.denoiser.train()
+            self.optimizer.exchange(self.optimizer.average)
+        if loss is None:
+            return
+        history = self.history
+        if self.best is None or loss < min(value for _, value in history.validation_loss):
+            self.best, history.best_step = self.optimizer.average.clone(), step
+        history.validation_loss.append((step, loss))
+        log.write(step, seconds=history.seconds, validation_loss=loss)
 
+    def _waited(self) -> int:
+        """Validations since the best one."""
+        best = self.history.best_step
+        return 0 if best is None else sum(s > best for s, _ in self.history.validation_loss)
+
+    # --------------------------------------------------------------- budget
+
+    def _late(self, clock: _Clock) -> bool:
+        budget = self.config.train_budget
+        return budget is not None and clock.seconds() >= budget and self.processes.first
+
+    def _affordable(self, step_of, clock: _Clock) -> int:
+        """How many steps fit into the budget, by a trial whose effect is undone."""
+        optimizer, budget = self.optimizer, self.config.train_budget
+        before = {name: getattr(optimizer, name).detach().clone() for name in STATE}
+        buffers = [b.clone() for b in self.denoiser.buffers()]
+        times = []
+        optimizer.set(0, 0.0)
+        while len(times) < TRIAL_STEPS[self.device.type] or sum(times) < 0.02 * budget:
+            began = time.monotonic()
+            float(step_of(*self.inputs(len(times))))
+            times.append(time.monotonic() - began)
+            if clock.seconds() > budget / 4:
+                break
+        optimizer.load(before, 0)
+        began = time.monotonic()
+        with torch.no_grad():
+            self.validation_loss()
+        validation = time.monotonic() - began
+        for buffer, old in zip(self.denoiser.buffers(), buffers, strict=True):
+            buffer.copy_(old)
+        # The first steps load libraries and fill caches.
+        step = statistics.median(times[len(times) // 2 :])
+        left = budget - clock.seconds() - (VALIDATIONS + 1) * validation
+        return self.processes.agreed(max(1, int(left / step)))
+
+    # ---------------------------------------------------------------- state
+
+    @cached_property
     def _fingerprint(self) -> str:
-        """What a state must share with a run to be continued by it: options and data."""
+        """What a state must share with a run to be continued by it."""
         digest = hashlib.sha256(self.config.to_json().encode())
-        digest.update(json.dumps([self.fit, self.validation, self.images.paths]).encode())
+        digest.update(self.optimizer.layout.encode())
+        digest.update(self.identity())
         return digest.hexdigest()
 
-    def _save(self, kept: TrainingCheckpoint, step: int) -> None:
-        tensors = {}
-        for name, p, average in zip(
-            self.ema.names, self.denoiser.parameters(), self.ema.average, strict=True
-        ):
-            state = self.optimizer.state[p]
-            tensors |= {
-                f"parameter.{name}": p,
-                f"average.{name}": average,
-                f"first.{name}": state["exp_avg"],
-                f"second.{name}": state["exp_avg_sq"],
-            }
+    def _keep(self, kept: TrainingCheckpoint, step: int, must: bool) -> None:
+        """Write the state. Where that fails the training goes on, unless it ``must`` be kept."""
+        tensors = {name: getattr(self.optimizer, name) for name in STATE}
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            raise self._diverged(step)
+        tensors |= {f"buffer.{name}": b for name, b in self.denoiser.named_buffers()}
+        if self.best is not None:
+            tensors["best"] = self.best
         texts = {
             "step": str(step),
-            "fingerprint": self._fingerprint(),
+            "total": str(self.total),
+            "fingerprint": self._fingerprint,
             "history": json.dumps(vars(self.history)),
         }
-        checkpoint.save(kept.path, KIND, tensors, texts)
+        try:
+            checkpoint.save(kept.path, KIND, tensors, texts)
+        except InputError as error:
+            if must:
+                raise
+            warnings.warn(
+                f"the training goes on without its state being kept: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _load(self, kept: TrainingCheckpoint) -> int:
         tensors, texts = checkpoint.load(kept.path, KIND)
-        if texts["fingerprint"] != self._fingerprint():
+        if texts["fingerprint"] != self._fingerprint:
             raise CheckpointError(
                 f"{kept.path} was left by a training with other options or other data: repeat "
                 "those, or delete it to start anew"
             )
         step = int(texts["step"])
-        for name, p, average in zip(
-            self.ema.names, self.denoiser.parameters(), self.ema.average, strict=True
-        ):
-            p.copy_(tensors[f"parameter.{name}"])
-            average.copy_(tensors[f"average.{name}"])
-            self.optimizer.state[p] = {
-                "step": torch.tensor(float(step), device=p.device),
-                "exp_avg": torch.empty_like(p).copy_(tensors[f"first.{name}"]),
-                "exp_avg_sq": torch.empty_like(p).copy_(tensors[f"second.{name}"]),
-            }
+        self.optimizer.load(tensors, step)
+        for name, buffer in self.denoiser.named_buffers():
+            buffer.copy_(tensors[f"buffer.{name}"])
+        if "best" in tensors:
+            self.best = tensors["best"].to(self.device)
         self.history = History(**json.loads(texts["history"]))
+        self.total = int(texts["total"])
         return step
 
 
-def learning_rate(config: DetectorConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine to a hundredth."""
+class _Clock:
+    """Seconds of training, over all its interruptions, and since the state was kept."""
+
+    def __init__(self, spent: float):
+        self._began, self._kept = time.monotonic() - spent, time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def due(self, interval: float) -> bool:
+        return time.monotonic() - self._kept >= interval
+
+    def kept(self) -> None:
+        self._kept = time.monotonic()
+
+
+def training_dtype(config: DetectorConfig, device: torch.device) -> torch.dtype:
+    """Of matrix products and convolutions in training; weights and sums are float32."""
+    if config.train_dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, config.train_dtype)
+
+
+def learning_rate(config: DetectorConfig, step: int, total: int) -> float:
+    """Linear warm-up, then half a cosine to a hundredth after ``total`` steps."""
     # A short run warms up for at most a tenth of itself.
-    warmup = min(config.warmup_steps, max(1, config.train_steps // 10))
+    warmup = min(config.warmup_steps, max(1, total // 10))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    done = (step - warmup) / max(1, config.train_steps - warmup)
+    done = (step - warmup) / max(1, total - warmup)
     return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _generator(seed: int, stream: str, number: int) -> torch.Generator:
+def visits(n: int, start: int, stop: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(position, epoch), int64, of the samples number ``start`` to ``stop`` of a whole run over n:
+    every epoch in an order of its own."""
+    positions, epochs = [], []
+    while start < stop:
+        epoch, first = divmod(start, n)
+        part = _shuffled(n, seed, epoch)[first : first + stop - start]
+        positions.append(part)
+        epochs.append(torch.full_like(part, epoch))
+        start += len(part)
+    return torch.cat(positions), torch.cat(epochs)
+
+
+@lru_cache(maxsize=4)
+def _shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
+
+
+def stratified(n: int, generator: torch.Generator) -> torch.Tensor:
+    """n numbers in [0, 1), ascending, one in each n-th, all by the same offset: the expectation of
+    independent ones with less spread (Kingma et al. 2021, appendix I.1)."""
+    u = (torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(n)) / n
+    return u.clamp(max=1 - 2**-24)
+
+
+def generator(seed: int, stream: str, number: int) -> torch.Generator:
     """A generator of its own for every (seed, stream, number)."""
     digest = hashlib.blake2b(f"{seed} {stream} {number}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import time
 
 import torch
-from torch import nn
 
+from .. import ops
 from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
-from ..errors import InputError
-from ..progress import progress
-from .ema import EMA
-from .loop import History, TrainingCheckpoint, _generator, learning_rate
+from .loop import History, Loop, TrainingCheckpoint, generator, stratified, visits
 
 # Noise levels are drawn uniformly in log sigma between these: below, a token of unit variance is
 # as good as clean, above as good as noise.
+<<<<<<< HEAD
 SIGMA_RANGE = (0.1, 10.0)
+=======
+SIGMA_RANGE = (0.05, 20.0)
+# Different levels in a step, at most. Their embedding costs as much as a third of the network when
+# every token has one of its own, and a step has many tokens at nearly the same level anyway.
+LEVELS = 32
+# Evaluations in a validation: fewer held-out tokens are each seen at several levels.
+VALIDATION = 8192
+VALIDATION_STEP = 2**32 - 2**20  # of philox_normal; the steps below are epochs'
+>>>>>>> 8313833 (One training loop for images and tokens: flat parameters, budget, best average, log, several processes)
 
 
 def fit_tokens(
@@ -31,53 +38,81 @@ def fit_tokens(
     """Train on tokens (M,D) of normals and leave the averaged weights in ``denoiser``.
 
     The loss is the squared error of the v-prediction at x = (x0 + sigma noise)/sqrt(1 + sigma^2),
-    mean over tokens. validation: (V,D) held-out tokens, for the history.
+    mean over ``config.token_batch`` tokens, with log sigma uniform. validation: (V,D) held-out
+    tokens, which choose the step whose weights are kept. Stops and resumes as :meth:`Loop.run`.
     """
-    optimizer = torch.optim.AdamW(
-        denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-        fused=True,
-    )  # fmt: skip
-    ema, history = EMA(denoiser, config.ema_decay), History()
-    tokens, validation = tokens.to(device), validation.to(device)
-    began = time.monotonic()
-    denoiser.train()
-    for step in progress(range(config.train_steps), None, "training", "step"):
-        generator = _generator(config.seed, "tokens", step)
-        rows = torch.randint(len(tokens), (config.token_batch,), generator=generator)
-        loss = _loss(denoiser, tokens[rows.to(device)], generator)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.gradient_clip:
-            nn.utils.clip_grad_norm_(denoiser.parameters(), config.gradient_clip)
-        optimizer.step()
-        ema.update(denoiser, step)
-        if step % 20 == 0 or step == config.train_steps - 1:
-            history.loss.append((step, float(loss.detach())))
-            if not math.isfinite(history.loss[-1][1]):
-                raise InputError(
-                    f"the training loss became {history.loss[-1][1]} at step {step}: lower "
-                    f"learning_rate (now {config.learning_rate:g})"
-                )
-    ema.copy_to(denoiser)
-    denoiser.eval()
-    if len(validation):
-        with torch.no_grad():
-            loss = _loss(denoiser, validation, _generator(config.seed, "validation", 0))
-        history.validation_loss.append((config.train_steps - 1, float(loss)))
-    history.seconds = time.monotonic() - began
-    return history
+    return TokenTrainer(denoiser, tokens, validation, config, device).run(kept)
 
 
-def _loss(denoiser: TokenMLP, x0: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+class TokenTrainer(Loop):
+    """Trains a token MLP; arguments as for :func:`fit_tokens`."""
+
+    unit = "token"
+
+    def __init__(self, denoiser, tokens, validation, config: DetectorConfig, device):
+        super().__init__(denoiser, config, device, config.token_batch)
+        self.tokens, self.validation = tokens.to(self.device), validation.to(self.device)
+        mine = self.batch // self.processes.count
+        limit = max(1, LEVELS // self.processes.count)
+        self.levels = max(n for n in range(1, limit + 1) if mine % n == 0) * self.processes.count
+
+    def inputs(self, step: int) -> tuple[torch.Tensor, ...]:
+        first, mine = step * self.batch, self.share(self.batch)
+        rows, epochs = visits(
+            len(self.tokens), first + mine.start, first + mine.stop, self.config.seed
+        )
+        u = stratified(self.levels, generator(self.config.seed, "level", step))
+        return rows, epochs, _log_sigma(u[self.share(self.levels)])
+
+    def loss(self, rows, epochs, log_sigma) -> torch.Tensor:
+        tokens = self.tokens[rows]
+        each = log_sigma.repeat_interleave(len(rows) // len(log_sigma))
+        x, target = self._noised(tokens, rows, epochs, each)
+        weights, bias = self.denoiser.packed(log_sigma, self.dtype)
+        weight = torch.ones_like(each)
+        return ops.token_mlp_loss(x, target, weight, weights, bias)
+
+    def _noised(self, x0, rows, step, log_sigma) -> tuple[torch.Tensor, torch.Tensor]:
+        """The network's input and the v that it shall say."""
+        # Draw 0 belongs to inference.
+        noise = ops.philox_normal(
+            x0.shape, self.config.seed, draw=rows + 1, step=step, device=x0.device
+        )
+        sigma = log_sigma.exp()[:, None]
+        scale = (1 + sigma**2).rsqrt()
+        return scale * (x0 + sigma * noise), scale * (noise - sigma * x0)
+
+    def validation_loss(self) -> float | None:
+        """At the same levels and noise each time; tokens evenly from all if there are many."""
+        n = len(self.validation)
+        if n == 0:
+            return None
+        # The place of an evaluation names its noise, so that processes can share them out.
+        places = torch.arange(VALIDATION)[self.processes.rank :: self.processes.count]
+        u = stratified(VALIDATION, generator(self.config.seed, "validation", 0))
+        u = u[torch.randperm(VALIDATION, generator=generator(self.config.seed, "validation", 1))]
+        total = torch.zeros((), dtype=torch.float64)
+        for part in places.split(1024):
+            rows = part * n // VALIDATION if n > VALIDATION else part % n
+            log_sigma = _log_sigma(u[part]).to(self.device)
+            step = torch.full_like(part, VALIDATION_STEP)
+            x, target = self._noised(
+                self.validation[rows.to(self.device)],
+                part.to(self.device), step.to(self.device), log_sigma,
+            )  # fmt: skip
+            error = (self.denoiser(x, log_sigma) - target).square().mean(dim=1)
+            total += error.double().sum().cpu()
+        self.processes.add(total)
+        return float(total) / VALIDATION
+
+    def identity(self) -> bytes:
+        digest = hashlib.sha256()
+        for bank in (self.tokens, self.validation):
+            digest.update(repr(tuple(bank.shape)).encode())
+            digest.update(bank.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.digest()
+
+
+def _log_sigma(u: torch.Tensor) -> torch.Tensor:
     low, high = map(math.log, SIGMA_RANGE)
-    n = len(x0)
-    # One level from each n-th of the range (Kingma et al. 2021, appendix I.1).
-    u = (torch.rand((), generator=generator) + torch.arange(n)) / n
-    log_sigma = (low + (high - low) * u).to(x0.device)
-    noise = torch.randn(x0.shape, generator=generator).to(x0)
-    sigma = log_sigma.exp()[:, None]
-    c = (1 + sigma**2).rsqrt()
-    target = c * (noise - sigma * x0)
-    return (denoiser(c * (x0 + sigma * noise), log_sigma) - target).square().mean()
+    return (low + (high - low) * u).float()

@@ -1,0 +1,172 @@
+"""Training on represented images."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import count
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..config import DetectorConfig
+from ..data.images import Images
+from ..diffusion import NoiseSchedule
+from .augment import augmented
+from .loop import Loop, generator, stratified, visits
+
+# Evaluations in a validation, if there are fewer held-out images each at several levels.
+VALIDATION = 64
+# Of philox_normal's 2^32 steps; the rest are epochs' and, from 2^31 on, the augmentation's.
+VALIDATION_STEP = 2**32 - 2**20
+# Share of a GPU's free memory that decoded images may take; bytes of a host's.
+GPU_SHARE, HOST_BYTES = 0.4, 4 << 30
+
+
+class Trainer(Loop):
+    """Trains a denoiser on represented images and leaves the averaged weights in it.
+
+    images: a loaded collection; ``fit`` and ``validation`` are indices into it. ``represent`` maps
+    images (n,C,H,W) in [0, 1] on the device to x0. The images lie on the device, in 8 bits where
+    those hold them, if they fit there; otherwise they are read beside the computing.
+    """
+
+    unit = "image"
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        represent,
+        images: Images,
+        fit: Sequence[int],
+        validation: Sequence[int],
+        config: DetectorConfig,
+        device,
+    ):
+        super().__init__(denoiser, config, device, config.batch_size, config.accumulate)
+        self.represent, self.images = represent, images
+        self.fit, self.validation = torch.tensor(list(fit)), torch.tensor(list(validation))
+        self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
+        self.alphas = self.schedule.alphas_cumprod.to(self.device)
+        self.log_sigma = self.schedule.log_sigma.float().to(self.device)
+        self.resident = resident_images(images, self.fit, self.device)
+        self._stream: Iterator[torch.Tensor] | None = None
+        self._next = -1
+
+    def inputs(self, step: int) -> tuple[torch.Tensor, ...]:
+        positions, epochs = visits(
+            len(self.fit), step * self.batch, (step + 1) * self.batch, self.config.seed
+        )
+        random = generator(self.config.seed, "level", step)
+        u = stratified(self.batch, random)[torch.randperm(self.batch, generator=random)]
+        mine = self.share(self.batch)
+        images = positions[mine] if self.resident is not None else self._streamed(step)
+        return images, self.fit[positions[mine]], epochs[mine], self._timestep(u[mine])
+
+    def _timestep(self, u: torch.Tensor) -> torch.Tensor:
+        return (u * len(self.schedule)).long()
+
+    def _streamed(self, step: int) -> torch.Tensor:
+        """This process's images of a step, decoded ahead as long as steps follow each other."""
+        if step != self._next:
+            mine = self.share(self.batch)
+
+            def order() -> Iterator[int]:
+                for k in count(step):
+                    first = k * self.batch
+                    yield from self.fit[
+                        visits(
+                            len(self.fit), first + mine.start, first + mine.stop, self.config.seed
+                        )[0]
+                    ].tolist()
+
+            size = mine.stop - mine.start
+            self._stream = (batch.x for batch in self.images.batches(size, indices=order()))
+        self._next = step + 1
+        x = next(self._stream)
+        return x.pin_memory() if self.device.type == "cuda" else x
+
+    def loss(self, images, index, epoch, t) -> torch.Tensor:
+        """Min-SNR weighted squared error of the prediction, mean over the batch."""
+        x = images if self.resident is None else self.resident[images]
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        x = augmented(x, self.config.augment, self.config.seed, index, epoch)
+        return self._loss(x, index, epoch, t)
+
+    def _loss(self, images, index, epoch, t) -> torch.Tensor:
+        config = self.config
+        x0 = self.represent(images)
+        # Draw 0 belongs to inference.
+        noise = ops.philox_normal(
+            x0.shape, config.seed, draw=index + 1, step=epoch, device=self.device
+        ).contiguous(memory_format=torch.channels_last)
+        x_t, target, weight = ops.noised_target(
+            x0, t, noise, self.alphas, config.prediction_type, config.snr_limit
+        )
+        mixed = (
+            nullcontext()
+            if self.dtype == torch.float32
+            else torch.autocast(self.device.type, self.dtype)
+        )
+        with mixed:
+            prediction = self.denoiser(x_t, self.log_sigma[t])
+        return ops.weighted_mse(prediction.float(), target, weight)
+
+    def validation_loss(self) -> float | None:
+        """At the same levels and noise each time; held-out images are seen in turn."""
+        n = len(self.validation)
+        if n == 0:
+            return None
+        repeats = max(1, math.ceil(VALIDATION / n))
+        u = stratified(n * repeats, generator(self.config.seed, "validation", 0))
+        u = u[torch.randperm(len(u), generator=generator(self.config.seed, "validation", 1))]
+        own = range(n)[self.processes.rank :: self.processes.count]
+        total = torch.zeros((), dtype=torch.float64)
+        size = self.config.batch_size // (self.processes.count * self.accumulate)
+        first = 0
+        for batch in self.images.batches(size, indices=self.validation[list(own)].tolist()):
+            places = torch.tensor(own[first : first + len(batch.index)])
+            first += len(places)
+            x, index = batch.x.to(self.device), batch.index.to(self.device)
+            for k in range(repeats):
+                step = torch.full_like(index, VALIDATION_STEP + k)
+                t = self._timestep(u[places + k * n]).to(self.device)
+                total += float(self._loss(x, index, step, t)) * len(places)
+        self.processes.add(total)
+        return float(total) / (n * repeats)
+
+    def identity(self) -> bytes:
+        lists = [self.fit.tolist(), self.validation.tolist(), self.images.paths]
+        return json.dumps(lists).encode()
+
+
+def resident_images(
+    images: Images, indices: torch.Tensor, device: torch.device
+) -> torch.Tensor | None:
+    """The images (n,C,H,W) at ``indices`` on the device, uint8 if that loses nothing, else float32;
+    None where they do not fit."""
+    limit = HOST_BYTES
+    if device.type == "cuda":
+        limit = GPU_SHARE * torch.cuda.mem_get_info(device)[0]
+    store, taken = None, 0
+    for batch in images.batches(64, indices=indices.tolist()):
+        x = batch.x
+        eight_bit = (x * 255).round().to(torch.uint8)
+        exact = torch.equal(eight_bit.float() / 255, x)
+        if store is None or (store.dtype == torch.uint8 and not exact):
+            dtype = torch.uint8 if exact and store is None else torch.float32
+            size = 1 if dtype == torch.uint8 else 4
+            if len(indices) * x[0].numel() * size > limit:
+                return None
+            old, store = (
+                store,
+                torch.empty((len(indices), *x.shape[1:]), dtype=dtype, device=device),
+            )
+            if old is not None:
+                store[:taken] = old[:taken].float() / 255
+        store[taken : taken + len(x)] = eight_bit if store.dtype == torch.uint8 else x
+        taken += len(x)
+    return store

@@ -1,0 +1,76 @@
+"""The log of a training: a CSV file, and TensorBoard's where that is installed."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+from ..errors import InputError
+
+COLUMNS = ("step", "seconds", "learning_rate", "loss", "validation_loss")
+
+
+class Log:
+    """Rows of COLUMNS in a file, flushed one by one; nothing where ``path`` is None.
+
+    A log that is there is continued: rows from step ``start`` on, which a resumed run repeats, go.
+    TensorBoard's files go to the folder ``path`` with the suffix ``.tensorboard``.
+    Raises InputError where the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, start: int = 0):
+        self._file = self._board = None
+        if path is None:
+            return
+        path = Path(path)
+        rows = _rows(path, start) if start else []
+        try:
+            self._file = open(path, "w", newline="", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from None
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(rows)
+        self._file.flush()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        folder = path.with_suffix(".tensorboard")
+        self._board = SummaryWriter(str(folder), purge_step=start or None)
+
+    def write(self, step: int, **values: float) -> None:
+        """A row of what is known after ``step``; names are those of COLUMNS."""
+        if self._file is None:
+            return
+        self._writer.writerow({"step": step, **{k: f"{v:.6g}" for k, v in values.items()}})
+        self._file.flush()
+        if self._board is not None:
+            for name in values.keys() - {"seconds"}:
+                self._board.add_scalar(name, values[name], step)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _rows(path: Path, start: int) -> list[dict[str, str]]:
+    """The complete rows of a log before step ``start``."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+    return [
+        {name: row[name] for name in COLUMNS}
+        for row in rows
+        if all(row.get(name) is not None for name in COLUMNS)
+        and row["step"].isdigit()
+        and int(row["step"]) < start
+    ]

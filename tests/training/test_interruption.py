@@ -1,0 +1,126 @@
+"""Trainings that are killed, stopped or out of disk, and what is left of them."""
+
+import errno
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import training_worker as worker
+
+from diffad_fast.errors import CheckpointError, InputError
+from diffad_fast.training import checkpoint
+from diffad_fast.training.loop import KIND, TrainingCheckpoint
+
+OPTIONS = {"image": {"train_steps": 150}, "token": {"train_steps": 400}}
+
+
+@pytest.mark.parametrize("kind", ["image", "token"])
+def test_killed_at_random_moments(kind, tmp_path):
+    """After each kill -9 the state on disk loads, and the last run ends with the weights, and the
+    losses, of one that was never interrupted."""
+    whole, history = worker.finished(kind, None, tmp_path / "whole", OPTIONS[kind])
+    state, out = tmp_path / "state", tmp_path / "out"
+    rng = random.Random(0)
+    steps, kills = [], 0
+    while kills < 20:
+        process = worker.start(kind, state, out, OPTIONS[kind])
+        # From before the first write on; progress of a few dozen steps at the most.
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and process.is_alive():
+            if state.exists() and state.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        _, texts = checkpoint.load(state, KIND)
+        steps.append(int(texts["step"]))
+        if steps[-1] > 0.8 * OPTIONS[kind]["train_steps"]:
+            state.unlink()
+    assert all(a <= b or b < a / 2 for a, b in zip(steps, steps[1:], strict=False))
+    weights, resumed = worker.finished(kind, state, out, OPTIONS[kind])
+    worker.assert_same(weights, whole)
+    for name in ("loss", "validation_loss"):
+        assert [tuple(x) for x in resumed[name]] == history[name]
+    assert resumed["best_step"] == history["best_step"]
+    # What the killed writers had begun is gone.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "state", "whole"]
+
+
+def test_sigterm_keeps_the_state(tmp_path):
+    state = tmp_path / "state"
+    options = {"train_steps": 10**6}
+    process = worker.start("token", state, tmp_path / "out", options)
+    while not state.exists():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert (tmp_path / "out.error").read_text().startswith("KeyboardInterrupt")
+    _, texts = checkpoint.load(state, KIND)
+    assert int(texts["step"]) > 0
+
+
+def test_a_full_disk_costs_a_warning_and_not_the_previous_state(tmp_path, monkeypatch):
+    state = tmp_path / "state"
+    write, calls = checkpoint.write_atomically, []
+
+    def full_after_three(path, content):
+        calls.append(path)
+        if len(calls) <= 3:
+            return write(path, content)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor: no_space())
+            return write(path, content)
+
+    def no_space():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full_after_three)
+    trainer = worker.token_trainer(train_steps=6)
+    with pytest.warns(RuntimeWarning, match="goes on without .*No space left"):
+        trainer.run(TrainingCheckpoint(state, seconds=0.0))
+    assert len(calls) == 6 and os.listdir(tmp_path) == ["state"]
+    assert checkpoint.load(state, KIND)[1]["step"] == "3"
+    monkeypatch.undo()
+    resumed = worker.token_trainer(train_steps=6)
+    resumed.run(TrainingCheckpoint(state, resume=True))
+    worker.assert_same(resumed.denoiser.state_dict(), trainer.denoiser.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["image", "token"])
+def test_a_state_belongs_to_its_options_data_and_network(kind, tmp_path):
+    state = tmp_path / "state"
+    create = worker.TRAINERS[kind]
+    create().run(TrainingCheckpoint(state, seconds=0.0))
+
+    others = [create(learning_rate=1e-4), create(), create()]
+    if kind == "image":
+        others[1].fit = others[1].fit.flip(0)
+        others[2].denoiser.layers[0] = torch.nn.Conv2d(1, 8, 5, padding=2)
+    else:
+        others[1].tokens[3, 2] += 1
+        others[2].denoiser = worker.TokenMLP(6, 48, 2)
+    for other in others:
+        with pytest.raises(CheckpointError, match="other options or other data"):
+            other.run(TrainingCheckpoint(state, resume=True))
+
+
+def test_an_interrupted_run_that_cannot_be_kept_says_so(tmp_path, monkeypatch):
+    trainer = worker.token_trainer()
+    monkeypatch.setattr(trainer, "inputs", interrupting(trainer.inputs))
+    with pytest.raises(InputError, match="cannot write"):
+        trainer.run(TrainingCheckpoint(tmp_path / "no" / "state"))
+
+
+def interrupting(inputs):
+    def wrapped(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return inputs(step)
+
+    return wrapped

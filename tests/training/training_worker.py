@@ -1,0 +1,121 @@
+"""Trainings small enough for tests, run in processes of their own.
+
+Processes come from a fork server that has imported everything: a start takes milliseconds.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffad_fast.config import DetectorConfig
+from diffad_fast.data.images import open_images
+from diffad_fast.denoisers.token_mlp import TokenMLP
+from diffad_fast.training.distributed import joined
+from diffad_fast.training.images import Trainer
+from diffad_fast.training.loop import TrainingCheckpoint
+from diffad_fast.training.tokens import TokenTrainer
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([__name__])
+
+
+class Pixelwise(torch.nn.Module):
+    """A denoiser of images with what a resumed training has to remember: a buffer, a dropout-free
+    normalisation by batch statistics, 4-d weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.SiLU(),
+            torch.nn.Conv2d(8, 1, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x, log_sigma):
+        return self.layers(x + 0.1 * log_sigma[:, None, None, None])
+
+
+def identity(x):
+    return x
+
+
+def pictures(n=20, seed=0):
+    return (np.random.default_rng(seed).random((n, 16, 16)) * 255).astype(np.uint8)
+
+
+def image_trainer(module=None, represent=identity, arrays=None, n=20, **options):
+    options = {"image_size": 16, "train_steps": 24, "batch_size": 4, "warmup_steps": 3} | options
+    images = open_images(pictures(n) if arrays is None else arrays, (16, 16), 1)
+    images.load()
+    torch.manual_seed(0)
+    module = Pixelwise() if module is None else module
+    config = DetectorConfig.create(**options)
+    return Trainer(module, represent, images, range(n - 4), range(n - 4, n), config, "cpu")
+
+
+def token_trainer(**options):
+    options = {"image_size": 16, "train_steps": 60, "token_batch": 64, "warmup_steps": 3} | options
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(300, 6, generator=generator)
+    torch.manual_seed(0)
+    config = DetectorConfig.create(**options)
+    return TokenTrainer(TokenMLP(6, 32, 2), bank[:250], bank[250:], config, "cpu")
+
+
+TRAINERS = {"image": image_trainer, "token": token_trainer}
+
+
+def train(kind, state, out, options, seconds=0.0, environment=None):
+    """Resume or begin, and leave (weights, history) in ``out``; the reason of a failure instead."""
+    torch.set_num_threads(1)
+    os.environ.update(environment or {})
+    sys.stderr = open(os.devnull, "w")
+    try:
+        with joined("cpu", timeout=30.0):
+            trainer = TRAINERS[kind](**options)
+            kept = state and TrainingCheckpoint(state, seconds=seconds, resume=True)
+            history = trainer.run(kept)
+        torch.save((trainer.denoiser.state_dict(), vars(history)), out)
+    except BaseException as error:
+        Path(f"{out}.error").write_text(f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from None
+
+
+def start(*arguments, **options):
+    process = context.Process(target=train, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def finished(kind, state, out, options, **more):
+    """(weights, history) of a training in a process of its own."""
+    process = start(kind, state, out, options, **more)
+    process.join(60)
+    assert process.exitcode == 0, Path(f"{out}.error").read_text()
+    return torch.load(out)
+
+
+def start_joined(count, kind, state, folder, options):
+    """Processes that train together; number k leaves its result in ``folder``/k."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            kind, state, folder / str(rank), options,
+            environment={
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+
+
+def assert_same(a, b):
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
