@@ -53,20 +53,11 @@ class Optimizer:
                 view.copy_(p)
                 p.data, p.grad = view, gradient
         self.average = self.values.clone()
-        flat = nn.Parameter(self.values)
-        flat.grad = self.gradient
+        self.first, self.second = torch.zeros_like(self.values), torch.zeros_like(self.values)
         # On the device, so that a captured step reads what they are at its replay.
         self.rate = torch.zeros((), device=device)
         self.share = torch.zeros((), dtype=dtype, device=device)
-        self.adamw = torch.optim.AdamW(
-            [flat], lr=self.rate, weight_decay=config.weight_decay, fused=True,
-            capturable=device.type == "cuda",
-        )  # fmt: skip
-        self.first, self.second = torch.zeros_like(flat), torch.zeros_like(flat)
         self._count = torch.zeros((), device=device)
-        self.adamw.state[flat] = {
-            "step": self._count, "exp_avg": self.first, "exp_avg_sq": self.second,
-        }  # fmt: skip
 
     def _views(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """The parts of a vector in the shapes, and memory layouts, of the parameters."""
@@ -91,7 +82,14 @@ class Optimizer:
         if limit:
             norm = torch.linalg.vector_norm(self.gradient)
             self.gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
-        self.adamw.step()
+        self._count.add_(1)
+        # What torch.optim.AdamW(fused=True) calls, whose first step imports torch's compiler: that
+        # takes longer than many a training here.
+        torch._fused_adamw_(
+            [self.values], [self.gradient], [self.first], [self.second], [], [self._count],
+            lr=self.rate, beta1=0.9, beta2=0.999, eps=1e-8,
+            weight_decay=self.config.weight_decay, amsgrad=False, maximize=False,
+        )  # fmt: skip
         self.average.lerp_(self.values, self.share)
 
     def exchange(self, other: torch.Tensor) -> None:
@@ -100,10 +98,11 @@ class Optimizer:
         self.values.copy_(other)
         other.copy_(kept)
 
+    @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor], step: int) -> None:
         """Take over the vectors named in STATE, after ``step`` updates."""
         for name in STATE:
-            getattr(self, name).data.copy_(tensors[name])
+            getattr(self, name).copy_(tensors[name])
         self._count.fill_(float(step))
 
     def release(self) -> None:

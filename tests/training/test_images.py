@@ -1,0 +1,205 @@
+"""Training on images: the loss, where images lie, augmentation, parts of a step."""
+
+import numpy as np
+import pytest
+import torch
+import training_worker as worker
+from training_worker import image_trainer, pictures
+
+from diffad_fast import ops
+from diffad_fast.config import AUGMENTATIONS
+from diffad_fast.training import images as images_module
+from diffad_fast.training.augment import augmented
+
+
+class Silent(torch.nn.Module):
+    """Says nothing, but with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, log_sigma):
+        return self.scale * x
+
+
+def test_every_sample_of_a_run_has_noise_of_its_own(monkeypatch):
+    drawn = []
+    philox = ops.philox_normal
+
+    def recorded(shape, seed, draw=0, step=0, device=None):
+        drawn.extend(zip(draw.tolist(), step.tolist(), strict=True))
+        return philox(shape, seed, draw, step, device)
+
+    monkeypatch.setattr(ops, "philox_normal", recorded)
+    trainer = image_trainer(train_steps=24)
+    trainer.run()
+    training = [(d, s) for d, s in drawn if s < 2**31]
+    validation = [(d, s) for d, s in drawn if s >= 2**31]
+    # 24 steps of 4 are 6 epochs of 16 images; 10 or more validations with the same 64 fields.
+    assert len(training) == len(set(training)) == 96
+    assert {epoch for _, epoch in training} == set(range(6))
+    assert all(draw >= 1 for draw, _ in drawn)  # draw 0 belongs to inference
+    assert len(set(validation)) == 64 and len(validation) % 64 == 0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_loss_by_its_formula(kind):
+    """Every level's weighted error of a network that says nothing, by independent formulas."""
+    trainer = image_trainer(Silent(), prediction_type=kind)
+    inputs = trainer.inputs(5)
+    rows, index, epoch, t = inputs
+    assert sorted((t // 250).tolist()) == [0, 1, 2, 3]  # one from each quarter
+    assert epoch.tolist() == [1] * 4
+    total = 0.0
+    for row, i, e, level in zip(*(x.tolist() for x in inputs), strict=True):
+        a = float(trainer.schedule.alphas_cumprod[level])
+        x = torch.tensor(pictures()[i][None] / 255.0)
+        torch.testing.assert_close(trainer.resident[row].double() / 255, x)
+        noise = ops.philox_normal(x.shape, 0, draw=i + 1, step=e)
+        snr = a / (1 - a)
+        target, weight = {
+            "epsilon": (noise, min(snr, 5) / snr),
+            "sample": (x, min(snr, 5)),
+            "v_prediction": (a**0.5 * noise - (1 - a) ** 0.5 * x, min(snr, 5) / (snr + 1)),
+        }[kind]
+        total += float(target.double().square().mean()) * weight / 4
+    assert float(trainer.loss(*inputs).detach()) == pytest.approx(total, rel=1e-5)
+
+
+def test_validation_uses_every_image_at_levels_of_all_heights():
+    trainer = image_trainer(Silent())
+    with torch.no_grad():
+        loss = trainer.validation_loss()
+        assert loss == trainer.validation_loss()
+        trainer.config = trainer.config.replace(batch_size=3)
+        assert loss == pytest.approx(trainer.validation_loss(), rel=1e-6)
+    # Of v = sqrt(a) noise - sqrt(1 - a) x0 the mean square is a + (1 - a) mean(x0^2).
+    square = np.square(pictures()[16:] / 255.0).mean()
+    a = trainer.schedule.alphas_cumprod.double()
+    snr = a / (1 - a)
+    expected = (snr.clamp(max=5) / (snr + 1) * (a + (1 - a) * square)).mean()
+    assert loss == pytest.approx(float(expected), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float", "mixed"])
+def test_where_images_lie_does_not_change_the_result(kind, monkeypatch, tmp_path):
+    arrays = {
+        "uint8": pictures(),
+        "uint16": pictures().astype(np.uint16) * 257 + 1,
+        "float": np.random.default_rng(0).random((20, 16, 16), dtype=np.float32),
+    }.get(kind)
+    if kind == "mixed":
+        arrays = pictures(80).astype(np.float32) / np.float32(255)
+        arrays[70] *= 0.7
+    n = len(arrays)
+    resident = image_trainer(arrays=arrays, n=n, train_steps=10)
+    assert (resident.resident.dtype == torch.uint8) is (kind == "uint8")
+    for row, index in enumerate(resident.fit.tolist()):
+        lies, given = resident.resident[row, 0], arrays[index]
+        scale = np.iinfo(given.dtype).max if given.dtype.kind == "u" else 1
+        lies = lies.numpy() / 255 if lies.dtype == torch.uint8 else lies.numpy()
+        np.testing.assert_allclose(lies, given / scale, atol=1e-7)
+    resident.run()
+    monkeypatch.setattr(images_module, "HOST_BYTES", 100)
+    streamed = image_trainer(arrays=arrays, n=n, train_steps=10)
+    assert streamed.resident is None
+    streamed.run()
+    worker.assert_same(streamed.denoiser.state_dict(), resident.denoiser.state_dict())
+    # Any step may be asked for at any time.
+    a, b = streamed.inputs(7), streamed.inputs(7)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_parts_of_a_step_add_up():
+    """The gradient of a step in two parts is that of the whole step."""
+    gradients = []
+    for parts in (1, 2):
+        module = torch.nn.Conv2d(1, 1, 3, padding=1)
+        module.forward = lambda x, level, m=module: torch.nn.Conv2d.forward(m, x)
+        torch.manual_seed(3)
+        torch.nn.init.normal_(module.weight)
+        torch.nn.init.zeros_(module.bias)
+        trainer = image_trainer(module, accumulate=parts, gradient_clip=0)
+        trainer.optimizer = images_module.Loop.__init__.__globals__["Optimizer"](
+            module, trainer.config
+        )
+        trainer.optimizer.set(0, 0.0)
+        loss = float(trainer._step(*trainer.inputs(0)))
+        gradients.append((loss, trainer.optimizer.gradient.clone()))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_training_keeps_float32_weights():
+    trainer, plain = image_trainer(train_dtype="bfloat16"), image_trainer()
+    history, reference = trainer.run(), plain.run()
+    assert {p.dtype for p in trainer.denoiser.parameters()} == {torch.float32}
+    assert history.loss != reference.loss
+    assert history.loss[-1][1] == pytest.approx(reference.loss[-1][1], rel=0.05)
+
+
+# ----------------------------------------------------------------- augmentation
+
+
+def some(n=6, h=24, w=16):
+    return torch.rand(n, 2, h, w), torch.arange(n), torch.zeros(n, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_depends_on_the_sample_and_not_on_its_batch(name):
+    x, index, epoch = some()
+    whole = augmented(x, (name,), 0, index, epoch)
+    assert whole.shape == x.shape and whole.min() >= 0 and whole.max() <= 1
+    assert not torch.equal(whole, x)
+    for i in range(len(x)):
+        alone = augmented(x[i : i + 1], (name,), 0, index[i : i + 1], epoch[i : i + 1])
+        torch.testing.assert_close(alone[0], whole[i], rtol=0, atol=1e-6)
+    assert not torch.equal(whole, augmented(x, (name,), 0, index, epoch + 1))
+    assert not torch.equal(whole, augmented(x, (name,), 1, index, epoch))
+
+
+def test_no_augmentation_is_the_default():
+    x, index, epoch = some()
+    assert augmented(x, (), 0, index, epoch) is x
+    assert image_trainer().config.augment == ()
+
+
+@pytest.mark.parametrize("name, axis", [("flip-horizontal", 3), ("flip-vertical", 2)])
+def test_flips(name, axis):
+    x, index, epoch = some(200, 4, 4)
+    flipped = augmented(x, (name,), 0, index, epoch)
+    changed = (flipped != x).flatten(1).any(dim=1)
+    assert torch.equal(flipped[changed], x[changed].flip(axis))
+    assert 70 < int(changed.sum()) < 130  # binomial(200, 1/2), five deviations
+
+
+def test_shift_and_rotation_stay_within_their_limits():
+    """Where a point of light goes: at most a 16th of a side, or by 5 degrees around the centre."""
+    n, h, w = 200, 96, 64
+    _, index, epoch = some(n)
+    yy, xx = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    spot = torch.exp(-((xx - 48) ** 2 + (yy - 48) ** 2) / 8).expand(n, 1, h, w)
+
+    def centres(x):
+        mass = x.sum(dim=(1, 2, 3))
+        return (x * xx).sum(dim=(1, 2, 3)) / mass, (x * yy).sum(dim=(1, 2, 3)) / mass
+
+    cx, cy = centres(augmented(spot, ("shift",), 0, index, epoch))
+    for moved, side in ((cx - 48, w), (cy - 48, h)):
+        assert moved.abs().max() <= side / 16 + 0.05 and moved.abs().max() > 0.8 * side / 16
+        assert abs(float(moved.mean())) < 5 * side / 16 / (3 * n) ** 0.5
+    cx, cy = centres(augmented(spot, ("rotate",), 0, index, epoch))
+    # 16 to the right of the centre: the distance stays, the angle is uniform.
+    torch.testing.assert_close(
+        torch.hypot(cx - 32, cy - 48), torch.full((n,), 16.0), rtol=3e-3, atol=0
+    )
+    angle = torch.rad2deg(torch.atan2(cy - 48, cx - 32))
+    assert 4.5 < angle.max() <= 5.05 and -5.05 <= angle.min() < -4.5
+
+
+def test_brightness_is_a_factor():
+    x, index, epoch = some(100)
+    factor = augmented(x / 2, ("brightness",), 0, index, epoch) / (x / 2)
+    flat = factor.flatten(1)
+    torch.testing.assert_close(flat, flat[:, :1].expand_as(flat), rtol=1e-4, atol=0)
+    assert 0.9 <= flat.min() < 0.92 and 1.08 < flat.max() <= 1.1001
