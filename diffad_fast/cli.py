@@ -42,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     with _one_line_warnings():
         try:
-            args.command(args)
+            if "device" not in args:
+                args.command(args)
+                return 0
+            from .training.distributed import joined
+
+            with joined(args.device) as args.device:
+                args.command(args)
         except DiffadError as error:
             return _fail(str(error))
         except OSError as error:
@@ -84,33 +90,39 @@ def _fit(args: argparse.Namespace) -> None:
     from .detector import Detector, groups_by_regex
     from .scoring import split_by_group
     from .training.checkpoint import check_writable
+    from .training.distributed import processes
     from .training.loop import TrainingCheckpoint
 
     options = read_options(args.config) if args.config else {}
     options |= {key: getattr(args, key) for key in _FIT_OPTIONS if getattr(args, key) is not None}
     detector = Detector(**options)
-    state = f"{args.out}.training"
-    check_writable(args.out)
-    check_writable(state)
+    state, first = f"{args.out}.training", processes().first
+    if first:
+        check_writable(args.out)
+        check_writable(state)
     if args.resume and not os.path.exists(state):
         raise InputError(
             f"there is no unfinished training to resume: {state} does not exist; leave out --resume"
         )
     images = detector.open(mvtec_train(args.data), strict=args.strict)
     groups = groups_by_regex(images.paths, args.group_regex) if args.group_regex else None
-    kept = TrainingCheckpoint(state, seconds=args.checkpoint_every, resume=args.resume)
+    kept = TrainingCheckpoint(
+        state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv"
+    )
     try:
         detector.fit(images, groups=groups, training_checkpoint=kept)
-        detector.save(args.out)
+        if first:
+            detector.save(args.out)
     except KeyboardInterrupt:
         if not os.path.exists(state):
             raise KeyboardInterrupt(" before there was a state to keep") from None
         raise KeyboardInterrupt(
             f": the training is kept in {state}; repeat the command with --resume to continue"
         ) from None
-    kept.remove()
-    split = split_by_group(images.load(), groups, detector.config)
-    print(_fit_summary(detector, images, split, args.out), file=sys.stderr)
+    if first:
+        kept.remove()
+        split = split_by_group(images.load(), groups, detector.config)
+        print(_fit_summary(detector, images, split, args.out), file=sys.stderr)
 
 
 def _fit_summary(detector: Detector, images: Images, split: Split, out: str) -> str:
@@ -128,8 +140,15 @@ def _fit_summary(detector: Detector, images: Images, split: Split, out: str) -> 
 def _score(args: argparse.Namespace) -> None:
     from .detector import load
     from .report import result_folder
+    from .training.distributed import processes
 
     detector = load(args.model, device=args.device)
+    if not processes().first:
+        # Scores its share and hands it to the first, which writes.
+        options = {"maps": args.maps, "batch_size": args.batch_size, "strict": args.strict}
+        for _ in detector.score_iter(args.data, **options):
+            pass
+        return
     with result_folder(args.out) as staged:
         path = staged / "scores.csv"
         with open(path, "w", newline="", encoding="utf-8") as file, ThreadPoolExecutor() as pool:
@@ -175,14 +194,18 @@ def _write_heatmaps(
 def _evaluate(args: argparse.Namespace) -> None:
     from .detector import load
     from .report import check_result_folder
+    from .training.distributed import processes
 
+    if not processes().first:
+        args.report = None
     if args.report is not None:
         check_result_folder(args.report)
     detector = load(args.model, device=args.device)
     if args.mode is not None:
         detector.mode = args.mode
     metrics = detector.evaluate(args.data, strict=args.strict, report=args.report)
-    print(json.dumps(metrics, allow_nan=False) if args.json else _metrics_text(metrics))
+    if processes().first:
+        print(json.dumps(metrics, allow_nan=False) if args.json else _metrics_text(metrics))
 
 
 def _metrics_text(metrics: dict) -> str:
@@ -228,8 +251,8 @@ def _bench(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- options
 
 _FIT_OPTIONS = (
-    "kind", "preset", "denoiser", "image_size", "channels", "train_steps", "batch_size", "seed",
-    "device",
+    "kind", "preset", "denoiser", "image_size", "channels", "train_steps", "train_budget",
+    "batch_size", "seed", "device",
 )  # fmt: skip
 
 
@@ -258,6 +281,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--channels", type=int, metavar="C", help="1 for grey (default), 3 for colour")
     fit.add_argument("--steps", type=int, dest="train_steps", metavar="N", help="training steps")
+    fit.add_argument(
+        "--budget", type=_duration, dest="train_budget", metavar="TIME",
+        help="time that the training may take, instead of --steps: 300, 300s, 5min, 2h",
+    )  # fmt: skip
     fit.add_argument("--batch-size", type=int, metavar="N", help="images in a training step (16)")
     fit.add_argument("--seed", type=int, metavar="N", help="of everything random (0)")
     fit.add_argument(

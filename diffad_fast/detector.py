@@ -24,6 +24,7 @@ from .evaluation import evaluate, evaluate_vectors
 from .progress import progress
 from .scoring import Conformal, MapStatistics, Score, fit_statistics, split_by_group
 from .training import checkpoint
+from .training.distributed import processes
 from .training.loop import History, TrainingCheckpoint
 
 KIND = "diffad"
@@ -130,6 +131,8 @@ class Detector:
         *,
         groups: Sequence[Hashable] | None = None,
         strict: bool = False,
+        steps: int | None = None,
+        budget: float | str | None = None,
         training_checkpoint: TrainingCheckpoint | None = None,
     ) -> Detector:
         """Train on normal data and calibrate every mode on held-out normals.
@@ -139,11 +142,19 @@ class Detector:
         for vectors what ``data.vectors.open_vectors`` takes.
         groups: one label for each sample; those of one label never stand on both sides of a
         split. strict: raise at the first unusable file instead of leaving it out with a warning.
-        training_checkpoint: keep the state of the training on disk, and continue from it.
+        steps: training steps, or budget: the time that the training may take, in seconds or as
+        "5min"; both in place of the configuration's. training_checkpoint: keep the state of the
+        training on disk, and continue from it. Processes that torchrun started train together.
 
         Returns self. Raises InputError for unusable data, KeyboardInterrupt after SIGINT or
         SIGTERM, once the state is written.
         """
+        if steps is not None and budget is not None:
+            raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")
+        if steps is not None:
+            self.model.config = self.config.replace(train_steps=steps, train_budget=None)
+        if budget is not None:
+            self.model.config = self.config.replace(train_budget=budget)
         samples = self.open(source, strict=strict)
         usable = samples.load()
         if groups is not None and len(groups) != len(samples):
@@ -226,25 +237,51 @@ class Detector:
         return self._score_batches(samples, maps, batch_size or self.config.batch_size)
 
     def _score_batches(self, samples, maps: bool, batch_size: int) -> Iterator[Score]:
+        together = processes()
         reported = 0
         with progress(None, samples.length, "scoring", samples.unit) as bar:
+            if together.count > 1:
+                for part in self._score_together(samples, maps, batch_size, together):
+                    yield part
+                    bar.update(len(part))
+                return
             for batch in samples.batches(batch_size):
-                map_, score = self.score_batch(batch.x)
                 skipped = samples.skipped[reported:]
                 reported += len(skipped)
-                yield Score(
-                    score=score,
-                    map=map_ if maps else None,
-                    p_value=self.conformal.p_value(score),
-                    label=self.conformal.label(score),
-                    paths=batch.paths,
-                    index=batch.index.numpy(),
-                    skipped=skipped,
-                )
-                bar.update(len(score))
+                yield self._scored(batch, maps, skipped)
+                bar.update(len(batch.index))
         if len(samples.skipped) > reported:
-            none = np.empty(0)
-            yield Score(none, none, none, none, [], none, samples.skipped[reported:])
+            yield _nothing(samples.skipped[reported:])
+
+    def _score_together(self, samples, maps: bool, batch_size: int, together) -> Iterator[Score]:
+        """Each process scores its share of the batches; all yield all of them, in order."""
+        if samples.length is None:
+            samples.load()
+        round_size, found = batch_size * together.count, False
+        for first in range(0, samples.length, round_size):
+            start = min(first + together.rank * batch_size, samples.length)
+            mine = range(start, min(start + batch_size, samples.length))
+            before = len(samples.skipped)
+            parts = [self._scored(b, maps, []) for b in samples.batches(batch_size, indices=mine)]
+            parts.append(_nothing(samples.skipped[before:]))
+            for part in [part for parts in together.gathered(parts) for part in parts]:
+                found |= len(part) > 0
+                if len(part) or part.skipped:
+                    yield part
+        if not found:
+            raise InputError(f"none of the {samples.length} {samples.unit}s can be used")
+
+    def _scored(self, batch, maps: bool, skipped: list[tuple[str, str]]) -> Score:
+        map_, score = self.score_batch(batch.x)
+        return Score(
+            score=score,
+            map=map_ if maps else None,
+            p_value=self.conformal.p_value(score),
+            label=self.conformal.label(score),
+            paths=batch.paths,
+            index=batch.index.numpy(),
+            skipped=skipped,
+        )
 
     @torch.inference_mode()
     def score_batch(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -328,6 +365,12 @@ class Detector:
             "history": json.dumps(dataclasses.asdict(self.history)),
         }
         checkpoint.save(path, KIND, tensors, texts)
+
+
+def _nothing(skipped: list[tuple[str, str]]) -> Score:
+    """The answer for files of which none could be used."""
+    none = np.empty(0)
+    return Score(none, none, none, none, [], none, skipped)
 
 
 def load(

@@ -122,7 +122,7 @@ def test_fit_says_what_it_did_and_leaves_one_file(root, config, tmp_path, capsys
     # 44 groups: shares of 5%, 10% and 50% are held out.
     assert line.startswith("trained on 16 of 44 images, held out 2 for validation, 4 for stat")
     assert "22 for p-values" in line and "final validation loss" in line and str(out) in line
-    assert tree(tmp_path) == ["m.diffad"]
+    assert tree(tmp_path) == ["m.diffad", "m.diffad.csv"]
     fitted = daf.load(out, device="cpu")
     assert fitted.config.train_steps == 4 and len(fitted.conformal.scores) == 22
 
@@ -456,7 +456,7 @@ def test_an_interrupted_fit_resumes_to_the_same_weights(root, config, tmp_path, 
     assert process.returncode == 130, err
     (line,) = err.splitlines()
     assert str(state) in line and "--resume" in line
-    assert tree(tmp_path) == [state.name]
+    assert tree(tmp_path) == [f"{stopped.name}.csv", state.name]
 
     other = argv.copy()
     other[other.index("30")] = "31"
@@ -465,7 +465,9 @@ def test_an_interrupted_fit_resumes_to_the_same_weights(root, config, tmp_path, 
 
     assert main([*argv, "--out", str(stopped), "--resume"]) == 0
     assert main([*argv[:-2], "--out", str(whole)]) == 0
-    assert tree(tmp_path) == [stopped.name, whole.name]
+    assert tree(tmp_path) == sorted(
+        f"{path.name}{suffix}" for path in (stopped, whole) for suffix in ("", ".csv")
+    )
     a, b = load_file(stopped), load_file(whole)
     assert a.keys() == b.keys() and any(name.startswith("denoiser.") for name in a)
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import DiffadError, InputError
+from ..errors import DiffadError
 
 T = TypeVar("T")
 
@@ -38,14 +38,9 @@ class Processes(NamedTuple):
         """Does this process write files and show progress?"""
         return self.rank == 0
 
-    def share(self, samples: int, name: str) -> slice:
-        """This process's part of the samples of a step. Raises InputError if they cannot be shared
-        out equally."""
-        if samples % self.count:
-            raise InputError(
-                f"{name} is {samples}: it must be a multiple of the {self.count} processes"
-            )
-        part = samples // self.count
+    def share_of(self, n: int) -> slice:
+        """This process's part of n things, a multiple of the processes."""
+        part = n // self.count
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def add(self, tensor: torch.Tensor) -> None:

@@ -62,7 +62,7 @@ class Trainer(Loop):
         )
         random = generator(self.config.seed, "level", step)
         u = stratified(self.batch, random)[torch.randperm(self.batch, generator=random)]
-        mine = self.share(self.batch)
+        mine = self.processes.share_of(self.batch)
         images = positions[mine] if self.resident is not None else self._streamed(step)
         return images, self.fit[positions[mine]], epochs[mine], self._timestep(u[mine])
 
@@ -72,7 +72,7 @@ class Trainer(Loop):
     def _streamed(self, step: int) -> torch.Tensor:
         """This process's images of a step, decoded ahead as long as steps follow each other."""
         if step != self._next:
-            mine = self.share(self.batch)
+            mine = self.processes.share_of(self.batch)
 
             def order() -> Iterator[int]:
                 for k in count(step):

@@ -133,11 +133,6 @@ class Loop(ABC):
     def identity(self) -> bytes:
         """What a state must share with a run to be continued by it, beside the options."""
 
-    def share(self, n: int) -> slice:
-        """This process's part of n entries of a step."""
-        part = n // self.processes.count
-        return slice(self.processes.rank * part, (self.processes.rank + 1) * part)
-
     def run(self, kept: TrainingCheckpoint | None = None) -> History:
         """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt.
 

@@ -57,12 +57,12 @@ class TokenTrainer(Loop):
         self.levels = max(n for n in range(1, limit + 1) if mine % n == 0) * self.processes.count
 
     def inputs(self, step: int) -> tuple[torch.Tensor, ...]:
-        first, mine = step * self.batch, self.share(self.batch)
+        first, mine = step * self.batch, self.processes.share_of(self.batch)
         rows, epochs = visits(
             len(self.tokens), first + mine.start, first + mine.stop, self.config.seed
         )
         u = stratified(self.levels, generator(self.config.seed, "level", step))
-        return rows, epochs, _log_sigma(u[self.share(self.levels)])
+        return rows, epochs, _log_sigma(u[self.processes.share_of(self.levels)])
 
     def loss(self, rows, epochs, log_sigma) -> torch.Tensor:
         tokens = self.tokens[rows]

@@ -25,15 +25,17 @@ context.set_forkserver_preload([__name__])
 
 
 class Pixelwise(torch.nn.Module):
-    """A denoiser of images with what a resumed training has to remember: a buffer, a dropout-free
-    normalisation by batch statistics, 4-d weights."""
+    """A denoiser of images with 4-d weights and, in the statistics of its normalisation, something
+    that a resumed training has to remember beside them."""
 
-    def __init__(self):
+    def __init__(self, normalisation):
         super().__init__()
         self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.SiLU(),
+            torch.nn.Conv2d(1, 8, 3, padding=1),
+            torch.nn.BatchNorm2d(8) if normalisation else torch.nn.Identity(),
+            torch.nn.SiLU(),
             torch.nn.Conv2d(8, 1, 3, padding=1),
-        )  # fmt: skip
+        )
 
     def forward(self, x, log_sigma):
         return self.layers(x + 0.1 * log_sigma[:, None, None, None])
@@ -47,12 +49,14 @@ def pictures(n=20, seed=0):
     return (np.random.default_rng(seed).random((n, 16, 16)) * 255).astype(np.uint8)
 
 
-def image_trainer(module=None, represent=identity, arrays=None, n=20, **options):
+def image_trainer(
+    module=None, represent=identity, arrays=None, n=20, normalisation=True, **options
+):
     options = {"image_size": 16, "train_steps": 24, "batch_size": 4, "warmup_steps": 3} | options
     images = open_images(pictures(n) if arrays is None else arrays, (16, 16), 1)
     images.load()
     torch.manual_seed(0)
-    module = Pixelwise() if module is None else module
+    module = Pixelwise(normalisation) if module is None else module
     config = DetectorConfig.create(**options)
     return Trainer(module, represent, images, range(n - 4), range(n - 4, n), config, "cpu")
 

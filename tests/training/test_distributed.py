@@ -1,0 +1,172 @@
+"""Two processes on gloo against one; a process that is killed; scores gathered in order."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import training_worker as worker
+from PIL import Image
+
+import diffad_fast as daf
+from diffad_fast.errors import InputError
+from diffad_fast.training import checkpoint
+from diffad_fast.training.distributed import Processes, joined, processes
+from diffad_fast.training.loop import KIND, TrainingCheckpoint
+
+ROOT = Path(daf.__file__).parents[1]
+
+
+def result(path):
+    error = Path(f"{path}.error")
+    assert path.exists(), error.read_text() if error.exists() else "no result"
+    return torch.load(path)
+
+
+def together(count, kind, state, folder, options):
+    folder.mkdir()
+    running = worker.start_joined(count, kind, state, folder, options)
+    for process in running:
+        process.join(60)
+    return [result(folder / str(rank)) for rank in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["image", "token"])
+def test_two_processes_train_what_one_does(kind, tmp_path):
+    """The same global batch: equal up to the order of sums."""
+    options = {"train_steps": 15}
+    if kind == "image":
+        options |= {"normalisation": False}
+    weights, history = worker.finished(kind, None, tmp_path / "one", options)
+    (first, logged), (second, _) = together(2, kind, None, tmp_path / "two", options)
+    worker.assert_same(first, second)
+    for name, value in weights.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+    for a, b in zip(logged["validation_loss"], history["validation_loss"], strict=True):
+        assert a[0] == b[0] and a[1] == pytest.approx(b[1], rel=1e-4)
+    assert logged["loss"][-1][1] == pytest.approx(history["loss"][-1][1], rel=1e-4)
+    # They do not agree by chance: other samples give other weights.
+    other, _ = worker.finished(kind, None, tmp_path / "other", options | {"seed": 1})
+    assert any(not torch.allclose(other[n], first[n], rtol=1e-3, atol=1e-4) for n in other)
+
+
+def test_a_killed_process_ends_the_job_and_leaves_a_state(tmp_path):
+    state, options = tmp_path / "state", {"train_steps": 10**6}
+    running = worker.start_joined(2, "token", state, tmp_path, options)
+    while not state.exists():
+        time.sleep(0.002)
+    os.kill(running[1].pid, signal.SIGKILL)
+    running[0].join(60)
+    message = (tmp_path / "0.error").read_text()
+    assert message.startswith("ProcessError: process 0 of 2 lost contact with the others")
+    assert str(state) in message and "\n" not in message
+    _, texts = checkpoint.load(state, KIND)
+    steps = int(texts["step"])
+    assert f"after {steps} steps" in message
+    resumed = worker.token_trainer(train_steps=10**6)
+    resumed.inputs = stopping(resumed.inputs, steps + 3)
+    with pytest.raises(Stopped):
+        resumed.run(TrainingCheckpoint(state, resume=True))
+    assert resumed.optimizer._count == steps + 3
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping(inputs, at):
+    def wrapped(step):
+        if step == at:
+            raise Stopped
+        return inputs(step)
+
+    return wrapped
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path):
+    state, options = tmp_path / "state", {"train_steps": 10**6}
+    running = worker.start_joined(2, "token", state, tmp_path, options)
+    while not state.exists():
+        time.sleep(0.002)
+    os.kill(running[1].pid, signal.SIGTERM)
+    for rank, process in enumerate(running):
+        process.join(60)
+        assert (tmp_path / f"{rank}.error").read_text().startswith("KeyboardInterrupt")
+    checkpoint.load(state, KIND)
+
+
+def test_shares():
+    assert Processes(1, 2).share_of(8) == slice(4, 8)
+    assert processes() == (0, 1) and processes().first
+    assert processes().agreed(3) == 3 and processes().gathered(3) == [3]
+    with joined("cpu") as device:
+        assert device == "cpu"
+
+
+def test_a_batch_that_cannot_be_shared(monkeypatch):
+    monkeypatch.setattr("diffad_fast.training.loop.processes", lambda: Processes(0, 3))
+    with pytest.raises(InputError, match="64 tokens.*multiple of 1 parts in each of 3"):
+        worker.token_trainer()
+
+
+@pytest.mark.slow
+def test_torchrun_fits_scores_and_evaluates(tmp_path):
+    """The command line under torchrun: the same files as without, each of them once."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    for part, count in (("train/good", 40), ("test/good", 5), ("test/hole", 4)):
+        (tmp_path / "data" / part).mkdir(parents=True)
+        for i in range(count):
+            picture = 128 + 60 * np.sin(x / 3 + rng.uniform(0, 6)) + rng.normal(0, 4, (32, 32))
+            if part == "test/hole":
+                picture[8:16, 8:16] = 0
+            picture = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+            picture.save(tmp_path / "data" / part / f"{i}.png")
+    masks = tmp_path / "data" / "ground_truth" / "hole"
+    masks.mkdir(parents=True)
+    for i in range(4):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[8:16, 8:16] = 255
+        Image.fromarray(mask).save(masks / f"{i}_mask.png")
+    (tmp_path / "data" / "test" / "good" / "2.png").write_bytes(b"no image")
+
+    def run(count, *arguments):
+        launcher = [sys.executable, "-m"]
+        if count > 1:
+            launcher += ["torch.distributed.run", "--nproc-per-node", str(count), "-m"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launcher, "diffad_fast", *map(str, arguments)],
+            capture_output=True, text=True, cwd=ROOT, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    scores, figures = [], []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        out.mkdir()
+        model = out / "m.diffad"
+        run(
+            count, "fit", tmp_path / "data", "--out", model, "--image-size", 32, "--steps", 6,
+            "--denoiser", "unet-tiny", "--batch-size", 4, "--device", "cpu",
+        )  # fmt: skip
+        assert sorted(p.name for p in out.iterdir()) == ["m.diffad", "m.diffad.csv"]
+        run(
+            count, "score", model, tmp_path / "data" / "test", "--out", out / "s", "--batch-size", 2
+        )
+        scores.append((out / "s" / "scores.csv").read_text().splitlines())
+        assert len(list((out / "s" / "heatmaps").rglob("*.png"))) == 8
+        figures.append(json.loads(run(count, "evaluate", model, tmp_path / "data", "--json")))
+    one, two = ([line.split(",")[0] for line in lines] for lines in scores)
+    unusable = next(path for path in one if path.endswith("2.png") and "good" in path)
+    assert unusable in two and len(one) == len(two) == 10
+    assert [p for p in one if p != unusable] == [p for p in two if p != unusable]
+    for name in ("image_auroc", "n_normal", "n_anomalous"):
+        assert figures[0][name] == pytest.approx(figures[1][name])
