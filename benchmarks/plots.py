@@ -30,6 +30,7 @@ def draw(result: dict, stem: Path) -> list[Path]:
         wanted = [pareto]
     else:
         wanted = [bars, roofline, growth] if result.get("rows") else []
+        wanted += [curves] if result.get("curves") else []
     paths = []
     for make in wanted:
         figure = make(result)
@@ -159,6 +160,22 @@ def pareto(result: dict):
         axes.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
         axes.set(xscale="log", xlabel="ms an image, batch 1", ylabel=f"{title} in %")
         _plain_ticks(axes.xaxis, subs=(1,))
+    return figure
+
+
+def curves(result: dict):
+    """Held-out loss by step of both training loops, a line a seed."""
+    entries = result["curves"]
+    figure, all_axes = _figure(5 * len(entries), 3.6, len(entries))
+    for axes, entry in zip(np.atleast_1d(all_axes), entries, strict=True):
+        for name, style in ((REFERENCE, "--"), (OURS, "-")):
+            for i, curve in enumerate(entry["curves"][name]):
+                steps, losses = zip(*curve, strict=True)
+                axes.plot(steps, losses, style, color=COLOURS[name], linewidth=1.2,
+                          label=None if i else name)  # fmt: skip
+        axes.set(xlabel="step", ylabel="held-out loss", yscale="log")
+        axes.set_title(entry["name"], fontsize=8)
+        axes.legend(fontsize=7)
     return figure
 
 

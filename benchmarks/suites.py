@@ -9,7 +9,16 @@ import time
 
 import torch
 
-from . import cases, compare, compile_report, end_to_end, harness, peers, results
+from . import (
+    cases,
+    compare,
+    compile_report,
+    end_to_end,
+    harness,
+    peers,
+    results,
+    training_curves,
+)  # fmt: skip
 from .harness import Run
 
 FAMILIES = {"cpu": cases.OPERATORS, "gpu": cases.OPERATORS, "train": ("training",),
@@ -49,6 +58,8 @@ def _one(suite: str, args: argparse.Namespace) -> int:
             found = cases.load(FAMILIES[suite], device.type, args.quick)
             runner.measure(found, args.filter)
             result = runner.result(suite)
+            if suite == "train" and not args.filter:
+                result["curves"] = training_curves.run(device, args.quick)
     result["machine"]["clock"]["load_before"] = load
     result["seconds"] = round(time.perf_counter() - began, 1)
     path = results.write(result, args.out or results.RESULTS)

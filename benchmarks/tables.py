@@ -21,6 +21,10 @@ def markdown(result: dict, drawn: Sequence[Path] = ()) -> str:
     if result["wrong"]:
         lines += ["**Wrong, and not timed:**", "", *(f"- {w}" for w in result["wrong"]), ""]
     lines += [*body(result), ""]
+    if result.get("curves"):
+        from .training_curves import lines as held_out
+
+        lines += [*held_out(result["curves"]), ""]
     for path in drawn:
         lines += [f"![{path.stem}]({path.name})", ""]
     if result.get("rows"):

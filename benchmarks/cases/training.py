@@ -1,56 +1,75 @@
-"""One step of training: forward, backward, clipping, AdamW, moving average; images per second."""
+"""One step of training, from samples in memory to updated weights; samples per second."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import math
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..case import OURS, REFERENCE, Case, Contender, random
+from ..case import OURS, REFERENCE, Case, Contender, finite, random
+
+PLAIN_NOTE = "noise and levels of its own: its loss is checked to be finite"
+LEARNING_RATE, DECAY, CLIP, WEIGHT_DECAY = 1e-9, 0.999, 1.0, 1e-4
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
-    side, batch = (128, 16) if device_type == "cpu" else (256, 64)
-    if quick and device_type == "cpu":
-        side, batch = 64, 8
-    for denoiser in ("unet-tiny", "unet-small")[: 1 if quick else None]:
-        yield _case(torch.device(device_type), denoiser, side, batch)
+    device = torch.device(device_type)
+    yield token_case(device, quick, tokens=1024, dim=64, width=256, blocks=3)
+    if device_type == "cpu":
+        sizes = (
+            [("unet-tiny", 64, 8)] if quick else [("unet-tiny", 128, 16), ("unet-small", 256, 16)]
+        )
+    else:
+        sizes = [("unet-small", 256, 64)]
+    for denoiser, side, batch in sizes:
+        yield image_case(device, denoiser, side, batch)
 
 
-def _case(device: torch.device, denoiser: str, side: int, batch: int) -> Case:
-    from diffad_fast import use_backend
+# ---------------------------------------------------------------------- images
 
-    images = (random(batch, 1, side, side) / 8 + 0.5).clamp(0, 1)
 
-    def contender(memory_format: str, backend: str) -> Contender:
-        step = _step(device, denoiser, side, memory_format, torch.float32)
+def image_case(device: torch.device, denoiser: str, side: int, batch: int) -> Case:
+    images = ((random(batch, 1, side, side) / 8 + 0.5).clamp(0, 1) * 255).round() / 255
 
-        def run(given):
-            with use_backend(backend):
-                return step(given)
-
-        return Contender(run, memory_format=memory_format)
+    def plain(memory_format: str, **options) -> Contender:
+        step = PlainImages(images.to(device), denoiser, memory_format, device, **options).step
+        return Contender(
+            lambda images: float(step()), memory_format=memory_format, check=finite,
+            note=PLAIN_NOTE, dtype="bfloat16" if options.get("mixed") else "float32",
+            compiled=False,
+        )  # fmt: skip
 
     def exact(inputs):
-        with use_backend("reference"):
-            step = _step(torch.device("cpu"), denoiser, side, "contiguous", torch.float64)
-            return step(inputs[0].double())
+        trainer = image_trainer(torch.device("cpu"), denoiser, inputs[0].cpu(), reference=True)
+        return trainer(inputs[0])
 
-    with FlopCounterMode(display=False) as counter, use_backend("reference"):
-        _step(torch.device("cpu"), denoiser, side, "contiguous", torch.float32)(images[:1])
+    flops = _flops(lambda: PlainImages(images[:1], denoiser, "contiguous", "cpu").loss(images[:1]))
+    contenders = {
+        OURS: Contender(
+            image_trainer(device, denoiser, images), memory_format="channels_last",
+            dtype="bfloat16" if device.type == "cuda" else "float32",
+            tolerance=2e-2 if device.type == "cuda" else None,
+        ),
+        REFERENCE: plain("contiguous"),
+        f"{REFERENCE}, channels_last": plain("channels_last"),
+    }  # fmt: skip
+    if device.type == "cuda":
+        contenders[f"{REFERENCE}, channels_last, bfloat16"] = plain("channels_last", mixed=True)
+        contenders[f"{REFERENCE}, torch.compile, bfloat16"] = plain(
+            "channels_last", mixed=True, compiled=True
+        )
     return Case(
         "training step",
         f"{denoiser}, batch {batch}, {side}×{side}",
         lambda device: (images,),
         exact,
-        {
-            OURS: contender("channels_last", "auto"),
-            REFERENCE: contender("contiguous", "reference"),
-            f"{REFERENCE}, channels_last": contender("channels_last", "reference"),
-        },
-        flops=batch * counter.get_total_flops(),
+        contenders,
+        flops=3 * batch * flops,
         tolerance=1e-3,  # the loss in float32, after every step of the timing
         batch=batch,
         unit="image",
@@ -59,32 +78,197 @@ def _case(device: torch.device, denoiser: str, side: int, batch: int) -> Case:
     )
 
 
-def _step(device, denoiser, side, memory_format, dtype):
-    """A function (images) -> loss that does the whole step of the library's own trainer.
+def image_trainer(device, denoiser: str, images: torch.Tensor, reference: bool = False) -> Callable:
+    """A whole step of the library's trainer on the same images each time; gives the loss."""
+    from diffad_fast import use_backend
+    from diffad_fast.data.images import open_images
+    from diffad_fast.training.images import Trainer
+    from diffad_fast.training.optimizer import Optimizer
+    from diffad_fast.training.step import CapturedStep
 
-    The learning rate is so small that the loss stays what it was at the start, at any number of
-    steps: every contender can be held against the same exact value.
-    """
+    detector = _detector(denoiser, images, device)
+    source = open_images((images * 255).round().to(torch.uint8), images.shape[2:], 1)
+    source.load()
+    trainer = Trainer(
+        detector.model.denoiser.train(), detector.model.representation.encode, source,
+        range(len(images)), [], detector.config.replace(batch_size=len(images)), device,
+    )  # fmt: skip
+    trainer.optimizer = Optimizer(trainer.denoiser, trainer.config)
+    captured = CapturedStep(trainer._step) if device.type == "cuda" else trainer._step
+
+    def step(_):
+        with use_backend("reference" if reference else "auto"):
+            trainer.optimizer.set(0, LEARNING_RATE)
+            return float(captured(*trainer.inputs(0)))
+
+    return step
+
+
+def _detector(denoiser: str, images: torch.Tensor, device):
     from diffad_fast import Detector
-    from diffad_fast.training.loop import Trainer
 
     from .detector import fill_zeros
 
-    detector = fill_zeros(
-        Detector(image_size=side, channels=1, preset="fast", denoiser=denoiser,
-                 learning_rate=1e-9, device=device)
-    )  # fmt: skip
-    layout = getattr(torch, "contiguous_format" if memory_format == "contiguous" else memory_format)
-    module: nn.Module = detector.model.denoiser.to(memory_format=layout).to(dtype).train()
-    representation = detector.model.representation.to(dtype)
-    trainer = Trainer(
-        module, lambda x: representation.encode(x).contiguous(memory_format=layout), None, [], [],
-        detector.config, device,
+    return fill_zeros(
+        Detector(image_size=images.shape[-1], channels=1, preset="fast", denoiser=denoiser,
+                 device=device)
     )  # fmt: skip
 
-    def step(images):
-        index = torch.arange(len(images))
-        loss = trainer._step(0, images, index, torch.zeros_like(index))
-        return float(loss)  # waits for the device, as a loop that reports its loss does
 
-    return step
+class PlainLoop:
+    """A training step as one writes it: torch's own operators and optimiser, parameter by
+    parameter, noise from torch's generator."""
+
+    def __init__(self, module: nn.Module, learning_rate: float = LEARNING_RATE):
+        self.module = module.train()
+        self.average = copy.deepcopy(module)
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY
+        )
+        self.updates = 0
+
+    def loss(self, samples: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def step(self, samples: torch.Tensor | None = None) -> torch.Tensor:
+        loss = self.loss(self.samples if samples is None else samples)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), CLIP)
+        self.optimizer.step()
+        decay = min(DECAY, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        with torch.no_grad():
+            for p, q in zip(self.average.parameters(), self.module.parameters(), strict=True):
+                p.mul_(decay).add_(q, alpha=1 - decay)
+        return loss.detach()
+
+
+class PlainImages(PlainLoop):
+    """The same U-Net on the same representation, both by plain PyTorch."""
+
+    def __init__(
+        self, samples, denoiser: str, memory_format: str, device, mixed=False, compiled=False,
+        learning_rate: float = LEARNING_RATE,
+    ):  # fmt: skip
+        self.samples, self.mixed, self.device = samples, mixed, torch.device(device)
+        detector = _detector(denoiser, samples, self.device)
+        name = "contiguous_format" if memory_format == "contiguous" else memory_format
+        self.layout = getattr(torch, name)
+        self.encode = detector.model.representation.encode
+        self.alphas = detector.model.schedule.alphas_cumprod.to(device)
+        self.log_sigma = detector.model.schedule.log_sigma.float().to(device)
+        self.limit = detector.config.snr_limit
+        module = detector.model.denoiser.to(memory_format=self.layout)
+        super().__init__(module, learning_rate)
+        self.forward = torch.compile(module) if compiled else module
+
+    def loss(self, samples: torch.Tensor) -> torch.Tensor:
+        from diffad_fast import reference, use_backend
+
+        with use_backend("reference"):
+            x0 = self.encode(samples.to(self.device)).contiguous(memory_format=self.layout)
+            t = torch.randint(len(self.alphas), (len(x0),), device=x0.device)
+            x_t, target, weight = reference.noised_target(
+                x0, t, torch.randn_like(x0), self.alphas, "v_prediction", self.limit
+            )
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+                prediction = self.forward(x_t, self.log_sigma[t])
+            return reference.weighted_mse(prediction.float(), target, weight)
+
+    def step(self, samples: torch.Tensor | None = None) -> torch.Tensor:
+        from diffad_fast import use_backend
+
+        with use_backend("reference"):
+            return super().step(samples)
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+def token_case(
+    device: torch.device, quick: bool, tokens: int, dim: int, width: int, blocks: int
+) -> Case:
+    from diffad_fast.config import DetectorConfig
+    from diffad_fast.denoisers.token_mlp import TokenMLP
+    from diffad_fast.training.optimizer import Optimizer
+    from diffad_fast.training.step import CapturedStep
+    from diffad_fast.training.tokens import TokenTrainer
+
+    bank = random(100_000, dim)
+    torch.manual_seed(0)
+    module = TokenMLP(dim, width, blocks)
+    nn.init.normal_(module.linear_out.weight, std=width**-0.5)
+    config = DetectorConfig.create(kind="vector", token_batch=tokens)
+
+    def ours(dtype=torch.float32, on=device):
+        trainer = TokenTrainer(
+            copy.deepcopy(module).to(on, dtype), bank.to(dtype), bank[:0], config, on
+        )
+        if dtype == torch.float64:
+            trainer.dtype = dtype
+        trainer.optimizer = Optimizer(trainer.denoiser, config)
+        step = CapturedStep(trainer._step) if on.type == "cuda" else trainer._step
+
+        def run(_):
+            trainer.optimizer.set(0, LEARNING_RATE)
+            return float(step(*trainer.inputs(0)))
+
+        return run
+
+    def plain(compiled: bool = False, mixed: bool = False) -> Contender:
+        loop = PlainTokens(bank.to(device), copy.deepcopy(module).to(device), tokens, mixed)
+        if compiled:
+            loop.forward = torch.compile(loop.forward)
+        return Contender(lambda _: float(loop.step()), check=finite, note=PLAIN_NOTE)
+
+    flops = _flops(lambda: PlainTokens(bank, copy.deepcopy(module), 1).loss(bank))
+    contenders = {
+        OURS: Contender(ours(), tolerance=2e-2 if device.type == "cuda" else None),
+        REFERENCE: plain(),
+    }
+    if not quick:  # compilation takes a minute
+        contenders[f"{REFERENCE}, torch.compile"] = plain(compiled=True)
+    if device.type == "cuda":
+        contenders[f"{REFERENCE}, bfloat16"] = plain(mixed=True)
+    return Case(
+        "training step",
+        f"token-mlp, width {width}, {blocks} blocks, {tokens} tokens of {dim}",
+        lambda device: (bank[:1],),
+        lambda inputs: ours(torch.float64, torch.device("cpu"))(None),
+        contenders,
+        flops=3 * tokens * flops,
+        tolerance=1e-3,
+        batch=tokens,
+        unit="token",
+        host=True,
+        gradients=True,
+    )
+
+
+class PlainTokens(PlainLoop):
+    """The same MLP through its own forward pass, every token at a level of its own."""
+
+    def __init__(self, bank, module, tokens: int, mixed=False, learning_rate=LEARNING_RATE):
+        super().__init__(module, learning_rate)
+        self.samples, self.tokens, self.mixed = bank, tokens, mixed
+        self.forward = module
+
+    def loss(self, samples: torch.Tensor) -> torch.Tensor:
+        from diffad_fast.training.tokens import SIGMA_RANGE
+
+        low, high = map(math.log, SIGMA_RANGE)
+        x0 = samples[torch.randint(len(samples), (self.tokens,), device=samples.device)]
+        log_sigma = low + (high - low) * torch.rand(self.tokens, device=samples.device)
+        noise, sigma = torch.randn_like(x0), log_sigma.exp()[:, None]
+        scale = (1 + sigma**2).rsqrt()
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.mixed):
+            prediction = self.forward(scale * (x0 + sigma * noise), log_sigma)
+        return F.mse_loss(prediction.float(), scale * (noise - sigma * x0))
+
+
+def _flops(forward: Callable) -> int:
+    """Of a forward pass, by torch's own count; backward takes twice as many."""
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
