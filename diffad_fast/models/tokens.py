@@ -74,8 +74,8 @@ class TokenModel(nn.Module):
         if config.train_budget is not None:
             training = config.replace(train_budget=config.train_budget / len(dims))
         validation = self._banks(source, split.validation)
-        parts = zip(dims, self._banks(source, split.fit), validation, strict=True)
-        for number, (dim, bank, held_out) in enumerate(parts):
+        banks = zip(dims, self._banks(source, split.fit), validation, strict=True)
+        for number, (dim, bank, held_out) in enumerate(banks):
             denoiser = self._denoiser(dim)
             part = None if kept is None else kept.part(number)
             histories.append(fit_tokens(denoiser, bank, held_out, training, self.device, part))

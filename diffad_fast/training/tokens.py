@@ -14,17 +14,13 @@ from .loop import History, Loop, TrainingCheckpoint, generator, stratified, visi
 
 # Noise levels are drawn uniformly in log sigma between these: below, a token of unit variance is
 # as good as clean, above as good as noise.
-<<<<<<< HEAD
 SIGMA_RANGE = (0.1, 10.0)
-=======
-SIGMA_RANGE = (0.05, 20.0)
 # Different levels in a step, at most. Their embedding costs as much as a third of the network when
 # every token has one of its own, and a step has many tokens at nearly the same level anyway.
 LEVELS = 32
 # Evaluations in a validation: fewer held-out tokens are each seen at several levels.
 VALIDATION = 8192
 VALIDATION_STEP = 2**32 - 2**20  # of philox_normal; the steps below are epochs'
->>>>>>> 8313833 (One training loop for images and tokens: flat parameters, budget, best average, log, several processes)
 
 
 def fit_tokens(

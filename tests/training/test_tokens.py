@@ -22,7 +22,8 @@ def test_the_loss_is_that_of_the_module_in_float64():
             p.add_(0.1 * torch.randn_like(p))
     rows, epochs, log_sigma = trainer.inputs(7)
     assert len(rows) == 64 and len(log_sigma) == 32
-    assert math.log(0.05) <= log_sigma.min() and log_sigma.max() < math.log(20)
+    low, high = tokens_module.SIGMA_RANGE
+    assert math.log(low) <= log_sigma.min() and log_sigma.max() < math.log(high)
     module = TokenMLP(6, 32, 2).double()
     module.load_state_dict(trainer.denoiser.state_dict())
     total = 0.0
