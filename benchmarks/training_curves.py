@@ -23,7 +23,7 @@ def run(device: torch.device, quick: bool) -> list[dict]:
     entries = []
     for name, make, steps in (
         ("token-mlp, width 256, 3 blocks, 1024 tokens", _tokens, 60 if quick else 400),
-        ("unet-tiny, batch 16", _unet, 10 if quick else 200),
+        ("unet-tiny, batch 16", _unet, 10 if quick else 100),
     ):
         curves: dict[str, list] = {OURS: [], REFERENCE: []}
         for seed in seeds:

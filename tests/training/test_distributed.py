@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +58,7 @@ def test_two_processes_train_what_one_does(kind, tmp_path):
 def test_a_killed_process_ends_the_job_and_leaves_a_state(tmp_path):
     state, options = tmp_path / "state", {"train_steps": 10**6}
     running = worker.start_joined(2, "token", state, tmp_path, options)
-    while not state.exists():
-        time.sleep(0.002)
+    worker.wait_for(state, running[1])
     os.kill(running[1].pid, signal.SIGKILL)
     running[0].join(60)
     message = (tmp_path / "0.error").read_text()
@@ -92,8 +90,7 @@ def stopping(inputs, at):
 def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path):
     state, options = tmp_path / "state", {"train_steps": 10**6}
     running = worker.start_joined(2, "token", state, tmp_path, options)
-    while not state.exists():
-        time.sleep(0.002)
+    worker.wait_for(state, running[1])
     os.kill(running[1].pid, signal.SIGTERM)
     for rank, process in enumerate(running):
         process.join(60)

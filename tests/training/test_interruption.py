@@ -56,8 +56,7 @@ def test_sigterm_keeps_the_state(tmp_path):
     state = tmp_path / "state"
     options = {"train_steps": 10**6}
     process = worker.start("token", state, tmp_path / "out", options)
-    while not state.exists():
-        time.sleep(0.001)
+    worker.wait_for(state, process)
     os.kill(process.pid, signal.SIGTERM)
     process.join(30)
     assert (tmp_path / "out.error").read_text().startswith("KeyboardInterrupt")

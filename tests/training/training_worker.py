@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,10 @@ def pictures(n=20, seed=0):
 def image_trainer(
     module=None, represent=identity, arrays=None, n=20, normalisation=True, **options
 ):
-    options = {"image_size": 16, "train_steps": 24, "batch_size": 4, "warmup_steps": 3} | options
+    options = {
+        "image_size": 16, "denoiser": "unet-tiny", "train_steps": 24, "batch_size": 4,
+        "warmup_steps": 3,
+    } | options  # fmt: skip
     images = open_images(pictures(n) if arrays is None else arrays, (16, 16), 1)
     images.load()
     torch.manual_seed(0)
@@ -62,7 +66,7 @@ def image_trainer(
 
 
 def token_trainer(**options):
-    options = {"image_size": 16, "train_steps": 60, "token_batch": 64, "warmup_steps": 3} | options
+    options = {"kind": "vector", "train_steps": 60, "token_batch": 64, "warmup_steps": 3} | options
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(300, 6, generator=generator)
     torch.manual_seed(0)
@@ -93,6 +97,14 @@ def start(*arguments, **options):
     process = context.Process(target=train, args=arguments, kwargs=options)
     process.start()
     return process
+
+
+def wait_for(path, process, seconds=60.0):
+    """Until ``path`` is there; what the process says where it ends without."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.is_alive() and time.monotonic() < deadline, "no state was written"
+        time.sleep(0.002)
 
 
 def finished(kind, state, out, options, **more):
