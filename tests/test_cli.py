@@ -469,7 +469,7 @@ def test_an_interrupted_fit_resumes_to_the_same_weights(root, config, tmp_path, 
         f"{path.name}{suffix}" for path in (stopped, whole) for suffix in ("", ".csv")
     )
     a, b = load_file(stopped), load_file(whole)
-    assert a.keys() == b.keys() and any(name.startswith("denoiser.") for name in a)
+    assert a.keys() == b.keys() and any("denoiser" in name for name in a)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

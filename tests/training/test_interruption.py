@@ -6,13 +6,16 @@ import random
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 import training_worker as worker
 
+import diffad_fast as daf
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.training import checkpoint
 from diffad_fast.training.loop import KIND, TrainingCheckpoint
+from diffad_fast.training.tokens import TokenTrainer
 
 OPTIONS = {"image": {"train_steps": 80}, "token": {"train_steps": 160}}
 
@@ -123,3 +126,48 @@ def interrupting(inputs):
         return inputs(step)
 
     return wrapped
+
+
+class Pulled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stopped_in", [0, 1])
+def test_a_detector_of_several_networks_resumes(stopped_in, tmp_path, monkeypatch):
+    """Interrupted in the first or in the second of two networks, each with a state of its own."""
+    images = (np.random.default_rng(0).random((24, 32, 32)) * 255).astype(np.uint8)
+    options = {
+        "image_size": 32, "denoiser": "token-mlp", "tokens": ("energy-8", "energy-16"),
+        "token_width": 32, "token_blocks": 1, "token_batch": 64, "device": "cpu",
+    }  # fmt: skip
+    state = tmp_path / "state"
+    inputs, calls = TokenTrainer.inputs, []
+
+    def failing(self, step):
+        calls.append(step)
+        if step == 11 and calls.count(0) == stopped_in + 1:
+            raise Pulled
+        return inputs(self, step)
+
+    whole = daf.Detector(**options).fit(images, steps=20)
+    monkeypatch.setattr(TokenTrainer, "inputs", failing)
+    with pytest.raises(Pulled):
+        daf.Detector(**options).fit(
+            images, steps=20, training_checkpoint=TrainingCheckpoint(state, seconds=0.0)
+        )
+    calls.clear()
+    monkeypatch.setattr(TokenTrainer, "inputs", lambda *a: (calls.append(a[1]), inputs(*a))[1])
+    kept = TrainingCheckpoint(state, resume=True)
+    resumed = daf.Detector(**options).fit(images, steps=20, training_checkpoint=kept)
+    # Nothing is computed twice.
+    assert calls == [*range(11, 20), *([] if stopped_in else range(20))]
+    worker.assert_same(resumed.model.state_dict(), whole.model.state_dict())
+    np.testing.assert_array_equal(resumed.score(images).score, whole.score(images).score)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state", "state.1"]
+    kept.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_and_budget_exclude_each_other():
+    with pytest.raises(InputError, match="steps=3 and budget='1s' exclude each other"):
+        daf.Detector(image_size=32, device="cpu").fit(worker.pictures(), steps=3, budget="1s")
