@@ -19,6 +19,7 @@ SUITES = {
 # With a command line of their own.
 COMMANDS = {
     "quality": "accuracy, time and memory of our detectors on a data set, over seeds",
+    "audio": "accuracy and speed of the audio detector on UrbanSound8K, over seeds",
     "compare": "what got faster or slower between two results",
     "readme": "write the newest results into README.md",
 }
@@ -39,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="suites and commands:\n" + "\n".join(lines),
-        epilog="quality, compare and readme have options of their own: add --help. Exit status 1: "
-        "a contender's result was wrong, or --baseline shows that ours got slower.",
+        epilog="quality, audio, compare and readme have options of their own: add --help. Exit "
+        "status 1: a contender's result was wrong, or --baseline shows that ours got slower.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", choices=list(SUITES), metavar="SUITE")

@@ -16,7 +16,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +86,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 def _fit(args: argparse.Namespace) -> None:
     from .config import read_options
+    from .data.audio import training_clips
     from .data.images import mvtec_train
     from .detector import Detector, groups_by_regex
     from .scoring import split_by_group
@@ -104,7 +105,12 @@ def _fit(args: argparse.Namespace) -> None:
         raise InputError(
             f"there is no unfinished training to resume: {state} does not exist; leave out --resume"
         )
-    images = detector.open(mvtec_train(args.data), strict=args.strict)
+    if detector.config.kind == "audio":
+        source = training_clips(args.data, args.layout, args.normal, args.folds)
+    else:
+        _audio_only(args)
+        source = mvtec_train(args.data)
+    images = detector.open(source, strict=args.strict)
     groups = groups_by_regex(images.paths, args.group_regex) if args.group_regex else None
     kept = TrainingCheckpoint(
         state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv"
@@ -129,12 +135,17 @@ def _fit_summary(detector: Detector, images: Images, split: Split, out: str) -> 
     left_out = f" ({len(images.skipped)} left out)" if images.skipped else ""
     loss = detector.history.validation_loss
     return (
-        f"trained on {len(split.fit)} of {len(images.load())} images{left_out}, held out "
+        f"trained on {len(split.fit)} of {len(images.load())} {images.unit}s{left_out}, held out "
         f"{len(split.validation)} for validation, {len(split.statistics)} for statistics, "
         f"{len(split.conformal)} for p-values; {detector.history.seconds:.1f} s"
         + (f", final validation loss {loss[-1][1]:.4f}" if loss else "")
         + f"; saved as {out}"
     )
+
+
+def _audio_only(args: argparse.Namespace) -> None:
+    if args.layout != "auto" or args.normal is not None or args.folds is not None:
+        raise InputError("--layout, --normal and --folds are for audio: leave them out")
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -168,7 +179,8 @@ def _score(args: argparse.Namespace) -> None:
                     )
                 )
                 if args.maps and len(part):
-                    _write_heatmaps(detector, part, Path(args.data), staged / "heatmaps", pool)
+                    write = _write_maps if detector.config.kind == "audio" else _write_heatmaps
+                    write(detector, part, Path(args.data), staged / "heatmaps", pool)
 
 
 def _write_heatmaps(
@@ -178,17 +190,38 @@ def _write_heatmaps(
     from .report import colour_range, encode_png, overlay
 
     low, high = colour_range(detector)
+    target = _targets(root, folder)
     images = next(iter(detector.open(part.paths, strict=True).batches(len(part)))).x.numpy()
 
     def write(path: str, image, map_) -> None:
+        target(path).write_bytes(encode_png(overlay(image, map_, low, high)))
+
+    list(pool.map(write, part.paths, images, part.map))
+
+
+def _write_maps(
+    detector: Detector, part: Score, root: Path, folder: Path, pool: ThreadPoolExecutor
+) -> None:
+    """One picture for each clip of a batch, as :func:`_write_heatmaps`."""
+    from .audio_report import clip_figure, png
+
+    target = _targets(root, folder)
+    for path, map_ in zip(part.paths, part.map, strict=True):
+        wave = next(detector.open([path], strict=True).batches(1)).x
+        target(path).write_bytes(png(clip_figure(detector, wave[0], map_)))
+
+
+def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
+    """From a file below ``root`` to its picture below ``folder``, whose folder is made."""
+
+    def target(path: str) -> Path:
         name = Path(path).relative_to(root if root.is_dir() else root.parent)
         if name.suffix.lower() != ".png":
             name = name.with_name(f"{name.name}.png")
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(encode_png(overlay(image, map_, low, high)))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        return folder / name
 
-    list(pool.map(write, part.paths, images, part.map))
+    return target
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -203,9 +236,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     detector = load(args.model, device=args.device)
     if args.mode is not None:
         detector.mode = args.mode
-    metrics = detector.evaluate(args.data, strict=args.strict, report=args.report)
-    if processes().first:
-        print(json.dumps(metrics, allow_nan=False) if args.json else _metrics_text(metrics))
+    metrics = detector.evaluate(
+        args.data, strict=args.strict, report=args.report,
+        layout=args.layout, normal=args.normal, folds=args.folds,
+    )  # fmt: skip
+    if not processes().first:
+        return
+    if args.json:
+        print(json.dumps(metrics, allow_nan=False))
+    else:
+        print((_audio_text if detector.config.kind == "audio" else _metrics_text)(metrics))
 
 
 def _metrics_text(metrics: dict) -> str:
@@ -222,6 +262,28 @@ def _metrics_text(metrics: dict) -> str:
         for line in lines
     ]
     text.append(f"{metrics['n_normal']} normal images; {metrics['latency_ms']:.1f} ms an image")
+    for reason in dict.fromkeys(metrics["undefined"].values()):
+        names = [FIGURES.get(k, k) for k, why in metrics["undefined"].items() if why == reason]
+        text.append(f"- {', '.join(names)}: {reason}")
+    return "\n".join(text)
+
+
+def _audio_text(metrics: dict) -> str:
+    """The figures of all clips, a line for each kind of anomaly, and one for each section."""
+    from .audio_report import FIGURES, tables
+
+    text = []
+    for head, rows in tables(metrics):
+        lines = [head, *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text += [
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+            for line in lines
+        ]
+    text.append(
+        f"{metrics['n_normal']} normal clips; {metrics['latency_ms']:.1f} ms a clip, "
+        f"{metrics['real_time']:.0f} times real time"
+    )
     for reason in dict.fromkeys(metrics["undefined"].values()):
         names = [FIGURES.get(k, k) for k, why in metrics["undefined"].items() if why == reason]
         text.append(f"- {', '.join(names)}: {reason}")
@@ -270,10 +332,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
-    fit = command("fit", _fit, "Train a detector on normal images.")
-    fit.add_argument("data", help="folder of normal images, or the root of an MVTec AD layout")
+    fit = command("fit", _fit, "Train a detector on normal images or clips.")
+    fit.add_argument(
+        "data", help="folder of normal images or clips, or the root of a data set's layout"
+    )
     fit.add_argument("--out", required=True, metavar="FILE", help="detector, such as m.diffad")
-    fit.add_argument("--kind", help="what the data is: image (default)")
+    fit.add_argument("--kind", help="what the data is: image (default) or audio")
     fit.add_argument("--preset", help="recipe: fast, balanced (default) or best")
     fit.add_argument("--denoiser", help="unet-tiny, unet-small or unet-base (the preset's)")
     fit.add_argument(
@@ -303,23 +367,35 @@ def _parser() -> argparse.ArgumentParser:
         help="how often the training is kept on disk: 300, 300s, 5min (default), 2h",
     )  # fmt: skip
 
-    score = command("score", _score, "Score images: scores.csv and a heatmap for each.")
+    score = command("score", _score, "Score images or clips: scores.csv and a heatmap for each.")
     score.add_argument("model", help="detector that fit wrote")
-    score.add_argument("data", help="folder of images, or one image")
+    score.add_argument("data", help="folder of images or clips, or one file")
     score.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     score.add_argument("--batch-size", type=_positive, metavar="N", help="images scored together")
     score.add_argument("--no-maps", action="store_false", dest="maps", help="scores.csv only")
 
     evaluate = command("evaluate", _evaluate, "Compare scores with ground truth: AUROC and others.")
     evaluate.add_argument("model", help="detector that fit wrote")
-    evaluate.add_argument("data", help="root of an MVTec AD layout: test/*, ground_truth/*")
+    evaluate.add_argument(
+        "data", help="root of an MVTec AD layout (test/*, ground_truth/*) or of labelled clips"
+    )
     evaluate.add_argument("--mode", help="how scores are made; default: as fitted")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--report", metavar="DIR", help="folder for an HTML report")
 
+    for sub in (fit, evaluate):
+        sub.add_argument(
+            "--layout", default="auto",
+            help="of audio: auto (default), folder, urbansound8k or dcase",
+        )  # fmt: skip
+        sub.add_argument("--normal", metavar="CLASS", help="the normal class of urbansound8k")
+        sub.add_argument(
+            "--folds", type=_folds, metavar="N[,N]", help="folds of urbansound8k (all)"
+        )
+
     for sub in (fit, score, evaluate):
         sub.add_argument("--device", help="cpu or cuda; default: the best there is")
-        sub.add_argument("--strict", action="store_true", help="stop at the first unusable image")
+        sub.add_argument("--strict", action="store_true", help="stop at the first unusable file")
 
     info = command("info", _info, "Tell versions, what was built and which backends serve.")
     info.add_argument("--json", action="store_true", help="on one line")
@@ -332,6 +408,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _folds(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} are not folds: give numbers such as 1 or 1,2,3")
+    return [int(number) for number in text.split(",")]
 
 
 def _size(text: str) -> int | tuple[int, int]:

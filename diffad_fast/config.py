@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-KINDS = ("image", "vector")
+KINDS = ("image", "audio", "vector")
 MODES = ("reconstruct", "invert", "one_step")
 SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -33,6 +33,24 @@ PRESETS: dict[str, dict[str, dict[str, object]]] = {
         "fast": {**_CELLS, "sigmas": (2.0,)},
         "balanced": _CELLS,
         "best": {**_CELLS, "token_width": 256, "token_blocks": 3, "train_steps": 1000},
+    },
+    # A few recordings make some hundred tokens: small batches, and no low noise levels, at which
+    # the denoiser remembers single tokens.
+    "audio": {
+        name: {
+            "denoiser": "token-mlp",
+            "train_steps": steps,
+            "token_batch": 256,
+            "sigmas": (1.5, 2.5, 4.0),
+            **options,
+        }
+        for name, steps, options in (
+            ("fast", 300, {}),
+            ("balanced", 600, {}),
+            ("best", 2000, {}),
+            # The spectrogram of the DCASE challenge's Task 2 baselines.
+            ("dcase", 600, {"n_mels": 128, "hop": 512, "window_frames": 64, "window_step": 16}),
+        )
     },
     "vector": {
         "fast": {"denoiser": "token-mlp", "train_steps": 300},
@@ -93,6 +111,22 @@ class DetectorConfig:
     """Vectors: every feature by its own deviation (`feature`), or all by one (`global`); `auto`:
     `global` from 256 features on, as in embeddings."""
 
+    # Audio
+    sample_rate: int = 16000
+    """Samples a second to which every clip is resampled."""
+    n_fft: int = 1024
+    """Samples in a frame of the spectrogram."""
+    hop: int = 256
+    """Samples from one frame to the next."""
+    n_mels: int = 64
+    fmin: float = 0.0
+    fmax: float | None = None
+    """Lowest and highest frequency of the mel bands in Hz; None: half of `sample_rate`."""
+    window_frames: int = 128
+    """Frames in a window, the part of a clip that one token describes; a power of two."""
+    window_step: int = 32
+    """Frames from one window to the next; divides `window_frames`."""
+
     # Denoiser and diffusion
     denoiser: str = "token-mlp"
     """`token-mlp`, `unet-tiny`, `unet-small` or `unet-base`; `custom`, a module handed over."""
@@ -146,8 +180,8 @@ class DetectorConfig:
     """Standard deviation in pixels of the map's Gaussian; None: a 64th of the short side, with the
     token MLP a 32nd."""
     top_fraction: float | None = None
-    """Share of the map whose mean is the image's score; 0: its maximum. None: 0 for the token MLP,
-    0.01 for others."""
+    """Share of the map whose mean is the sample's score; 0: its maximum. None: 1 (the mean over
+    time) for audio, else 0 for the token MLP and 0.01 for others."""
     statistics: str | None = None
     """Standardise maps per `position`, by a `scalar`, or (`auto`) by what fits held-out normals.
     None: `scalar` with the token MLP, whose tokens are standardised per position, else `auto`."""
@@ -163,7 +197,8 @@ class DetectorConfig:
     train_steps: int | None = None
     """None: 1500 for unet-tiny, 10000 for unet-base, 300 for the token MLP, 2000 for others."""
     batch_size: int | None = None
-    """Samples that are read, trained on and scored together; None: 16 images, 4096 vectors."""
+    """Samples that are read, trained on and scored together; None: 16 images, 32 clips, 4096
+    vectors."""
     token_batch: int = 1024
     """Tokens in a training step of the token MLP."""
     learning_rate: float | None = None
@@ -204,9 +239,9 @@ class DetectorConfig:
             ("reverse_steps", reverse_steps),
             ("mode", "one_step" if on_tokens else "reconstruct"),
             ("statistics", "scalar" if on_tokens else "auto"),
-            ("top_fraction", 0.0 if on_tokens else 0.01),
+            ("top_fraction", 1.0 if self.kind == "audio" else 0.0 if on_tokens else 0.01),
             ("learning_rate", 2e-3 if on_tokens else 1e-3),
-            ("batch_size", 4096 if self.kind == "vector" else 16),
+            ("batch_size", {"image": 16, "audio": 32, "vector": 4096}[self.kind]),
             ("semantic", "nearest" if self.kind == "vector" else "mahalanobis"),
             ("semantic_of", "tokens" if self.kind == "vector" else "denoiser"),
             ("semantic_weight", None if self.kind == "vector" else 0.0),
@@ -224,13 +259,15 @@ class DetectorConfig:
         _choice("semantic", self.semantic, SEMANTICS)
         _choice("semantic_of", self.semantic_of, SEMANTIC_OF)
         _choice("preset", self.preset, tuple(PRESETS[self.kind]))
-        if self.kind == "vector" and not on_tokens:
+        if self.kind != "image" and not on_tokens:
             raise InputError(
-                f"denoiser {self.denoiser!r} works on images: vectors need 'token-mlp'"
+                f"denoiser {self.denoiser!r} works on images: {self.kind} needs 'token-mlp'"
             )
         if self.semantic_of == "tokens" and not on_tokens:
             raise InputError("semantic_of='tokens' is for the token MLP: U-Nets have no tokens")
         self._check_training()
+        if self.kind == "audio":
+            self._check_audio()
         if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
             raise InputError(f"image_size is one integer or (height, width), not {size!r}")
         if self.channels not in (1, 3):
@@ -320,6 +357,40 @@ class DetectorConfig:
         object.__setattr__(self, "augment", names)
         for name in names:
             _choice("augment", name, AUGMENTATIONS)
+
+    def _check_audio(self) -> None:
+        _range("sample_rate", self.sample_rate, 1000, 768000)
+        _range("n_fft", self.n_fft, 16, self.sample_rate)
+        _range("hop", self.hop, 1, self.n_fft)
+        _range("n_mels", self.n_mels, 16, self.n_fft // 2)
+        if self.fmax is None:
+            object.__setattr__(self, "fmax", self.sample_rate / 2)
+        _range("fmax", self.fmax, 1.0, self.sample_rate / 2)
+        _range("fmin", self.fmin, 0.0, self.fmax)
+        _range("window_frames", self.window_frames, 8, 1 << 16)
+        _range("window_step", self.window_step, 1, self.window_frames)
+        for name in ("sample_rate", "n_fft", "hop", "n_mels", "window_frames", "window_step"):
+            if not isinstance(getattr(self, name), int):
+                raise InputError(f"{name} is a whole number, not {getattr(self, name)!r}")
+        if self.n_mels % 16:
+            raise InputError(f"n_mels is {self.n_mels}: it must be a multiple of 16")
+        if self.window_frames & (self.window_frames - 1):
+            raise InputError(f"window_frames is {self.window_frames}: it must be a power of two")
+        if self.window_frames % self.window_step:
+            raise InputError(
+                f"window_step {self.window_step} does not divide window_frames "
+                f"{self.window_frames}: choose a power of two"
+            )
+
+    @property
+    def window_samples(self) -> int:
+        """Samples that one window of a clip takes, at `sample_rate`."""
+        return (self.window_frames - 1) * self.hop + self.n_fft
+
+    @property
+    def step_samples(self) -> int:
+        """Samples from the start of one window to that of the next."""
+        return self.window_step * self.hop
 
     @property
     def on_tokens(self) -> bool:

@@ -17,12 +17,14 @@ from torch import nn
 
 from . import models
 from .config import MODES, DetectorConfig
+from .data.audio import Clips, labelled_clips, open_audio
 from .data.images import Images, open_images
 from .data.vectors import Vectors, open_vectors
 from .errors import BackendError, CheckpointError, InputError
-from .evaluation import evaluate, evaluate_vectors
+from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
 from .scoring import Conformal, MapStatistics, Score, fit_statistics, split_by_group
+from .streaming import Stream
 from .training import checkpoint
 from .training.distributed import processes
 from .training.loop import History, TrainingCheckpoint
@@ -42,9 +44,10 @@ class Calibration(NamedTuple):
 class Detector:
     """Anomaly detector by diffusion: of an image's wavelet coefficients, or of tokens.
 
-    kind: "image", or "vector" for the rows of tables and embeddings. image_size: side, or (height,
-    width), in pixels to which every image is resized. channels: 1 (grey) or 3 (colour). preset:
-    "fast", "balanced" or "best", a whole recipe. seed: of everything random. denoiser: overrides
+    kind: "image"; "audio" for recordings; "vector" for the rows of tables and embeddings.
+    image_size: side, or (height, width), in pixels to which every image is resized. channels: 1
+    (grey) or 3 (colour). preset: "fast", "balanced" or "best", a whole recipe; for audio also
+    "dcase", the spectrogram of that challenge. seed: of everything random. denoiser: overrides
     the preset's by name, or a module ``(x (N,C,h,w), log_sigma (N,)) -> prediction`` with a method
     ``features`` of the same arguments that gives a list of feature maps. features: a frozen module
     ``images (N,C,H,W) in [0,1] -> feature map (N,c,h,w) or list of them``, or a timm model's name:
@@ -139,6 +142,7 @@ class Detector:
 
         source: for images a folder (searched through), a list of files, an array or tensor
         (N,C,H,W) or (N,H,W) of uint8, uint16 or float in [0,1], or a DataLoader of such batches;
+        for audio what ``data.audio.open_audio`` takes: a folder, files, waves, (wave, rate) pairs;
         for vectors what ``data.vectors.open_vectors`` takes.
         groups: one label for each sample; those of one label never stand on both sides of a
         split. strict: raise at the first unusable file instead of leaving it out with a warning.
@@ -178,7 +182,10 @@ class Detector:
 
         def maps() -> Iterator[list[torch.Tensor | None]]:
             for batch in samples.batches(config.batch_size, indices=statistics):
-                yield model.raw_maps(batch.x)
+                found = model.raw_maps(batch.x)
+                # Clips have no positions in common, and not even a length: a window is a sample.
+                audio = config.kind == "audio"
+                yield [m.reshape(-1, 1, 1) for m in found] if audio else found
                 bar.update(len(batch.index))
 
         with bar:
@@ -193,8 +200,9 @@ class Detector:
             Conformal(np.concatenate(scores), conformal_groups, config.false_positive_rate),
         )
 
-    def open(self, source, *, strict: bool = False) -> Images | Vectors:
-        """The samples of ``source`` (as in :meth:`fit`), images in this detector's size."""
+    def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:
+        """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
+        its sampling rate."""
         if isinstance(source, _OPENED):
             return source
         config = self.config
@@ -206,6 +214,11 @@ class Detector:
                     f"the vectors have {found} features and the detector was fitted on {fitted}"
                 )
             return vectors
+        if config.kind == "audio":
+            return open_audio(
+                source, config.sample_rate, config.window_samples, config.step_samples,
+                strict=strict,
+            )  # fmt: skip
         return open_images(
             source, config.image_size, config.channels, strict=strict, min_side=config.stride
         )
@@ -286,12 +299,21 @@ class Detector:
     @torch.inference_mode()
     def score_batch(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Maps (n,H,W) float32 and scores (n,) float64 of one batch: images (n,C,H,W) of floats in
-        [0,1], or vectors (n,D), whose maps are (n,1,1).
+        [0,1]; waves (n,samples) as ``data.audio.Clips`` gives them, whose maps are
+        (n,n_mels,steps); or vectors (n,D), whose maps are (n,1,1).
 
         The innermost call: no decoding, no checks, no calibration of p-values.
         """
         map_, score = self.model.score(x)
         return map_.cpu().numpy(), score.cpu().double().numpy()
+
+    def stream(self, rate: float) -> Stream:
+        """Score a recording while it arrives, in chunks of any size, sampled ``rate`` times a
+        second. Raises InputError for a detector of another kind than audio, or before ``fit``."""
+        self._require_fitted()
+        if self.config.kind != "audio":
+            raise InputError(f"a stream is of audio: this detector's kind is {self.config.kind!r}")
+        return Stream(self, rate)
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """A U-Net's idea of images (N,C,H,W) in [0,1] without their anomalies.
@@ -317,11 +339,16 @@ class Detector:
         *,
         strict: bool = False,
         report: str | os.PathLike | None = None,
+        layout: str = "auto",
+        normal: str | None = None,
+        folds: Sequence[int] | None = None,
     ) -> dict:
         """Figures on a labelled test set.
 
         data: for images the root of an MVTec AD layout, root/test/*, root/ground_truth/*; for
-        vectors a table with labels, as in ``data.vectors.open_vectors``.
+        audio the root of a data set, to which layout, normal and folds belong as in
+        ``data.audio.labelled_clips``, or a list of its ``LabelledClip``; for vectors a table with
+        labels, as in ``data.vectors.open_vectors``.
 
         Returns a dict that JSON can hold: image_auroc, pixel_auroc, aupro (to a false-positive
         rate of 0.3), f1_max (of images), pixel_f1_max, false_positive_rate and
@@ -329,14 +356,29 @@ class Detector:
         against all normals), latency_ms (median of single images, decoded image in, score and map
         out), n_normal, n_anomalous, and ``undefined``: why a figure is null. Pixel metrics are
         taken at each mask's own size. For vectors: auroc, pauc (to a false-positive rate of 0.1),
-        f1_max, the two rates, the two numbers, latency_ms and ``undefined``.
-        report: a folder for an HTML report of images.
+        f1_max, the two rates, the two numbers, latency_ms and ``undefined``. For audio: the same,
+        real_time (seconds of sound a second, clip after clip), per_kind (auroc and pauc of one kind
+        of anomaly against all normals), sections (of DCASE: auroc_source and auroc_target, of one
+        domain's normals against all anomalies, and pauc) and harmonic_mean (of all of these).
+        report: a folder for an HTML report of images or clips.
         Raises InputError for a missing test folder or labels, or a mask of the wrong size.
         """
-        if self.config.kind == "vector":
+        kind = self.config.kind
+        if kind != "audio" and (layout != "auto" or normal is not None or folds is not None):
+            raise InputError(f"layout, normal and folds are for audio: leave them out for a {kind}")
+        if kind == "vector":
             if report is not None:
-                raise InputError("a report shows images: leave it out for vectors")
+                raise InputError("a report shows images or clips: leave it out for vectors")
             return evaluate_vectors(self, data)
+        if kind == "audio":
+            if isinstance(data, (str, os.PathLike)):
+                data = labelled_clips(data, layout, normal, folds)
+            evaluation = evaluate_audio(self, data, strict)
+            if report is not None:
+                from .audio_report import write_audio_report
+
+                write_audio_report(report, self, evaluation)
+            return evaluation.metrics
         evaluation = evaluate(self, Path(data), strict)
         if report is not None:
             from .report import write_report

@@ -1,4 +1,4 @@
-"""The figures of a fitted detector on a labelled test set in the MVTec AD layout."""
+"""The figures of a fitted detector on a labelled test set: images, clips or vectors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from . import metrics
+from .data.audio import LabelledClip
 from .data.images import TestImage, mvtec_test, read_mask
 from .errors import InputError
 from .scoring import Score
@@ -56,13 +57,90 @@ def evaluate_vectors(detector: Detector, source) -> dict:
             "column label"
         )
     score, label = detector.score(vectors), vectors.labels
+    figures = _scalar_figures(score, label)
+    latency = _latency(detector, next(vectors.batches(1)).x)
+    return {**figures.values, "latency_ms": latency, "undefined": figures.undefined}
+
+
+@dataclass(frozen=True)
+class AudioEvaluation:
+    """Scores, ground truth and figures of labelled clips, as the report draws them."""
+
+    clips: list[LabelledClip]
+    score: Score
+    label: np.ndarray
+    """(N,) int64, 1 for an anomaly."""
+    metrics: dict
+
+
+def evaluate_audio(
+    detector: Detector, clips: Sequence[LabelledClip], strict: bool
+) -> AudioEvaluation:
+    """Score labelled clips; figures as documented at :meth:`diffad_fast.Detector.evaluate`."""
+    opened = detector.open([clip.path for clip in clips], strict=strict)
+    clips = [clips[i] for i in opened.load()]
+    score = detector.score(opened)
+    label = np.array([clip.anomaly for clip in clips], dtype=np.int64)
+    figures = _scalar_figures(score, label)
+    first = next(opened.batches(1)).x
+    latency = _latency(detector, first)
+    result = {
+        **figures.values,
+        "latency_ms": latency,
+        "real_time": first.shape[1] / detector.config.sample_rate / latency * 1e3,
+        "per_kind": _per_kind(clips, score, label),
+        **_per_section(clips, score, label),
+        "undefined": figures.undefined,
+    }
+    return AudioEvaluation(clips, score, label, result)
+
+
+def _per_kind(clips: Sequence[LabelledClip], score: Score, label: np.ndarray) -> dict[str, dict]:
+    """Figures of each kind of anomaly against all normals."""
+    result = {}
+    kinds = np.array([clip.kind for clip in clips])
+    for kind in sorted(set(kinds[label == 1])):
+        rows = (label == 0) | (kinds == kind)
+        figures = _Figures(label[rows])
+        figures.put(["auroc"], lambda rows=rows: (metrics.auroc(label[rows], score.score[rows]),))
+        figures.put(["pauc"], lambda rows=rows: (metrics.pauc(label[rows], score.score[rows]),))
+        result[str(kind)] = {**figures.values, "undefined": figures.undefined}
+    return result
+
+
+def _per_section(clips: Sequence[LabelledClip], score: Score, label: np.ndarray) -> dict:
+    """DCASE Task 2 from 2022 on: in each section the AUROC of one domain's normals against the
+    anomalies of both, the pAUC of both domains, and the harmonic mean of all these."""
+    sections, found = {}, []
+    section = np.array([clip.section for clip in clips])
+    domain = np.array([clip.domain for clip in clips])
+    for name in sorted(set(section) - {""}):
+        own = section == name
+        figures = _Figures(label[own])
+        for part in sorted(set(domain[own])):
+            rows = own & ((domain == part) | (label == 1))
+            figures.put(
+                [f"auroc_{part}"],
+                lambda rows=rows: (metrics.auroc(label[rows], score.score[rows]),),
+            )
+        figures.put(["pauc"], lambda own=own: (metrics.pauc(label[own], score.score[own]),))
+        sections[str(name)] = {**figures.values, "undefined": figures.undefined}
+        found += [v for k, v in figures.values.items() if not k.startswith("n_")]
+    if not sections:
+        return {}
+    complete = None not in found
+    # An AUROC of 0 makes the harmonic mean 0.
+    mean = statistics.harmonic_mean(found) if complete else None
+    return {"sections": sections, "harmonic_mean": mean}
+
+
+def _scalar_figures(score: Score, label: np.ndarray) -> _Figures:
     figures = _Figures(label)
     figures.put(["auroc"], lambda: (metrics.auroc(label, score.score),))
     figures.put(["pauc"], lambda: (metrics.pauc(label, score.score),))
     figures.put(["f1_max"], lambda: (metrics.f1_max(label, score.score),))
     figures.put_rates(score)
-    latency = _latency(detector, next(vectors.batches(1)).x)
-    return {**figures.values, "latency_ms": latency, "undefined": figures.undefined}
+    return figures
 
 
 def labels(tests: Sequence[TestImage]) -> np.ndarray:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .detector import Detector
-    from .evaluation import Evaluation
+    from .evaluation import AudioEvaluation, Evaluation
 
 FIGURES = {
     "image_auroc": "image AUROC",
@@ -200,9 +200,9 @@ def _page(detector: Detector, evaluation: Evaluation) -> str:
         "<h2>Figures</h2>",
         *_figures(metrics),
         "<h2>Scores</h2>",
-        f"<p>{html.escape(_threshold_sentence(detector))}</p>",
+        f"<p>{html.escape(threshold_sentence(detector, 'images'))}</p>",
         "<div class='plots'>",
-        *_plots(detector, evaluation),
+        *plots(detector, evaluation, "image_auroc"),
         "</div>",
         "<h2>Cases</h2>",
         "<p class='note'>Each: the image, the anomaly map on it, the outline of the ground truth. "
@@ -238,50 +238,53 @@ def _figures(metrics: dict) -> Iterator[str]:
     )
 
 
-def _threshold_sentence(detector: Detector) -> str:
+def threshold_sentence(detector: Detector, unit: str) -> str:
+    """Where the threshold comes from; ``unit`` in the plural."""
     conformal = detector.conformal
     if conformal.threshold is None:
         return f"There is no threshold: {conformal.why_no_label()}."
     return (
         f"The threshold {conformal.threshold:.3f} aims at a false-positive rate of "
         f"{conformal.false_positive_rate:g} and comes from {len(conformal.scores)} held-out normal "
-        "training images, not from the images below."
+        f"training {unit}, not from the {unit} below."
     )
 
 
 # ------------------------------------------------------------------ plots
 
 
-def _plots(detector: Detector, evaluation: Evaluation) -> Iterator[str]:
-    undefined = evaluation.metrics["undefined"].get("image_auroc")
+def plots(
+    detector: Detector, evaluation: Evaluation | AudioEvaluation, auroc: str
+) -> Iterator[str]:
+    """ROC curve and histogram; ``auroc`` names that figure in the evaluation."""
+    undefined = evaluation.metrics["undefined"].get(auroc)
     if undefined is None:
-        yield _img(_png(_roc(evaluation)), "ROC curve")
+        yield _img(_png(_roc(evaluation, evaluation.metrics[auroc])), "ROC curve")
     else:
         yield f"<p class='note'>There is no ROC curve: {html.escape(undefined)}</p>"
     yield _img(_png(_histogram(detector, evaluation)), "histogram of scores")
 
 
-def _roc(evaluation: Evaluation) -> Figure:
+def _roc(evaluation: Evaluation | AudioEvaluation, auroc: float) -> Figure:
     from sklearn.metrics import roc_curve
 
     false, true, _ = roc_curve(evaluation.label, evaluation.score.score, drop_intermediate=False)
     figure, axes = _axes((5, 4.4))
     axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", label="chance")
-    auroc = evaluation.metrics["image_auroc"]
     axes.plot(false, true, color=_BLUE, linewidth=2, label=f"AUROC {auroc:.3f}")
     point = [evaluation.metrics[key] for key in ("false_positive_rate", "true_positive_rate")]
     if None not in point:
         label = f"threshold: {point[1]:.0%} found, {point[0]:.0%} false alarms"
         axes.plot(*point, "o", color=_VERMILLION, markersize=8, label=label, clip_on=False)
     axes.set(
-        xlabel="false alarms, share of normal images", ylabel="found, share of defective images",
+        xlabel="false alarms, share of normals", ylabel="found, share of anomalies",
         xlim=(-0.01, 1), ylim=(0, 1.01), title="ROC curve",
     )  # fmt: skip
     axes.legend(loc="lower right", frameon=False)
     return figure
 
 
-def _histogram(detector: Detector, evaluation: Evaluation) -> Figure:
+def _histogram(detector: Detector, evaluation: Evaluation | AudioEvaluation) -> Figure:
     scores, threshold = evaluation.score.score, detector.conformal.threshold
     low, high = colour_range(detector)
     width = (high - low) / 4
@@ -297,7 +300,7 @@ def _histogram(detector: Detector, evaluation: Evaluation) -> Figure:
     ends = forward([scores.min(), scores.max()])
     bins = inverse(np.linspace(ends[0] - 0.05, ends[1] + 0.05, 41))
     axes.set_xscale("function", functions=(forward, inverse))
-    for value, name, colour in ((0, "normal", _BLUE), (1, "defective", _VERMILLION)):
+    for value, name, colour in ((0, "normal", _BLUE), (1, "anomalous", _VERMILLION)):
         part = scores[evaluation.label == value]
         if len(part):
             axes.hist(
@@ -307,7 +310,7 @@ def _histogram(detector: Detector, evaluation: Evaluation) -> Figure:
     if threshold is not None:
         axes.axvline(threshold, color=_BLACK, linewidth=1.5, linestyle="--", label="threshold")
     axes.set_xticks(_ticks(inverse(np.linspace(*ends, 6))))
-    axes.set(xlabel="score", ylabel="images", title="Scores")
+    axes.set(xlabel="score", ylabel="number", title="Scores")
     axes.legend(frameon=False)
     return figure
 
@@ -340,20 +343,38 @@ def _png(figure: Figure) -> bytes:
 # ------------------------------------------------------------------ cases
 
 
-def _cases(detector: Detector, evaluation: Evaluation) -> Iterator[str]:
+def case_rows(
+    evaluation: Evaluation | AudioEvaluation, unit: str, anomaly: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(title, rows) of what is shown: worst normals, worst and best anomalies."""
     score, label = evaluation.score.score, evaluation.label
     ascending = np.argsort(score, kind="stable")
-    normal, defective = ascending[label[ascending] == 0], ascending[label[ascending] == 1]
-    half = -(-len(defective) // 2)  # no image is shown both as worst and as best
+    normal, anomalous = ascending[label[ascending] == 0], ascending[label[ascending] == 1]
+    half = -(-len(anomalous) // 2)  # none is shown both as worst and as best
     for title, rows in (
-        ("Worst normals: the highest scores without a defect", normal[::-1][:CASES]),
-        ("Worst defects: the lowest scores with one", defective[: min(CASES, half)]),
-        ("Best defects: the highest scores", defective[half:][::-1][:CASES]),
+        (f"Worst normals: the highest scores of {unit}s without {anomaly}", normal[::-1][:CASES]),
+        (f"Worst misses: the lowest scores with {anomaly}", anomalous[: min(CASES, half)]),
+        (f"Best finds: the highest scores with {anomaly}", anomalous[half:][::-1][:CASES]),
     ):
         if len(rows):
-            yield f"<h3>{title}</h3><div class='cases'>"
-            yield from _case_figures(detector, evaluation, rows)
-            yield "</div>"
+            yield title, rows
+
+
+def caption(evaluation: Evaluation | AudioEvaluation, row: int, kind: str, path: str) -> str:
+    """What is said below a case: its name, score, p-value and verdict."""
+    score = evaluation.score
+    text = f"{kind}/{Path(path).name} · score {score.score[row]:.3f} · p {score.p_value[row]:.3f}"
+    if score.label is not None:
+        names = {(0, 0): "correct", (0, 1): "false alarm", (1, 0): "missed", (1, 1): "found"}
+        text += f" · {names[int(evaluation.label[row]), int(score.label[row])]}"
+    return text
+
+
+def _cases(detector: Detector, evaluation: Evaluation) -> Iterator[str]:
+    for title, rows in case_rows(evaluation, "image", "a defect"):
+        yield f"<h3>{title}</h3><div class='cases'>"
+        yield from _case_figures(detector, evaluation, rows)
+        yield "</div>"
 
 
 def _case_figures(detector: Detector, evaluation: Evaluation, rows: Sequence[int]) -> Iterator[str]:
@@ -370,15 +391,11 @@ def _case_figures(detector: Detector, evaluation: Evaluation, rows: Sequence[int
             (overlay(image, score.map[i], *low_high), "anomaly map"),
             (outline(image, mask), "ground truth"),
         )
-        caption = f"{test.defect}/{Path(test.path).name} · score {score.score[i]:.3f}"
-        caption += f" · p {score.p_value[i]:.3f}"
-        if score.label is not None:
-            names = {(0, 0): "correct", (0, 1): "false alarm", (1, 0): "missed", (1, 1): "found"}
-            caption += f" · {names[int(evaluation.label[i]), int(score.label[i])]}"
         yield "<figure><div>"
         for picture, name in pictures:
             yield _img(encode_png(picture), name)
-        yield f"</div><figcaption>{html.escape(caption)}</figcaption></figure>"
+        text = html.escape(caption(evaluation, i, test.defect, test.path))
+        yield f"</div><figcaption>{text}</figcaption></figure>"
 
 
 def encode_png(picture: np.ndarray) -> bytes:

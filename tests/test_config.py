@@ -38,7 +38,7 @@ def test_frozen():
     "options, words",
     [
         ({"preset": "quick"}, "'quick'.*fast, balanced, best"),
-        ({"kind": "audio"}, "'audio'"),
+        ({"kind": "smell"}, "'smell'"),
         ({"mode": "guess"}, "'guess'"),
         ({"denoiser": "unet-tiny", "image_size": 100}, "100 is not a multiple of .*96 or 128"),
         ({"image_size": 8, "denoiser": "unet-tiny"}, "8 is smaller than the model's stride of 16"),

@@ -211,7 +211,7 @@ def test_without_a_threshold(detector, evaluation, tmp_path, monkeypatch):
 
 
 def test_roc_curve_and_operating_point(detector, evaluation):
-    axes = report._roc(evaluation).axes[0]
+    axes = report._roc(evaluation, evaluation.metrics["image_auroc"]).axes[0]
     _, curve, point = axes.lines
     area = np.trapezoid(curve.get_ydata(), curve.get_xdata())
     assert area == pytest.approx(evaluation.metrics["image_auroc"], abs=1e-12)
@@ -225,7 +225,7 @@ def test_histogram_counts_every_image(detector, evaluation):
     bins = [np.diff(patch.get_xy()[:, 0]) for patch in axes.patches]
     assert len(bins) == 2
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert names[:2] == ["normal (6)", "defective (12)"]
+    assert names[:2] == ["normal (6)", "anomalous (12)"]
     edges = axes.patches[0].get_xy()[:, 0]
     assert edges.min() < evaluation.score.score.min()
     assert edges.max() > evaluation.score.score.max()

@@ -162,7 +162,10 @@ class Images:
             raise InputError(f"batch_size is {batch_size}: it must be at least 1.")
         found: list[tuple[int, np.ndarray]] = []
         yielded = False
-        for pair in self._decoded(indices, 2 * batch_size):
+        for pair in self._decoded(indices, self._ahead(batch_size)):
+            if found and not self._together(found, pair[1]):
+                yield self._batch(found)
+                found, yielded = [], True
             found.append(pair)
             if len(found) == batch_size:
                 yield self._batch(found)
@@ -171,6 +174,16 @@ class Images:
             yield self._batch(found)
         elif not yielded and indices is None:
             raise self._nothing_usable()
+
+    @staticmethod
+    def _ahead(batch_size: int) -> int:
+        """How many are decoded ahead."""
+        return 2 * batch_size
+
+    @staticmethod
+    def _together(found: list[tuple[int, np.ndarray]], item: np.ndarray) -> bool:
+        """Whether ``item`` may stand in one batch with what was found before."""
+        return True
 
     def load(self, max_bytes: int = 4 << 30) -> list[int]:
         """Read everything once and return the indices of the usable images.
@@ -189,7 +202,7 @@ class Images:
         size = 0
         if isinstance(self._items, _ArrayItems) and self._items.fits:
             kept = None
-        for index, image in progress(self._decoded(None, 64), self.length, "reading", "image"):
+        for index, image in progress(self._decoded(None, 64), self.length, "reading", self.unit):
             usable.append(index)
             if kept is None:
                 continue
@@ -262,7 +275,7 @@ class Images:
         if not self.skipped:
             return InputError("the loader gave no image: give one that has at least one batch.")
         return InputError(
-            f"none of the {len(self)} image files can be used, the first because "
+            f"none of the {len(self)} {self.unit} files can be used, the first because "
             f"{self.skipped[0][1]}"
         )
 

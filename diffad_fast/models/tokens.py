@@ -1,4 +1,4 @@
-"""Diffusion of single tokens: of vectors, and of the cells of an image."""
+"""Diffusion of single tokens: of vectors, of the cells of an image, of windows of a clip."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..diffusion import Graphed, NoiseSchedule, ReverseStep
 from ..errors import InputError
 from ..reference.maps import gaussian_blur
 from ..representations import create_tokens
+from ..representations.logmel import time_map
 from ..representations.tokens import SMALLEST_SMOOTHED
 from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training.loop import History, TrainingCheckpoint
@@ -150,22 +151,20 @@ class TokenModel(nn.Module):
         They are logarithms of distances: what multiplies all of them in an image adds to these, and
         their spread among normals is near a Gaussian's.
         """
-        if self._loops is None:
-            self._loops = [self._loop(denoiser) for denoiser in self.denoisers]
         grids = self.representation.encode(x.to(self.device))
         finest = max((grid.shape[1:3] for grid in grids), key=lambda s: s[0] * s[1])
         smoothing = 0.0
         if self.config.kind == "image":
             smoothing = self.config.smoothing * min(finest) / min(self.config.image_size)
         maps = []
-        for i, (tokens, loop) in enumerate(zip(grids, self._loops, strict=True)):
+        for i, (tokens, loop) in enumerate(zip(grids, self._prepared(), strict=True)):
             rows = tokens.flatten(0, 2)
             found = self._evaluate(tokens, rows, loop)
             if self.distances:
                 found.append(self.distances[i](self._features(self.denoisers[i], rows)))
             size = tokens.shape[1:3]
             for map_ in found:
-                map_ = map_.float().clamp(min=1e-12).log().reshape(tokens.shape[:3])
+                map_ = log_distance(map_).reshape(tokens.shape[:3])
                 map_ = resized(map_, finest)
                 if min(size) > SMALLEST_SMOOTHED:
                     map_ = gaussian_blur(map_, smoothing)
@@ -173,22 +172,57 @@ class TokenModel(nn.Module):
         return maps
 
     def score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(map, score (N,)) of raw inputs; the map (N,H,W) of images, (N,1,1) of vectors."""
+        """(map, score (N,)) of raw inputs; the map (N,H,W) of images, (N,n_mels,steps) of clips,
+        (N,1,1) of vectors."""
         return self._scoring(x.to(self.device))
+
+    def _weights(self, own: int) -> list[float]:
+        """Those of the ``own`` maps of one source of tokens."""
+        if self.distances:
+            return [1 / (own - 1)] * (own - 1) + [self.config.semantic_weight]
+        return [1.0] * own
 
     def _score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
+        if config.kind == "audio":
+            return self._score_audio(x)
         maps = self.raw_maps(x)
-        own = len(maps) // len(self.denoisers)
-        weights = [1.0] * own
-        if self.distances:
-            weights = [1 / (own - 1)] * (own - 1) + [config.semantic_weight]
-        map_, score = fuse(
-            maps, self.statistics, weights * len(self.denoisers), 0.0, config.top_fraction
-        )
+        weights = self._weights(len(maps) // len(self.denoisers)) * len(self.denoisers)
+        map_, score = fuse(maps, self.statistics, weights, 0.0, config.top_fraction)
         if config.kind == "image":
             map_ = resized(map_, x.shape[2:])
         return map_, score
+
+    def _score_audio(self, waves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The score's curve over windows, and the map that says which bands made it.
+
+        As ``fuse``, but of the residuals themselves: the curve of each is given to the bands by
+        their shares of the residual's length, that of the semantic distance evenly. The sum of a
+        column is the curve.
+        """
+        representation, (denoiser,) = self.representation, self.denoisers
+        (tokens,) = representation.encode(waves)
+        rows = tokens.flatten(0, 2)
+        numbers, shares = [], []
+        for residual in self._residuals(tokens, rows, self._prepared()[0]):
+            parts = representation.contributions(residual)
+            numbers.append(residual.square().mean(dim=1))
+            shares.append(parts / parts.sum(dim=1, keepdim=True).clamp(min=1e-12))
+        if self.distances:
+            numbers.append(self.distances[0](self._features(denoiser, rows)))
+            shares.append(torch.full_like(shares[0], 1 / shares[0].shape[1]))
+        weights = self._weights(len(numbers))
+        curve, bands = 0.0, 0.0
+        for number, share, (mean, deviation), weight in zip(
+            numbers, shares, self.statistics, weights, strict=True
+        ):
+            part = (log_distance(number) - mean) / deviation * (weight / sum(weights))
+            curve, bands = curve + part, bands + part[:, None] * share
+        curve = curve.view(len(waves), -1)
+        count = max(1, round(self.config.top_fraction * curve.shape[1]))
+        score = curve.topk(count, dim=1).values.mean(dim=1)
+        bands = bands.view(*curve.shape, -1)
+        return time_map(bands, representation.window, representation.step), score
 
     def _features(self, denoiser: TokenMLP, rows: torch.Tensor) -> torch.Tensor:
         if self.config.semantic_of == "tokens":
@@ -196,6 +230,12 @@ class TokenModel(nn.Module):
         sigma = self.config.feature_sigma
         level = torch.full((len(rows),), math.log(sigma), device=rows.device)
         return denoiser.features(rows * (1 + sigma**2) ** -0.5, level)
+
+    def _prepared(self) -> list[tuple]:
+        """What :meth:`_loop` gives for each denoiser, made once."""
+        if self._loops is None:
+            self._loops = [self._loop(denoiser) for denoiser in self.denoisers]
+        return self._loops
 
     def _loop(self, denoiser: TokenMLP) -> tuple:
         """(weights, step_bias, table) of the mode, for ``ops.token_mlp_loop``."""
@@ -225,18 +265,33 @@ class TokenModel(nn.Module):
 
     def _evaluate(self, tokens: torch.Tensor, rows: torch.Tensor, loop: tuple) -> list:
         """The mode's numbers (M,), each for rows (M,dim) = tokens (N,h,w,dim)."""
+        if self.config.mode == "one_step":
+            return list(ops.token_mlp_loop(rows, *loop)[1].unbind(dim=1))
+        return [r.square().mean(dim=1) for r in self._residuals(tokens, rows, loop)]
+
+    def _residuals(self, tokens: torch.Tensor, rows: torch.Tensor, loop: tuple) -> list:
+        """The vectors (M,dim) whose mean squares are the mode's numbers."""
         mode = self.config.mode
         if mode == "one_step":
-            return list(ops.token_mlp_loop(rows, *loop)[1].unbind(dim=1))
+            weights, step_bias, table = loop
+            # The residual p x + q m as the update of a loop of one step.
+            update = torch.zeros_like(table)
+            update[:, :3] = table[:, [0, 3, 4]]
+            return [
+                ops.token_mlp_loop(rows, weights, step_bias[i : i + 1], update[i : i + 1])[0]
+                for i in range(len(table))
+            ]
         alpha = self._steps[0].alpha_t
         if mode == "invert":
-            z, _ = ops.token_mlp_loop(rows * alpha**0.5, *loop)
-            return [z.square().mean(dim=1)]
+            return [ops.token_mlp_loop(rows * alpha**0.5, *loop)[0]]
         # The same noise for every sample, so that a score does not depend on its neighbours.
-        noise = ops.philox_normal((1, *tokens.shape[1:]), self.config.seed, device=rows.device)
+        # Windows of a clip have no position of their own: one noise serves all, as in a stream.
+        shape = (1, *tokens.shape[1:])
+        if self.config.kind == "audio":
+            shape = (1, 1, 1, tokens.shape[3])
+        noise = ops.philox_normal(shape, self.config.seed, device=rows.device)
         noised = tokens * alpha**0.5 + noise * (1 - alpha) ** 0.5
-        end, _ = ops.token_mlp_loop(noised.flatten(0, 2), *loop)
-        return [(end - rows).square().mean(dim=1)]
+        return [ops.token_mlp_loop(noised.flatten(0, 2), *loop)[0] - rows]
 
     # --------------------------------------------------------- checkpoint
 
@@ -257,6 +312,11 @@ class TokenModel(nn.Module):
         if missing or unexpected:
             raise RuntimeError(f"tensors {', '.join([*missing, *unexpected][:3])} do not match")
         self.use(None)
+
+
+def log_distance(number: torch.Tensor) -> torch.Tensor:
+    """The logarithm of a distance, finite where that is 0."""
+    return number.float().clamp(min=1e-12).log()
 
 
 def residual_row(sigma: float) -> tuple[float, float, float, float, float]:

@@ -6,12 +6,15 @@ from torch import nn
 
 from ..config import DetectorConfig
 from ..errors import InputError
+from .logmel import AudioTokens, LogMel
 from .tokens import ImageTokens, Preprocessing
 from .vector import VectorTokens
 from .wavelet import WaveletRepresentation
 
 __all__ = [
+    "AudioTokens",
     "ImageTokens",
+    "LogMel",
     "Preprocessing",
     "VectorTokens",
     "WaveletRepresentation",
@@ -27,6 +30,11 @@ def create_tokens(config: DetectorConfig, features: nn.Module | None = None) -> 
     """
     if config.kind == "vector":
         return VectorTokens(config.feature_scale)
+    if config.kind == "audio":
+        logmel = LogMel(
+            config.sample_rate, config.n_fft, config.hop, config.n_mels, config.fmin, config.fmax
+        )
+        return AudioTokens(logmel, config.window_frames, config.window_step)
     if "features" in config.tokens and features is None:
         raise InputError(
             "tokens='features' reads a backbone: pass features=module, or the name of a timm model"

@@ -40,11 +40,13 @@ class Whitening(nn.Module):
     """Tokens (...,D) to (x - mean) @ matrix, of about unit variance on normal data.
 
     matrix (D,D) holds the principal directions, each over its deviation; no eigenvalue counts as
-    less than SMALLEST_EIGENVALUE of the largest.
+    less than the share ``smallest`` of the largest. standardise: divide every number by its own
+    deviation first, for tokens whose numbers have different units.
     """
 
-    def __init__(self):
+    def __init__(self, smallest: float = SMALLEST_EIGENVALUE, standardise: bool = False):
         super().__init__()
+        self.smallest, self.standardise = smallest, standardise
         self.register_buffer("mean", torch.zeros(0))
         self.register_buffer("matrix", torch.zeros(0, 0))
 
@@ -53,11 +55,18 @@ class Whitening(nn.Module):
         return self.matrix.shape[1]
 
     def fit(self, moments: Moments) -> None:
-        values, directions = torch.linalg.eigh(moments.covariance)
-        floor = (values[-1] * SMALLEST_EIGENVALUE).clamp(min=1e-12)
+        covariance = moments.covariance
+        scale = torch.ones_like(moments.mean)
+        if self.standardise:
+            scale = covariance.diagonal().sqrt()
+            # What never varies among normals counts in the unit of a typical deviation.
+            scale = torch.where(scale > 1e-6 * scale.max(), scale, scale.median().clamp(min=1e-6))
+        values, directions = torch.linalg.eigh(covariance / scale / scale[:, None])
+        floor = (values[-1] * self.smallest).clamp(min=1e-12)
         self.mean = moments.mean.float()
         # eigh gives columns; the same bits after a checkpoint need the layout it restores.
-        self.matrix = (directions / values.clamp(min=floor).sqrt()).float().contiguous()
+        matrix = directions / values.clamp(min=floor).sqrt() / scale[:, None]
+        self.matrix = matrix.float().contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # One matrix product: the mean goes through the matrix as a bias.

@@ -13,10 +13,11 @@ class Score:
     """What a detector says of N images.
 
     score (N,) float64, higher is more anomalous; map (N,H,W) float32 at the detector's
-    image_size, or None when no maps were asked for; p_value (N,) float64, the share of normals
-    expected to score as high; label (N,) int64, 1 for an anomaly, or None when too few normals
-    were held out; paths: the files, or None for arrays; index (N,) int64: position in the source;
-    skipped: (file, reason) of files that could not be used.
+    image_size, or None when no maps were asked for; for audio (N,n_mels,steps), a column for every
+    ``window_step`` frames, NaN after the end of clips that are shorter than others; p_value (N,)
+    float64, the share of normals expected to score as high; label (N,) int64, 1 for an anomaly, or
+    None when too few normals were held out; paths: the files, or None for arrays; index (N,) int64:
+    position in the source; skipped: (file, reason) of files that could not be used.
     """
 
     score: np.ndarray
@@ -67,10 +68,20 @@ class Score:
             paths += part.paths or []
         return Score(
             score=np.array(columns["score"], dtype=np.float64),
-            map=None if "map" in missing else np.concatenate(maps),
+            map=None if "map" in missing else _concatenated(maps),
             p_value=np.array(columns["p_value"], dtype=np.float64),
             label=None if "label" in missing else np.array(columns["label"], dtype=np.int64),
             paths=None if "paths" in missing else paths,
             index=np.array(columns["index"], dtype=np.int64),
             skipped=skipped,
         )
+
+
+def _concatenated(maps: list[np.ndarray]) -> np.ndarray:
+    """Maps of one height, the narrower ones filled up with NaN."""
+    width = max(map_.shape[2] for map_ in maps)
+    if all(map_.shape[2] == width for map_ in maps):
+        return np.concatenate(maps)
+    return np.concatenate(
+        [np.pad(m, ((0, 0), (0, 0), (0, width - m.shape[2])), constant_values=np.nan) for m in maps]
+    )

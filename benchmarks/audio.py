@@ -1,0 +1,143 @@
+"""Accuracy and speed of the audio detector on UrbanSound8K, one class normal at a time.
+
+By default the detector is trained on one class's clips of fold 1 and tested on fold 2, where the
+other classes are anomalous. `--ten-fold` tests on every fold and trains on the others. Beside it,
+on the same clips: the mean distance to the 5 nearest training clips, by mean and deviation of every
+log-mel band (standardised).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+
+from diffad_fast import Detector, metrics
+from diffad_fast.data.audio import labelled_clips, training_clips
+from diffad_fast.representations import LogMel
+
+from .machine import describe
+from .results import write_quality
+
+CLASSES = ["air_conditioner", "drilling", "engine_idling", "jackhammer", "siren"]
+NEIGHBOURS = 5
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks audio", description=__doc__)
+    parser.add_argument("--data", required=True, help="the folder of UrbanSound8K")
+    parser.add_argument("--normal", nargs="+", default=CLASSES, metavar="CLASS")
+    parser.add_argument("--train-folds", nargs="+", type=int, default=[1])
+    parser.add_argument("--test-folds", nargs="+", type=int, default=[2])
+    parser.add_argument("--ten-fold", action="store_true", help="test each fold, train on the rest")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--name", default="audio", help="name of the result")
+    parser.add_argument("--note", default="", help="what a reader must know, for the table")
+    args = parser.parse_args(argv)
+
+    folds = [(args.train_folds, args.test_folds)]
+    if args.ten_fold:
+        known = range(1, 11)
+        folds = [([f for f in known if f != test], [test]) for test in known]
+    runs, baselines = [], []
+    detector = None
+    for train_folds, test_folds in folds:
+        for normal in args.normal:
+            train = training_clips(args.data, normal=normal, folds=train_folds)
+            test = labelled_clips(args.data, normal=normal, folds=test_folds)
+            where = {"normal": normal, "test_folds": test_folds}
+            for seed in args.seeds:
+                detector = Detector(kind="audio", preset=args.preset, seed=seed)
+                start = time.perf_counter()
+                detector.fit(train)
+                fit_seconds = time.perf_counter() - start
+                found = detector.evaluate(test)
+                runs.append({**where, "seed": seed, "fit_seconds": fit_seconds, **found})
+                print(f"{where} seed {seed}: {found['auroc']:.3f}", file=sys.stderr, flush=True)
+            baselines.append({**where, "auroc": nearest(detector, train, test)})
+    result = {
+        "machine": describe(),
+        "note": args.note,
+        "preset": args.preset,
+        "runs": runs,
+        "nearest": baselines,
+        "speed": speed(detector),
+    }
+    write_quality(args.name, result, table(result))
+    return 0
+
+
+def nearest(detector: Detector, train: list[str], test: list) -> float:
+    """AUROC of the distance to the nearest training clips."""
+    config = detector.config
+    logmel = LogMel(config.sample_rate, config.n_fft, config.hop, config.n_mels)
+
+    def features(paths: list[str]) -> np.ndarray:
+        rows = []
+        for batch in detector.open(paths).batches(32):
+            mel = logmel(batch.x)
+            rows.append(torch.cat([mel.mean(dim=2), mel.std(dim=2)], dim=1))
+        return torch.cat(rows).double().numpy()
+
+    known, new = features(train), features([clip.path for clip in test])
+    mean, deviation = known.mean(axis=0), known.std(axis=0)
+    known, new = (known - mean) / deviation, (new - mean) / deviation
+    distance = np.sort(np.linalg.norm(new[:, None] - known[None], axis=2), axis=1)
+    return metrics.auroc([clip.anomaly for clip in test], distance[:, :NEIGHBOURS].mean(axis=1))
+
+
+def speed(detector: Detector, batch: int = 64, seconds: float = 4.0) -> dict[str, float]:
+    """Seconds of sound scored a second, waves on the host to scores and maps on the host."""
+    generator = torch.Generator().manual_seed(0)
+    wave = torch.randn(batch, int(seconds * detector.config.sample_rate), generator=generator)
+    waves = next(detector.open(0.1 * wave).batches(batch)).x
+    result = {}
+    for count in (1, batch):
+        times = []
+        for _ in range(12):
+            start = time.perf_counter()
+            detector.score_batch(waves[:count])
+            times.append(time.perf_counter() - start)
+        result[f"batch_{count}"] = count * seconds / statistics.median(times[2:])
+    return result
+
+
+def table(result: dict) -> str:
+    """Markdown: mean and standard deviation over the seeds, in percent."""
+    machine, runs = result["machine"], result["runs"]
+    seeds = sorted({one["seed"] for one in runs})
+    speeds = ", ".join(f"{value:.0f} ({name})" for name, value in result["speed"].items())
+    lines = [
+        "# One class of UrbanSound8K against the others",
+        "",
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
+        f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}.",
+        f"Preset {result['preset']}, {len(seeds)} seeds: mean and standard deviation over them, in "
+        f"percent. Times real time: {speeds}.",
+        *([result["note"]] if result["note"] else []),
+        "",
+        "| normal class | AUROC | pAUC | nearest neighbours, AUROC | fit s | ms/clip |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    classes = list(dict.fromkeys(one["normal"] for one in runs))
+    for name in [*classes, "mean"]:
+        chosen = [one for one in runs if name in (one["normal"], "mean")]
+        row = [name, *(_spread(chosen, seeds, key) for key in ("auroc", "pauc"))]
+        peers = [b["auroc"] for b in result["nearest"] if name in (b["normal"], "mean")]
+        row.append(f"{100 * statistics.mean(peers):.1f}")
+        row.append(f"{statistics.median(one['fit_seconds'] for one in chosen):.0f}")
+        row.append(f"{statistics.median(one['latency_ms'] for one in chosen):.1f}")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _spread(runs: list[dict], seeds: list[int], key: str) -> str:
+    """Of each seed's mean over classes and folds."""
+    means = [100 * statistics.mean(one[key] for one in runs if one["seed"] == s) for s in seeds]
+    text = f"{statistics.mean(means):.1f}"
+    return text + (f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else "")

@@ -1,0 +1,489 @@
+"""Recordings from anywhere, as float32 mono waves of one sampling rate.
+
+`open_audio` takes a folder, files, arrays or (wave, rate) pairs and gives `Clips`, whose `batches`
+streams them. `read_audio` alone decides what a usable recording is. `labelled_clips` knows the
+layouts of data sets. Files are read by soundfile (WAV, FLAC, OGG, MP3) and resampled by soxr.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import BackendError, InputError
+from .images import Images
+
+__all__ = [
+    "LAYOUTS",
+    "Clips",
+    "LabelledClip",
+    "Resampler",
+    "labelled_clips",
+    "open_audio",
+    "read_audio",
+    "read_blocks",
+    "training_clips",
+]
+
+LAYOUTS = ("auto", "folder", "urbansound8k", "dcase")
+# Clips are held whole while they are scored; a longer recording goes through a stream.
+LONGEST_SECONDS = 600.0
+# Samples of all channels in one block of a file.
+_BLOCK = 1 << 20
+# Samples of one batch: 256 MiB.
+_LARGEST_BATCH = 1 << 26
+# Floats are in [-1, 1], a little more after resampling or mixing; far more is a forgotten scale.
+_LARGEST_VALUE = 16.0
+_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64")
+_NORMAL_FOLDERS = ("good", "normal")
+_DCASE_NAME = re.compile(r"section_(\d+)_(source|target)_(train|test)_(normal|anomaly)_")
+
+
+class LabelledClip(NamedTuple):
+    """One recording of a data set.
+
+    `kind` names what it is: its class, its folder, "normal" or "anomaly"; `anomaly`: False for a
+    normal one. `section`: the part of the test that is judged by itself, such as "00" of DCASE;
+    "" where there is one. `domain`: "source" or "target" in DCASE, else "".
+    """
+
+    path: str
+    kind: str
+    anomaly: bool
+    section: str = ""
+    domain: str = ""
+
+
+class Clips(Images):
+    """Recordings from one source, as `Images`; made by `open_audio`.
+
+    `batches` gives waves (n, samples); clips of different lengths stand in different batches.
+    """
+
+    unit = "clip"
+
+    @staticmethod
+    def _ahead(batch_size: int) -> int:
+        return 1
+
+    @staticmethod
+    def _together(found: list[tuple[int, np.ndarray]], item: np.ndarray) -> bool:
+        wave = found[0][1]
+        return wave.shape == item.shape and (len(found) + 1) * item.size <= _LARGEST_BATCH
+
+
+def open_audio(source, rate: int, window: int, step: int, *, strict: bool = False) -> Clips:
+    """Open a source of recordings.
+
+    Args:
+        source: a folder (searched recursively, in sorted order), one file, an array or tensor
+            (samples,) or (N, samples) at `rate`, a pair (wave, rate of the wave) whose wave may
+            have channels (the shorter axis), or a list of files, of waves or of such pairs. Waves
+            are floats in [-1, 1], int16 or int32.
+        rate: of the result, samples a second.
+        window, step: each clip is extended to window + k step samples, k >= 0: a shorter one than
+            a window is repeated, the end of a longer one is mirrored.
+        strict: raise `InputError` at the first unusable file instead of leaving it out with a
+            `SkippedInput` warning. A single file is always needed.
+
+    Raises:
+        InputError: nothing is there. Unusable waves raise while they are read.
+        BackendError: soundfile or soxr is not installed.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        paths = _audio_files(os.fspath(source))
+        strict = strict or os.path.isfile(source)
+        return Clips(_FileItems(paths, rate, window, step), None, strict)
+    if _is_pair(source):
+        source = [source]
+    elif isinstance(source, (np.ndarray, torch.Tensor)):
+        if source.ndim not in (1, 2):
+            raise InputError(
+                f"an array of clips has shape (samples,) or (N, samples), not "
+                f"{tuple(source.shape)}: reshape it, or give pairs (wave, rate)."
+            )
+        source = [source] if source.ndim == 1 else list(source)
+    if not isinstance(source, (list, tuple)):
+        raise InputError(
+            f"clips cannot be read from a {type(source).__name__}: give a folder, files, an array, "
+            "a pair (wave, rate), or a list of these."
+        )
+    if not source:
+        raise InputError("the list of clips is empty: give at least one.")
+    if all(isinstance(item, (str, os.PathLike)) for item in source):
+        items = _FileItems([os.fspath(path) for path in source], rate, window, step)
+    else:
+        items = _WaveItems(list(source), rate, window, step)
+    return Clips(items, None, strict)
+
+
+def read_audio(path: str, rate: int) -> np.ndarray:
+    """Read one recording of at most 10 minutes: (samples,) float32 mono at `rate`.
+
+    Channels are averaged.
+
+    Raises:
+        InputError: missing, no audio, damaged, cut off, empty, too long, NaN or far beyond [-1, 1];
+            the file is named.
+    """
+    wave = np.concatenate([np.empty(0, np.float32), *read_blocks(path, rate, LONGEST_SECONDS)])
+    return wave
+
+
+def read_blocks(path: str, rate: int, longest_seconds: float | None = None) -> Iterator[np.ndarray]:
+    """Blocks (samples,) float32 mono at `rate` of a recording of any length, in bounded memory.
+
+    Args:
+        path: the file.
+        rate: samples a second of the result.
+        longest_seconds: raise `InputError` for a longer recording.
+
+    Raises:
+        InputError: as `read_audio`.
+    """
+    soundfile = _package("soundfile")
+    try:
+        with open(path, "rb") as file:  # libsndfile's own message tells no reason
+            file.read(1)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): check the path and its permissions."
+        ) from error
+    try:
+        with soundfile.SoundFile(path) as file:
+            own, channels, frames = file.samplerate, file.channels, file.frames
+            if frames == 0:
+                raise InputError(f"{path} holds no samples: replace or remove it.")
+            if longest_seconds is not None and frames > longest_seconds * own:
+                raise InputError(
+                    f"{path} is {frames / own:.0f} s long and clips may have {longest_seconds:g} "
+                    "s: cut it, or pass its blocks (data.audio.read_blocks) to Detector.stream."
+                )
+            resampler, read = Resampler(own, rate), 0
+            while read < frames:
+                block = file.read(max(1, _BLOCK // channels), dtype="float32", always_2d=True)
+                if not len(block):
+                    raise InputError(
+                        f"{path} is cut off after {read / own:.3g} of {frames / own:.3g} s: "
+                        "replace or remove it."
+                    )
+                read += len(block)
+                yield resampler.push(_mono(block, path))
+            yield resampler.finish()
+    except soundfile.LibsndfileError as error:
+        raise InputError(
+            f"{path} is not a recording that libsndfile can read ({error.error_string}): convert, "
+            "replace or remove it."
+        ) from None
+
+
+class Resampler:
+    """Blocks of a wave at one rate to blocks at another, without seams.
+
+    Raises BackendError where the rates differ and soxr is not installed.
+    """
+
+    def __init__(self, source_rate: float, rate: int):
+        self._stream = None
+        if source_rate != rate:
+            soxr = _package("soxr")
+            self._stream = soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
+
+    def push(self, wave: np.ndarray) -> np.ndarray:
+        """What can be given after one more block (samples,) float32."""
+        return wave if self._stream is None else self._stream.resample_chunk(wave)
+
+    def finish(self) -> np.ndarray:
+        """The rest."""
+        none = np.empty(0, np.float32)
+        return none if self._stream is None else self._stream.resample_chunk(none, last=True)
+
+
+def extended(wave: np.ndarray, window: int, step: int) -> np.ndarray:
+    """The wave (samples,) at a length of window + k step: repeated up to a window, or its end
+    mirrored."""
+    short = len(wave)
+    target = window + max(0, -(-(short - window) // step)) * step
+    if short == target:
+        return wave
+    if short < window:
+        return np.resize(wave, window)
+    return np.pad(wave, (0, target - short), mode="reflect")
+
+
+class _FileItems:
+    def __init__(self, paths: list[str], rate: int, window: int, step: int):
+        _package("soundfile")
+        self.paths = paths
+        self._rate, self._shape = rate, (window, step)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> np.ndarray:
+        wave = read_audio(self.paths[index], self._rate)
+        if not len(wave):
+            raise InputError(f"{self.paths[index]} is shorter than one sample: remove it.")
+        return extended(wave, *self._shape)
+
+
+class _WaveItems:
+    """Waves, or pairs (wave, rate), each checked when it is read."""
+
+    def __init__(self, waves: list, rate: int, window: int, step: int):
+        self._waves, self._rate, self._shape = waves, rate, (window, step)
+
+    def __len__(self) -> int:
+        return len(self._waves)
+
+    def read(self, index: int) -> np.ndarray:
+        name, wave, own = f"clip {index}", self._waves[index], self._rate
+        if _is_pair(wave):
+            wave, own = wave
+        if not isinstance(own, (int, float, np.number)) or isinstance(own, bool) or not own >= 1:
+            raise InputError(f"{name} has the rate {own!r}: give samples a second.")
+        return extended(_resampled(as_mono(wave, name), own, self._rate, name), *self._shape)
+
+
+def _resampled(wave: np.ndarray, own: float, rate: int, name: str) -> np.ndarray:
+    if len(wave) > LONGEST_SECONDS * own:
+        raise InputError(
+            f"{name} is {len(wave) / own:.0f} s long and clips may have {LONGEST_SECONDS:g} s: cut "
+            "it, or pass it to Detector.stream in blocks."
+        )
+    resampler = Resampler(own, rate)
+    wave = np.concatenate([resampler.push(wave), resampler.finish()])
+    if not len(wave):
+        raise InputError(f"{name} is shorter than one sample at {rate} Hz: leave it out.")
+    return wave
+
+
+def as_mono(wave, name: str) -> np.ndarray:
+    """A wave as (samples,) float32; the shorter of two axes are channels, which are averaged.
+
+    Raises InputError for another shape or dtype, no samples, NaN, or values far beyond [-1, 1].
+    """
+    if isinstance(wave, torch.Tensor):
+        wave = wave.detach().cpu()
+        wave = (wave.float() if wave.dtype == torch.bfloat16 else wave).numpy()
+    if not isinstance(wave, np.ndarray):
+        raise InputError(
+            f"{name} is a {type(wave).__name__}: give an array, a tensor, or a pair (wave, rate)."
+        )
+    if wave.ndim not in (1, 2):
+        raise InputError(f"{name} has shape {wave.shape}: a wave has (samples,) or channels too.")
+    if 0 in wave.shape:
+        raise InputError(f"{name} of shape {wave.shape} holds no samples: leave it out.")
+    if wave.dtype in (np.int16, np.int32):
+        wave = wave / np.float32(-float(np.iinfo(wave.dtype).min))
+    elif wave.dtype.kind != "f":
+        raise InputError(
+            f"{name} has dtype {wave.dtype}: convert it to floats in [-1, 1], int16 or int32."
+        )
+    if wave.ndim == 2 and wave.shape[0] < wave.shape[1]:
+        wave = wave.T
+    return _mono(wave[:, None] if wave.ndim == 1 else wave, name)
+
+
+def _mono(wave: np.ndarray, name: str) -> np.ndarray:
+    """(samples, channels) of floats to (samples,) float32, unless they are of no use."""
+    wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
+    wave = np.ascontiguousarray(wave, dtype=np.float32)
+    peak = np.abs(wave).max(initial=0)
+    if not np.isfinite(peak):
+        raise InputError(f"{name} has NaN or infinite samples: replace them or leave it out.")
+    if peak > _LARGEST_VALUE:
+        raise InputError(
+            f"{name} has samples up to {peak:.6g}: floats must lie in [-1, 1], so rescale them."
+        )
+    return wave
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def training_clips(
+    root: str, layout: str = "auto", normal: str | None = None, folds: Sequence[int] | None = None
+) -> list[str]:
+    """The normal recordings to train on; arguments and errors as in `labelled_clips`.
+
+    A plain folder gives root/train/good or root/train/normal, or all that it holds.
+    """
+    root = os.fspath(root)
+    layout = _layout(root, layout)
+    if layout == "urbansound8k":
+        return [c.path for c in _urbansound8k(root, normal, folds) if not c.anomaly]
+    _check_plain(layout, normal, folds)
+    if layout == "dcase":
+        return [c.path for c in _dcase(root, "train") if not c.anomaly]
+    for name in _NORMAL_FOLDERS:
+        if os.path.isdir(os.path.join(root, "train", name)):
+            return _audio_files(os.path.join(root, "train", name))
+    return _audio_files(root)
+
+
+def labelled_clips(
+    root: str, layout: str = "auto", normal: str | None = None, folds: Sequence[int] | None = None
+) -> list[LabelledClip]:
+    """The labelled test recordings of a data set.
+
+    Args:
+        root: its folder.
+        layout: "urbansound8k": audio/foldN and metadata/*.csv. "dcase", of one machine type in Task
+            2: test/section_00_source_test_normal_*.wav and train/. "folder": test/good or
+            test/normal, and test/<kind> for each kind of anomaly. "auto": what is found.
+        normal: the class that is normal in UrbanSound8K, by name or number; all others are
+            anomalous. Only for that layout.
+        folds: its folds, by number; None: all. Only for that layout.
+
+    Raises:
+        InputError: the layout, the class or the folds are not there.
+    """
+    root = os.fspath(root)
+    layout = _layout(root, layout)
+    if layout == "urbansound8k":
+        return _urbansound8k(root, normal, folds)
+    _check_plain(layout, normal, folds)
+    return _dcase(root, "test") if layout == "dcase" else _folders(root)
+
+
+def _layout(root: str, layout: str) -> str:
+    if layout not in LAYOUTS:
+        raise InputError(f"unknown layout {layout!r}: choose {', '.join(LAYOUTS)}")
+    if not os.path.isdir(root):
+        raise InputError(f"{root} is not a folder: give the root of a data set.")
+    if layout != "auto":
+        return layout
+    if os.path.isdir(os.path.join(root, "metadata")) and os.path.isdir(os.path.join(root, "audio")):
+        return "urbansound8k"
+    for part in ("train", "test"):
+        folder = os.path.join(root, part)
+        if os.path.isdir(folder) and any(map(_DCASE_NAME.match, os.listdir(folder))):
+            return "dcase"
+    return "folder"
+
+
+def _check_plain(layout: str, normal: str | None, folds: Sequence[int] | None) -> None:
+    if normal is not None or folds is not None:
+        raise InputError(
+            f"a normal class and folds are for the layout urbansound8k, and this is {layout}: "
+            "leave them out."
+        )
+
+
+def _urbansound8k(root: str, normal: str | None, folds: Sequence[int] | None) -> list[LabelledClip]:
+    tables = sorted(Path(root, "metadata").glob("*.csv"))
+    if not tables:
+        raise InputError(f"{root} has no metadata/*.csv: it is not in the UrbanSound8K layout.")
+    with open(tables[0], newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    needed = {"slice_file_name", "fold", "classID", "class"}
+    if not rows or not needed <= set(rows[0]):
+        raise InputError(f"{tables[0]} lacks one of the columns {', '.join(sorted(needed))}.")
+    names = {row["classID"]: row["class"] for row in rows}
+    normal = names.get(str(normal), normal)
+    if normal not in names.values():
+        raise InputError(
+            f"the normal class is {normal!r}: choose one of {', '.join(sorted(names.values()))}."
+        )
+    known = {row["fold"] for row in rows}
+    wanted = known if folds is None else {str(fold) for fold in folds}
+    if not wanted <= known:
+        raise InputError(
+            f"there is no fold {', '.join(sorted(wanted - known))}: {root} has {len(known)} folds."
+        )
+    return [
+        LabelledClip(
+            os.path.join(root, "audio", f"fold{row['fold']}", row["slice_file_name"]),
+            row["class"],
+            row["class"] != normal,
+        )
+        for row in rows
+        if row["fold"] in wanted
+    ]
+
+
+def _dcase(root: str, part: str) -> list[LabelledClip]:
+    folder = os.path.join(root, part)
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = [(name, match) for name in names if (match := _DCASE_NAME.match(name))]
+    if not found:
+        raise InputError(
+            f"{folder} holds no section_NN_source_{part}_normal_*: it is not in the layout of "
+            "DCASE Task 2."
+        )
+    return [
+        LabelledClip(
+            os.path.join(folder, name), match[4], match[4] == "anomaly", *match.group(1, 2)
+        )
+        for name, match in found
+    ]
+
+
+def _folders(root: str) -> list[LabelledClip]:
+    test = os.path.join(root, "test")
+    if not os.path.isdir(test):
+        raise InputError(
+            f"{root} has no folder test: evaluation needs test/good or test/normal, and "
+            "test/<kind> for each kind of anomaly."
+        )
+    found = []
+    for kind in sorted(os.listdir(test)):
+        folder = os.path.join(test, kind)
+        if kind.startswith(".") or not os.path.isdir(folder):
+            continue
+        for path in sorted(os.path.join(folder, n) for n in os.listdir(folder) if _is_audio(n)):
+            found.append(LabelledClip(path, kind, kind not in _NORMAL_FOLDERS))
+    if not found:
+        raise InputError(
+            f"{test} holds no recordings: it needs folders of them, such as test/good."
+        )
+    return found
+
+
+def _audio_files(source: str) -> list[str]:
+    if os.path.isfile(source):
+        return [source]
+    if not os.path.isdir(source):
+        raise InputError(f"{source} is no file or folder: check the path.")
+    found = []
+    for folder, below, names in os.walk(source):
+        below[:] = [name for name in below if not name.startswith(".")]
+        found += [os.path.join(folder, name) for name in names if _is_audio(name)]
+    if not found:
+        raise InputError(
+            f"{source} holds no recordings: give a folder with files {', '.join(_SUFFIXES)} in it."
+        )
+    return sorted(found)
+
+
+def _is_audio(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(_SUFFIXES)
+
+
+def _is_pair(value) -> bool:
+    """(wave, rate)?"""
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and isinstance(value[0], (np.ndarray, torch.Tensor))
+        and isinstance(value[1], (int, float, np.number))
+    )
+
+
+@cache
+def _package(name: str):
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise BackendError(
+            f"audio needs the package {name} ({error}): pip install 'diffad_fast[audio]'"
+        ) from None

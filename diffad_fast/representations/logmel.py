@@ -1,0 +1,205 @@
+"""Audio: log-mel spectrograms, and tokens that say how a window of them looks and moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .whitening import Moments, Whitening
+
+# Power below which nothing is told apart (-100 dB), as in librosa.power_to_db.
+SMALLEST_POWER = 1e-10
+# Groups of neighbouring mel bands whose modulation spectra are taken.
+MODULATION_BANDS = 16
+# Wider groups of them, whose correlations over time are taken.
+CORRELATION_BANDS = 8
+# Added to the mean square of a modulation, in dB^2: a hundredth of what a shallow modulation of
+# 0.3 dB has, so that silence and steady tones have a finite logarithm.
+SMALLEST_MODULATION = 1e-3
+# Added to a deviation over time in dB, so that silence has no correlations instead of wild ones.
+SMALLEST_DEVIATION = 0.1
+# Share of the largest eigenvalue of the tokens' correlations below which none may count. Training
+# clips come from few recordings, so directions in which they hardly differ say little of others.
+SMALLEST_EIGENVALUE = 0.1
+# Samples whose spectrum is computed at once: the largest temporary tensors stay below 100 MiB.
+BLOCK_SAMPLES = 1 << 22
+
+
+def mel_filters(
+    rate: int, n_fft: int, n_mels: int, fmin: float = 0.0, fmax: float | None = None
+) -> np.ndarray:
+    """Triangles of equal area on Slaney's mel scale, (n_mels, n_fft/2+1) float64.
+
+    rate in samples a second, fmin and fmax (None: rate/2) in Hz. Equal to ``librosa.filters.mel``
+    with ``htk=False, norm="slaney"`` (M. Slaney, "Auditory Toolbox", 1998): linear below 1 kHz, 15
+    mels there, logarithmic above, 27 mels to a factor of 6.4.
+    """
+    linear, step = 200 / 3, math.log(6.4) / 27
+
+    def mel(hertz: float) -> float:
+        return hertz / linear if hertz < 1000 else 15 + math.log(hertz / 1000) / step
+
+    mels = np.linspace(mel(fmin), mel(rate / 2 if fmax is None else fmax), n_mels + 2)
+    corners = np.where(mels < 15, linear * mels, 1000 * np.exp(step * (mels - 15)))
+    lower, centre, upper = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    hertz = np.linspace(0, rate / 2, n_fft // 2 + 1)
+    rising, falling = (hertz - lower) / (centre - lower), (upper - hertz) / (upper - centre)
+    return np.maximum(0, np.minimum(rising, falling)) * 2 / (upper - lower)
+
+
+class LogMel(nn.Module):
+    """Waves (N,samples) to log-mel spectrograms (N,n_mels,frames) in dB.
+
+    Frame k is the Hann-windowed samples [k hop, k hop + n_fft); nothing is padded, so frames =
+    (samples - n_fft) // hop + 1. Equal to librosa's ``power_to_db(melspectrogram(center=False),
+    top_db=None)``. Parameters as in :func:`mel_filters`.
+    """
+
+    def __init__(
+        self,
+        rate: int,
+        n_fft: int,
+        hop: int,
+        n_mels: int,
+        fmin: float = 0.0,
+        fmax: float | None = None,
+    ):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        filters = torch.from_numpy(mel_filters(rate, n_fft, n_mels, fmin, fmax)).float()
+        # Follow from the parameters: not stored in checkpoints.
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def forward(self, waves: torch.Tensor) -> torch.Tensor:
+        n, samples = waves.shape
+        frames = (samples - self.n_fft) // self.hop + 1
+        clips = max(1, BLOCK_SAMPLES // samples)
+        block = max(1, (BLOCK_SAMPLES // clips - self.n_fft) // self.hop + 1)
+        rows = []
+        for part in waves.split(clips):
+            pieces = []
+            for first in range(0, frames, block):
+                last = min(first + block, frames) - 1
+                end = last * self.hop + self.n_fft
+                pieces.append(self._block(part[:, first * self.hop : end]))
+            rows.append(torch.cat(pieces, dim=2))
+        return torch.cat(rows)
+
+    def _block(self, waves: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.stft(
+            waves, self.n_fft, self.hop, window=self.window, center=False, return_complex=True
+        )
+        power = torch.view_as_real(spectrum).square().sum(dim=-1)
+        return 10 * (self.filters @ power).clamp(min=SMALLEST_POWER).log10()
+
+
+class AudioTokens(nn.Module):
+    """Waves (N,samples) to one grid of whitened tokens (N,1,windows,dim), one for each window.
+
+    A token says how the window sounds and how it moves: the mean of every mel band (n_mels numbers,
+    in dB); of each of 16 groups of bands the modulation spectrum, as the mean of the logarithms of
+    the mean squares in octaves of modulation frequency (its depth) and what each octave differs
+    from that (its shape, which unlike the depth hardly depends on a recording's noise floor); and
+    the correlations over time between 8 wider groups.
+
+    window, step: frames a window has (a power of two, at least 8) and frames from one to the next.
+    """
+
+    by_one_scale = False
+
+    def __init__(self, logmel: LogMel, window: int, step: int):
+        super().__init__()
+        self.logmel, self.window, self.step = logmel, window, step
+        self.whitening = Whitening(SMALLEST_EIGENVALUE, standardise=True)
+        self.register_buffer("inverse", torch.zeros(0, 0))
+        hann = torch.hann_window(window)
+        self.register_buffer("hann", hann / hann.square().sum().sqrt(), persistent=False)
+        pairs = torch.triu_indices(CORRELATION_BANDS, CORRELATION_BANDS, offset=1)
+        self.register_buffer("pairs", pairs, persistent=False)
+        self.register_buffer("bands", self._bands(), persistent=False)
+
+    @property
+    def dims(self) -> list[int]:
+        """The size of the tokens, after ``fit``."""
+        return [self.whitening.dim]
+
+    @property
+    def n_mels(self) -> int:
+        return len(self.logmel.filters)
+
+    @property
+    def octaves(self) -> int:
+        """Bins 1 to window/2 - 1 of the modulation spectrum: 2^j to 2^(j+1) - 1 are octave j."""
+        return int(math.log2(self.window)) - 1
+
+    def _bands(self) -> torch.Tensor:
+        """(numbers of a token, n_mels): which bands a number speaks of; rows add up to 1."""
+        bands = torch.eye(self.n_mels)
+        groups = bands.unflatten(0, (MODULATION_BANDS, -1)).mean(dim=1)
+        wide = bands.unflatten(0, (CORRELATION_BANDS, -1)).mean(dim=1)
+        pairs = (wide[self.pairs[0]] + wide[self.pairs[1]]) / 2
+        return torch.cat([bands, groups, groups.repeat_interleave(self.octaves, dim=0), pairs])
+
+    @torch.no_grad()
+    def fit(self, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
+        """Set the whitening from waves of normal clips; ``batches()`` iterates over them."""
+        moments = Moments()
+        for waves in batches():
+            moments.add(self._tokens(waves).flatten(0, 1))
+        self.whitening.fit(moments)
+        self.inverse = torch.linalg.inv(self.whitening.matrix.double()).float().contiguous()
+
+    def encode(self, waves: torch.Tensor) -> list[torch.Tensor]:
+        """The grid of waves."""
+        return [self.whitening(self._tokens(waves))[:, None]]
+
+    def _tokens(self, waves: torch.Tensor) -> torch.Tensor:
+        """(N,windows,numbers), not whitened."""
+        mel = self.logmel(waves)
+        mean = mel.unfold(2, self.window, self.step).mean(dim=3)
+        groups = mel.unflatten(1, (MODULATION_BANDS, -1)).mean(dim=2)
+        groups = groups.unfold(2, self.window, self.step)
+        groups = groups - groups.mean(dim=3, keepdim=True)
+        power = torch.view_as_real(torch.fft.rfft(groups * self.hann)).square().sum(dim=-1)
+        sizes = [1 << j for j in range(self.octaves)]
+        octaves = [p.mean(dim=3) for p in power[..., 1 : self.window // 2].split(sizes, dim=3)]
+        spectrum = (torch.stack(octaves, dim=3) + SMALLEST_MODULATION).log()
+        depth = spectrum.mean(dim=3)
+        shape = spectrum - depth[..., None]
+        wide = groups.unflatten(1, (CORRELATION_BANDS, -1)).mean(dim=2)
+        deviation = wide.square().mean(dim=3, keepdim=True).sqrt()
+        wide = (wide / (deviation + SMALLEST_DEVIATION)).transpose(1, 2)
+        correlation = (wide @ wide.transpose(2, 3) / self.window)[..., self.pairs[0], self.pairs[1]]
+        parts = [mean.transpose(1, 2), depth.transpose(1, 2), shape.transpose(1, 2).flatten(2)]
+        return torch.cat([*parts, correlation], dim=2)
+
+    def contributions(self, residual: torch.Tensor) -> torch.Tensor:
+        """What each mel band has in the length of residuals of tokens: (...,dim) to (...,n_mels).
+
+        With W the whitening's matrix, a residual r is u = r W^-1 in the token's own numbers, and
+        |r|^2 = sum_f u_f (W r)_f: term f is the share of number f (partial decomposition, Alcala &
+        Qin, J. Process Control 2009), spread evenly over the bands that it speaks of. The shares
+        add up to mean(r^2), and one may be negative where numbers are correlated.
+        """
+        terms = (residual @ self.inverse) * (residual @ self.whitening.matrix.T)
+        return terms @ self.bands / residual.shape[-1]
+
+
+def time_map(shares: torch.Tensor, window: int, step: int) -> torch.Tensor:
+    """Shares (N,windows,n_mels) as a map (N,n_mels,steps): the mean over windows at each time.
+
+    Column i stands for the frames [i step, (i+1) step); steps = windows - 1 + window / step.
+    """
+    n, windows, bands = shares.shape
+    width = window // step
+    kernel = shares.new_ones(1, 1, width)
+    rows = shares.transpose(1, 2).reshape(n * bands, 1, windows)
+    total = F.conv_transpose1d(rows, kernel)
+    count = F.conv_transpose1d(shares.new_ones(1, 1, windows), kernel)
+    return (total / count).view(n, bands, -1)

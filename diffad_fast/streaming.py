@@ -1,0 +1,101 @@
+"""Scores of a recording while it arrives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from .data.audio import Resampler, as_mono, extended
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .detector import Detector
+
+# Windows that are scored at once, however large a chunk is.
+_LARGEST_BATCH = 64
+
+
+class StreamScores(NamedTuple):
+    """What the windows that a chunk completed sound like.
+
+    time (k,) float64: the end of each window, in seconds from the start of the stream; score (k,)
+    float64, whose mean over a clip is the clip's score; map (k,n_mels) float32: what each band has
+    in it, adding up to the score.
+    """
+
+    time: np.ndarray
+    score: np.ndarray
+    map: np.ndarray
+
+
+class Stream:
+    """A detector on one endless recording; made by ``Detector.stream``.
+
+    Chunks of any size give the scores of the same windows as the whole recording would: what is
+    between the chunks is kept, less than one window of samples. ``latency`` in seconds: a sound is
+    part of a score at most so much later, the step from one window to the next (and a few
+    milliseconds in the resampler, where the rates differ).
+    """
+
+    def __init__(self, detector: Detector, rate: float):
+        config = detector.config
+        self._detector, self._rate = detector, config.sample_rate
+        self._window, self._step = config.window_samples, config.step_samples
+        self._resampler = Resampler(rate, config.sample_rate)
+        # From the start of the first window that has not been scored.
+        self._buffer = np.empty(0, np.float32)
+        self._scored = 0
+        self._finished = False
+        self.latency = config.step_samples / config.sample_rate
+
+    def push(self, wave) -> StreamScores:
+        """Take in a chunk (samples,), or with channels, of floats in [-1, 1], int16 or int32.
+
+        Raises InputError for NaN and for what is no wave; the stream goes on without that chunk.
+        """
+        self._require_open()
+        size = wave.shape if hasattr(wave, "shape") else ()
+        if 0 not in size:
+            wave = self._resampler.push(as_mono(wave, "the chunk"))
+            self._buffer = np.concatenate([self._buffer, wave])
+        return self._complete()
+
+    def finish(self) -> StreamScores:
+        """The end of the recording: the last windows, which its mirrored end completes."""
+        self._require_open()
+        self._finished = True
+        rest = self._resampler.finish()
+        self._buffer = np.concatenate([self._buffer, rest])
+        parts = [self._complete()]
+        size = len(self._buffer)
+        if self._scored == 0 and size:
+            self._buffer = extended(self._buffer, self._window, self._step)
+        elif size > self._window - self._step:
+            self._buffer = np.pad(self._buffer, (0, self._window - size), mode="reflect")
+        parts.append(self._complete())
+        return StreamScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def _complete(self) -> StreamScores:
+        """Score every window that the buffer holds whole, and drop what no later one needs."""
+        scores, maps, first = [], [], self._scored
+        while len(self._buffer) >= self._window:
+            count = min(_LARGEST_BATCH, (len(self._buffer) - self._window) // self._step + 1)
+            windows = torch.from_numpy(self._buffer).unfold(0, self._window, self._step)[:count]
+            map_, score = self._detector.score_batch(windows.contiguous())
+            scores.append(score)
+            maps.append(map_[:, :, 0])
+            self._buffer = self._buffer[count * self._step :].copy()
+            self._scored += count
+        number = np.arange(first, self._scored)
+        n_mels = self._detector.config.n_mels
+        return StreamScores(
+            (number * self._step + self._window) / self._rate,
+            np.concatenate([np.empty(0), *scores]),
+            np.concatenate([np.empty((0, n_mels), np.float32), *maps]),
+        )
+
+    def _require_open(self) -> None:
+        if self._finished:
+            raise InputError("the stream is finished: make another one for the next recording")

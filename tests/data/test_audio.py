@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+
+from diffad_fast.data import audio as module
+from diffad_fast.data.audio import (
+    labelled_clips,
+    open_audio,
+    read_audio,
+    read_blocks,
+    training_clips,
+)
+from diffad_fast.errors import InputError, SkippedInput
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("soxr")
+
+RATE, WINDOW, STEP = 16000, 4000, 1000
+
+
+def tone(seconds=1.0, rate=RATE, hertz=440.0, level=0.5) -> np.ndarray:
+    return (level * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype("f4")
+
+
+def save(path: Path, wave, rate=RATE, **options) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wave, rate, **options)
+    return str(path)
+
+
+def opened(source, **options):
+    return open_audio(source, RATE, WINDOW, STEP, **options)
+
+
+def waves(source, **options) -> list[np.ndarray]:
+    return [x.numpy() for batch in opened(source, **options).batches(4) for x in batch.x]
+
+
+# --- what becomes of a recording
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_lossless_files_keep_every_sample(tmp_path, suffix):
+    wave = np.round(tone() * 32767).astype(np.int16)
+    path = save(tmp_path / f"a{suffix}", wave, subtype="PCM_16")
+    assert np.array_equal(read_audio(path, RATE), wave / np.float32(32768))
+
+
+@pytest.mark.parametrize("suffix", [".ogg", ".mp3"])
+def test_lossy_files_sound_the_same(tmp_path, suffix):
+    if suffix[1:].upper() not in soundfile.available_formats():
+        pytest.skip(f"this libsndfile has no {suffix}")
+    found = read_audio(save(tmp_path / f"a{suffix}", tone()), RATE)
+    middle = found[4000:12000]
+    spectrum = np.abs(np.fft.rfft(middle * np.hanning(len(middle))))
+    assert spectrum.argmax() == 220  # 440 Hz in half a second
+    assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000, 192000])
+def test_resampling_gives_the_tone_of_the_new_rate(tmp_path, rate):
+    path = save(tmp_path / "a.wav", tone(2.0, rate), rate, subtype="FLOAT")
+    found, expected = read_audio(path, RATE), tone(2.0)
+    assert abs(len(found) - len(expected)) <= 1
+    inside = slice(2000, -2000)  # away from the edges, where a filter rings
+    assert np.abs(found[: len(expected)][inside] - expected[: len(found)][inside]).max() < 1e-4
+
+
+def test_resampling_takes_off_what_cannot_be_kept(tmp_path):
+    high = tone(2.0, 48000, hertz=12_000)  # would alias to 4 kHz
+    found = read_audio(save(tmp_path / "a.wav", high, 48000, subtype="FLOAT"), RATE)
+    assert np.abs(found[2000:-2000]).max() < 1e-4
+    naive = scipy.signal.decimate(high, 3, n=1, ftype="iir")
+    assert np.abs(naive[2000:-2000]).max() > 0.01
+
+
+def test_channels_are_averaged(tmp_path):
+    parts = np.stack([tone(hertz=100 * (c + 1)) for c in range(8)], axis=1)
+    found = read_audio(save(tmp_path / "a.wav", parts, subtype="FLOAT"), RATE)
+    assert np.allclose(found, parts.mean(axis=1), atol=1e-6)
+    for wave in (parts, parts.T):
+        (clip,) = waves((wave, RATE))
+        assert np.allclose(clip[: len(found)], found, atol=1e-6)
+
+
+def test_arrays_pairs_and_files_are_the_same(tmp_path):
+    wave = tone()
+    path = save(tmp_path / "a.wav", wave, subtype="FLOAT")
+    expected = waves(path)[0]
+    scaled = np.round(wave * 32767).astype(np.int16)
+    sources = [wave, wave[None], torch.from_numpy(wave), [wave], (wave, RATE), [(wave, RATE)]]
+    sources += [scaled, (scaled.astype(np.int32) * 65536, RATE), wave.astype(np.float64)]
+    for source in sources:
+        assert np.allclose(waves(source)[0], expected, atol=1e-4)
+    resampled = waves((tone(1.0, 48000), 48000))[0]
+    assert np.abs(resampled[2000:14000] - expected[2000:14000]).max() < 1e-4
+
+
+def test_lengths_are_whole_windows():
+    ramp = np.arange(10_000, dtype=np.float32) / 10_000
+    for length, expected in ((4000, 4000), (4001, 5000), (5000, 5000), (9999, 10_000)):
+        (clip,) = waves(ramp[:length])
+        assert len(clip) == expected
+        assert np.array_equal(clip[:length], ramp[:length])
+        added = expected - length
+        assert np.array_equal(clip[length:], ramp[:length][-2 : -2 - added : -1])
+    (clip,) = waves(ramp[:1500])
+    assert np.array_equal(clip, np.concatenate([ramp[:1500], ramp[:1500], ramp[:1000]]))
+
+
+def test_batches_keep_the_order_and_one_length():
+    clips = [tone(s) for s in (0.5, 0.5, 1.0, 0.5, 0.5, 0.5)]
+    batches = list(opened(clips).batches(2))
+    assert [b.index.tolist() for b in batches] == [[0, 1], [2], [3, 4], [5]]
+    assert [tuple(b.x.shape) for b in batches] == [(2, 8000), (1, 16000), (2, 8000), (1, 8000)]
+    chosen = [b.index.tolist() for b in opened(clips).batches(4, indices=[5, 2, 0])]
+    assert chosen == [[5], [2], [0]]
+
+
+def test_batches_are_bounded(monkeypatch):
+    monkeypatch.setattr(module, "_LARGEST_BATCH", 20_000)
+    sizes = [len(batch.x) for batch in opened([tone(0.5)] * 5).batches(32)]
+    assert sizes == [2, 2, 1]
+
+
+def test_blocks_of_a_long_file_take_bounded_memory(tmp_path):
+    path = str(tmp_path / "long.wav")
+    with soundfile.SoundFile(path, "w", 48000, 2, subtype="PCM_16") as file:
+        for _ in range(40):
+            file.write(np.zeros((480_000, 2), np.int16))  # 400 s, 150 MB as floats
+    tracemalloc.start()
+    samples = sum(len(block) for block in read_blocks(path, RATE))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert abs(samples - 400 * RATE) <= 1
+    assert peak < 40e6
+    with pytest.raises(InputError, match=r"long\.wav is 400 s long and clips may have 300 s"):
+        list(read_blocks(path, RATE, 300))
+
+
+# --- what is of no use
+
+
+def test_bad_files_are_named(tmp_path):
+    good = save(tmp_path / "good.flac", np.random.default_rng(0).uniform(-1, 1, 160_000))
+    content = Path(good).read_bytes()
+    cases = {
+        "cut.flac": (content[: len(content) // 2], "cut.flac"),
+        "picture.wav": (b"\xff\xd8\xff\xe0" + bytes(2000), "picture.wav is not a recording"),
+        "empty.wav": (b"", "empty.wav is not a recording"),
+        "head.flac": (content[:20], "head.flac"),
+    }
+    for name, (data, message) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=message):
+            read_audio(str(tmp_path / name), RATE)
+    save(tmp_path / "none.wav", np.empty(0, np.float32))
+    with pytest.raises(InputError, match=r"none\.wav holds no samples"):
+        read_audio(str(tmp_path / "none.wav"), RATE)
+    for value in (np.nan, np.inf):
+        wave = tone()
+        wave[100] = value
+        save(tmp_path / "nan.wav", wave, subtype="FLOAT")
+        with pytest.raises(InputError, match=r"nan\.wav has NaN or infinite"):
+            read_audio(str(tmp_path / "nan.wav"), RATE)
+    with pytest.raises(InputError, match=r"absent\.wav cannot be read \(No such file"):
+        read_audio(str(tmp_path / "absent.wav"), RATE)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_audio(str(tmp_path), RATE)
+
+
+def test_a_bad_file_among_good_ones_is_left_out(tmp_path):
+    for i in range(3):
+        save(tmp_path / "clips" / f"{i}.wav", tone(hertz=100 * (i + 1)))
+    (tmp_path / "clips" / "1.wav").write_bytes(b"nothing")
+    (tmp_path / "clips" / "notes.txt").write_text("no audio")
+    (tmp_path / "clips" / ".hidden.wav").write_bytes(b"nothing")
+    clips = opened(tmp_path / "clips")
+    with pytest.warns(SkippedInput, match=r"1\.wav"):
+        assert clips.load() == [0, 2]
+    assert [os.path.basename(path) for path, _ in clips.skipped] == ["1.wav"]
+    with pytest.raises(InputError, match=r"1\.wav"):
+        opened(tmp_path / "clips", strict=True).load()
+
+
+def test_silence_and_clipping_are_recordings():
+    silent, clipped = np.zeros(8000, np.float32), np.clip(tone(level=4.0), -1, 1)
+    found = waves([silent, clipped])
+    assert np.array_equal(found[0], silent) and np.array_equal(found[1], clipped)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (np.zeros((2, 3, 100), np.float32), r"shape \(samples,\) or \(N, samples\), not"),
+        (np.zeros(100, np.uint8), "dtype uint8"),
+        (np.full(100, 3000.0), "up to 3000"),
+        (np.array([0.0, np.nan]), "NaN"),
+        (np.zeros(0, np.float32), "holds no samples"),
+        ((tone(), 0), "rate 0"),
+        ((tone(), float("nan")), "rate nan"),
+        ([], "list of clips is empty"),
+        (["a.wav", tone()], "clip 0 is a str"),
+        (7, "cannot be read from a int"),
+        ("/no/such/folder", "no file or folder"),
+        ((np.zeros(601 * 100, np.float32), 100), "601 s long and clips may have 600 s"),
+    ],
+)
+def test_bad_sources(source, message):
+    with pytest.raises(InputError, match=message):
+        waves(source)
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(InputError, match="holds no recordings"):
+        opened(tmp_path)
+
+
+# --- layouts
+
+
+@pytest.fixture
+def urban(tmp_path) -> str:
+    lines = ["slice_file_name,fsID,fold,classID,class"]
+    for fold, name, number in ((1, "siren", 8), (1, "drilling", 4), (2, "siren", 8), (2, "dog", 3)):
+        path = save(tmp_path / "audio" / f"fold{fold}" / f"{fold}-{number}-0-0.wav", tone(0.1))
+        lines.append(f"{os.path.basename(path)},{fold},{fold},{number},{name}")
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "UrbanSound8K.csv").write_text("\n".join(lines) + "\n")
+    return str(tmp_path)
+
+
+def test_urbansound8k(urban):
+    for normal in ("siren", "8", 8):
+        clips = labelled_clips(urban, normal=normal, folds=[2])
+        assert [(c.kind, c.anomaly) for c in clips] == [("siren", False), ("dog", True)]
+        assert all(os.path.isfile(clip.path) for clip in clips)
+    assert len(labelled_clips(urban, "urbansound8k", "siren")) == 4
+    (path,) = training_clips(urban, normal="siren", folds=[1])
+    assert path.endswith(os.path.join("fold1", "1-8-0-0.wav"))
+    for options, message in (
+        ({}, "the normal class is None: choose one of dog, drilling, siren"),
+        ({"normal": "cat"}, "the normal class is 'cat'"),
+        ({"normal": "siren", "folds": [3]}, "no fold 3"),
+        ({"normal": "siren", "layout": "mp3"}, "unknown layout 'mp3'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            labelled_clips(urban, **options)
+    Path(urban, "metadata", "UrbanSound8K.csv").write_text("name\nx\n")
+    with pytest.raises(InputError, match="lacks one of the columns"):
+        labelled_clips(urban, normal="siren")
+
+
+def test_dcase(tmp_path):
+    for part, name in (
+        ("train", "section_00_source_train_normal_0000_x.wav"),
+        ("test", "section_00_source_test_normal_0000.wav"),
+        ("test", "section_00_target_test_anomaly_0001.wav"),
+        ("test", "section_01_target_test_normal_0002.wav"),
+    ):
+        save(tmp_path / part / name, tone(0.1))
+    (tmp_path / "test" / "readme.wav").write_bytes(b"")
+    found = [clip[1:] for clip in labelled_clips(tmp_path)]
+    assert found == [
+        ("normal", False, "00", "source"),
+        ("anomaly", True, "00", "target"),
+        ("normal", False, "01", "target"),
+    ]
+    assert [os.path.basename(p) for p in training_clips(tmp_path)] == [
+        "section_00_source_train_normal_0000_x.wav"
+    ]
+    with pytest.raises(InputError, match="this is dcase"):
+        training_clips(tmp_path, normal="fan")
+
+
+def test_plain_folders(tmp_path):
+    for name in ("train/normal/0", "test/normal/1", "test/knock/2", "test/hiss/3"):
+        save(tmp_path / f"{name}.wav", tone(0.1))
+    found = [(clip.kind, clip.anomaly) for clip in labelled_clips(tmp_path)]
+    assert found == [("hiss", True), ("knock", True), ("normal", False)]
+    assert training_clips(tmp_path) == [str(tmp_path / "train" / "normal" / "0.wav")]
+    assert training_clips(tmp_path / "test" / "hiss") == [str(tmp_path / "test" / "hiss" / "3.wav")]
+    with pytest.raises(InputError, match="has no folder test"):
+        labelled_clips(tmp_path / "train")
+    with pytest.raises(InputError, match="is not a folder"):
+        labelled_clips(tmp_path / "absent")
