@@ -12,7 +12,8 @@ class DiffusersUNet(nn.Module):
     unet: a ``UNet2DModel`` or a module with the same call, whose result has ``.sample``.
     alphas_cumprod: (T,) its scheduler's table. ``forward(x (N,C,h,w), log_sigma (N,))`` gives the
     prediction, of the shape of x. The search runs on the device, without waiting for it, and in a
-    ``ReverseLoop`` once for all levels.
+    ``ReverseLoop`` once for all levels. ``features`` are what the U-Net's down blocks and its
+    middle give, fine to coarse.
     """
 
     def __init__(self, unet: nn.Module, alphas_cumprod: torch.Tensor):
@@ -34,3 +35,19 @@ class DiffusersUNet(nn.Module):
     def denoise(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """:meth:`forward` from timesteps (N,)."""
         return self.unet(x, timestep).sample
+
+    def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of the encoder, for a detector. The decoder runs too."""
+        found = []
+
+        def keep(module, args, output):
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        blocks = [*self.unet.down_blocks, *filter(None, [self.unet.mid_block])]
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            self(x, log_sigma)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found

@@ -7,18 +7,21 @@ A pipeline that was saved with :class:`FusedDDIMScheduler` names this module in 
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import nn
 
 from .. import ops
 from ..denoisers.diffusers_unet import DiffusersUNet
+from ..detector import Detector
 from ..diffusion import ReverseLoop, ReverseStep
 from ..errors import InputError
 from ._host import require
 
 require("diffusers")
 
+from diffusers import DiffusionPipeline  # noqa: E402
 from diffusers.schedulers.scheduling_ddim import (  # noqa: E402
     DDIMScheduler,
     DDIMSchedulerOutput,
@@ -27,7 +30,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: E402
 from diffusers.utils.torch_utils import randn_tensor  # noqa: E402
 
 # diffusers loads a component only if its base class stands in the module of the component.
-__all__ = ["FusedDDIMScheduler", "SchedulerMixin", "fast_sampler"]
+__all__ = ["FusedDDIMScheduler", "SchedulerMixin", "detector_from_diffusers", "fast_sampler"]
 
 
 class FusedDDIMScheduler(DDIMScheduler):
@@ -181,6 +184,43 @@ def fast_sampler(
         eta=eta,
         clip=config.clip_sample_range if config.clip_sample else None,
     )
+
+
+def detector_from_diffusers(pipeline, **options) -> Detector:
+    """See :meth:`diffad_fast.Detector.from_diffusers`."""
+    if isinstance(pipeline, (str, os.PathLike)):
+        path = os.fspath(pipeline)
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"diffusers cannot load a pipeline from {path}: {error}") from None
+    unet, scheduler = (getattr(pipeline, name, None) for name in ("unet", "scheduler"))
+    if unet is None or scheduler is None or hasattr(pipeline, "vae"):
+        raise InputError(
+            f"{type(pipeline).__name__} is not an unconditional pipeline on pixels, of unet and "
+            "scheduler: DDPMPipeline and DDIMPipeline are"
+        )
+    check_unet(unet)
+    scheduler = FusedDDIMScheduler.from_config(scheduler.config)
+    config, size = scheduler.config, unet.config.sample_size
+    if size is None and "image_size" not in options:
+        raise InputError("the U-Net's configuration has no sample_size: give image_size")
+    found = {
+        "image_size": size if isinstance(size, int) else tuple(size or ()),
+        "channels": unet.config.in_channels,
+        "haar_level": 0,
+        "schedule": {"squaredcos_cap_v2": "cosine"}.get(config.beta_schedule, config.beta_schedule),
+        "diffusion_steps": config.num_train_timesteps,
+        "prediction_type": config.prediction_type,
+        "clip": config.clip_sample_range if config.clip_sample else None,
+        # No sub-bands at level 0; and nothing is trained: the normals are there to calibrate.
+        "map_weights": (1.0, 1.0, 0.0),
+        "train_steps": 0,
+        "validation_share": 0.01,
+        "statistics_share": 0.35,
+        "conformal_share": 0.5,
+    }
+    return Detector(denoiser=DiffusersUNet(unet, scheduler.alphas_cumprod), **{**found, **options})
 
 
 def check_unet(unet: nn.Module) -> None:

@@ -88,7 +88,7 @@ def check_forward(x0, t, noise, alphas_cumprod):
         raise ValueError("x0 must have a leading batch dimension, got a scalar")
     if not isinstance(t, torch.Tensor) or t.dtype != torch.int64:
         raise TypeError(f"t must be an int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if tuple(t.shape) != (len(x0),):
+    if tuple(t.shape) != (x0.shape[0],):
         raise ValueError(f"t must have shape ({len(x0)},), one a sample, got {tuple(t.shape)}")
     checks.on_device("t", t, x0.device)
     _check_noise(noise, x0, "x0")
@@ -142,7 +142,7 @@ def ddim_step(
     for name, alpha in (("alpha_t", alpha_t), ("alpha_s", alpha_s)):
         if isinstance(alpha, torch.Tensor):
             if alpha.ndim:
-                checks.shaped(name, alpha, (len(x_t),), x_t.device)
+                checks.shaped(name, alpha, (x_t.shape[0],), x_t.device)
             else:
                 checks.tensor(name, alpha)
         else:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import diffad_fast as daf
 from diffad_fast import native, ops
 from diffad_fast.errors import InputError
 
@@ -330,3 +331,75 @@ def test_steps_are_those_of_the_fused_operator(monkeypatch):
     scheduler.set_timesteps(5)
     scheduler.step(random((1, 3, 4, 4), 0), 600, random((1, 3, 4, 4), 1))
     assert len(calls) == 2
+
+
+# ----------------------------------------------------------- from_diffusers
+
+
+class ExactUNet(diffusers.UNet2DModel):
+    """Of data that are one constant image: the noise that leads there, as the best one says."""
+
+    CONSTANT = 0.2
+
+    def forward(self, sample, timestep):
+        table = diffusers.DDPMScheduler().alphas_cumprod.to(sample)
+        alpha = table[torch.as_tensor(timestep)].reshape(-1, 1, 1, 1)
+        out = (sample - alpha.sqrt() * self.CONSTANT) / (1 - alpha).sqrt()
+        return type("Output", (), {"sample": out + 0 * super().forward(sample, timestep).sample})()
+
+
+def grey(n, seed):
+    """Images around the pixel value of ExactUNet.CONSTANT in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    return (0.6 + 0.02 * rng.normal(size=(n, 3, 16, 16))).astype(np.float32)
+
+
+def exact_pipeline():
+    options = {name: value for name, value in small_unet(sample_size=16).config.items()
+               if not name.startswith("_")}  # fmt: skip
+    torch.manual_seed(0)
+    return diffusers.DDPMPipeline(ExactUNet(**options).eval(), diffusers.DDPMScheduler())
+
+
+def test_a_pipeline_as_a_detector(tmp_path):
+    pipeline = exact_pipeline()
+    before = {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    detector = daf.Detector.from_diffusers(pipeline, device="cpu", preset="fast")
+    config = detector.config
+    assert config.image_size == (16, 16) and config.channels == 3 and config.schedule == "linear"
+    assert config.prediction_type == "epsilon" and config.clip == 1.0
+    detector.fit(grey(80, 0))
+    for name, value in pipeline.unet.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    # What the model knows comes back; the difference to it is the map.
+    x = torch.from_numpy(grey(2, 1))
+    torch.testing.assert_close(detector.reconstruct(x), torch.full_like(x, 0.6), rtol=0, atol=2e-3)
+    clean, broken = grey(20, 2), grey(20, 3)
+    broken[:, :, 4:8, 6:10] += 0.3
+    for mode in ("reconstruct", "invert", "one_step"):
+        detector.mode = mode
+        assert detector.score(clean).score.max() < detector.score(broken).score.min(), mode
+    detector.save(tmp_path / "model.diffad")
+    again = daf.load(
+        tmp_path / "model.diffad", device="cpu",
+        denoiser=daf.Detector.from_diffusers(exact_pipeline(), device="cpu").model.denoiser,
+    )  # fmt: skip
+    again.mode = detector.mode
+    np.testing.assert_allclose(again.score(clean).score, detector.score(clean).score, rtol=1e-5)
+
+
+def test_a_saved_pipeline_as_a_detector(tmp_path):
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
+    )
+    diffusers.DDIMPipeline(small_unet(), scheduler).save_pretrained(tmp_path)
+    detector = daf.Detector.from_diffusers(tmp_path, device="cpu")
+    assert detector.config.schedule == "cosine" and detector.config.clip is None
+    x = random((2, 3, 8, 8), 0)
+    level = torch.tensor([0.0, 1.0])
+    maps = detector.model.denoiser.features(x, level)
+    assert [tuple(m.shape) for m in maps] == [(2, 8, 4, 4), (2, 8, 4, 4), (2, 8, 4, 4)]
+    with pytest.raises(InputError, match="diffusers cannot load a pipeline from .*nowhere"):
+        daf.Detector.from_diffusers(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="object is not an unconditional pipeline"):
+        daf.Detector.from_diffusers(object())
