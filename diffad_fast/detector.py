@@ -86,6 +86,7 @@ class Detector:
         features: nn.Module | None,
     ) -> None:
         self.device = device
+        self._given = denoiser, features
         if features is None and config.features is not None:
             features = timm_features(config.features, config.channels)
         self.model = models.create(config, device, denoiser, features)
@@ -311,6 +312,10 @@ class Detector:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the fitted detector as one safetensors file, atomically. Raises InputError."""
+        checkpoint.save(path, KIND, *self.state())
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What a checkpoint holds, tensors and texts; :func:`from_state` reads it."""
         self._require_fitted()
         tensors = {f"model.{k}": v for k, v in self.model.state().items()}
         groups = 0
@@ -327,7 +332,15 @@ class Detector:
             "conformal_groups": str(groups),
             "history": json.dumps(dataclasses.asdict(self.history)),
         }
-        checkpoint.save(path, KIND, tensors, texts)
+        return tensors, texts
+
+    def __reduce__(self):
+        """Pickled and copied as its checkpoint, and as the modules that were handed over."""
+        options = dict(zip(("denoiser", "features"), self._given, strict=True))
+        options["device"] = str(self.device)
+        if not self.calibrations:
+            return _unpickled, (None, {"config": self.config.to_json()}, options)
+        return _unpickled, (*self.state(), options)
 
     # ------------------------------------------------------ other programs
 
@@ -411,6 +424,19 @@ def load(
     kind.
     """
     tensors, texts = checkpoint.load(path, KIND)
+    return from_state(tensors, texts, path, device=device, denoiser=denoiser, features=features)
+
+
+def from_state(
+    tensors: dict[str, torch.Tensor],
+    texts: dict[str, str],
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device | None = None,
+    denoiser: nn.Module | None = None,
+    features: nn.Module | None = None,
+) -> Detector:
+    """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
     config = DetectorConfig.from_json(texts["config"])
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
@@ -442,6 +468,16 @@ def load(
         )
     detector.mode = config.mode
     detector.history = History(**json.loads(texts["history"]))
+    return detector
+
+
+def _unpickled(tensors: dict | None, texts: dict, options: dict) -> Detector:
+    """What :meth:`Detector.__reduce__` names; without tensors it was not fitted."""
+    if tensors is not None:
+        return from_state(tensors, texts, "the pickle", **options)
+    detector = Detector.__new__(Detector)
+    config, device = DetectorConfig.from_json(texts["config"]), resolve_device(options["device"])
+    detector._set_up(config, device, options["denoiser"], options["features"])
     return detector
 
 

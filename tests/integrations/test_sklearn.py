@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -82,10 +82,11 @@ def test_pipeline_grid_search_and_cross_validation():
     pipeline = make_pipeline(StandardScaler(), DiffusionOutlierDetector(**QUICK, random_state=0))
     pipeline.fit(X)
     assert pipeline.score_samples(X).shape == pipeline.predict(X).shape == (88,)
-    scores = cross_val_score(pipeline, X, y, scoring="roc_auc", cv=2)
+    folds = StratifiedKFold(2)
+    scores = cross_val_score(pipeline, X, y, scoring="roc_auc", cv=folds)
     assert scores.shape == (2,) and ((scores >= 0) & (scores <= 1)).all()
     grid = {"diffusionoutlierdetector__train_steps": [2, 4]}
-    search = GridSearchCV(pipeline, grid, scoring="roc_auc", cv=2).fit(X, y)
+    search = GridSearchCV(pipeline, grid, scoring="roc_auc", cv=folds).fit(X, y)
     assert search.best_params_.keys() == grid.keys()
 
 
