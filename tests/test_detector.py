@@ -322,7 +322,7 @@ def test_own_denoisers_choose_their_dtype_themselves():
 
 
 @pytest.mark.parametrize("options", [
-    {"denoiser": "token-mlp", "tokens": ("energy-16", "patch-4"), "token_width": 32},
+    {"denoiser": "token-mlp", "tokens": ("cell-8", "patch-16"), "token_width": 32},
     {"map_weights": (1.0, 0.0, 0.0)},
 ])  # fmt: skip
 def test_pickles_and_copies(options):

@@ -91,8 +91,8 @@ def _example(detector, uint8: bool) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     config = detector.config
     if config.kind == "vector":
-        tokens = detector.model.representations[0]
-        noise = torch.randn(3, tokens.dim, generator=generator)
+        tokens = detector.model.representation
+        noise = torch.randn(3, *tokens.mean.shape, generator=generator)
         return tokens.mean.cpu() + tokens.deviation.cpu() * noise
     x = torch.randint(256, (3, config.channels, *config.image_size), generator=generator)
     return x.to(torch.uint8) if uint8 else x.float() / 255

@@ -30,7 +30,7 @@ from diffad_fast.integrations.anomalib import DiffADFast  # noqa: E402
 SIDE = 32
 QUICK = {
     "preset": "fast", "image_size": SIDE, "channels": 1, "denoiser": "token-mlp", "train_steps": 30,
-    "options": {"tokens": ("energy-8",), "token_width": 32},
+    "options": {"tokens": ("cell-8", "patch-16"), "token_width": 32},
 }  # fmt: skip
 
 

@@ -18,7 +18,11 @@ from diffad_fast.integrations import export as exporting
 MODES = ["one_step", "invert", "reconstruct"]
 VECTORS = {"kind": "vector", "train_steps": 20, "token_width": 32, "token_blocks": 2}
 IMAGES = {
-    "tokens": {"denoiser": "token-mlp", "token_width": 32, "tokens": ("energy-16", "patch-4")},
+    "tokens": {
+        "denoiser": "token-mlp",
+        "token_width": 32,
+        "tokens": ("energy-8", "spread-2", "patch-16"),
+    },
     "unet": {"denoiser": "unet-tiny", "channels": 3, "reverse_steps": 2, "semantic_weight": 0.5},
 }
 

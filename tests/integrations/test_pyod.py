@@ -100,7 +100,7 @@ def test_images():
     X = rng.uniform(0.4, 0.6, size=(24, 1, 32, 32)).astype(np.float32)
     detector = DiffAD(
         preset="fast", train_steps=2, device="cpu", random_state=0,
-        options={"denoiser": "token-mlp", "token_width": 32, "tokens": ("energy-16",)},
+        options={"denoiser": "token-mlp", "token_width": 32, "tokens": ("cell-8",)},
     ).fit(X)  # fmt: skip
     broken = X[:4].copy()
     broken[:, :, 8:20, 8:20] = rng.choice([0.0, 1.0], size=(4, 1, 12, 12))

@@ -108,7 +108,7 @@ def test_flattened_images():
     X = rng.uniform(0.4, 0.6, size=(24, 3 * 32 * 32))
     detector = DiffusionOutlierDetector(
         "fast", image_shape=(3, 32, 32), train_steps=2, device="cpu", random_state=0,
-        options={"denoiser": "token-mlp", "token_width": 32, "tokens": ("energy-16",)},
+        options={"denoiser": "token-mlp", "token_width": 32, "tokens": ("cell-8",)},
     ).fit(X)  # fmt: skip
     broken = X[:5].copy().reshape(5, 3, 32, 32)
     broken[:, :, 8:20, 8:20] = rng.choice([0.0, 1.0], size=(5, 1, 12, 12))
