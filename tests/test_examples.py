@@ -24,7 +24,7 @@ EXAMPLES = {
     "diffusers_pipeline": ("diffusers", r"sampler's: \(2, 3, 32, 32\)\nscores: \["),
     "take_away": (None, r"torch.export  \[.*\]\n"),
 }
-# PyPI's torchvision beside a CPU build of torch; see tests/integrations/test_anomalib.py.
+# PyPI's torchvision beside a CPU build of torch; see tests/integrations/conftest.py.
 SCHEMAS = """
 library = torch.library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
@@ -37,7 +37,7 @@ def test_example(name, tmp_path):
     host, pattern = EXAMPLES[name]
     if host is not None and importlib.util.find_spec(host) is None:
         pytest.skip(f"{host} is not installed")
-    schemas = SCHEMAS if host == "anomalib" and torch.version.cuda is None else ""
+    schemas = SCHEMAS if host is not None and torch.version.cuda is None else ""
     code = f"import runpy, torch\n{schemas}\nrunpy.run_path({str(FOLDER / name)!r} + '.py', "
     code += "run_name='__main__')"
     path = os.pathsep.join([str(FOLDER), str(FOLDER.parent)])

@@ -12,13 +12,6 @@ from PIL import Image
 
 pytest.importorskip("anomalib")
 
-if torch.version.cuda is None:
-    # PyPI's torchvision is linked to CUDA and does not register these beside a CPU build of torch
-    # (pytorch/vision#9085).
-    _SCHEMAS = torch.library.Library("torchvision", "DEF")
-    _SCHEMAS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _SCHEMAS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 from anomalib.data import Folder  # noqa: E402
 from anomalib.deploy import ExportType  # noqa: E402
 from anomalib.engine import Engine  # noqa: E402
