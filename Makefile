@@ -11,9 +11,9 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 # OpenMP threads that wait shall sleep: where other work shares the cores, spinning ones made these
 # small operators 25 times slower.
-test test-all test-asan demo: export OMP_WAIT_POLICY ?= PASSIVE
+test test-all test-plugins test-asan demo: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-asan bench gpu-check lint clean
+.PHONY: demo test test-all test-plugins test-asan bench docs wheel gpu-check lint clean
 
 demo: .venv/.built
 	$(BIN)/python -m diffad_fast.data.demo --out out/demo
@@ -24,11 +24,23 @@ test: .venv/.built
 test-all: .venv/.built
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "slow or not slow"
 
+# The integrations beside the hosts that they are made for, in an environment of their own.
+test-plugins: .venv-plugins/.built
+	.venv-plugins/bin/python -m pytest $(PYTEST_JOBS) tests/integrations tests/test_examples.py
+
 test-asan: .venv/.installed
 	tests/asan.sh $(abspath $(BIN)/python) out/asan
 
 bench: .venv/.built .venv/.bench
 	$(BIN)/python -m benchmarks cpu
+
+# Into out/docs. The pages are read from the sources: nothing of the library is imported.
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict --site-dir out/docs
+
+# One wheel for the Python that builds it, with CUDA inside where nvcc is found (DIFFAD_FAST_CUDA).
+wheel: .venv/.installed
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 # On a machine with a GPU, with its own Python and torch: no .venv, no network.
 gpu-check:
@@ -38,21 +50,36 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv build dist out diffad_fast.egg-info diffad_fast/*.so
+	rm -rf .venv .venv-plugins .venv-docs build dist out diffad_fast.egg-info diffad_fast/*.so
 	find diffad_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -r {} +
 
 # torch comes first and alone: the other packages are to take the one that is there.
-.venv/.installed: requirements-cpu.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --no-deps --extra-index-url $(TORCH_INDEX) \
+%/.torch: requirements-cpu.txt
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install --no-deps --extra-index-url $(TORCH_INDEX) \
 		$$(grep '^torch==' requirements-cpu.txt)
-	$(BIN)/python -m pip install -r requirements-cpu.txt
+	$*/bin/python -m pip install -r requirements-cpu.txt
+	touch $@
+
+.venv/.installed: .venv/.torch
+	touch $@
+
+.venv-plugins/.installed: .venv-plugins/.torch requirements-plugins.txt
+	.venv-plugins/bin/python -m pip install --no-deps -r requirements-plugins.txt
+	touch $@
+
+.venv-docs/.installed: requirements-docs.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install -r requirements-docs.txt
 	touch $@
 
 .venv/.bench: requirements-bench.txt .venv/.installed
 	$(BIN)/python -m pip install --no-deps -r requirements-bench.txt
 	touch $@
 
-.venv/.built: .venv/.installed pyproject.toml setup.py $(NATIVE)
-	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+%/.built: %/.installed pyproject.toml setup.py $(NATIVE)
+	$*/bin/python -m pip install --no-build-isolation --no-deps -e .
 	touch $@
+
+# Kept once made: to make they are steps on the way to another file.
+.PRECIOUS: %/.torch %/.built

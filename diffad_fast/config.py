@@ -88,7 +88,8 @@ class DetectorConfig:
 
     # Representation
     haar_level: int | None = None
-    """Levels of the Haar packet in front of the denoiser; None: the short side becomes about 32."""
+    """Levels of the Haar packet in front of the denoiser; None: the short side becomes about 32;
+    0: pixels in [-1, 1], as pixel-space diffusion models see them."""
     tokens: tuple[str, ...] = (
         "energy-16", "cell-8", "gradient-32", "spread-2", "spread-1", "mean-2",
     )  # fmt: skip
@@ -195,7 +196,8 @@ class DetectorConfig:
 
     # Training
     train_steps: int | None = None
-    """None: 1500 for unet-tiny, 10000 for unet-base, 300 for the token MLP, 2000 for others."""
+    """None: 1500 for unet-tiny, 10000 for unet-base, 300 for the token MLP, 2000 for others.
+    0: a U-Net is taken as it is."""
     batch_size: int | None = None
     """Samples that are read, trained on and scored together; None: 16 images, 32 clips, 4096
     vectors."""
@@ -276,8 +278,9 @@ class DetectorConfig:
             raise InputError(
                 f"map_weights is three numbers of at least 0, not all 0; got {self.map_weights!r}"
             )
+        _range("train_steps", self.train_steps, 0, math.inf)
         for name in (
-            "train_steps", "batch_size", "token_batch", "reverse_steps", "diffusion_steps",
+            "batch_size", "token_batch", "reverse_steps", "diffusion_steps",
             "inversion_steps", "token_width", "token_blocks",
         ):  # fmt: skip
             _range(name, getattr(self, name), 1, math.inf)
@@ -326,7 +329,7 @@ class DetectorConfig:
         _range("smoothing", self.smoothing, 0.0, math.inf)
         if self.haar_level is None:
             object.__setattr__(self, "haar_level", default_haar_level(self.image_size))
-        _range("haar_level", self.haar_level, 1, 4)
+        _range("haar_level", self.haar_level, 0, 4)
         if on_tokens and self.kind == "image" and min(self.image_size) < BASE_GRID:
             raise InputError(
                 f"image_size {min(self.image_size)} is too small for tokens: use at least "

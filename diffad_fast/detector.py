@@ -90,6 +90,7 @@ class Detector:
         features: nn.Module | None,
     ) -> None:
         self.device = device
+        self._given = denoiser, features
         if features is None and config.features is not None:
             features = timm_features(config.features, config.channels)
         self.model = models.create(config, device, denoiser, features)
@@ -390,6 +391,10 @@ class Detector:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the fitted detector as one safetensors file, atomically. Raises InputError."""
+        checkpoint.save(path, KIND, *self.state())
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What a checkpoint holds, tensors and texts; :func:`from_state` reads it."""
         self._require_fitted()
         tensors = {f"model.{k}": v for k, v in self.model.state().items()}
         groups = 0
@@ -406,7 +411,82 @@ class Detector:
             "conformal_groups": str(groups),
             "history": json.dumps(dataclasses.asdict(self.history)),
         }
-        checkpoint.save(path, KIND, tensors, texts)
+        return tensors, texts
+
+    def __reduce__(self):
+        """Pickled and copied as its checkpoint, and as the modules that were handed over."""
+        options = dict(zip(("denoiser", "features"), self._given, strict=True))
+        options["device"] = str(self.device)
+        if not self.calibrations:
+            return _unpickled, (None, {"config": self.config.to_json()}, options)
+        return _unpickled, (*self.state(), options)
+
+    # ------------------------------------------------------ other programs
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        format: str = "torch",
+        mode: str | None = None,
+        uint8: bool = False,
+    ) -> None:
+        """Write the fitted detector as a program that runs without this library, atomically.
+
+        format: "torch", a ``torch.export`` program (.pt2, read by ``torch.export.load``); "aoti",
+        that program compiled for this machine's kind of CPU (.pt2, read by
+        ``torch._inductor.aoti_load_package``; needs a C++ compiler); "onnx" (needs onnxscript).
+        mode: how scores are made; None: the detector's own. uint8: images come as 0..255.
+
+        Its input is a batch of any length: images (N,C,H,W) at the detector's size, float32 in
+        [0,1] or uint8, or vectors (N,D) float32. Its outputs are named score, p_value, label (where
+        there is a threshold) and map (of images), as in :class:`Score`. The configuration lies in
+        the file as text. Raises InputError, and ImportError where a package is missing.
+        """
+        from .integrations.export import export
+
+        self._require_fitted()
+        wanted = self.mode
+        self.mode = mode or wanted
+        try:
+            export(self, path, format, uint8)
+        finally:
+            self.mode = wanted
+
+    @staticmethod
+    def from_diffusers(pipeline, **options) -> Detector:
+        """A detector on an unconditional diffusers pipeline, a ``UNet2DModel`` on pixels.
+
+        pipeline: a DDPMPipeline, DDIMPipeline or the like, or what its ``from_pretrained`` takes.
+        options: of :class:`Detector`. Nothing is trained unless ``train_steps`` is given: ``fit``
+        calibrates on normal images. The levels of its schedule are matched by their noise, so any
+        table of betas will do. :func:`load` reads such a detector with ``denoiser=`` that of a
+        detector from the same pipeline, ``Detector.from_diffusers(...).model.denoiser``.
+
+        Raises InputError for a pipeline of another kind, ImportError without diffusers.
+        """
+        from .integrations.diffusers import detector_from_diffusers
+
+        return detector_from_diffusers(pipeline, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike, *, data: str | None = None) -> None:
+        """Write a folder as model hubs expect it: model.safetensors, config.json, README.md.
+
+        data: a sentence for the model card on what the detector was fitted on.
+        """
+        from .integrations.hub import save_pretrained
+
+        save_pretrained(self, folder, data)
+
+    @staticmethod
+    def from_pretrained(name: str | os.PathLike, **options) -> Detector:
+        """Read what :meth:`save_pretrained` wrote: a folder, or a repository of the Hugging Face
+        Hub, which needs huggingface_hub.
+
+        options: revision, token, cache_dir of the download, and those of :func:`load`.
+        """
+        from .integrations.hub import from_pretrained
+
+        return from_pretrained(name, **options)
 
 
 def _nothing(skipped: list[tuple[str, str]]) -> Score:
@@ -429,6 +509,19 @@ def load(
     kind.
     """
     tensors, texts = checkpoint.load(path, KIND)
+    return from_state(tensors, texts, path, device=device, denoiser=denoiser, features=features)
+
+
+def from_state(
+    tensors: dict[str, torch.Tensor],
+    texts: dict[str, str],
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device | None = None,
+    denoiser: nn.Module | None = None,
+    features: nn.Module | None = None,
+) -> Detector:
+    """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
     config = DetectorConfig.from_json(texts["config"])
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
@@ -460,6 +553,16 @@ def load(
         )
     detector.mode = config.mode
     detector.history = History(**json.loads(texts["history"]))
+    return detector
+
+
+def _unpickled(tensors: dict | None, texts: dict, options: dict) -> Detector:
+    """What :meth:`Detector.__reduce__` names; without tensors it was not fitted."""
+    if tensors is not None:
+        return from_state(tensors, texts, "the pickle", **options)
+    detector = Detector.__new__(Detector)
+    config, device = DetectorConfig.from_json(texts["config"]), resolve_device(options["device"])
+    detector._set_up(config, device, options["denoiser"], options["features"])
     return detector
 
 

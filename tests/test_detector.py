@@ -1,6 +1,8 @@
 """The detector on small synthetic images: stripes; anomalies have a bright square."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -317,3 +319,37 @@ def test_own_denoisers_choose_their_dtype_themselves():
     assert daf.Detector(denoiser=Own()).config.inference_dtype == "float32"
     with pytest.raises(InputError, match="bfloat16.*built-in"):
         daf.Detector(denoiser=Own(), inference_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("options", [
+    {"denoiser": "token-mlp", "tokens": ("cell-8", "patch-16"), "token_width": 32},
+    {"map_weights": (1.0, 0.0, 0.0)},
+])  # fmt: skip
+def test_pickles_and_copies(options):
+    images = normals(40)
+    detector = daf.Detector(**{**OPTIONS, **options, "train_steps": 2}, device="cpu")
+    fresh = pickle.loads(pickle.dumps(detector))
+    assert fresh.config == detector.config and not fresh.calibrations
+    detector.fit(images)
+    expected = detector.score(images[:3]).score
+    for again in (pickle.loads(pickle.dumps(detector)), copy.deepcopy(detector), fresh.fit(images)):
+        np.testing.assert_array_equal(again.score(images[:3]).score, expected)
+
+
+class Plain(torch.nn.Module):
+    """A denoiser of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, log_sigma):
+        return self.layer(x)
+
+
+def test_pickles_with_a_denoiser_of_its_own():
+    images = normals(40)
+    detector = daf.Detector(**{**OPTIONS, "denoiser": Plain(), "train_steps": 2}, device="cpu",
+                            haar_level=1, map_weights=(1.0, 0.0, 1.0)).fit(images)  # fmt: skip
+    again = pickle.loads(pickle.dumps(detector))
+    np.testing.assert_array_equal(again.score(images[:3]).score, detector.score(images[:3]).score)

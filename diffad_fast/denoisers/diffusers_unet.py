@@ -11,17 +11,43 @@ class DiffusersUNet(nn.Module):
 
     unet: a ``UNet2DModel`` or a module with the same call, whose result has ``.sample``.
     alphas_cumprod: (T,) its scheduler's table. ``forward(x (N,C,h,w), log_sigma (N,))`` gives the
-    prediction, of the shape of x. The search runs on the device, without waiting for it.
+    prediction, of the shape of x. The search runs on the device, without waiting for it, and in a
+    ``ReverseLoop`` once for all levels. ``features`` are what the U-Net's down blocks and its
+    middle give, fine to coarse.
     """
 
     def __init__(self, unet: nn.Module, alphas_cumprod: torch.Tensor):
         super().__init__()
         self.unet = unet
-        alpha = alphas_cumprod.double()
+        # A level without signal has an infinite sigma; its border to the last one has not.
+        alpha = alphas_cumprod.double().clamp(min=torch.finfo(torch.float64).tiny)
         log_sigma = 0.5 * (torch.log1p(-alpha) - torch.log(alpha))
         # Timestep t serves the levels between the middles to its neighbours.
         self.register_buffer("borders", ((log_sigma[1:] + log_sigma[:-1]) / 2).float())
 
     def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
-        t = torch.searchsorted(self.borders, log_sigma.float().contiguous())
-        return self.unet(x, t).sample
+        return self.denoise(x, self.embedding(log_sigma))
+
+    def embedding(self, log_sigma: torch.Tensor) -> torch.Tensor:
+        """Levels to timesteps, int64."""
+        return torch.searchsorted(self.borders, log_sigma.float().contiguous())
+
+    def denoise(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` from timesteps (N,)."""
+        return self.unet(x, timestep).sample
+
+    def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of the encoder, for a detector. The decoder runs too."""
+        found = []
+
+        def keep(module, args, output):
+            found.append(output[0] if isinstance(output, tuple) else output)
+
+        blocks = [*self.unet.down_blocks, *filter(None, [self.unet.mid_block])]
+        hooks = [block.register_forward_hook(keep) for block in blocks]
+        try:
+            self(x, log_sigma)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found

@@ -3,7 +3,7 @@ its anomaly, or to its latent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -57,6 +57,7 @@ class ReverseLoop:
             modules = [denoiser] if isinstance(denoiser, nn.Module) else []
         self.graphed = Graphed(self.eager, modules, graphs)
         self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+        self._fields: dict[Hashable, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor):
         """The whole pass for a batch x (N,...), in inference mode."""
@@ -79,16 +80,24 @@ class ReverseLoop:
         """A new tensor at the level of the first step."""
         if self.inverts:
             return x0 * self.steps[0].alpha_t ** 0.5
-        first = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+        first = torch.zeros(x0.shape[0], dtype=torch.int64, device=x0.device)
         return ops.q_sample(x0, first, self._noise(x0, 0), self._on(x0.device)[0])
 
     def _noise(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        return ops.philox_normal((1, *x.shape[1:]), self.seed, step=step, device=x.device)
+        """(1,...): the field of a step, made once: every batch gets the same."""
+        key = step, x.shape[1:], x.device
+        if key not in self._fields:
+            with torch.inference_mode(False):
+                shape = (1, *x.shape[1:])
+                self._fields[key] = ops.philox_normal(
+                    shape, self.seed, step=step, device=x.device
+                )
+        return self._fields[key]
 
     def _run(self, x_t: torch.Tensor, guide: torch.Tensor | None) -> torch.Tensor:
         """From x_t, which may be overwritten."""
         _, log_sigma, table = self._on(x_t.device)
-        n, dtype = len(x_t), self._network_dtype(x_t)
+        n, dtype = x_t.shape[0], self._network_dtype(x_t)
         embeds = hasattr(self.denoiser, "embedding") and hasattr(self.denoiser, "denoise")
         levels = self.denoiser.embedding(log_sigma) if embeds else log_sigma
         denoise = self.denoiser.denoise if embeds else self.denoiser

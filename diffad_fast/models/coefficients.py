@@ -69,10 +69,12 @@ class CoefficientModel(nn.Module):
                 yield batch.x.to(self.device)
 
         self.representation.fit(batches(split.fit))
-        history = Trainer(
-            self.denoiser, self.representation.encode, source, split.fit, split.validation,
-            config, self.device,
-        ).run(kept)  # fmt: skip
+        history = History()
+        if config.train_steps:
+            history = Trainer(
+                self.denoiser, self.representation.encode, source, split.fit, split.validation,
+                config, self.device,
+            ).run(kept)  # fmt: skip
         self._settle_dtype()
         if self.distance is not None:
             with torch.inference_mode():
@@ -248,7 +250,7 @@ class CoefficientModel(nn.Module):
     def _residuals(self, x0: torch.Tensor) -> list[torch.Tensor]:
         """mean over channels of (D(x0, sigma) - x0)^2 at each of the levels (N,h,w)."""
         sigmas = self.config.sigmas
-        n = len(x0)
+        n = x0.shape[0]
         sigma = torch.tensor(sigmas, device=x0.device).repeat_interleave(n)
         alpha = (1 / (1 + sigma**2))[:, None, None, None]
         x = x0.repeat(len(sigmas), 1, 1, 1)
@@ -261,7 +263,8 @@ class CoefficientModel(nn.Module):
             clean = (x_in - (1 - alpha).sqrt() * output) / alpha.sqrt()
         else:
             clean = output
-        return list((clean - x).square().mean(dim=1).split(n))
+        residuals = (clean - x).square().mean(dim=1)
+        return list(residuals.unflatten(0, (len(sigmas), n)).unbind(0))
 
     def _score_one_step(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x0 = self.representation.encode(images)
@@ -283,7 +286,7 @@ class CoefficientModel(nn.Module):
     def _features(self, x0: torch.Tensor) -> list[torch.Tensor]:
         """The denoiser's features of coefficients, at the level ``feature_sigma``."""
         sigma = self.config.feature_sigma
-        level = torch.full((len(x0),), math.log(sigma), device=x0.device)
+        level = torch.full((x0.shape[0],), math.log(sigma), device=x0.device)
         # The network expects inputs of the variance-preserving process at that level.
         return self.scoring_denoiser.features(x0 * (1 + sigma**2) ** -0.5, level)
 

@@ -126,6 +126,7 @@ class TokenModel(nn.Module):
     def use(self, statistics: list[MapStatistics] | None) -> None:
         """Standardise the maps of the configuration's mode by ``statistics`` from now on."""
         self.statistics = statistics
+        self._steps = self._reverse_steps()
         self._loops: list[tuple] | None = None
         self._scoring = Graphed(self._score, [self])
 
@@ -228,7 +229,7 @@ class TokenModel(nn.Module):
         if self.config.semantic_of == "tokens":
             return rows
         sigma = self.config.feature_sigma
-        level = torch.full((len(rows),), math.log(sigma), device=rows.device)
+        level = torch.full((rows.shape[0],), math.log(sigma), device=rows.device)
         return denoiser.features(rows * (1 + sigma**2) ** -0.5, level)
 
     def _prepared(self) -> list[tuple]:
@@ -244,9 +245,8 @@ class TokenModel(nn.Module):
             log_sigma = [math.log(sigma) for sigma in config.sigmas]
             table = [residual_row(sigma) for sigma in config.sigmas]
         else:
-            steps = self._steps
-            log_sigma = [step.log_sigma for step in steps]
-            table = [ddim_row(step) for step in steps]
+            log_sigma = [step.log_sigma for step in self._steps]
+            table = [ddim_row(step) for step in self._steps]
         dtype = torch.bfloat16 if config.inference_dtype == "bfloat16" else torch.float32
         with torch.inference_mode():
             levels = torch.tensor(log_sigma, device=self.device)
@@ -255,9 +255,10 @@ class TokenModel(nn.Module):
                 torch.tensor(table, device=self.device),
             )  # fmt: skip
 
-    @property
-    def _steps(self) -> list[ReverseStep]:
+    def _reverse_steps(self) -> list[ReverseStep]:
         config = self.config
+        if config.mode == "one_step":
+            return []
         if config.mode == "invert":
             return self.schedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
         start = self.schedule.timestep(config.start_sigma)

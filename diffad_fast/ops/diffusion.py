@@ -88,7 +88,7 @@ def check_forward(x0, t, noise, alphas_cumprod):
         raise ValueError("x0 must have a leading batch dimension, got a scalar")
     if not isinstance(t, torch.Tensor) or t.dtype != torch.int64:
         raise TypeError(f"t must be an int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if tuple(t.shape) != (len(x0),):
+    if tuple(t.shape) != (x0.shape[0],):
         raise ValueError(f"t must have shape ({len(x0)},), one a sample, got {tuple(t.shape)}")
     checks.on_device("t", t, x0.device)
     _check_noise(noise, x0, "x0")
@@ -115,7 +115,8 @@ def ddim_step(
     and at the target, floats or tensors (N,) or () in (0, 1]. alpha_s > alpha_t denoises,
     alpha_s = 1 ends the process, alpha_s < alpha_t inverts it (eta = 0 only). alpha_t = 1 is
     allowed only where nothing is divided by sqrt(1 - alpha_t): with "epsilon" and "v_prediction",
-    without ``use_clipped_model_output``, at eta = 0.
+    without ``use_clipped_model_output``, at eta = 0; alpha_t = 0, a level without signal, where
+    nothing is divided by sqrt(alpha_t): with "sample" and "v_prediction", without guidance.
 
     prediction_type: "epsilon", "sample" or "v_prediction", what ``model_output`` is.
     eta: in [0, 1]; 0 is deterministic, 1 ancestral sampling. eta > 0 needs ``noise``, standard
@@ -137,15 +138,16 @@ def ddim_step(
     if x_t.ndim == 0:
         raise ValueError("x_t must have a leading batch dimension, got a scalar")
     checks.shaped("model_output", model_output, x_t.shape, x_t.device)
+    divides_by_signal = prediction_type == "epsilon" or guidance is not None
     for name, alpha in (("alpha_t", alpha_t), ("alpha_s", alpha_s)):
         if isinstance(alpha, torch.Tensor):
             if alpha.ndim:
-                checks.shaped(name, alpha, (len(x_t),), x_t.device)
+                checks.shaped(name, alpha, (x_t.shape[0],), x_t.device)
             else:
                 checks.tensor(name, alpha)
         else:
             checks.number(name, alpha, 0.0, 1.0)
-            if alpha == 0:
+            if alpha == 0 and (name == "alpha_s" or divides_by_signal):
                 raise ValueError(f"{name} must be above 0, got 0: nothing is left of the signal")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(

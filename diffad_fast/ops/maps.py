@@ -118,7 +118,7 @@ def anomaly_map(
     for i, (f, f_hat) in enumerate(zip(features, features_hat, strict=True)):
         name = f"features[{i}]"
         checks.tensor(name, f, 4)
-        if len(f) != len(x):
+        if f.shape[0] != x.shape[0]:
             raise ValueError(f"{name} has {len(f)} samples, x has {len(x)}")
         checks.on_device(name, f, x.device)
         checks.shaped(f"features_hat[{i}]", f_hat, f.shape, x.device)

@@ -20,19 +20,23 @@ class WaveletRepresentation(nn.Module):
 
     The Haar packet of ``level`` levels (``ops.haar_pack``), each channel standardised by mean and
     deviation on normal data, so that every sub-band has unit variance and one noise level means
-    the same signal-to-noise ratio in all of them.
+    the same signal-to-noise ratio in all of them. At level 0 these are pixels in [-1, 1], whatever
+    the data.
     """
 
     def __init__(self, channels: int, level: int):
         super().__init__()
         self.level = level
         self.channels = channels * 4**level
-        self.register_buffer("mean", torch.zeros(self.channels))
-        self.register_buffer("deviation", torch.ones(self.channels))
+        mean, deviation = (0.0, 1.0) if level else (0.5, 0.5)
+        self.register_buffer("mean", torch.full((self.channels,), mean))
+        self.register_buffer("deviation", torch.full((self.channels,), deviation))
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor]) -> None:
         """Set mean and deviation of every channel from batches (n,C,H,W) of normal images."""
+        if self.level == 0:
+            return
         count, mean, m2 = 0, 0.0, 0.0
         for images in batches:
             x = ops.haar_pack(images, self.level).double()
@@ -49,13 +53,14 @@ class WaveletRepresentation(nn.Module):
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N,C,H,W) to standardised coefficients, channels_last."""
-        x = ops.haar_pack(_channels_last(images), self.level)
+        x = _channels_last(images)
+        x = ops.haar_pack(x, self.level) if self.level else x
         return (x - self.mean[:, None, None]) / self.deviation[:, None, None]
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`encode`."""
         x = x * self.deviation[:, None, None] + self.mean[:, None, None]
-        return ops.haar_unpack(x, self.level)
+        return ops.haar_unpack(x, self.level) if self.level else x
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:

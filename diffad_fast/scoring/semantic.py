@@ -51,11 +51,16 @@ class FeatureDistance(nn.Module):
         x = self.whitening(features)
         if self.kind == "mahalanobis":
             return x.square().mean(dim=-1)
-        # A few million distances at a time.
-        rows = x.reshape(-1, x.shape[-1]).split(1024)
+        rows = x.reshape(-1, x.shape[-1])
+        # A few million distances at a time; a program that is exported takes batches of any length.
+        parts = [rows] if torch.compiler.is_exporting() else rows.split(1024)
         count = min(NEIGHBOURS, len(self.sample))
+        # Said by name: left to torch, the way of computing depends on the number of rows.
+        way = "use_mm_for_euclid_dist"
         nearest = [
-            torch.cdist(part, self.sample).topk(count, largest=False).values.mean(dim=1)
-            for part in rows
+            torch.cdist(part, self.sample, compute_mode=way)
+            .topk(count, largest=False)
+            .values.mean(dim=1)
+            for part in parts
         ]
         return torch.cat(nearest).reshape(x.shape[:-1])

@@ -1,0 +1,38 @@
+"""What the estimators of scikit-learn and PyOD share: a detector fitted on an array."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.utils import check_random_state
+
+from ..detector import Detector
+from ..errors import InputError
+
+
+def fit_detector(X, preset, train_steps, options, device, random_state) -> Detector:
+    """A detector of the kind that X asks for: vectors (N,D), or images (N,C,H,W) in [0,1].
+
+    random_state: None, an integer or a RandomState, as in scikit-learn; ``seed`` in ``options``
+    comes first.
+    """
+    chosen = {"seed": int(check_random_state(random_state).randint(2**31 - 1))}
+    if X.ndim == 2:
+        chosen["kind"] = "vector"
+    elif X.ndim == 4:
+        chosen |= {"channels": X.shape[1], "image_size": X.shape[2:]}
+    else:
+        raise InputError(
+            f"X has shape {X.shape}: give rows (n_samples, n_features) or images "
+            "(n_samples, channels, height, width)"
+        )
+    if train_steps is not None:
+        chosen["train_steps"] = train_steps
+    chosen |= options or {}
+    return Detector(preset=preset, device=device, **chosen).fit(X)
+
+
+def anomaly_scores(detector: Detector, X) -> np.ndarray:
+    """(N,) float64, higher is more anomalous; without p-values and labels, which need more
+    held-out samples than small tables have."""
+    batches = detector.open(X).batches(detector.config.batch_size)
+    return np.concatenate([detector.score_batch(batch.x)[1] for batch in batches])

@@ -1,0 +1,163 @@
+"""anomalib: a diffusion model for its ``Engine``.
+
+Importing this module makes the model known: ``get_model("diffad_fast")``.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..detector import Detector, from_state
+from ..errors import InputError
+from ..ops.dispatch import use_backend
+from ._host import require
+
+require("anomalib")
+
+from anomalib import LearningType  # noqa: E402
+from anomalib.data import Batch, InferenceBatch  # noqa: E402
+from anomalib.metrics import Evaluator  # noqa: E402
+from anomalib.models.components import AnomalibModule, MemoryBankMixin  # noqa: E402
+from anomalib.post_processing import PostProcessor  # noqa: E402
+from anomalib.pre_processing import PreProcessor  # noqa: E402
+from anomalib.visualization import Visualizer  # noqa: E402
+from torchvision.transforms.v2 import Resize  # noqa: E402
+
+__all__ = ["DiffADFast"]
+
+STATE = "diffad_fast"
+
+
+class DiffADFast(MemoryBankMixin, AnomalibModule):
+    """:class:`diffad_fast.Detector` of images as an anomalib model.
+
+    The one epoch of ``Engine().fit`` gathers the training images; then the detector trains and
+    calibrates itself on them, in its own loop and its own number of steps.
+
+    preset: "fast", "balanced" or "best". image_size: side, or (height, width), in pixels.
+    channels: 3, or 1 for the mean of the three that anomalib reads. denoiser, mode, train_steps:
+    override the preset's. options: further options of :class:`diffad_fast.DetectorConfig` by name.
+    seed: of everything random. pre_processor, post_processor, evaluator, visualizer: as in every
+    anomalib model; a pre-processor has to leave images in [0, 1].
+    """
+
+    def __init__(
+        self,
+        preset: str = "balanced",
+        image_size: int | tuple[int, int] = 256,
+        channels: int = 3,
+        denoiser: str | None = None,
+        mode: str | None = None,
+        train_steps: int | None = None,
+        options: dict[str, Any] | None = None,
+        seed: int = 0,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        super().__init__(
+            pre_processor=self.configure_pre_processor(size) if pre_processor is True
+            else pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )  # fmt: skip
+        chosen = {"denoiser": denoiser, "mode": mode, "train_steps": train_steps}
+        self.model = GatheringDetector({
+            "preset": preset, "image_size": size, "channels": channels, "seed": seed,
+            **{name: value for name, value in chosen.items() if value is not None},
+            **(options or {}),
+        })  # fmt: skip
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resized to ``image_size`` (256x256), and left in [0, 1]."""
+        return PreProcessor(transform=Resize(list(image_size or (256, 256)), antialias=True))
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """None: the detector trains itself in :meth:`fit`."""
+
+    def training_step(self, batch: Batch, *args, **kwargs) -> torch.Tensor:
+        """Keep the batch's images."""
+        self.model(batch.image)
+        return torch.tensor(0.0, requires_grad=True, device=self.device)
+
+    def fit(self) -> None:
+        """Train and calibrate on the images of the epoch."""
+        self.model.fit(self.device)
+
+    def validation_step(self, batch: Batch, *args, **kwargs) -> Batch:
+        """Scores and maps of a batch."""
+        return batch.update(**self.model(batch.image)._asdict())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.model.detector is not None:
+            tensors, texts = self.model.detector.state()
+            # Tensors and strings, which weights_only=True reads.
+            checkpoint[STATE] = {"tensors": tensors, "texts": texts}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if STATE in checkpoint:
+            self.model.detector = from_state(**checkpoint[STATE], path="the checkpoint")
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One epoch on one device, without a look at the validation set before it."""
+        return {
+            "gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1,
+        }  # fmt: skip
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Normal images alone."""
+        return LearningType.ONE_CLASS
+
+
+class GatheringDetector(nn.Module):
+    """Gathers images in training mode; scores them otherwise.
+
+    Images (N,3,H,W) in [0,1]. The detector is no part of the state_dict: the module that holds this
+    one saves it.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        super().__init__()
+        self.options = options
+        Detector(**options, device="cpu")  # what is wrong with the options is said at once
+        self.detector: Detector | None = None
+        self.gathered: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> InferenceBatch | torch.Tensor:
+        if self.options["channels"] == 1:
+            images = images.mean(dim=1, keepdim=True)
+        if self.training:
+            # As bytes, as which files and cameras give them: a quarter of the memory.
+            self.gathered.append((images * 255).round().clamp(0, 255).byte().cpu())
+            return images
+        if self.detector is None:
+            raise InputError("the model is not fitted: call Engine().fit, or load a checkpoint")
+        # An exported program runs without our operators.
+        exporting = torch.compiler.is_exporting()
+        with use_backend("reference") if exporting else nullcontext():
+            map_, score = self.detector.model.score(images)
+        map_, score = map_.to(images.device), score.to(images.device)
+        return InferenceBatch(pred_score=score, anomaly_map=map_[:, None])
+
+    def fit(self, device: torch.device) -> None:
+        """Fit a detector on ``device`` to what was gathered, and let go of that."""
+        if not self.gathered:
+            raise InputError("there are no training images: call Engine().fit with a datamodule")
+        images = torch.cat(self.gathered)
+        self.gathered = []
+        # Lightning validates in inference mode, and the detector trains.
+        with torch.inference_mode(False), torch.enable_grad():
+            self.detector = Detector(**self.options, device=device).fit(images.clone())

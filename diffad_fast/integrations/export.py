@@ -1,0 +1,134 @@
+"""A fitted detector as one file that runs without this library."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..ops.dispatch import use_backend
+from ..training.checkpoint import check_writable, write_atomically
+from ..version import __version__
+from ._host import require
+
+FORMATS = ("torch", "aoti", "onnx")
+# How far the exported program may be from the detector, relative to scores of the size of 1.
+TOLERANCE = 1e-4
+
+
+class ScoringProgram(nn.Module):
+    """Raw samples of a detector to its whole answer, in plain PyTorch on the CPU.
+
+    ``forward(x)``: images (N,C,H,W) at the detector's size, float32 in [0,1] or uint8, or vectors
+    (N,D) float32. Returns a dict: ``score`` (N,) float32; ``p_value`` (N,) float32; ``label`` (N,)
+    int64, where the detector gives labels; ``map`` (N,H,W) float32, for images.
+    """
+
+    def __init__(self, detector):
+        super().__init__()
+        self.maps = detector.config.kind != "vector"
+        self.model = copy.deepcopy(detector.model).to("cpu")
+        self.model.device = torch.device("cpu")
+        self.model.use(
+            [s if s is None else type(s)(*(v.cpu() for v in s)) for s in detector.statistics]
+        )
+        conformal = detector.conformal
+        # Exact: these are scores in float32 to begin with.
+        scores = torch.from_numpy(conformal.scores.copy()).float()
+        self.register_buffer("calibration", scores)
+        self.threshold = conformal.threshold
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        map_, score = self.model.score(x)
+        above = (self.calibration >= score[:, None]).sum(dim=1)
+        result = {"score": score, "p_value": (1 + above).float() / (len(self.calibration) + 1)}
+        if self.threshold is not None:
+            result["label"] = (score > self.threshold).long()
+        if self.maps:
+            result["map"] = map_
+        return result
+
+
+def export(detector, path: str | os.PathLike, format: str = "torch", uint8: bool = False) -> None:
+    """Write ``detector`` in its present mode; see :meth:`diffad_fast.Detector.export`."""
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}: choose {', '.join(FORMATS)}")
+    if format == "onnx":
+        require("onnxscript")
+        if detector.config.inference_dtype == "bfloat16":
+            raise InputError(
+                "ONNX runtimes compute bfloat16 on few devices: fit with "
+                "inference_dtype='float32' to export ONNX"
+            )
+    path = Path(path)
+    if format != "onnx" and path.suffix != ".pt2":
+        raise InputError(f"{path} does not end in .pt2, as files of the format {format!r} do")
+    check_writable(path)
+    example = _example(detector, uint8)
+    program = _traced(ScoringProgram(detector).eval().requires_grad_(False), example)
+    expected = detector.score_batch(example.float() / 255 if uint8 else example)[1]
+    error = abs(program.module()(example)["score"].numpy() - expected).max()
+    if not error <= TOLERANCE * max(1.0, abs(expected).max()):
+        raise RuntimeError(
+            f"the exported program's scores differ by {error:.2g} from the detector's"
+        )
+    facts = {"diffad_fast": __version__, "config": detector.config.to_json()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_atomically(path, _WRITERS[format](program, example, facts, folder))
+
+
+def _example(detector, uint8: bool) -> torch.Tensor:
+    """Three samples, which the program is traced with."""
+    generator = torch.Generator().manual_seed(0)
+    config = detector.config
+    if config.kind == "vector":
+        tokens = detector.model.representation
+        noise = torch.randn(3, *tokens.mean.shape, generator=generator)
+        return tokens.mean.cpu() + tokens.deviation.cpu() * noise
+    x = torch.randint(256, (3, config.channels, *config.image_size), generator=generator)
+    return x.to(torch.uint8) if uint8 else x.float() / 255
+
+
+def _traced(program: ScoringProgram, example: torch.Tensor) -> torch.export.ExportedProgram:
+    with use_backend("reference"), torch.no_grad():
+        program(example)  # fills what is computed once and then kept: it becomes constants
+        batch = torch.export.Dim("batch", min=1)
+        return torch.export.export(program, (example,), dynamic_shapes=({0: batch},), strict=False)
+
+
+def _torch(program, example, facts, folder) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={"diffad_fast.json": json.dumps(facts)})
+    return buffer.getvalue()
+
+
+def _aoti(program, example, facts, folder) -> bytes:
+    path = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=os.path.join(folder, "model.pt2"),
+        inductor_configs={"aot_inductor.metadata": facts},
+    )
+    return Path(path).read_bytes()
+
+
+def _onnx(program, example, facts, folder) -> bytes:
+    names = list(program.module()(example))
+    converted = torch.onnx.export(
+        program, (), dynamo=True, input_names=["x"], output_names=names, verbose=False
+    )
+    model = converted.model_proto
+    for key, value in facts.items():
+        model.metadata_props.add(key=key, value=value)
+    return model.SerializeToString()
+
+
+_WRITERS = {"torch": _torch, "aoti": _aoti, "onnx": _onnx}

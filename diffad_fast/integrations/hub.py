@@ -1,0 +1,104 @@
+"""Detectors as folders that model hubs understand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from ..detector import Detector, load
+from ..errors import InputError
+from ..training.checkpoint import write_atomically
+from ..version import __version__
+from ._host import require
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def save_pretrained(detector: Detector, folder: str | os.PathLike, data: str | None) -> None:
+    """See :meth:`diffad_fast.Detector.save_pretrained`."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    # The checkpoint is a safetensors file already, with everything in it; the others tell of it.
+    detector.save(folder / WEIGHTS)
+    config = {"library_name": "diffad_fast", "library_version": __version__}
+    config |= dataclasses.asdict(detector.config)
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(folder / CARD, card(detector, data).encode())
+
+
+def from_pretrained(
+    name: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    **options,
+) -> Detector:
+    """See :meth:`diffad_fast.Detector.from_pretrained`."""
+    if Path(name).is_dir():
+        return load(Path(name) / WEIGHTS, **options)
+    name = os.fspath(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise InputError(f"{name} is neither a folder nor the name of a repository, owner/name")
+    path = require("huggingface_hub").hf_hub_download(
+        name, WEIGHTS, revision=revision, token=token, cache_dir=cache_dir
+    )
+    return load(path, **options)
+
+
+def card(detector: Detector, data: str | None) -> str:
+    """The model card: what the detector is, on what it was fitted, how it was calibrated."""
+    config = detector.config
+    rows = ["| mode | held-out normals | groups | threshold | false-positive rate |"]
+    rows.append("| --- | --- | --- | --- | --- |")
+    for mode, (_, conformal) in detector.calibrations.items():
+        threshold = conformal.threshold
+        rows.append(
+            f"| {mode}{' (default)' if mode == config.mode else ''} | {len(conformal.scores)} | "
+            f"{conformal.groups} | {'none' if threshold is None else f'{threshold:.4g}'} | "
+            f"{config.false_positive_rate:g} |"
+        )
+    what = {
+        "image": f"images of {config.image_size[0]}x{config.image_size[1]} pixels, "
+        f"{config.channels} channel{'s' if config.channels > 1 else ''}, values in [0, 1]",
+        "vector": "vectors of numbers",
+    }.get(config.kind, config.kind)
+    calibration = "\n".join(rows)
+    return f"""---
+library_name: diffad_fast
+tags:
+- anomaly-detection
+- diffusion
+---
+
+# Anomaly detector by diffusion
+
+Kind: {config.kind} ({what}). Denoiser: {config.denoiser}. Preset: {config.preset}. Seed:
+{config.seed}. Training: {config.train_steps} steps, {detector.history.seconds:.0f} s.
+Written by diffad_fast {__version__}; every option is in {CONFIG}.
+
+## Data
+
+{data or "Not described: give save_pretrained(data=...) a sentence."}
+
+## Calibration
+
+A score above the threshold is labelled anomalous. p-values are conformal, from the scores of
+held-out normal samples; they hold for normal samples like these alone.
+
+{calibration}
+
+## Use
+
+```python
+from diffad_fast import Detector
+
+detector = Detector.from_pretrained("this folder or repository")
+answer = detector.score(new_data)  # .score, .p_value, .label, .map
+```
+"""

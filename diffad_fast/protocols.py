@@ -1,0 +1,56 @@
+"""What a denoiser and a feature extractor of one's own have to be, for type checkers and people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """A ``torch.nn.Module`` for ``Detector(denoiser=...)``.
+
+    The network input x is a state of the variance-preserving process,
+    x = (x0 + sigma epsilon) / sqrt(1 + sigma^2), where x0 are the represented images: by default
+    standardised Haar coefficients (N, channels 4^level, H/2^level, W/2^level), at ``haar_level=0``
+    pixels in [-1, 1]. What is predicted is the configuration's ``prediction_type``.
+    """
+
+    def __call__(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
+        """Prediction of the shape of x (N,C,h,w), at the levels log_sigma (N,) float32."""
+        ...
+
+
+@runtime_checkable
+class FeatureDenoiser(Denoiser, Protocol):
+    """A :class:`Denoiser` that has the features that the feature map and ``semantic_weight`` need
+    (without them leave these weights at 0, or give ``features=``)."""
+
+    def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Feature maps (N,C_l,h_l,w_l), fine to coarse, of the arguments of a call."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingDenoiser(Denoiser, Protocol):
+    """A :class:`Denoiser` whose levels a ``ReverseLoop`` embeds at once, in front of its loop."""
+
+    def embedding(self, log_sigma: torch.Tensor) -> torch.Tensor:
+        """Of levels (S,): (S, ...), whatever :meth:`denoise` takes."""
+        ...
+
+    def denoise(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """The call, from an embedding (N, ...)."""
+        ...
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """A frozen ``torch.nn.Module`` for ``Detector(features=...)``; a timm model's name is another
+    way to give one."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor | Sequence[torch.Tensor]:
+        """A feature map (N,c,h,w), or several, of images (N,C,H,W) in [0, 1]."""
+        ...

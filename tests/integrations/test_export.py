@@ -1,0 +1,252 @@
+"""Exported programs against the detector that they came from, and folders for model hubs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import diffad_fast as daf
+from diffad_fast.errors import CheckpointError, InputError
+from diffad_fast.integrations import export as exporting
+
+MODES = ["one_step", "invert", "reconstruct"]
+VECTORS = {"kind": "vector", "train_steps": 20, "token_width": 32, "token_blocks": 2}
+IMAGES = {
+    "tokens": {
+        "denoiser": "token-mlp",
+        "token_width": 32,
+        "tokens": ("energy-8", "spread-2", "patch-16"),
+    },
+    "unet": {"denoiser": "unet-tiny", "channels": 3, "reverse_steps": 2, "semantic_weight": 0.5},
+}
+
+
+def rows(n, seed):
+    return np.random.default_rng(seed).normal(size=(n, 5)).astype(np.float32)
+
+
+def images(n, channels, seed):
+    shape = (n, channels, 32, 32)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return daf.Detector(device="cpu", **VECTORS).fit(rows(200, 0))
+
+
+@pytest.fixture(scope="module", params=IMAGES)
+def on_images(request):
+    options = IMAGES[request.param]
+    detector = daf.Detector(
+        image_size=32, preset="fast", train_steps=2, device="cpu", **options
+    ).fit(images(140, options.get("channels", 1), 0))  # fmt: skip
+    return detector
+
+
+def compare(got, expected, maps):
+    """All the answer; p-values to one rank, should a score lie on one of a held-out sample."""
+    np.testing.assert_allclose(got["score"], expected.score, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got["p_value"], expected.p_value, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(got["label"], expected.label)
+    assert ("map" in got) == maps
+    if maps:
+        np.testing.assert_allclose(got["map"], expected.map, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vectors_in_every_mode(fitted, mode, tmp_path):
+    path, before = tmp_path / "model.pt2", fitted.mode
+    fitted.export(path, mode=mode)
+    assert fitted.mode == before
+    program = torch.export.load(path).module()
+    fitted.mode = mode
+    try:
+        for n in (1, 2, 9):  # it was traced with 3
+            X = rows(n, n)
+            compare(program(torch.from_numpy(X)), fitted.score(X), maps=False)
+    finally:
+        fitted.mode = before
+    far = program(torch.full((1, 5), 50.0))
+    assert far["label"].item() == 1 and far["p_value"].item() == pytest.approx(1 / 31)
+
+
+@pytest.mark.parametrize("mode", [
+    "one_step",
+    pytest.param("invert", marks=pytest.mark.slow),
+    pytest.param("reconstruct", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_images_as_bytes(on_images, mode, tmp_path):
+    path, before = tmp_path / "model.pt2", on_images.mode
+    on_images.export(path, mode=mode, uint8=True)
+    program = torch.export.load(path).module()
+    on_images.mode = mode
+    try:
+        for n in (1, 4):
+            x = images(n, on_images.config.channels, n)
+            compare(program(torch.from_numpy(x)), on_images.score(x), maps=True)
+    finally:
+        on_images.mode = before
+
+
+def test_the_program_needs_no_library(fitted, tmp_path):
+    path = tmp_path / "model.pt2"
+    fitted.export(path)
+    code = (
+        "import sys, torch, json\n"
+        "files = {'diffad_fast.json': ''}\n"
+        f"program = torch.export.load({str(path)!r}, extra_files=files).module()\n"
+        "print(program(torch.zeros(2, 5))['score'].tolist())\n"
+        "print(json.loads(files['diffad_fast.json'])['config'])\n"
+        "assert not any(m.startswith('diffad_fast') for m in sys.modules)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    np.testing.assert_allclose(
+        json.loads(out[0]), fitted.score(np.zeros((2, 5))).score, rtol=1e-4, atol=1e-4
+    )
+    assert json.loads(out[1])["kind"] == "vector"
+
+
+@pytest.mark.slow
+def test_compiled_ahead_of_time(fitted, tmp_path):
+    path = tmp_path / "model.pt2"
+    fitted.export(path, "aoti")
+    program = torch._inductor.aoti_load_package(str(path))
+    for n in (1, 7):
+        X = rows(n, n)
+        compare(program(torch.from_numpy(X)), fitted.score(X), maps=False)
+    assert json.loads(program.get_metadata()["config"])["kind"] == "vector"
+
+
+def onnx_session(path):
+    runtime = pytest.importorskip("onnxruntime")
+    return runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("mode", ["one_step", pytest.param("invert", marks=pytest.mark.slow)])
+def test_onnx_of_vectors(fitted, mode, tmp_path):
+    pytest.importorskip("onnxscript")
+    path, before = tmp_path / "model.onnx", fitted.mode
+    fitted.export(path, "onnx", mode=mode)
+    session = onnx_session(path)
+    names = [output.name for output in session.get_outputs()]
+    fitted.mode = mode
+    try:
+        for n in (1, 9):
+            X = rows(n, n)
+            got = dict(zip(names, session.run(None, {"x": X}), strict=True))
+            compare(got, fitted.score(X), maps=False)
+    finally:
+        fitted.mode = before
+    assert json.loads(session.get_modelmeta().custom_metadata_map["config"])["kind"] == "vector"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_onnx_of_images(on_images, mode, tmp_path):
+    pytest.importorskip("onnxscript")
+    path, before = tmp_path / "model.onnx", on_images.mode
+    on_images.export(path, "onnx", mode=mode, uint8=True)
+    session = onnx_session(path)
+    names = [output.name for output in session.get_outputs()]
+    on_images.mode = mode
+    try:
+        for n in (1, 4):
+            x = images(n, on_images.config.channels, n)
+            got = dict(zip(names, session.run(None, {"x": x}), strict=True))
+            compare(got, on_images.score(x), maps=True)
+    finally:
+        on_images.mode = before
+
+
+def test_without_a_threshold_there_is_no_label(fitted):
+    few = daf.Detector(device="cpu", **VECTORS).fit(rows(40, 0))
+    program = exporting.ScoringProgram(few)
+    with torch.no_grad():
+        assert set(program(torch.zeros(2, 5))) == {"score", "p_value"}
+
+
+def test_errors(fitted, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="not fitted"):
+        daf.Detector(device="cpu", **VECTORS).export(tmp_path / "model.pt2")
+    with pytest.raises(InputError, match="unknown format 'tflite': choose torch, aoti, onnx"):
+        fitted.export(tmp_path / "model.pt2", "tflite")
+    with pytest.raises(InputError, match="does not end in .pt2"):
+        fitted.export(tmp_path / "model.bin")
+    with pytest.raises(InputError, match="unknown mode 'two_step'"):
+        fitted.export(tmp_path / "model.pt2", mode="two_step")
+    with pytest.raises(InputError, match="cannot write"):
+        fitted.export(tmp_path / "nowhere" / "model.pt2")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match="needs onnxscript: .*diffad_fast.plugins"):
+        fitted.export(tmp_path / "model.onnx", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_that_scores_differently_is_not_written(fitted, tmp_path, monkeypatch):
+    real = exporting.ScoringProgram.forward
+
+    def wrong(self, x):
+        result = real(self, x)
+        return {**result, "score": result["score"] + 1e-3}
+
+    monkeypatch.setattr(exporting.ScoringProgram, "forward", wrong)
+    with pytest.raises(RuntimeError, match="differ by 0.001"):
+        fitted.export(tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------- hubs
+
+
+def test_a_folder_for_a_hub(fitted, tmp_path):
+    folder = tmp_path / "new" / "model"
+    fitted.save_pretrained(folder, data="200 rows of white noise.")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.keys()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["library_name"] == "diffad_fast" and config["token_width"] == 32
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffad_fast\n")
+    assert "200 rows of white noise." in card
+    assert f"| one_step (default) | 30 | 30 | {fitted.conformal.threshold:.4g} | 0.05 |" in card
+    again = daf.Detector.from_pretrained(folder, device="cpu")
+    np.testing.assert_array_equal(again.score(rows(5, 1)).score, fitted.score(rows(5, 1)).score)
+
+
+def test_from_a_hub(fitted, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    fitted.save_pretrained(tmp_path)
+    asked = []
+
+    def download(name, file, **options):
+        asked.append((name, file, options["revision"]))
+        return tmp_path / file
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    again = daf.Detector.from_pretrained("someone/tiles", revision="v1", device="cpu")
+    assert asked == [("someone/tiles", "model.safetensors", "v1")]
+    np.testing.assert_array_equal(again.score(rows(5, 1)).score, fitted.score(rows(5, 1)).score)
+
+
+def test_errors_of_hub_folders(fitted, tmp_path):
+    with pytest.raises(InputError, match="neither a folder nor the name of a repository"):
+        daf.Detector.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="there is no file .*model.safetensors"):
+        daf.Detector.from_pretrained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot make the folder"):
+        fitted.save_pretrained(tmp_path / "file" / "model")
+    with pytest.raises(InputError, match="not fitted"):
+        daf.Detector(device="cpu", **VECTORS).save_pretrained(tmp_path / "model")
