@@ -41,6 +41,18 @@ class Calibration(NamedTuple):
     conformal: Conformal
 
 
+class Trajectory(NamedTuple):
+    """The inversion of N samples in S steps.
+
+    latent_norm (N,): mean square of the latent, about 1 for normals. residuals (N,S): mean square
+    of the way that each step goes in x / sqrt(alpha). path_length (N,): the sum of their roots.
+    """
+
+    latent_norm: np.ndarray
+    path_length: np.ndarray
+    residuals: np.ndarray
+
+
 class Detector:
     """Anomaly detector by diffusion: of an image's wavelet coefficients, or of tokens.
 
@@ -307,6 +319,22 @@ class Detector:
         """
         map_, score = self.model.score(x)
         return map_.cpu().numpy(), score.cpu().double().numpy()
+
+    def trajectory(self, source, *, batch_size: int | None = None) -> Trajectory:
+        """How samples go from data to noise in a deterministic inversion; ``source`` as in
+        :meth:`fit`. The mode stays as it is."""
+        self._require_fitted()
+        samples = self.open(source)
+        wanted, parts = self.mode, []
+        self.mode = "invert"
+        try:
+            with torch.inference_mode():
+                for batch in samples.batches(batch_size or self.config.batch_size):
+                    parts.append([t.cpu().double().numpy() for t in self.model.trajectory(batch.x)])
+        finally:
+            self.mode = wanted
+        latent, residuals = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return Trajectory(latent, np.sqrt(residuals).sum(axis=1), residuals)
 
     def stream(self, rate: float) -> Stream:
         """Score a recording while it arrives, in chunks of any size, sampled ``rate`` times a

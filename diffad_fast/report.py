@@ -40,7 +40,7 @@ FIGURES = {
 }
 """The figures of ``Detector.evaluate`` in tables: their order, and their names there."""
 
-CASES = 6
+CASES = 10
 """How many pictures a section of the report shows."""
 
 # Okabe & Ito's palette: told apart with any colour vision, and in grey.

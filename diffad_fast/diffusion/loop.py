@@ -89,9 +89,7 @@ class ReverseLoop:
         if key not in self._fields:
             with torch.inference_mode(False):
                 shape = (1, *x.shape[1:])
-                self._fields[key] = ops.philox_normal(
-                    shape, self.seed, step=step, device=x.device
-                )
+                self._fields[key] = ops.philox_normal(shape, self.seed, step=step, device=x.device)
         return self._fields[key]
 
     def _run(self, x_t: torch.Tensor, guide: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from .. import denoisers, ops
 from ..config import DetectorConfig
 from ..denoisers import inference
-from ..diffusion import Graphed, NoiseSchedule, ReverseLoop
+from ..diffusion import Graphed, NoiseSchedule, ReverseLoop, ReverseStep
 from ..errors import InputError
 from ..representations import WaveletRepresentation
 from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
@@ -176,21 +176,33 @@ class CoefficientModel(nn.Module):
         loop = self._loop(lambda images, x0, x0_hat: self.representation.decode(x0_hat), False)
         return loop.eager(images.to(self.device)).cpu()
 
+    def trajectory(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the inversion of images: mean square of the latent (N,) and, of every step, the mean
+        square of the way (N,S), as the states of the variance-exploding process go. In mode invert
+        only."""
+        steps, denoiser = self._steps(), self.scoring_denoiser
+        x = self.representation.encode(images.to(self.device)) * steps[0].alpha_t ** 0.5
+        ways = []
+        for step in steps:
+            loop = ReverseLoop(denoiser, [step], prediction_type=self.config.prediction_type)
+            x_s = loop.run(x)
+            way = x_s / step.alpha_s**0.5 - x / step.alpha_t**0.5
+            ways.append(way.square().flatten(1).mean(dim=1))
+            x = x_s
+        return x.square().flatten(1).mean(dim=1), torch.stack(ways, dim=1)
+
     def _loop(self, conclude, inverts: bool | None = None) -> ReverseLoop:
         """From images to ``conclude(images, x0, x_end)``: through their reconstruction, or
         (the default in mode invert) up to their latent."""
-        config, schedule = self.config, self.schedule
-        if config.mode == "invert" if inverts is None else inverts:
-            steps = schedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
-            options = {}
-        else:
-            start = schedule.timestep(config.start_sigma)
-            steps = schedule.reverse_steps(start, config.reverse_steps)
+        config = self.config
+        inverts = config.mode == "invert" if inverts is None else inverts
+        options = {}
+        if not inverts:
             options = {"eta": config.eta, "clip": config.clip, "guidance": config.guidance}
         denoiser = self.scoring_denoiser
         return ReverseLoop(
             denoiser,
-            steps,
+            self._steps(inverts),
             seed=config.seed,
             prediction_type=config.prediction_type,
             prepare=self.representation.encode,
@@ -198,6 +210,13 @@ class CoefficientModel(nn.Module):
             modules=[denoiser, self.representation],
             **options,
         )
+
+    def _steps(self, inverts: bool = True) -> list[ReverseStep]:
+        config = self.config
+        if inverts:
+            return self.schedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
+        start = self.schedule.timestep(config.start_sigma)
+        return self.schedule.reverse_steps(start, config.reverse_steps)
 
     # reconstruct
 

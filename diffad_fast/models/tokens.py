@@ -225,6 +225,19 @@ class TokenModel(nn.Module):
         bands = bands.view(*curve.shape, -1)
         return time_map(bands, representation.window, representation.step), score
 
+    def trajectory(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the inversion of raw inputs: mean square of the latent (N,) and, of every step, the
+        mean square of the way (N,S), means over tokens and sources. In mode invert only."""
+        latents, ways = [], []
+        loops = [self._loop(denoiser) for denoiser in self.denoisers]
+        for tokens, loop in zip(self.representation.encode(x.to(self.device)), loops, strict=True):
+            rows = tokens.flatten(0, 2) * self._steps[0].alpha_t ** 0.5
+            z, way = ops.token_mlp_loop(rows, *loop)
+            n = len(tokens)
+            latents.append(z.square().mean(dim=1).view(n, -1).mean(dim=1))
+            ways.append(way.view(n, -1, way.shape[1]).mean(dim=1))
+        return torch.stack(latents).mean(dim=0), torch.stack(ways).mean(dim=0)
+
     def _features(self, denoiser: TokenMLP, rows: torch.Tensor) -> torch.Tensor:
         if self.config.semantic_of == "tokens":
             return rows

@@ -88,6 +88,21 @@ def test_invert(model):
 
 
 @torch.inference_mode()
+def test_trajectory(model):
+    """x / a grows by the root of (variance + sigma_s^2) / (variance + sigma_t^2) in the limit of
+    small steps; here by what each step's factor says."""
+    switch(model, "invert")
+    latent, ways = model.trajectory(IMAGES)
+    x, steps = COEFFICIENTS, model._steps()
+    for i, step in enumerate(steps):
+        a_t, a_s = step.alpha_t**0.5, step.alpha_s**0.5
+        x_s = carried([step]) * (x * a_t) / a_s
+        assert torch.allclose(ways[:, i], (x_s - x).square().mean(dim=(1, 2, 3)), rtol=1e-3)
+        x = x_s
+    assert torch.allclose(latent, (x * a_s).square().mean(dim=(1, 2, 3)), rtol=1e-3)
+
+
+@torch.inference_mode()
 def test_reconstruct(model):
     switch(model, "reconstruct")
     map_, *others = model.raw_maps(IMAGES)

@@ -74,6 +74,18 @@ def test_modes_share_one_model(vectors):
     assert all(torch.equal(v, weights[k]) for k, v in vectors.model.state().items())
 
 
+def test_trajectory(vectors):
+    near, far = (vectors.trajectory(rows(50, 12) + shift) for shift in (0, 8))
+    assert near.residuals.shape == (50, vectors.config.inversion_steps)
+    assert np.allclose(near.path_length, np.sqrt(near.residuals).sum(axis=1))
+    assert far.latent_norm.min() > np.median(near.latent_norm)
+    vectors.mode = "invert"
+    with torch.inference_mode():
+        latent, _ = vectors.model.raw_maps(torch.from_numpy(rows(50, 12)).float())
+    assert latent.exp().flatten().numpy() == pytest.approx(near.latent_norm, rel=1e-4)
+    vectors.mode = "one_step"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_false_positives_are_beta_binomial(vectors, mode):
     """Fresh normals: k of m above the threshold, with n calibration scores and rank r of p <= rate,
