@@ -163,6 +163,29 @@ def pareto(result: dict):
     return figure
 
 
+def quality(result: dict):
+    """AUROC of a method, mean and spread over seeds, against milliseconds an image at batch 1; an
+    axes for each image set."""
+    sets = [one for one in result["sets"] if one["kind"] == "image"]
+    if not sets:
+        return None
+    figure, all_axes = _figure(6 * len(sets), 4, len(sets))
+    for axes, one in zip(np.atleast_1d(all_axes), sets, strict=True):
+        for i, (method, runs) in enumerate(one["runs"].items()):
+            aurocs = [100 * run["image_auroc"] for run in runs]
+            time = float(np.median([cost["latency_ms"] for cost in one["costs"][method]]))
+            colour = "#c0392b" if method.startswith(OURS) else "#34495e"
+            axes.errorbar(
+                time, np.mean(aurocs), np.std(aurocs), fmt="o", color=colour, markersize=5
+            )
+            axes.annotate(method, (time, mean), fontsize=6, textcoords="offset points",
+                          xytext=(5, (3, -8, 12)[i % 3]))  # fmt: skip
+        axes.set(xscale="log", xlabel="ms an image, batch 1", ylabel="image AUROC in %")
+        axes.set_title(one["name"], fontsize=8)
+        _plain_ticks(axes.xaxis, subs=(1, 2, 5))
+    return figure
+
+
 def curves(result: dict):
     """Held-out loss by step of both training loops, a line a seed."""
     entries = result["curves"]

@@ -24,10 +24,16 @@ def write(result: dict, folder: Path = RESULTS) -> Path:
 
 
 def write_quality(name: str, result: dict, table: str) -> None:
-    """Keep a result of the suite ``quality`` under its own name, with its table in Markdown."""
+    """Keep a result of ``quality`` or ``audio`` under its own name, with its table in Markdown."""
+    from . import plots
+
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    figure = plots.quality(result) if "sets" in result else None
+    if figure is not None:
+        figure.savefig(RESULTS / f"{name}.png", dpi=130)
+        table += f"\n![Quality against latency]({name}.png)\n"
     path.with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
     print(f"written to {path} and {path.with_suffix('.md').name}")

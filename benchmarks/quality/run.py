@@ -97,26 +97,28 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
     )  # fmt: skip
     runs: dict[str, list[dict]] = {}
     scores: dict[str, list[np.ndarray]] = {}
-    costs = []
+    costs: dict[str, list[dict]] = {}
     robustness: list[dict] = []
 
-    def put(method: str, score: Score) -> None:
+    def put(method: str, detector: Detector, fit_seconds: float | None = None) -> None:
+        score = detector.score(data.test)
         runs.setdefault(method, []).append(_figures(data, score, rows))
         scores.setdefault(method, []).append(score.score[rows])
+        cost = {"fit_seconds": fit_seconds, "latency_ms": _latency(detector, data)}
+        costs.setdefault(method, []).append(cost)
 
     for seed in args.seeds:
         detector, seconds = _fit(data, args, seed, {})
-        put(OURS, detector.score(data.test))
-        costs.append({"fit_seconds": seconds, "latency_ms": _latency(detector, data)})
+        put(OURS, detector, seconds)
         for mode in args.modes:
             detector.mode, usual = mode, detector.mode
-            put(f"{OURS}, {mode}", detector.score(data.test))
+            put(f"{OURS}, {mode}", detector)
             detector.mode = usual
         if detector.config.on_tokens:
             for name, control in controls(detector, data.train, data.groups):
-                put(name, control.score(data.test))
+                put(name, control)
         for name, options in args.variant:
-            put(name, _fit(data, args, seed, options)[0].score(data.test))
+            put(name, *_fit(data, args, seed, options))
         if args.robustness:
             robustness.append(_robustness(detector, data, args, seed, rows))
         image = [run["image_auroc" if data.kind == "image" else "auroc"] for run in runs[OURS]]

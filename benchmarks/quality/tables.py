@@ -59,10 +59,9 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
                     low, high = one["intervals"][method]
                     text += f" ({100 * low:.1f}–{100 * high:.1f})"
                 row.append(text)
-            costs = one["costs"] if method == next(iter(one["runs"])) else []
             for name, digits in (("fit_seconds", 0), ("latency_ms", 1)):
-                values = [cost[name] for cost in costs]
-                row.append(f"{statistics.median(values):.{digits}f}" if values else "")
+                values = [cost[name] for cost in one["costs"][method]]
+                row.append("" if None in values else f"{statistics.median(values):.{digits}f}")
             lines.append("| " + " | ".join(row) + " |")
     if len(sets) > 1:
         for method in sets[0]["runs"]:
