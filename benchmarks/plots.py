@@ -175,9 +175,8 @@ def quality(result: dict):
             aurocs = [100 * run["image_auroc"] for run in runs]
             time = float(np.median([cost["latency_ms"] for cost in one["costs"][method]]))
             colour = "#c0392b" if method.startswith(OURS) else "#34495e"
-            axes.errorbar(
-                time, np.mean(aurocs), np.std(aurocs), fmt="o", color=colour, markersize=5
-            )
+            mean, spread = np.mean(aurocs), np.std(aurocs)
+            axes.errorbar(time, mean, spread, fmt="o", color=colour, markersize=5)
             axes.annotate(method, (time, mean), fontsize=6, textcoords="offset points",
                           xytext=(5, (3, -8, 12)[i % 3]))  # fmt: skip
         axes.set(xscale="log", xlabel="ms an image, batch 1", ylabel="image AUROC in %")
