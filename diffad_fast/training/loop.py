@@ -289,12 +289,16 @@ class Loop(ABC):
         buffers = [b.clone() for b in self.denoiser.buffers()]
         times = []
         optimizer.set(0, 0.0)
-        while len(times) < TRIAL_STEPS[self.device.type] or sum(times) < 0.02 * budget:
+
+        def undecided() -> bool:
+            wanted = len(times) < TRIAL_STEPS[self.device.type] or sum(times) < 0.02 * budget
+            return not times or (wanted and clock.seconds() < budget / 4)
+
+        # The first process decides: all take part in every step.
+        while self.processes.agreed(undecided()):
             began = time.monotonic()
             float(step_of(*self.inputs(len(times))))
             times.append(time.monotonic() - began)
-            if clock.seconds() > budget / 4:
-                break
         optimizer.load(before, 0)
         began = time.monotonic()
         with torch.no_grad():
