@@ -94,7 +94,9 @@ def image_trainer(device, denoiser: str, images: torch.Tensor, reference: bool =
         range(len(images)), [], detector.config.replace(batch_size=len(images)), device,
     )  # fmt: skip
     trainer.optimizer = Optimizer(trainer.denoiser, trainer.config)
-    captured = CapturedStep(trainer._step) if device.type == "cuda" else trainer._step
+    captured = (
+        CapturedStep(trainer._step, trainer.device) if device.type == "cuda" else trainer._step
+    )
 
     def step(_):
         with use_backend("reference" if reference else "auto"):
@@ -208,7 +210,7 @@ def token_case(
         if dtype == torch.float64:
             trainer.dtype = dtype
         trainer.optimizer = Optimizer(trainer.denoiser, config)
-        step = CapturedStep(trainer._step) if on.type == "cuda" else trainer._step
+        step = trainer._step if on.type == "cpu" else CapturedStep(trainer._step, on)
 
         def run(_):
             trainer.optimizer.set(0, LEARNING_RATE)

@@ -155,11 +155,16 @@ class Loop(ABC):
         if kept is not None:
             if kept.resume and os.path.exists(kept.path):
                 start = self._load(kept)
+            if self.processes.agreed(start) != start:
+                raise CheckpointError(
+                    f"process {self.processes.rank} finds another state in {kept.path} than the "
+                    "first one: keep it where all machines see it"
+                )
             if self.processes.first:
                 checkpoint.remove_leftovers(kept.path)
         step_of = self._step
         if self.device.type == "cuda" and self.processes.count == 1:
-            step_of = CapturedStep(self._step)
+            step_of = CapturedStep(self._step, self.device)
         clock = _Clock(self.history.seconds)
         if start == 0 and self.config.train_budget is not None:
             self.total = self._affordable(step_of, clock)
@@ -172,7 +177,7 @@ class Loop(ABC):
             try:
                 for step in range(start, self.total):
                     interrupted, late = bool(signals), self._late(clock)
-                    loss = self._exchanged_step(step, step_of, interrupted, late)
+                    loss = self._run_step(step, step_of, interrupted, late)
                     done, last = step + 1, step + 1 == self.total
                     self.history.seconds = clock.seconds()
                     bar.update(self.batch)
@@ -207,7 +212,7 @@ class Loop(ABC):
 
     # --------------------------------------------------------------- a step
 
-    def _exchanged_step(self, step: int, step_of, interrupted: bool, late: bool) -> torch.Tensor:
+    def _run_step(self, step: int, step_of, interrupted: bool, late: bool) -> torch.Tensor:
         self.optimizer.set(step, learning_rate(self.config, step, self.total))
         if self.processes.count > 1:
             self.optimizer.extra[1:] = torch.tensor([float(interrupted), float(late)])
@@ -289,12 +294,16 @@ class Loop(ABC):
         buffers = [b.clone() for b in self.denoiser.buffers()]
         times = []
         optimizer.set(0, 0.0)
-        while len(times) < TRIAL_STEPS[self.device.type] or sum(times) < 0.02 * budget:
+
+        def undecided() -> bool:
+            wanted = len(times) < TRIAL_STEPS[self.device.type] or sum(times) < 0.02 * budget
+            return not times or (wanted and clock.seconds() < budget / 4)
+
+        # The first process decides: all take part in every step.
+        while self.processes.agreed(undecided()):
             began = time.monotonic()
             float(step_of(*self.inputs(len(times))))
             times.append(time.monotonic() - began)
-            if clock.seconds() > budget / 4:
-                break
         optimizer.load(before, 0)
         began = time.monotonic()
         with torch.no_grad():

@@ -18,14 +18,14 @@ class CapturedStep:
     reads has to stay where it was.
     """
 
-    def __init__(self, step: Callable):
-        self._step = step
+    def __init__(self, step: Callable, device: torch.device):
+        self._step, self._device = step, device
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        current = torch.cuda.current_stream()
+        current = torch.cuda.current_stream(self._device)
         if self._calls < WARM_UP:
             self._calls += 1
             self._stream.wait_stream(current)
@@ -34,7 +34,7 @@ class CapturedStep:
             current.wait_stream(self._stream)
             return result
         if self._graph is None:
-            self._inputs = [t.cuda() for t in inputs]
+            self._inputs = [t.to(self._device) for t in inputs]
             graph = torch.cuda.CUDAGraph()
             # Capture computes nothing: the step itself is the replay below.
             with torch.cuda.graph(graph, stream=self._stream):

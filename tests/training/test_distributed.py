@@ -55,6 +55,14 @@ def test_two_processes_train_what_one_does(kind, tmp_path):
     assert any(not torch.allclose(other[n], first[n], rtol=1e-3, atol=1e-4) for n in other)
 
 
+def test_two_processes_share_a_budget(tmp_path):
+    """They agree on the steps that it buys, and on the moment when it is used up."""
+    results = together(2, "token", None, tmp_path / "two", {"train_budget": 0.5})
+    (first, logged), (second, other) = results
+    worker.assert_same(first, second)
+    assert logged["loss"] == other["loss"] and logged["best_step"] == other["best_step"]
+
+
 def test_a_killed_process_ends_the_job_and_leaves_a_state(tmp_path):
     state, options = tmp_path / "state", {"train_steps": 10**6}
     running = worker.start_joined(2, "token", state, tmp_path, options)

@@ -166,6 +166,11 @@ def test_training_ends_when_the_budget_is_used_up(clock):
     assert history.validation_loss[-1][0] == history.loss[-1][0] + 8
 
 
+def test_the_smallest_budget_buys_one_step():
+    history = worker.token_trainer(train_budget=1e-3).run()
+    assert [step for step, _ in history.loss] == [0] and history.best_step == 0
+
+
 def test_the_best_average_is_kept(monkeypatch):
     """A validation loss that is made up: lowest after the third of ten validations."""
     losses = iter([3.0, 2.0, 1.0, 5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0])

@@ -51,7 +51,7 @@ def pictures(n=20, seed=0):
 
 
 def image_trainer(
-    module=None, represent=identity, arrays=None, n=20, normalisation=True, **options
+    module=None, represent=identity, arrays=None, n=20, normalisation=True, device="cpu", **options
 ):
     options = {
         "image_size": 16, "denoiser": "unet-tiny", "train_steps": 24, "batch_size": 4,
@@ -62,16 +62,17 @@ def image_trainer(
     torch.manual_seed(0)
     module = Pixelwise(normalisation) if module is None else module
     config = DetectorConfig.create(**options)
-    return Trainer(module, represent, images, range(n - 4), range(n - 4, n), config, "cpu")
+    module = module.to(device)
+    return Trainer(module, represent, images, range(n - 4), range(n - 4, n), config, device)
 
 
-def token_trainer(**options):
+def token_trainer(device="cpu", **options):
     options = {"kind": "vector", "train_steps": 60, "token_batch": 64, "warmup_steps": 3} | options
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(300, 6, generator=generator)
     torch.manual_seed(0)
     config = DetectorConfig.create(**options)
-    return TokenTrainer(TokenMLP(6, 32, 2), bank[:250], bank[250:], config, "cpu")
+    return TokenTrainer(TokenMLP(6, 32, 2).to(device), bank[:250], bank[250:], config, device)
 
 
 TRAINERS = {"image": image_trainer, "token": token_trainer}
