@@ -341,7 +341,7 @@ def test_options_that_cannot_be(good, tmp_path, fails):
     fails(*argv, "--preset", "fastest", names=["fastest", "balanced"])
     fails(*argv, "--denoiser", "unet-huge", names=["unet-huge", "unet-tiny"])
     fails(*argv, "--kind", "smell", names=["smell", "image"])
-    fails(*argv, "--steps", "0", names=["train_steps", "0"])
+    fails(*argv, "--steps", "-1", names=["train_steps", "-1"])
     fails(*argv, "--channels", "2", names=["channels", "2"])
     fails(*argv, "--image-size", "33", names=["33"])
     fails(*argv, "--group-regex", "(", *FAST, names=["regular expression"])

@@ -46,7 +46,7 @@ def test_frozen():
         ({"image_size": 100}, "100 is not a multiple of .* 99 or 102"),
         ({"image_size": (64,)}, "image_size"),
         ({"channels": 4}, "4"),
-        ({"train_steps": 0}, "train_steps .*not 0"),
+        ({"train_steps": -1}, "train_steps .*not -1"),
         ({"eta": 2.0}, "eta .*not 2.0"),
         ({"eta": float("nan")}, "eta"),
         ({"trainsteps": 3}, "'trainsteps': did you mean 'train_steps'"),

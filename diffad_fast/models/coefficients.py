@@ -55,7 +55,8 @@ class CoefficientModel(nn.Module):
         self.distance = FeatureDistance(config.semantic) if config.semantic_weight > 0 else None
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.to(device).eval()
-        self._in_bfloat16: nn.Module | None = None
+        # In a tuple, or it would be a part of the model and of its state.
+        self._in_bfloat16: tuple[nn.Module, ...] = ()
         self.use(None)
 
     # ---------------------------------------------------------------- fit
@@ -86,7 +87,7 @@ class CoefficientModel(nn.Module):
 
     def _settle_dtype(self) -> None:
         """Settle "auto" once and for all, before anything is calibrated."""
-        self._in_bfloat16 = None
+        self._in_bfloat16 = ()
         config = self.config
         if config.inference_dtype == "auto":
             side = [s // 2**config.haar_level for s in config.image_size]
@@ -100,9 +101,9 @@ class CoefficientModel(nn.Module):
         """The denoiser in its inference dtype."""
         if self.config.inference_dtype != "bfloat16":
             return self.denoiser
-        if self._in_bfloat16 is None:
-            self._in_bfloat16 = inference.in_dtype(self.denoiser, "bfloat16")
-        return self._in_bfloat16
+        if not self._in_bfloat16:
+            self._in_bfloat16 = (inference.in_dtype(self.denoiser, "bfloat16"),)
+        return self._in_bfloat16[0]
 
     # -------------------------------------------------------------- score
 
@@ -333,7 +334,7 @@ class CoefficientModel(nn.Module):
         missing = [name for name in missing if not name.startswith("backbone.")]
         if missing or unexpected:
             raise RuntimeError(f"tensors {', '.join([*missing, *unexpected][:3])} do not match")
-        self._in_bfloat16 = None
+        self._in_bfloat16 = ()
 
 
 def restore_buffers(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:

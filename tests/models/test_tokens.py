@@ -175,7 +175,7 @@ def test_evaluate_a_table(vectors):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"denoiser": "unet-tiny"}, "vectors need 'token-mlp'"),
+        ({"denoiser": "unet-tiny"}, "vector needs 'token-mlp'"),
         ({"prediction_type": "epsilon"}, "predicts v"),
         ({"eta": 0.5}, "without eta"),
         ({"kind": "image", "denoiser": "token-mlp", "tokens": ["energy-12"]}, "energy-12"),
