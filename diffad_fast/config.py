@@ -196,7 +196,7 @@ class DetectorConfig:
 
     # Training
     train_steps: int | None = None
-    """0 leaves the denoiser as it is. None: 1500 for unet-tiny, 10000 for unet-base, 300 for the token MLP, 2000 for others.
+    """None: 1500 for unet-tiny, 10000 for unet-base, 300 for the token MLP, 2000 for others.
     0: a U-Net is taken as it is."""
     batch_size: int | None = None
     """Samples that are read, trained on and scored together; None: 16 images, 32 clips, 4096

@@ -343,7 +343,7 @@ def test_options_that_cannot_be(good, tmp_path, fails):
     fails(*argv, "--kind", "smell", names=["smell", "image"])
     fails(*argv, "--steps", "-1", names=["train_steps", "-1"])
     fails(*argv, "--channels", "2", names=["channels", "2"])
-    fails(*argv, "--image-size", "33", names=["33"])
+    fails(*argv, "--image-size", "33", "--denoiser", "unet-tiny", names=["33"])
     fails(*argv, "--group-regex", "(", *FAST, names=["regular expression"])
     fails(*argv, "--group-regex", "tile(.)", *FAST, names=["tile(.)", "000.png"])
     fails(*argv, "--device", "warp", names=["warp"])
