@@ -83,6 +83,10 @@ class DetectorConfig:
     """Height and width in pixels to which every image is resized."""
     channels: int = 1
     """1 for grey, 3 for colour."""
+    overlap: float | None = None
+    """None resizes images. A share from 0 to 0.9 keeps their own size and aspect: they are seen
+    through windows of `image_size`, which overlap by at least this share of a side; the map has the
+    size of the image, the score is that of the worst window. For the token MLP."""
     preset: str = "balanced"
     seed: int = 0
 
@@ -268,6 +272,13 @@ class DetectorConfig:
         if self.semantic_of == "tokens" and not on_tokens:
             raise InputError("semantic_of='tokens' is for the token MLP: U-Nets have no tokens")
         self._check_training()
+        if self.overlap is not None:
+            _range("overlap", self.overlap, 0.0, 0.9)
+            if self.kind != "image" or not on_tokens:
+                raise InputError(
+                    "overlap is for images and the token MLP: leave it out, or choose "
+                    "denoiser='token-mlp'"
+                )
         if self.kind == "audio":
             self._check_audio()
         if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):

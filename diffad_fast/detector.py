@@ -232,9 +232,10 @@ class Detector:
                 source, config.sample_rate, config.window_samples, config.step_samples,
                 strict=strict,
             )  # fmt: skip
-        return open_images(
-            source, config.image_size, config.channels, strict=strict, min_side=config.stride
-        )
+        size, min_side = config.image_size, config.stride
+        if config.overlap is not None:
+            size, min_side = None, max(config.image_size)
+        return open_images(source, size, config.channels, strict=strict, min_side=min_side)
 
     # -------------------------------------------------------------- score
 

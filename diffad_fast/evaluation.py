@@ -17,7 +17,7 @@ from . import metrics
 from .data.audio import LabelledClip
 from .data.images import TestImage, mvtec_test, read_mask
 from .errors import InputError
-from .scoring import Score
+from .scoring import Score, own_part
 
 if TYPE_CHECKING:
     from .detector import Detector
@@ -232,7 +232,10 @@ class _MapsAtMaskSize:
     def __iter__(self) -> Iterator[np.ndarray]:
         for map_, mask in zip(self.maps, self.masks, strict=True):
             resized = nn.functional.interpolate(
-                torch.from_numpy(map_)[None, None], mask.shape, mode="bilinear", align_corners=False
+                torch.from_numpy(own_part(map_))[None, None],
+                mask.shape,
+                mode="bilinear",
+                align_corners=False,
             )
             yield resized[0, 0].numpy()
 

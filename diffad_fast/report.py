@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
+from .scoring import own_part
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -382,13 +383,13 @@ def _case_figures(detector: Detector, evaluation: Evaluation, rows: Sequence[int
 
     score, low_high = evaluation.score, colour_range(detector)
     paths = [evaluation.images[i].path for i in rows]
-    images = next(iter(detector.open(paths, strict=True).batches(len(paths)))).x.numpy()
+    images = (batch.x[0].numpy() for batch in detector.open(paths, strict=True).batches(1))
     for i, image in zip(rows, images, strict=True):
         test = evaluation.images[i]
         mask = None if test.mask_path is None else read_mask(test.mask_path, test.path)
         pictures = (
             (_bytes(_rgb(image)), "image"),
-            (overlay(image, score.map[i], *low_high), "anomaly map"),
+            (overlay(image, own_part(score.map[i]), *low_high), "anomaly map"),
             (outline(image, mask), "ground truth"),
         )
         yield "<figure><div>"

@@ -71,7 +71,7 @@ class TestImage(NamedTuple):
 
 def open_images(
     source,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     channels: int,
     *,
     strict: bool = False,
@@ -85,7 +85,8 @@ def open_images(
             (N, C, H, W) or (N, H, W), or anything that can be iterated more than once and gives
             batches: tensors, tuples or lists that begin with one, or dicts with the key "image".
             Arrays are uint8, uint16, or floats in [0, 1].
-        image_size: (height, width) to which every image is resized, ignoring its aspect.
+        image_size: (height, width) to which every image is resized, ignoring its aspect; None
+            keeps every image's own size, and images of different sizes stand in different batches.
         channels: channels of the result; files give 1 or 3.
         strict: raise `InputError` at the first unusable file instead of leaving it out with a
             `SkippedInput` warning. A single file is always needed.
@@ -96,7 +97,7 @@ def open_images(
         InputError: nothing is there, or it cannot be images of that many channels. Unusable values
             in an array or a loader raise while they are read.
     """
-    size = int(image_size[0]), int(image_size[1])
+    size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return Images(_ArrayItems(source, size, channels, min_side), None, strict)
     if isinstance(source, (str, os.PathLike)):
@@ -182,8 +183,8 @@ class Images:
 
     @staticmethod
     def _together(found: list[tuple[int, np.ndarray]], item: np.ndarray) -> bool:
-        """Whether ``item`` may stand in one batch with what was found before."""
-        return True
+        """Whether an item may stand in a batch with those found before it."""
+        return found[0][1].shape == item.shape
 
     def load(self, max_bytes: int = 4 << 30) -> list[int]:
         """Read everything once and return the indices of the usable images.
@@ -280,7 +281,9 @@ class Images:
         )
 
 
-def read_image(path: str, size: tuple[int, int], channels: int, min_side: int = 1) -> np.ndarray:
+def read_image(
+    path: str, size: tuple[int, int] | None, channels: int, min_side: int = 1
+) -> np.ndarray:
     """Read one image file.
 
     Anything that Pillow decodes: 8 or 16 bit, palette, CMYK, float; the EXIF orientation is
@@ -289,7 +292,7 @@ def read_image(path: str, size: tuple[int, int], channels: int, min_side: int = 
 
     Args:
         path: the file.
-        size: (height, width) of the result.
+        size: (height, width) of the result; None keeps the image's own.
         channels: 1 or 3.
         min_side: the shortest side that is accepted, in pixels.
 
@@ -464,7 +467,7 @@ class _ArrayItems:
                 "(0..255), uint16 (0..65535) or floats in [0, 1]."
             )
         _check_side(*shape[-2:], min_side, "each image of the array")
-        self.fits = shape[-2:] == size
+        self.fits = size is None or shape[-2:] == size
         self._array = array
         self._size = size
         self._first = 0 if first is None else first
@@ -531,12 +534,14 @@ def _usable(values: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
-def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(C, h, w) to (C, *size) by Pillow's antialiased bilinear filter, of the same dtype.
+def _resized(values: np.ndarray, size: tuple[int, int] | None) -> np.ndarray:
+    """(C, h, w) to (C, *size), unless that is None, of the same dtype.
+
+    By Pillow's antialiased bilinear filter.
 
     8-bit planes are filtered in Pillow's fixed point; others in float32, and 16-bit ones rounded.
     """
-    if values.shape[1:] == size:
+    if size is None or values.shape[1:] == size:
         return values
     from PIL import Image
 

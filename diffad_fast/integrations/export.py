@@ -69,6 +69,11 @@ def export(detector, path: str | os.PathLike, format: str = "torch", uint8: bool
                 "ONNX runtimes compute bfloat16 on few devices: fit with "
                 "inference_dtype='float32' to export ONNX"
             )
+    if detector.config.overlap is not None:
+        raise InputError(
+            "an exported program scores images of image_size: a detector with overlap would need "
+            "its windows cut outside, so fit one without"
+        )
     path = Path(path)
     if format != "onnx" and path.suffix != ".pt2":
         raise InputError(f"{path} does not end in .pt2, as files of the format {format!r} do")

@@ -23,6 +23,8 @@ from ..training.tokens import fit_tokens
 from .coefficients import restore_buffers
 from .fusion import fuse, resized
 
+# Windows of large images that are scored together.
+WINDOWS = 32
 # Tokens that a training keeps in memory: at 500 numbers each these take 1 GiB.
 LARGEST_BANK = 1 << 19
 LARGEST_FIT = 2048
@@ -67,7 +69,7 @@ class TokenModel(nn.Module):
         self.denoisers, self.distances = nn.ModuleList(), nn.ModuleList()
         # Statistics of tokens need no more images than these, evenly chosen.
         some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]
-        self.representation.fit(lambda: self._batches(source, some))
+        self.representation.fit(lambda: map(self._seen, self._batches(source, some)))
         if config.semantic_weight is None:
             weight = 0.0 if self.representation.by_one_scale else 1.0
             config = self.config = config.replace(semantic_weight=weight)
@@ -106,14 +108,20 @@ class TokenModel(nn.Module):
         banks: list[list[torch.Tensor]] = [[] for _ in self.representation.dims]
         for x in self._batches(source, indices):
             with torch.inference_mode():
-                grids = self.representation.encode(x)
+                grids = self.representation.encode(self._seen(x))
             for bank, grid in zip(banks, grids, strict=True):
-                tokens = grid.flatten(1, 2)
+                tokens = grid.reshape(len(x), -1, grid.shape[-1])
                 if tokens.shape[1] > share:
                     chosen = torch.randperm(tokens.shape[1], generator=generator)[:share]
                     tokens = tokens[:, chosen.to(tokens.device)]
                 bank.append(tokens.flatten(0, 1).clone())
         return [torch.cat(bank) for bank in banks]
+
+    def _seen(self, x: torch.Tensor) -> torch.Tensor:
+        """Images as they come, or the windows of all of them, one after another."""
+        if self.config.overlap is None:
+            return x
+        return windows(x, self.config.image_size, self.config.overlap)[0].flatten(0, 1)
 
     def _denoiser(self, dim: int) -> TokenMLP:
         with torch.random.fork_rng(devices=[]):
@@ -152,7 +160,7 @@ class TokenModel(nn.Module):
         They are logarithms of distances: what multiplies all of them in an image adds to these, and
         their spread among normals is near a Gaussian's.
         """
-        grids = self.representation.encode(x.to(self.device))
+        grids = self.representation.encode(self._seen(x.to(self.device)))
         finest = max((grid.shape[1:3] for grid in grids), key=lambda s: s[0] * s[1])
         smoothing = 0.0
         if self.config.kind == "image":
@@ -187,12 +195,28 @@ class TokenModel(nn.Module):
         config = self.config
         if config.kind == "audio":
             return self._score_audio(x)
+        if config.overlap is not None and tuple(x.shape[2:]) != config.image_size:
+            return self._score_windows(x)
         maps = self.raw_maps(x)
         weights = self._weights(len(maps) // len(self.denoisers)) * len(self.denoisers)
         map_, score = fuse(maps, self.statistics, weights, 0.0, config.top_fraction)
         if config.kind == "image":
             map_ = resized(map_, x.shape[2:])
         return map_, score
+
+    def _score_windows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean of the windows' maps wherever they overlap, and the highest of their scores."""
+        parts, places = windows(x, self.config.image_size, self.config.overlap)
+        found = [self._score(part) for part in parts.flatten(0, 1).split(WINDOWS)]
+        maps, scores = (torch.cat(part) for part in zip(*found, strict=True))
+        maps = maps.unflatten(0, parts.shape[:2])
+        total = maps.new_zeros(len(x), *x.shape[2:])
+        count = maps.new_zeros(x.shape[2:])
+        height, width = self.config.image_size
+        for i, (top, left) in enumerate(places):
+            total[:, top : top + height, left : left + width] += maps[:, i]
+            count[top : top + height, left : left + width] += 1
+        return total / count, scores.unflatten(0, parts.shape[:2]).amax(dim=1)
 
     def _score_audio(self, waves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The score's curve over windows, and the map that says which bands made it.
@@ -331,6 +355,23 @@ class TokenModel(nn.Module):
 def log_distance(number: torch.Tensor) -> torch.Tensor:
     """The logarithm of a distance, finite where that is 0."""
     return number.float().clamp(min=1e-12).log()
+
+
+def windows(
+    x: torch.Tensor, size: tuple[int, int], overlap: float
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Images (N,C,H,W) to their K windows (N,K,C,*size), and where these begin.
+
+    As few as overlap by at least that share of a side, evenly spread from border to border.
+    """
+    starts = []
+    for side, window in zip(x.shape[2:], size, strict=True):
+        room = side - window
+        steps = math.ceil(room / (window * (1 - overlap)) - 1e-9)
+        starts.append([room * i // steps for i in range(steps + 1)] if steps else [0])
+    places = [(top, left) for top in starts[0] for left in starts[1]]
+    parts = [x[:, :, top : top + size[0], left : left + size[1]] for top, left in places]
+    return torch.stack(parts, dim=1), places
 
 
 def residual_row(sigma: float) -> tuple[float, float, float, float, float]:

@@ -2,7 +2,7 @@
 
 from .calibration import Conformal
 from .maps import MAPS, MapStatistics, fit_statistics
-from .score import Score
+from .score import Score, own_part
 from .semantic import FeatureDistance
 from .split import Split, split_by_group
 
@@ -14,5 +14,6 @@ __all__ = [
     "Score",
     "Split",
     "fit_statistics",
+    "own_part",
     "split_by_group",
 ]

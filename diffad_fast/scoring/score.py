@@ -13,7 +13,8 @@ class Score:
     """What a detector says of N images.
 
     score (N,) float64, higher is more anomalous; map (N,H,W) float32 at the detector's
-    image_size, or None when no maps were asked for; for audio (N,n_mels,steps), a column for every
+    image_size (with ``overlap`` of the image's own size, NaN below and to the right of smaller
+    images), or None when no maps were asked for; for audio (N,n_mels,steps), a column for every
     ``window_step`` frames, NaN after the end of clips that are shorter than others; p_value (N,)
     float64, the share of normals expected to score as high; label (N,) int64, 1 for an anomaly, or
     None when too few normals were held out; paths: the files, or None for arrays; index (N,) int64:
@@ -78,10 +79,17 @@ class Score:
 
 
 def _concatenated(maps: list[np.ndarray]) -> np.ndarray:
-    """Maps of one height, the narrower ones filled up with NaN."""
-    width = max(map_.shape[2] for map_ in maps)
-    if all(map_.shape[2] == width for map_ in maps):
+    """Smaller maps are filled up with NaN, below and to the right."""
+    height, width = (max(map_.shape[axis] for map_ in maps) for axis in (1, 2))
+    if all(map_.shape[1:] == (height, width) for map_ in maps):
         return np.concatenate(maps)
+    padded = [((0, 0), (0, height - m.shape[1]), (0, width - m.shape[2])) for m in maps]
     return np.concatenate(
-        [np.pad(m, ((0, 0), (0, 0), (0, width - m.shape[2])), constant_values=np.nan) for m in maps]
+        [np.pad(m, pad, constant_values=np.nan) for m, pad in zip(maps, padded, strict=True)]
     )
+
+
+def own_part(map_: np.ndarray) -> np.ndarray:
+    """A map (H,W) of a :class:`Score` without the NaN that fills it up to the largest."""
+    known = np.isfinite(map_)
+    return map_[: known[:, 0].sum(), : known[0].sum()]
