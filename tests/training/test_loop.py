@@ -3,6 +3,8 @@
 import copy
 import csv
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,6 +264,32 @@ def test_the_log_is_that_of_an_uninterrupted_run(tmp_path, monkeypatch):
     assert kept == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole)]
     assert [row["step"] for row in kept if row["loss"]] == ["0", "20", "40", "59"]
     assert sum(bool(row["validation_loss"]) for row in kept) == 10
+
+
+def test_tensorboard_gets_the_same_numbers_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    board = SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    with Log(tmp_path / "m.csv", start=20) as log:
+        log.write(20, seconds=3.0, loss=0.5)
+        log.write(29, seconds=4.0, validation_loss=0.25)
+    assert written == [
+        (str(tmp_path / "m.tensorboard"), 20),
+        ("loss", 0.5, 20),
+        ("validation_loss", 0.25, 29),
+        "closed",
+    ]
 
 
 def test_a_log_that_cannot_be_written(tmp_path):
