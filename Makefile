@@ -26,7 +26,8 @@ test-all: .venv/.built
 
 # The integrations beside the hosts that they are made for, in an environment of their own.
 test-plugins: .venv-plugins/.built
-	.venv-plugins/bin/python -m pytest $(PYTEST_JOBS) tests/integrations tests/test_examples.py
+	.venv-plugins/bin/python -m pytest $(PYTEST_JOBS) -m "slow or not slow" \
+		tests/integrations tests/test_examples.py
 
 test-asan: .venv/.installed
 	tests/asan.sh $(abspath $(BIN)/python) out/asan

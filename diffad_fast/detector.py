@@ -469,7 +469,8 @@ class Detector:
         Its input is a batch of any length: images (N,C,H,W) at the detector's size, float32 in
         [0,1] or uint8, or vectors (N,D) float32. Its outputs are named score, p_value, label (where
         there is a threshold) and map (of images), as in :class:`Score`. The configuration lies in
-        the file as text. Raises InputError, and ImportError where a package is missing.
+        the file as text. Raises InputError, also for audio, and ImportError where a package is
+        missing.
         """
         from .integrations.export import export
 

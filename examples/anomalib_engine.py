@@ -32,7 +32,7 @@ def main(folder: str | None = None) -> None:
             name=root.name, root=root, normal_dir="train/good", normal_test_dir="test/good",
             abnormal_dir=[f"test/{name}" for name in defects], num_workers=0,
         )  # fmt: skip
-        model = DiffADFast(preset="fast", image_size=64, train_steps=100, visualizer=False)
+        model = DiffADFast(preset="fast", image_size=64, train_steps=40, visualizer=False)
         engine = Engine(default_root_dir=Path(temporary) / "results", logger=False)
         engine.fit(model, datamodule=data)
         print(engine.test(model, datamodule=data)[0])

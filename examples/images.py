@@ -16,7 +16,7 @@ def stripes(n: int, seed: int, broken: bool = False) -> np.ndarray:
 
 
 def main() -> None:
-    detector = daf.Detector(image_size=64, preset="fast", train_steps=100, seed=0)
+    detector = daf.Detector(image_size=64, preset="fast", train_steps=40, seed=0)
     detector.fit(stripes(200, seed=1))
     detector.save("stripes.diffad")
 

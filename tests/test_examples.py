@@ -32,6 +32,7 @@ for name in ("nms", "qnms"):
 """
 
 
+@pytest.mark.slow  # make test-plugins runs them
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name, tmp_path):
     host, pattern = EXAMPLES[name]

@@ -21,7 +21,6 @@ from ._host import require
 
 require("diffusers")
 
-from diffusers import DiffusionPipeline  # noqa: E402
 from diffusers.schedulers.scheduling_ddim import (  # noqa: E402
     DDIMScheduler,
     DDIMSchedulerOutput,
@@ -189,6 +188,9 @@ def fast_sampler(
 def detector_from_diffusers(pipeline, **options) -> Detector:
     """See :meth:`diffad_fast.Detector.from_diffusers`."""
     if isinstance(pipeline, (str, os.PathLike)):
+        # Here: models are a heavy import that schedulers do not need.
+        from diffusers import DiffusionPipeline
+
         path = os.fspath(pipeline)
         try:
             pipeline = DiffusionPipeline.from_pretrained(path)

@@ -62,6 +62,11 @@ def export(detector, path: str | os.PathLike, format: str = "torch", uint8: bool
     """Write ``detector`` in its present mode; see :meth:`diffad_fast.Detector.export`."""
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}: choose {', '.join(FORMATS)}")
+    if detector.config.kind not in ("image", "vector"):
+        raise InputError(
+            f"detectors of kind {detector.config.kind!r} are not exported: those of images and "
+            "vectors are"
+        )
     if format == "onnx":
         require("onnxscript")
         if detector.config.inference_dtype == "bfloat16":

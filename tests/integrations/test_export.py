@@ -60,7 +60,11 @@ def compare(got, expected, maps):
         np.testing.assert_allclose(got["map"], expected.map, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+# One mode of one kind in every run: a trace takes seconds. make test-plugins runs all.
+REST = [pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:]]
+
+
+@pytest.mark.parametrize("mode", [MODES[0], *REST])
 def test_vectors_in_every_mode(fitted, mode, tmp_path):
     path, before = tmp_path / "model.pt2", fitted.mode
     fitted.export(path, mode=mode)
@@ -77,11 +81,8 @@ def test_vectors_in_every_mode(fitted, mode, tmp_path):
     assert far["label"].item() == 1 and far["p_value"].item() == pytest.approx(1 / 31)
 
 
-@pytest.mark.parametrize("mode", [
-    "one_step",
-    pytest.param("invert", marks=pytest.mark.slow),
-    pytest.param("reconstruct", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_images_as_bytes(on_images, mode, tmp_path):
     path, before = tmp_path / "model.pt2", on_images.mode
     on_images.export(path, mode=mode, uint8=True)
@@ -131,7 +132,7 @@ def onnx_session(path):
     return runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("mode", ["one_step", pytest.param("invert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", [MODES[0], *REST])
 def test_onnx_of_vectors(fitted, mode, tmp_path):
     pytest.importorskip("onnxscript")
     path, before = tmp_path / "model.onnx", fitted.mode
@@ -175,6 +176,10 @@ def test_without_a_threshold_there_is_no_label(fitted):
 
 
 def test_errors(fitted, tmp_path, monkeypatch):
+    audio = daf.Detector(kind="audio", device="cpu")
+    monkeypatch.setattr(audio, "_require_fitted", lambda: None)
+    with pytest.raises(InputError, match="kind 'audio' are not exported"):
+        audio.export(tmp_path / "model.pt2")
     with pytest.raises(InputError, match="not fitted"):
         daf.Detector(device="cpu", **VECTORS).export(tmp_path / "model.pt2")
     with pytest.raises(InputError, match="unknown format 'tflite': choose torch, aoti, onnx"):
