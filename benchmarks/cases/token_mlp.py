@@ -40,6 +40,41 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             unit="token",
         )
 
+    for tokens in (1024,) if quick else (1024, 8192):
+        yield _loss_case(tokens, 64, 256, 3, 32, dtype, tolerance)
+
+
+def _loss_case(tokens, d, width, blocks, levels, dtype, tolerance) -> Case:
+    """The training loss with the gradients of all weights."""
+
+    def inputs(device: torch.device) -> tuple:
+        x, weights, bias, _ = _inputs(tokens, d, width, blocks, levels, dtype)
+        return on(device, x, random(tokens, d, seed=6), torch.ones(tokens), weights, bias)
+
+    def call(functions, x, target, weight, weights, bias):
+        leaves = [t.detach().requires_grad_() for t in (*weights, bias)]
+        packed = type(weights)(*leaves[:-1])
+        loss = functions.token_mlp_loss(x, target, weight, packed, leaves[-1])
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    products = 2 * d * width + 2 * blocks * width**2
+    return operator_case(
+        "token_mlp_loss",
+        f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {levels} levels, gradients",
+        inputs,
+        call,
+        formats=False,
+        compiled=False,
+        bytes=4 * tokens * (2 * d + 1) + 2 * dtype.itemsize * products,
+        # Forward, gradients of inputs (not of x) and of weights.
+        flops=2 * tokens * (3 * products - d * width),
+        rate=str(dtype).removeprefix("torch."),
+        tolerance=tolerance,
+        batch=tokens,
+        unit="token",
+        gradients=True,
+    )
+
 
 def _inputs(tokens, d, width, blocks, steps, dtype=torch.float32):
     from diffad_fast import ops
