@@ -29,6 +29,7 @@ def write_quality(name: str, result: dict, table: str) -> None:
 
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    result.setdefault("summary", table)  # what README shows
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     figure = plots.quality(result) if "sets" in result else None
     if figure is not None:

@@ -28,7 +28,8 @@ def summary(result: dict) -> str:
     machine = result["machine"]
     options = f", options {result['options']}" if result["options"] else ""
     lines = [
-        f"# Detection, preset {result['preset']}, {result['part']} parts",
+        f"# Detection on {', '.join(one['name'] for one in result['sets'])}, preset "
+        f"{result['preset']}, {result['part']} part",
         "",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}; seeds "

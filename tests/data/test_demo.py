@@ -166,7 +166,7 @@ def test_errors_are_one_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     assert demo.main(["--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
-    assert demo.main(["--out", str(tmp_path / "out"), "--steps", "0"]) == 2
+    assert demo.main(["--out", str(tmp_path / "out"), "--steps", "-1"]) == 2
     assert "train_steps" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "skimage", None)
     assert demo.main(["--out", str(tmp_path / "out")]) == 2
