@@ -32,7 +32,9 @@ def main(folder: str | None = None) -> None:
             name=root.name, root=root, normal_dir="train/good", normal_test_dir="test/good",
             abnormal_dir=[f"test/{name}" for name in defects], num_workers=0,
         )  # fmt: skip
-        model = DiffADFast(preset="fast", image_size=64, train_steps=40, visualizer=False)
+        # Few steps on one coarse grid, to be done in seconds: leave both out with real data.
+        options = {"tokens": ("energy-16",)}
+        model = DiffADFast("fast", 64, train_steps=100, options=options, visualizer=False)
         engine = Engine(default_root_dir=Path(temporary) / "results", logger=False)
         engine.fit(model, datamodule=data)
         print(engine.test(model, datamodule=data)[0])

@@ -21,7 +21,7 @@ def main() -> None:
         DiffusionOutlierDetector(contamination=0.05, train_steps=200, random_state=0),
     )
     print("labels:", np.unique(model.fit_predict(X), return_counts=True))
-    print("AUROC of the training data:", roc_auc_score(y, model.score_samples(X)).round(3))
+    print(f"AUROC of the training data: {roc_auc_score(y, model.score_samples(X)):.3f}")
     folds = StratifiedKFold(2, shuffle=True, random_state=0)
     print("cross-validated:", cross_val_score(model, X, y, scoring="roc_auc", cv=folds).round(3))
 
