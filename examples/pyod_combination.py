@@ -13,7 +13,7 @@ def main() -> None:
     X, X_test, _, y_test = generate_data(
         n_train=400, n_test=200, n_features=8, contamination=0.1, random_state=0
     )
-    detectors = [DiffAD(train_steps=100, random_state=0), KNN()]
+    detectors = [DiffAD(train_steps=60, options={"token_width": 64}, random_state=0), KNN()]
     train = np.stack([d.fit(X).decision_scores_ for d in detectors], axis=1)
     test = np.stack([d.decision_function(X_test) for d in detectors], axis=1)
     combined = standardizer(train, test)[1].mean(axis=1)

@@ -10,7 +10,7 @@ import diffad_fast as daf
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    detector = daf.Detector(kind="vector", train_steps=100, device="cpu")
+    detector = daf.Detector(kind="vector", train_steps=50, token_width=64, device="cpu")
     detector.fit(rng.normal(size=(400, 6)))
     X = rng.normal(size=(3, 6)).astype(np.float32) * [[1], [1], [4]]
     X = X.astype(np.float32)
