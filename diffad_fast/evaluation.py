@@ -44,7 +44,7 @@ def evaluate(detector: Detector, root: Path, strict: bool) -> Evaluation:
         read_mask(test.mask_path, test.path)  # a wrong mask is told before the work
     score = detector.score(images)
     first = next(iter(detector.open([tests[0].path]).batches(1))).x
-    result = {**figures(tests, score), "latency_ms": _latency(detector, first)}
+    result = {**figures(tests, score), "latency_ms": latency(detector, first)}
     return Evaluation(tests, score, labels(tests), result)
 
 
@@ -58,8 +58,8 @@ def evaluate_vectors(detector: Detector, source) -> dict:
         )
     score, label = detector.score(vectors), vectors.labels
     figures = _scalar_figures(score, label)
-    latency = _latency(detector, next(vectors.batches(1)).x)
-    return {**figures.values, "latency_ms": latency, "undefined": figures.undefined}
+    milliseconds = latency(detector, next(vectors.batches(1)).x)
+    return {**figures.values, "latency_ms": milliseconds, "undefined": figures.undefined}
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def evaluate_audio(
     label = np.array([clip.anomaly for clip in clips], dtype=np.int64)
     figures = _scalar_figures(score, label)
     first = next(opened.batches(1)).x
-    latency = _latency(detector, first)
+    milliseconds = latency(detector, first)
     result = {
         **figures.values,
-        "latency_ms": latency,
-        "real_time": first.shape[1] / detector.config.sample_rate / latency * 1e3,
+        "latency_ms": milliseconds,
+        "real_time": first.shape[1] / detector.config.sample_rate / milliseconds * 1e3,
         "per_kind": _per_kind(clips, score, label),
         **_per_section(clips, score, label),
         "undefined": figures.undefined,
@@ -240,7 +240,7 @@ class _MapsAtMaskSize:
             yield resized[0, 0].numpy()
 
 
-def _latency(detector: Detector, x: torch.Tensor, runs: int = 15) -> float:
+def latency(detector: Detector, x: torch.Tensor, runs: int = 15) -> float:
     """Median milliseconds from one decoded sample x (1,...) to its score and map on the host."""
     times = []
     for _ in range(runs + 2):

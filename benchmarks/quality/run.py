@@ -6,7 +6,6 @@ import argparse
 import io
 import json
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 
 from diffad_fast import Detector, metrics
 from diffad_fast.config import MODES
-from diffad_fast.evaluation import figures
+from diffad_fast.evaluation import figures, latency
 from diffad_fast.scoring import Score
 
 from ..machine import describe
@@ -102,9 +101,10 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
 
     def put(method: str, detector: Detector, fit_seconds: float | None = None) -> None:
         score = detector.score(data.test)
+        sample = next(iter(detector.open(data.test).batches(1))).x
         runs.setdefault(method, []).append(_figures(data, score, rows))
         scores.setdefault(method, []).append(score.score[rows])
-        cost = {"fit_seconds": fit_seconds, "latency_ms": _latency(detector, data)}
+        cost = {"fit_seconds": fit_seconds, "latency_ms": latency(detector, sample)}
         costs.setdefault(method, []).append(cost)
 
     for seed in args.seeds:
@@ -168,17 +168,6 @@ def _figures(data: DataSet, score: Score, rows: np.ndarray) -> dict:
         return figures([data.tests[i] for i in rows], part)
     label = data.label[rows]
     return {"auroc": metrics.auroc(label, part.score), "f1_max": metrics.f1_max(label, part.score)}
-
-
-def _latency(detector: Detector, data: DataSet, runs: int = 15) -> float:
-    """Median milliseconds of one sample, decoded, to its score and map on the host."""
-    x = next(iter(detector.open(data.test).batches(1))).x
-    times = []
-    for _ in range(runs + 2):
-        began = time.perf_counter()
-        detector.score_batch(x)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:]) * 1e3
 
 
 # ------------------------------------------------------------- intervals
