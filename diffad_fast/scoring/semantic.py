@@ -55,12 +55,13 @@ class FeatureDistance(nn.Module):
         # A few million distances at a time; a program that is exported takes batches of any length.
         parts = [rows] if torch.compiler.is_exporting() else rows.split(1024)
         count = min(NEIGHBOURS, len(self.sample))
-        # Said by name: left to torch, the way of computing depends on the number of rows.
-        way = "use_mm_for_euclid_dist"
+        # As one matrix product, in float64: |a|^2 - 2 ab + |b|^2 cancels where a point is near, and
+        # in float32 what is left would depend on how many rows the product has.
+        way, sample = "use_mm_for_euclid_dist", self.sample.double()
         nearest = [
-            torch.cdist(part, self.sample, compute_mode=way)
+            torch.cdist(part.double(), sample, compute_mode=way)
             .topk(count, largest=False)
             .values.mean(dim=1)
             for part in parts
         ]
-        return torch.cat(nearest).reshape(x.shape[:-1])
+        return torch.cat(nearest).to(x.dtype).reshape(x.shape[:-1])

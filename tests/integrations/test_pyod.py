@@ -8,6 +8,7 @@ from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 
 pytest.importorskip("pyod")
+pytest.importorskip("combo")  # pyod.models.combination needs it
 
 import joblib  # noqa: E402
 from pyod.models.combination import average, maximization  # noqa: E402
