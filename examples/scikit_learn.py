@@ -13,14 +13,14 @@ def main() -> None:
     rng = np.random.default_rng(0)
     angle = rng.uniform(0, 2 * np.pi, 600)
     normal = 3 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.1 * rng.normal(size=(600, 2))
-    odd = 0.5 * rng.normal(size=(30, 2))  # inside the ring
+    odd = rng.uniform(-5, 5, size=(30, 2))  # anywhere
     X, y = np.concatenate([normal, odd]), np.repeat([1, -1], [600, 30])
 
     model = make_pipeline(
         StandardScaler(),
         # Small and short, to be done in seconds: the defaults are larger.
         DiffusionOutlierDetector(
-            contamination=0.05, train_steps=100, options={"token_width": 64}, random_state=0
+            contamination=0.05, train_steps=200, options={"token_width": 64}, random_state=0
         ),
     )
     print("labels:", np.unique(model.fit_predict(X), return_counts=True))

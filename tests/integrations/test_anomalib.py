@@ -170,7 +170,7 @@ def test_from_the_command_line(tree, tmp_path):
         "    lib = torch.library.Library('torchvision', 'DEF')\n"
         "    for name in ('nms', 'qnms'):\n"
         "        lib.define(name + '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')\n"
-        "from anomalib.cli import main\n"
+        "from anomalib.cli.cli import main\n"
         "main()"
     )
     options = [
