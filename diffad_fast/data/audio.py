@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import BackendError, InputError
-from .images import Images
+from .images import Images, files_below
 
 __all__ = [
     "LAYOUTS",
@@ -450,19 +450,12 @@ def _folders(root: str) -> list[LabelledClip]:
 
 
 def _audio_files(source: str) -> list[str]:
-    if os.path.isfile(source):
-        return [source]
-    if not os.path.isdir(source):
-        raise InputError(f"{source} is no file or folder: check the path.")
-    found = []
-    for folder, below, names in os.walk(source):
-        below[:] = [name for name in below if not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in names if _is_audio(name)]
+    found = files_below(source, _is_audio)
     if not found:
         raise InputError(
             f"{source} holds no recordings: give a folder with files {', '.join(_SUFFIXES)} in it."
         )
-    return sorted(found)
+    return found
 
 
 def _is_audio(name: str) -> bool:

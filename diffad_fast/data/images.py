@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -638,6 +638,15 @@ def _is_image(name: str) -> bool:
 
 
 def _image_files(source: str) -> list[str]:
+    found = files_below(source, _is_image)
+    if not found:
+        raise InputError(f"{source} holds no image files: give a folder with images in it.")
+    return found
+
+
+def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
+    """``source`` itself if it is a file, else the files below it whose bare names are wanted,
+    sorted; hidden folders are left out. Raises InputError if it is neither file nor folder."""
     if os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
@@ -645,7 +654,5 @@ def _image_files(source: str) -> list[str]:
     found = []
     for folder, below, names in os.walk(source):
         below[:] = [name for name in below if not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in names if _is_image(name)]
-    if not found:
-        raise InputError(f"{source} holds no image files: give a folder with images in it.")
+        found += [os.path.join(folder, name) for name in names if wanted(name)]
     return sorted(found)
