@@ -109,9 +109,12 @@ class DetectorConfig:
     one in which the contrast of normals depends less on their brightness."""
     illumination: float | None = None
     """Deviation in pixels of the Gaussian whose smooth image is taken off in front of the tokens;
-    0: nothing is; None: a 21st of the short side."""
-    image_scale: bool = False
-    """Divide each image by its own deviation in front of the tokens."""
+    0: nothing is; None: `fit` takes a 21st of the short side where most of the smooth image differs
+    from normal to normal, else 0."""
+    image_scale: bool | None = None
+    """Divide each image by its own deviation in front of the tokens; None: `fit` does so where most
+    of what differs in contrast between normals is an image's as a whole. What `fit` found of these
+    three stands in the checkpoint's configuration."""
     feature_scale: str = "auto"
     """Vectors: every feature by its own deviation (`feature`), or all by one (`global`); `auto`:
     `global` from 256 features on, as in embeddings."""
@@ -251,7 +254,6 @@ class DetectorConfig:
             ("semantic", "nearest" if self.kind == "vector" else "mahalanobis"),
             ("semantic_of", "tokens" if self.kind == "vector" else "denoiser"),
             ("semantic_weight", None if self.kind == "vector" else 0.0),
-            ("illumination", round(min(self.image_size) / 21)),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -320,7 +322,8 @@ class DetectorConfig:
         _range("guidance", self.guidance, 0.0, math.inf)
         if self.semantic_weight is not None:
             _range("semantic_weight", self.semantic_weight, 0.0, math.inf)
-        _range("illumination", self.illumination, 0.0, math.inf)
+        if self.illumination is not None:
+            _range("illumination", self.illumination, 0.0, math.inf)
         _range("top_fraction", self.top_fraction, 0.0, 1.0)
         _range("false_positive_rate", self.false_positive_rate, 1e-6, 1 - 1e-6)
         _range("learning_rate", self.learning_rate, 1e-9, 1.0)

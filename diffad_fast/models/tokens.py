@@ -70,6 +70,8 @@ class TokenModel(nn.Module):
         # Statistics of tokens need no more images than these, evenly chosen.
         some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]
         self.representation.fit(lambda: map(self._seen, self._batches(source, some)))
+        if config.kind == "image":
+            config = self.config = config.replace(**self.representation.preprocessing.choices)
         if config.semantic_weight is None:
             weight = 0.0 if self.representation.by_one_scale else 1.0
             config = self.config = config.replace(semantic_weight=weight)

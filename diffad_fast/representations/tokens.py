@@ -23,47 +23,83 @@ SOFTENING = 0.7
 # Added to an intensity in front of its logarithm: black has a finite one, and noise in the dark is
 # not blown up.
 LOG_OFFSET = 0.05
+# Side in pixels of the cells by which preprocessing is chosen.
+CELL = 16
+# The short side over the deviation of the Gaussian that stands for illumination.
+ILLUMINATION_SHARE = 21
 
 
 class Preprocessing(nn.Module):
     """Images (N,C,H,W) in [0,1] as tokens see them: without what the camera and lamp add.
 
-    intensity: "log" takes the logarithm, under which brightness is an offset; "auto" lets ``fit``
-    choose. illumination: the deviation in pixels of the Gaussian whose smooth image is taken off;
-    0 takes none. scale: divide by the image's own deviation.
+    intensity: "log" takes the logarithm, under which brightness is an offset. illumination: the
+    deviation in pixels of the Gaussian whose smooth image is taken off; 0 takes none. scale: divide
+    by the image's own deviation. What is "auto" or None is chosen by ``fit``; ``choices`` tells
+    what is in use.
     """
 
-    def __init__(self, intensity: str, illumination: float, scale: bool):
+    def __init__(self, intensity: str, illumination: float | None, scale: bool | None):
         super().__init__()
         self.intensity, self.illumination, self.scale = intensity, illumination, scale
-        self.register_buffer("log", torch.tensor(intensity == "log"))
         self._blur: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    @property
+    def choices(self) -> dict[str, object]:
+        """The options of :class:`~diffad_fast.DetectorConfig` that say what is in use."""
+        return {
+            "intensity": self.intensity,
+            "illumination": self.illumination,
+            "image_scale": self.scale,
+        }
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor]) -> None:
-        """Choose the intensity, from batches of normal images.
+        """Choose what was left open, from batches of normal images, by what these share.
 
-        Where light multiplies, contrast grows with brightness: over all cells, the logarithm of the
-        deviation then rises with that of the mean by a slope of 1, and the logarithm of the image
-        makes the two independent. Where noise and texture are added the slope is 0. The nearer one
-        decides (Bartlett 1947).
+        All three rules rest on cells of 16 pixels, their means (the slow image) and the logarithms
+        of their deviations (the contrast):
+
+        - Where light multiplies, contrast grows with brightness: over all cells, the contrast then
+          rises with the logarithm of the mean by a slope of 1, and the logarithm of the image makes
+          the two independent. Where noise and texture are added the slope is 0. The nearer one
+          decides (Bartlett 1947).
+        - The slow image is what the object looks like, as far as all normals share it, and the
+          lamp's doing, as far as it differs between them at the same place. It is taken off where
+          these differences make up more than half of its variance.
+        - The contrast, less its mean at each place, is the whole image's as far as all cells of an
+          image share it. Images are scaled where this makes up more than half of its variance (the
+          intraclass correlation; Fisher 1925).
         """
-        if self.intensity != "auto":
+        open_ = self.intensity == "auto", self.illumination is None, self.scale is None
+        if not any(open_):
             return
-        moments = Moments()
+        cells: list[list[torch.Tensor]] = [[], [], [], []]
         for images in batches:
-            cells = F.avg_pool2d(images, 16, ceil_mode=True)
-            squares = F.avg_pool2d(images**2, 16, ceil_mode=True)
-            deviation = (squares - cells**2).clamp(min=1e-8).sqrt()
-            pair = torch.stack([(cells + LOG_OFFSET).log(), deviation.log()], dim=-1)
-            moments.add(pair.reshape(-1, 2))
-        covariance = moments.covariance
-        slope = covariance[0, 1] / covariance[0, 0].clamp(min=1e-12)
-        self.log.fill_(bool(slope > 0.5))
+            side = min(images.shape[2:])
+            for i, x in enumerate((images, (images + LOG_OFFSET).log())):
+                mean = F.avg_pool2d(x, CELL, ceil_mode=True)
+                square = F.avg_pool2d(x**2, CELL, ceil_mode=True)
+                cells[2 * i].append(mean)
+                cells[2 * i + 1].append((square - mean**2).clamp(min=1e-8).sqrt().log())
+        mean, contrast, log_mean, log_contrast = (torch.cat(part).double() for part in cells)
+        if self.intensity == "auto":
+            pair = torch.stack([(mean + LOG_OFFSET).log().flatten(), contrast.flatten()])
+            covariance = torch.cov(pair)
+            slope = covariance[0, 1] / covariance[0, 0].clamp(min=1e-12)
+            self.intensity = "log" if slope > 0.5 else "linear"
+        if self.intensity == "log":
+            mean, contrast = log_mean, log_contrast
+        if self.illumination is None:
+            differs = mean.var(dim=0).mean() > 0.5 * mean.var()
+            self.illumination = float(round(side / ILLUMINATION_SHARE)) if differs else 0.0
+        if self.scale is None:
+            contrast = contrast - contrast.mean(dim=0)
+            self.scale = bool(contrast.flatten(1).mean(dim=1).var() > 0.5 * contrast.var())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.where(self.log, (x + LOG_OFFSET).log(), x)
-        if self.illumination > 0:
+        if self.intensity == "log":
+            x = (x + LOG_OFFSET).log()
+        if self.illumination:
             rows, columns = (self._matrix(side, x.device) for side in x.shape[2:])
             x = x - rows @ x @ columns.T
         if self.scale:

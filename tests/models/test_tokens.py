@@ -128,6 +128,13 @@ def test_save_and_load(name, request, tmp_path):
     detector.mode = "one_step"
 
 
+def test_what_fit_chose_of_preprocessing_is_kept(cells):
+    """Texture with a constant noise and no lamp: its slow part differs from image to image."""
+    config = cells.config
+    assert (config.intensity, config.illumination, config.image_scale) == ("linear", 3.0, False)
+    assert cells.model.representation.preprocessing.choices["illumination"] == 3.0
+
+
 def test_cells_find_a_spot(cells):
     new = textures(40, 9)
     new[20:, :, 36:44, 20:28] = 0.9

@@ -85,7 +85,33 @@ def test_intensity_follows_what_light_does(multiplies):
     images = light * (1 + texture) if multiplies else light + texture
     step = Preprocessing("auto", 0.0, False)
     step.fit(images.split(7))
-    assert bool(step.log) == multiplies
+    assert step.choices == {
+        "intensity": "log" if multiplies else "linear", "illumination": 0.0, "image_scale": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("lamp", [0.02, 0.2])
+def test_illumination_is_what_normals_do_not_share(lamp):
+    """An object's shading, the same in all, of deviation 0.1; a lamp that moves, of 0.02 or 0.2."""
+    rows = torch.linspace(0, 2 * np.pi, 84)[:, None].expand(84, 84)
+    phases = torch.rand(40, 1, 1, generator=torch.manual_seed(0)) * 2 * np.pi
+    images = 0.5 + 2**0.5 * (0.1 * rows.sin() + lamp * (rows.T + phases).sin())[:, None]
+    step = Preprocessing("linear", None, False)
+    step.fit((images + 0.02 * torch.rand(images.shape)).split(7))
+    assert step.illumination == (4.0 if lamp > 0.1 else 0.0)
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.5])
+def test_images_are_scaled_where_contrast_is_a_whole_images(spread):
+    """Logarithms of contrast differ by ``spread`` between images, by about 0.2 between places."""
+    generator = torch.manual_seed(0)
+    places = (0.2 * torch.randn(40, 1, 6, 6, generator=generator)).exp()
+    places = places.repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
+    whole = (spread * torch.randn(40, 1, 1, 1, generator=generator)).exp()
+    images = 0.5 + 0.05 * whole * places * torch.randn(40, 1, 96, 96, generator=generator)
+    step = Preprocessing("linear", 0.0, None)
+    step.fit(images.split(7))
+    assert step.scale == (spread > 0.2)
 
 
 SOURCES = ["energy-16", "cell-8", "gradient-32", "spread-2", "mean-1", "patch-16"]
