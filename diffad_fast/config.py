@@ -196,6 +196,10 @@ class DetectorConfig:
     false_positive_rate: float = 0.05
     """Share of normal images that may be labelled anomalous."""
 
+    contamination: float = 0.0
+    """Share of anomalies that the training data may hide, below 0.5. Above 0 `fit` learns twice:
+    what scores highest after the first time is left out of every part the second time."""
+
     # Held-out normals, as shares of the groups; the rest is fitted
     validation_share: float = 0.05
     statistics_share: float = 0.10
@@ -326,6 +330,7 @@ class DetectorConfig:
             _range("illumination", self.illumination, 0.0, math.inf)
         _range("top_fraction", self.top_fraction, 0.0, 1.0)
         _range("false_positive_rate", self.false_positive_rate, 1e-6, 1 - 1e-6)
+        _range("contamination", self.contamination, 0.0, 0.49)
         _range("learning_rate", self.learning_rate, 1e-9, 1.0)
         _range("ema_decay", self.ema_decay, 0.0, 1.0)
         for name in ("validation_share", "statistics_share", "conformal_share"):

@@ -353,3 +353,20 @@ def test_pickles_with_a_denoiser_of_its_own():
                             haar_level=1, map_weights=(1.0, 0.0, 1.0)).fit(images)  # fmt: skip
     again = pickle.loads(pickle.dumps(detector))
     np.testing.assert_array_equal(again.score(images[:3]).score, detector.score(images[:3]).score)
+
+
+def test_contamination_leaves_out_what_is_hidden():
+    """8% of the training rows are anomalies, three times as wide as normals: as they are in the
+    calibration too, hardly anything exceeds its threshold of 5%."""
+    rng = np.random.default_rng(0)
+    train = np.concatenate([rng.standard_normal((920, 6)), 3 * rng.standard_normal((80, 6))])
+    test = np.concatenate([rng.standard_normal((400, 6)), 3 * rng.standard_normal((200, 6))])
+    options = {"train_steps": 150, "token_width": 64, "token_blocks": 1, "device": "cpu"}
+    hits, alarms = {}, {}
+    for share in (0.0, 0.08):
+        detector = daf.Detector("vector", contamination=share, **options).fit(train)
+        label = detector.score(test).label
+        alarms[share], hits[share] = label[:400].mean(), label[400:].mean()
+        assert len(detector.conformal.scores) == 150 - int(150 * share)
+    assert hits[0.0] < 0.7 and hits[0.08] > 0.85, hits
+    assert alarms[0.08] < 0.1, alarms
