@@ -196,11 +196,7 @@ class ImageTokens(nn.Module):
 
 class BandEnergies(nn.Module):
     """Images (N,C,H,W) to (N,(2K+1)C,h,w): on cells a 32nd of ``side`` wide, the mean squares and
-    maximum squares of K = 3 levels bands, and the mean of the image.
-
-    The undecimated Haar transform (Shensa 1992) has a coefficient at every pixel: its mean squares
-    vary far less from cell to cell than those of the few decimated coefficients in a cell.
-    """
+    maximum squares of K = 3 levels bands, and the mean of the image: ``ops.band_energies``."""
 
     def __init__(self, side: int):
         super().__init__()
@@ -209,34 +205,7 @@ class BandEnergies(nn.Module):
         self.levels = min(6, max(1, round(math.log2(side / BASE_GRID)) + 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, w = x.shape[2:]
-        pad = 2 ** (self.levels + 1)
-        low = F.pad(x, (pad,) * 4, mode="reflect")
-        squares, peaks = [], []
-        for level in range(1, self.levels + 1):
-            shift = 2 ** (level - 1)
-            left, right = low[..., :-shift], low[..., shift:]
-            low, *details = _sum_and_difference(left + right, shift)
-            details += _sum_and_difference(right - left, shift)
-            # A coefficient stands over 2^level pixels: this crop centres it on its own. Of each sum
-            # and difference a factor 1/2 is left out; 16^-level makes up for them in the squares.
-            start = pad - shift
-            for band in details:
-                band = band[..., start : start + h, start : start + w]
-                cells = self._cells(band.square())
-                squares.append(cells.mean(dim=(3, 5)) * 16.0**-level)
-                peaks.append(cells.amax(dim=(3, 5)) * 16.0**-level)
-        return torch.cat([*squares, *peaks, self._cells(x).mean(dim=(3, 5))], dim=1)
-
-    def _cells(self, x: torch.Tensor) -> torch.Tensor:
-        """(N,C,h,cell,w,cell)."""
-        n, c, h, w = x.shape
-        return x.reshape(n, c, h // self.cell, self.cell, w // self.cell, self.cell)
-
-
-def _sum_and_difference(x: torch.Tensor, shift: int) -> list[torch.Tensor]:
-    """Of rows that lie ``shift`` apart."""
-    return [x[..., :-shift, :] + x[..., shift:, :], x[..., shift:, :] - x[..., :-shift, :]]
+        return ops.band_energies(x, self.cell, self.levels)
 
 
 class EnergySource(nn.Module):
