@@ -13,6 +13,7 @@ from .. import ops
 from ..config import BASE_GRID, token_source
 from ..errors import InputError
 from ..reference.maps import gaussian_blur
+from .smoothing import GaussianSmoothing
 from .whitening import Moments, Whitening
 
 # Under an energy in front of its logarithm: of intensities in [0,1], an amplitude of a thousandth,
@@ -41,7 +42,7 @@ class Preprocessing(nn.Module):
     def __init__(self, intensity: str, illumination: float | None, scale: bool | None):
         super().__init__()
         self.intensity, self.illumination, self.scale = intensity, illumination, scale
-        self._blur: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._smoothed = GaussianSmoothing()
 
     @property
     def choices(self) -> dict[str, object]:
@@ -100,21 +101,11 @@ class Preprocessing(nn.Module):
         if self.intensity == "log":
             x = (x + LOG_OFFSET).log()
         if self.illumination:
-            rows, columns = (self._matrix(side, x.device) for side in x.shape[2:])
-            x = x - rows @ x @ columns.T
+            x = x - self._smoothed(x, self.illumination)
         if self.scale:
             deviation = x.flatten(1).std(dim=1, correction=0).clamp(min=1e-6)
             x = x / deviation[:, None, None, None]
         return x
-
-    def _matrix(self, side: int, device: torch.device) -> torch.Tensor:
-        """(side,side): the Gaussian along one axis, borders reflected. As a matrix product it is
-        several times faster than a convolution with as long a kernel."""
-        key = side, device
-        if key not in self._blur:
-            unit = torch.eye(side, device=device)[:, :, None]
-            self._blur[key] = gaussian_blur(unit, self.illumination)[:, :, 0].T.contiguous()
-        return self._blur[key]
 
 
 class ImageTokens(nn.Module):
@@ -221,6 +212,7 @@ class EnergySource(nn.Module):
     def __init__(self, kind: str, grid: int, levels: int):
         super().__init__()
         self.kind, self.grid, self.levels = kind, grid, levels
+        self._smoothed = GaussianSmoothing()
         self.first = PositionStandardiser()
         self.second = None if kind in ("energy", "cell") else PositionStandardiser()
 
@@ -240,7 +232,7 @@ class EnergySource(nn.Module):
         channels = x.shape[1] // (6 * self.levels + 1)
         powers, mean = x[:, :-channels], x[:, -channels:]
         if not by_block:
-            powers = gaussian_blur(powers.flatten(0, 1), SOFTENING).view_as(powers)
+            powers = self._smoothed(powers, SOFTENING)
         return torch.cat([(powers + SMALLEST_ENERGY).log(), mean], dim=1)
 
     def _derived(self, energies: torch.Tensor) -> torch.Tensor:
