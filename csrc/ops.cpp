@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def(
       "anomaly_map(Tensor x, Tensor x_hat, Tensor[] features, Tensor[] features_hat, float[] "
       "weights, int levels, Tensor[] stats, float sigma, float top) -> (Tensor, Tensor)");
+  m.def("band_energies(Tensor x, int cell, int levels) -> Tensor");
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def(
       "ddim_finish(Tensor x_t, Tensor model_output, Tensor? guide, Tensor table, Tensor(a!) "

@@ -13,9 +13,9 @@ from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
 from ..diffusion import Graphed, NoiseSchedule, ReverseStep
 from ..errors import InputError
-from ..reference.maps import gaussian_blur
 from ..representations import create_tokens
 from ..representations.logmel import time_map
+from ..representations.smoothing import GaussianSmoothing
 from ..representations.tokens import SMALLEST_SMOOTHED
 from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training.loop import History, TrainingCheckpoint
@@ -47,6 +47,7 @@ class TokenModel(nn.Module):
         self.distances = nn.ModuleList()
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.config = config
+        self._smoothed = GaussianSmoothing()
         if config.prediction_type != "v_prediction":
             raise InputError(
                 f"the token MLP predicts v: prediction_type {config.prediction_type!r} is for the "
@@ -178,7 +179,7 @@ class TokenModel(nn.Module):
                 map_ = log_distance(map_).reshape(tokens.shape[:3])
                 map_ = resized(map_, finest)
                 if min(size) > SMALLEST_SMOOTHED:
-                    map_ = gaussian_blur(map_, smoothing)
+                    map_ = self._smoothed(map_, smoothing)
                 maps.append(map_)
         return maps
 

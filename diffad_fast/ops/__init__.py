@@ -7,6 +7,7 @@ functions in plain PyTorch.
 from .attention import wavelet_attention
 from .diffusion import ddim_step, q_sample
 from .dispatch import select_from_environment
+from .energies import band_energies
 from .haar import haar_pack, haar_unpack
 from .maps import anomaly_map
 from .noise import philox_normal
@@ -19,6 +20,7 @@ from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
 __all__ = [
     "PackedTokenMLP",
     "anomaly_map",
+    "band_energies",
     "ddim_step",
     "dwt2d",
     "group_norm_silu",

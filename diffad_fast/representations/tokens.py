@@ -13,6 +13,7 @@ from .. import ops
 from ..config import BASE_GRID, token_source
 from ..errors import InputError
 from ..reference.maps import gaussian_blur
+from .smoothing import GaussianSmoothing
 from .whitening import Moments, Whitening
 
 # Under an energy in front of its logarithm: of intensities in [0,1], an amplitude of a thousandth,
@@ -41,7 +42,7 @@ class Preprocessing(nn.Module):
     def __init__(self, intensity: str, illumination: float | None, scale: bool | None):
         super().__init__()
         self.intensity, self.illumination, self.scale = intensity, illumination, scale
-        self._blur: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._smoothed = GaussianSmoothing()
 
     @property
     def choices(self) -> dict[str, object]:
@@ -100,21 +101,11 @@ class Preprocessing(nn.Module):
         if self.intensity == "log":
             x = (x + LOG_OFFSET).log()
         if self.illumination:
-            rows, columns = (self._matrix(side, x.device) for side in x.shape[2:])
-            x = x - rows @ x @ columns.T
+            x = x - self._smoothed(x, self.illumination)
         if self.scale:
             deviation = x.flatten(1).std(dim=1, correction=0).clamp(min=1e-6)
             x = x / deviation[:, None, None, None]
         return x
-
-    def _matrix(self, side: int, device: torch.device) -> torch.Tensor:
-        """(side,side): the Gaussian along one axis, borders reflected. As a matrix product it is
-        several times faster than a convolution with as long a kernel."""
-        key = side, device
-        if key not in self._blur:
-            unit = torch.eye(side, device=device)[:, :, None]
-            self._blur[key] = gaussian_blur(unit, self.illumination)[:, :, 0].T.contiguous()
-        return self._blur[key]
 
 
 class ImageTokens(nn.Module):
@@ -196,11 +187,7 @@ class ImageTokens(nn.Module):
 
 class BandEnergies(nn.Module):
     """Images (N,C,H,W) to (N,(2K+1)C,h,w): on cells a 32nd of ``side`` wide, the mean squares and
-    maximum squares of K = 3 levels bands, and the mean of the image.
-
-    The undecimated Haar transform (Shensa 1992) has a coefficient at every pixel: its mean squares
-    vary far less from cell to cell than those of the few decimated coefficients in a cell.
-    """
+    maximum squares of K = 3 levels bands, and the mean of the image: ``ops.band_energies``."""
 
     def __init__(self, side: int):
         super().__init__()
@@ -209,34 +196,7 @@ class BandEnergies(nn.Module):
         self.levels = min(6, max(1, round(math.log2(side / BASE_GRID)) + 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, w = x.shape[2:]
-        pad = 2 ** (self.levels + 1)
-        low = F.pad(x, (pad,) * 4, mode="reflect")
-        squares, peaks = [], []
-        for level in range(1, self.levels + 1):
-            shift = 2 ** (level - 1)
-            left, right = low[..., :-shift], low[..., shift:]
-            low, *details = _sum_and_difference(left + right, shift)
-            details += _sum_and_difference(right - left, shift)
-            # A coefficient stands over 2^level pixels: this crop centres it on its own. Of each sum
-            # and difference a factor 1/2 is left out; 16^-level makes up for them in the squares.
-            start = pad - shift
-            for band in details:
-                band = band[..., start : start + h, start : start + w]
-                cells = self._cells(band.square())
-                squares.append(cells.mean(dim=(3, 5)) * 16.0**-level)
-                peaks.append(cells.amax(dim=(3, 5)) * 16.0**-level)
-        return torch.cat([*squares, *peaks, self._cells(x).mean(dim=(3, 5))], dim=1)
-
-    def _cells(self, x: torch.Tensor) -> torch.Tensor:
-        """(N,C,h,cell,w,cell)."""
-        n, c, h, w = x.shape
-        return x.reshape(n, c, h // self.cell, self.cell, w // self.cell, self.cell)
-
-
-def _sum_and_difference(x: torch.Tensor, shift: int) -> list[torch.Tensor]:
-    """Of rows that lie ``shift`` apart."""
-    return [x[..., :-shift, :] + x[..., shift:, :], x[..., shift:, :] - x[..., :-shift, :]]
+        return ops.band_energies(x, self.cell, self.levels)
 
 
 class EnergySource(nn.Module):
@@ -252,6 +212,7 @@ class EnergySource(nn.Module):
     def __init__(self, kind: str, grid: int, levels: int):
         super().__init__()
         self.kind, self.grid, self.levels = kind, grid, levels
+        self._smoothed = GaussianSmoothing()
         self.first = PositionStandardiser()
         self.second = None if kind in ("energy", "cell") else PositionStandardiser()
 
@@ -271,7 +232,7 @@ class EnergySource(nn.Module):
         channels = x.shape[1] // (6 * self.levels + 1)
         powers, mean = x[:, :-channels], x[:, -channels:]
         if not by_block:
-            powers = gaussian_blur(powers.flatten(0, 1), SOFTENING).view_as(powers)
+            powers = self._smoothed(powers, SOFTENING)
         return torch.cat([(powers + SMALLEST_ENERGY).log(), mean], dim=1)
 
     def _derived(self, energies: torch.Tensor) -> torch.Tensor:
