@@ -197,8 +197,8 @@ class DetectorConfig:
     """Share of normal images that may be labelled anomalous."""
 
     contamination: float = 0.0
-    """Share of anomalies that the training data may hide, below 0.5. Above 0 `fit` learns twice:
-    what scores highest after the first time is left out of every part the second time."""
+    """Share of anomalies that the training data hides, below 0.5: as many of the highest scores are
+    left out of those that p-values and labels rest on."""
 
     # Held-out normals, as shares of the groups; the rest is fitted
     validation_share: float = 0.05

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import os
@@ -24,7 +23,7 @@ from .data.vectors import Vectors, open_vectors
 from .errors import BackendError, CheckpointError, InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
-from .scoring import Conformal, MapStatistics, Score, Split, fit_statistics, split_by_group
+from .scoring import Conformal, MapStatistics, Score, fit_statistics, split_by_group
 from .streaming import Stream
 from .training import checkpoint
 from .training.distributed import processes
@@ -179,8 +178,6 @@ class Detector:
             raise InputError(f"groups has {len(groups)} labels for {len(samples)} samples")
         split = split_by_group(usable, groups, self.config)
         self.calibrations = {}
-        if self.config.contamination:
-            split = self._trimmed(samples, split, groups)
         self.history = self.model.learn(samples, split, training_checkpoint)
         wanted = self.mode
         for mode in MODES:
@@ -188,29 +185,6 @@ class Detector:
             self._calibrate(samples, split.statistics, split.conformal, split.conformal_groups)
         self.mode = wanted
         return self
-
-    def _trimmed(self, samples, split: Split, groups: Sequence[Hashable] | None) -> Split:
-        """``split`` without the samples, in every part, that a detector fitted on all of it finds
-        worst: one concentration step of trimmed estimation (Rousseeuw & Van Driessen 1999)."""
-        first = copy.deepcopy(self)
-        first.model.learn(samples, split, None)
-        first._calibrate(samples, split.statistics, split.conformal, split.conformal_groups)
-
-        def kept(part: list[int]) -> list[int]:
-            order, scores = [], []
-            for batch in samples.batches(self.config.batch_size, indices=part):
-                order.extend(batch.index)
-                scores.append(first.score_batch(batch.x)[1])
-            count = len(order) - int(self.config.contamination * len(order))
-            lowest = np.argsort(np.concatenate(scores), kind="stable")[:count]
-            return sorted(int(order[i]) for i in lowest)
-
-        conformal = kept(split.conformal)
-        objects = {i if groups is None else groups[i] for i in conformal}
-        return Split(
-            kept(split.fit), kept(split.validation), kept(split.statistics), conformal,
-            len(objects),
-        )  # fmt: skip
 
     @torch.inference_mode()
     def _calibrate(
@@ -234,9 +208,10 @@ class Detector:
             for batch in samples.batches(config.batch_size, indices=conformal):
                 scores.append(self.score_batch(batch.x)[1])
                 bar.update(len(batch.index))
+        held_out = np.sort(np.concatenate(scores))
+        normal = held_out[: len(held_out) - int(config.contamination * len(held_out))]
         self.calibrations[self.mode] = Calibration(
-            found,
-            Conformal(np.concatenate(scores), conformal_groups, config.false_positive_rate),
+            found, Conformal(normal, conformal_groups, config.false_positive_rate)
         )
 
     def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:

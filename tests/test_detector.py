@@ -355,7 +355,7 @@ def test_pickles_with_a_denoiser_of_its_own():
     np.testing.assert_array_equal(again.score(images[:3]).score, detector.score(images[:3]).score)
 
 
-def test_contamination_leaves_out_what_is_hidden():
+def test_contamination_corrects_the_threshold():
     """8% of the training rows are anomalies, three times as wide as normals: as they are in the
     calibration too, hardly anything exceeds its threshold of 5%."""
     rng = np.random.default_rng(0)
