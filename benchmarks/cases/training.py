@@ -84,7 +84,6 @@ def image_trainer(device, denoiser: str, images: torch.Tensor, reference: bool =
     from diffad_fast.data.images import open_images
     from diffad_fast.training.images import Trainer
     from diffad_fast.training.optimizer import Optimizer
-    from diffad_fast.training.step import CapturedStep
 
     detector = _detector(denoiser, images, device)
     source = open_images((images * 255).round().to(torch.uint8), images.shape[2:], 1)
@@ -94,14 +93,12 @@ def image_trainer(device, denoiser: str, images: torch.Tensor, reference: bool =
         range(len(images)), [], detector.config.replace(batch_size=len(images)), device,
     )  # fmt: skip
     trainer.optimizer = Optimizer(trainer.denoiser, trainer.config)
-    captured = (
-        CapturedStep(trainer._step, trainer.device) if device.type == "cuda" else trainer._step
-    )
+    run = trainer.step_function()
 
     def step(_):
         with use_backend("reference" if reference else "auto"):
             trainer.optimizer.set(0, LEARNING_RATE)
-            return float(captured(*trainer.inputs(0)))
+            return float(run(*trainer.inputs(0)))
 
     return step
 
@@ -194,7 +191,6 @@ def token_case(
     from diffad_fast.config import DetectorConfig
     from diffad_fast.denoisers.token_mlp import TokenMLP
     from diffad_fast.training.optimizer import Optimizer
-    from diffad_fast.training.step import CapturedStep
     from diffad_fast.training.tokens import TokenTrainer
 
     bank = random(100_000, dim)
@@ -210,7 +206,7 @@ def token_case(
         if dtype == torch.float64:
             trainer.dtype = dtype
         trainer.optimizer = Optimizer(trainer.denoiser, config)
-        step = trainer._step if on.type == "cpu" else CapturedStep(trainer._step, on)
+        step = trainer.step_function()
 
         def run(_):
             trainer.optimizer.set(0, LEARNING_RATE)
