@@ -40,9 +40,9 @@ REPORT_EVERY = 20
 VALIDATIONS = 10  # in a run
 # Steps that tell what one costs; on a GPU the first ones are spent on its capture.
 TRIAL_STEPS = {"cpu": 3, "cuda": 16}
-# Seconds that a training must take for a trial of torch.compile. It compiles for about a minute,
-# and where the vendor's convolutions remain as they are, a step loses a third of its time at most.
-WORTH_COMPILING = 180.0
+# Where torch.compile is tried, and the seconds that a training must take for that: compiling takes
+# about a minute, and as the vendor's convolutions stay, a step loses a third of its time at most.
+COMPILED_ON, WORTH_COMPILING = ("cuda",), 180.0
 SMALLEST_GAIN = 1.05  # times faster; a difference below that is noise
 
 
@@ -203,9 +203,9 @@ class Loop(ABC):
                 checkpoint.remove_leftovers(kept.path)
         clock = _Clock(self.history.seconds)
         if start == 0:
-            step_of = self._chosen_step(clock)
+            step_of, seconds = self._chosen_step(clock)
             if self.config.train_budget is not None:
-                self.total = self._affordable(step_of, clock)
+                self.total = self._affordable(step_of, seconds, clock)
         else:
             step_of = self.step_function(self.history.compiled)
         bar = progress(
@@ -357,17 +357,18 @@ class Loop(ABC):
 
     # --------------------------------------------------------------- trials
 
-    def _chosen_step(self, clock: _Clock) -> Callable:
-        """The step's function, compiled where that is wanted or, by a trial, pays."""
+    def _chosen_step(self, clock: _Clock) -> tuple[Callable, float | None]:
+        """The step's function, compiled where that is wanted or, by a trial, pays; and the seconds
+        of a step, if there was a trial."""
         wanted, budget = self.config.train_compile, self.config.train_budget
         if wanted is True:
             self.history.compiled = True
-            return self._compiled_step()[0]
-        if wanted is False or self.device.type != "cuda":
-            return self.step_function()
+            return self._compiled_step()[0], None
+        if wanted is False or self.device.type not in COMPILED_ON:
+            return self.step_function(), None
 
         def undecided(times: list[float]) -> bool:
-            return len(times) < TRIAL_STEPS["cuda"]
+            return len(times) < TRIAL_STEPS[self.device.type]
 
         # No captured step outlives its trial: each holds the memory of all its activations.
         before = _typical(self._trial(self.step_function(), undecided))
@@ -376,21 +377,21 @@ class Loop(ABC):
             self.history.notes.append(
                 f"not compiled: about {planned:.0f} s of training are too short for a trial"
             )
-            return self.step_function()
+            return self.step_function(), before
         try:
             step_of, times = self._compiled_step(undecided)
         except BackendError as error:
             self.history.notes.append(f"not compiled: {error}")
-            return self.step_function()
+            return self.step_function(), before
         after = _typical(times)
         # The seconds of compiling are spent either way.
         compiled = self.history.compiled = self.processes.agreed(after * SMALLEST_GAIN <= before)
         self.history.notes.append(
-            f"{'compiled' if compiled else 'not compiled'}: {1e3 * after:.3g} ms a compiled step, "
-            f"{1e3 * before:.3g} ms an eager one, "
+            f"{'compiled' if compiled else 'not compiled'}: {1e3 * after:.2f} ms a compiled step, "
+            f"{1e3 * before:.2f} ms an eager one, "
             f"{sum(times) - after * len(times):.0f} s to compile"
         )
-        return step_of if compiled else self.step_function()
+        return (step_of, after) if compiled else (self.step_function(), before)
 
     def _compiled_step(
         self, undecided: Callable[[list[float]], bool] = lambda times: not times
@@ -428,21 +429,23 @@ class Loop(ABC):
                 buffer.copy_(old)
         return times
 
-    def _affordable(self, step_of: Callable, clock: _Clock) -> int:
-        """How many steps fit into the budget."""
+    def _affordable(self, step_of: Callable, seconds: float | None, clock: _Clock) -> int:
+        """How many steps of so many seconds, None: of those that a trial takes, fit into the
+        budget."""
         budget = self.config.train_budget
 
         def undecided(times: list[float]) -> bool:
             wanted = len(times) < TRIAL_STEPS[self.device.type] or sum(times) < 0.02 * budget
             return not times or (wanted and clock.seconds() < budget / 4)
 
-        step = _typical(self._trial(step_of, undecided))
+        if seconds is None:
+            seconds = _typical(self._trial(step_of, undecided))
         began = time.monotonic()
         with torch.no_grad(), self._averaged():
             self.validation_loss()
         validation = time.monotonic() - began
         left = budget - clock.seconds() - (VALIDATIONS + 1) * validation
-        return self.processes.agreed(max(1, int(left / step)))
+        return self.processes.agreed(max(1, int(left / seconds)))
 
     def _late(self, clock: _Clock) -> bool:
         budget = self.config.train_budget
