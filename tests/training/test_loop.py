@@ -151,6 +151,24 @@ def test_a_budget_buys_steps_and_leaves_no_trace_of_its_trial(kind, clock):
     worker.assert_same(trainer.denoiser.state_dict(), other.denoiser.state_dict())
 
 
+def test_losses_are_read_now_and_then():
+    """In between the host waits for nothing: a loss that is read is a step that is waited for."""
+    trainer, read = worker.token_trainer(train_steps=60), []
+
+    class Loss:
+        def __init__(self, step):
+            self.step = step
+
+        def __float__(self):
+            read.append(self.step)
+            return 1.0
+
+    steps = iter(range(60))
+    trainer.step_function = lambda: lambda *inputs: Loss(next(steps))
+    history = trainer.run()
+    assert read == [step for step, _ in history.loss] == [0, 20, 40, 59]
+
+
 def test_training_ends_when_the_budget_is_used_up(clock):
     """The machine becomes slower than it was in the trial."""
     trainer = worker.token_trainer(train_budget=100.0)
