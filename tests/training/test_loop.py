@@ -310,6 +310,23 @@ def test_tensorboard_gets_the_same_numbers_where_it_is_installed(tmp_path, monke
     ]
 
 
+def test_tensorboard_itself_reads_them(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Log(tmp_path / "m.csv") as log:
+        log.note(0, "not compiled")
+        log.write(20, seconds=3.0, loss=0.5)
+        log.picture(20, np.full((6, 4, 3), 255, np.uint8))
+    found = EventAccumulator(str(tmp_path / "m.tensorboard"))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(20, 0.5)]
+    (image,) = found.Images("pictures")
+    assert (image.step, image.width, image.height) == (20, 4, 6)
+    (note,) = found.Tensors("note/text_summary")
+    assert note.tensor_proto.string_val[0] == b"not compiled"
+
+
 def test_a_log_that_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="cannot write .*log.csv"):
         Log(tmp_path / "no" / "log.csv")
