@@ -153,6 +153,21 @@ def test_generated_code_trains_the_same(kind):
     np.testing.assert_allclose(history.loss, expected.loss, rtol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["image", "token"])
+def test_a_trial_on_a_gpu(kind, monkeypatch):
+    """Both kinds of step are captured and timed; whichever is taken trains as the eager one."""
+    monkeypatch.setattr(loop, "WORTH_COMPILING", 0.0)
+    tried, eager = (
+        worker.TRAINERS[kind](device="cuda", train_dtype="float32", train_compile=c)
+        for c in ("auto", False)
+    )
+    history, expected = tried.run(), eager.run()
+    assert len(history.notes) == 1 and " s to compile" in history.notes[0]
+    np.testing.assert_allclose(history.loss, expected.loss, rtol=1e-3)
+
+
 def test_a_detector_keeps_what_was_found():
     pictures = (np.random.default_rng(0).random((24, 32, 32)) * 255).astype(np.uint8)
     detector = daf.Detector(
