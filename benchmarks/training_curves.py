@@ -25,7 +25,7 @@ def run(device: torch.device, quick: bool) -> list[dict]:
     for name, make, steps in (
         ("token-mlp, width 256, 3 blocks, 1024 tokens", _tokens, 60 if quick else 400),
         # The network of 256² on a quarter of the positions.
-        (f"{_denoiser(quick)}, Haar level {HAAR_LEVEL}, batch 16", _unet, 10 if quick else 150),
+        (f"{_denoiser(quick)}, Haar level {HAAR_LEVEL}, batch 16", _unet, 10 if quick else 80),
     ):
         curves: dict[str, list] = {OURS: [], REFERENCE: []}
         for seed in seeds:
