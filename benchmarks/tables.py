@@ -90,8 +90,9 @@ def training_goals(result: dict) -> list[str]:
         return []
     head = ["training step", "against", "ours", "times faster", "goal", "memory", "goal"]
     text = (
-        "Goals. Memory: the most that a step holds at a time beyond weights, gradients and the "
-        "optimiser's state where those are kept, ours / theirs."
+        "Goals. Memory: the most that a step holds at a time beyond what stays from one to the next, "
+        "ours / theirs. That are, in 4 bytes for each parameter, 5 vectors of ours (weights, their "
+        "average, two of AdamW, gradients) and 4 of the others, whose gradients come and go."
     )
     return ["", text, "", *grid(head, table)]
 
