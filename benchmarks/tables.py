@@ -90,7 +90,7 @@ def training_goals(result: dict) -> list[str]:
         return []
     head = ["training step", "against", "ours", "times faster", "goal", "memory", "goal"]
     text = (
-        "Goals. Memory: the most that a step holds at a time beyond what stays from one to the next, "
+        "Goals. Memory: the most that a step holds at a time beyond what stays between steps, "
         "ours / theirs. That are, in 4 bytes for each parameter, 5 vectors of ours (weights, their "
         "average, two of AdamW, gradients) and 4 of the others, whose gradients come and go."
     )

@@ -171,8 +171,8 @@ class Loop(ABC):
         """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt.
 
         Raises InputError for a loss that is not finite, CheckpointError for a state that does not
-        belong to this run, ProcessError where another process has ended, after the state of the
-        last complete step was written.
+        belong to this run, BackendError where a step that has to be compiled cannot be, ProcessError
+        where another process has ended, after the state of the last complete step was written.
         """
         self.optimizer = Optimizer(self.denoiser, self.config)
         self.best: torch.Tensor | None = None

@@ -146,10 +146,13 @@ def test_a_compiled_step_is_the_eager_one(monkeypatch):
 @pytest.mark.parametrize("kind", ["image", "token"])
 def test_generated_code_trains_the_same(kind):
     torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     create = worker.TRAINERS[kind]
     compiled, eager = (create(train_compile=c, train_steps=6) for c in (True, False))
     history, expected = compiled.run(), eager.run()
-    assert history.compiled
+    assert history.compiled and counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
     np.testing.assert_allclose(history.loss, expected.loss, rtol=1e-4)
 
 
