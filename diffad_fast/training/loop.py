@@ -171,7 +171,7 @@ class Loop(ABC):
         """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt.
 
         Raises InputError for a loss that is not finite, CheckpointError for a state that does not
-        belong to this run, BackendError where a step that has to be compiled cannot be, ProcessError
+        belong to this run, BackendError where the step shall be compiled and cannot, ProcessError
         where another process has ended, after the state of the last complete step was written.
         """
         self.optimizer = Optimizer(self.denoiser, self.config)
