@@ -195,7 +195,7 @@ def curves(result: dict):
                 steps, losses = zip(*curve, strict=True)
                 axes.plot(steps, losses, style, color=COLOURS[name], linewidth=1.2,
                           label=None if i else name)  # fmt: skip
-        axes.set(xlabel="step", ylabel="held-out loss", yscale="log")
+        axes.set(xlabel="step", ylabel="held-out loss")
         axes.set_title(entry["name"], fontsize=8)
         axes.legend(fontsize=7)
     return figure

@@ -17,6 +17,7 @@ from . import (
     harness,
     peers,
     results,
+    scaling,
     training_curves,
 )  # fmt: skip
 from .harness import Run
@@ -60,6 +61,8 @@ def _one(suite: str, args: argparse.Namespace) -> int:
             result = runner.result(suite)
             if suite == "train" and not args.filter:
                 result["curves"] = training_curves.run(device, args.quick)
+                if device.type == "cpu":
+                    result["scaling"] = scaling.run(args.quick)
     result["machine"]["clock"]["load_before"] = load
     result["seconds"] = round(time.perf_counter() - began, 1)
     path = results.write(result, args.out or results.RESULTS)

@@ -25,6 +25,10 @@ def markdown(result: dict, drawn: Sequence[Path] = ()) -> str:
         from .training_curves import lines as held_out
 
         lines += [*held_out(result["curves"]), ""]
+    if result.get("scaling"):
+        from .scaling import lines as processes
+
+        lines += [*processes(result["scaling"]), ""]
     for path in drawn:
         lines += [f"![{path.stem}]({path.name})", ""]
     if result.get("rows"):
@@ -40,7 +44,57 @@ def body(result: dict) -> list[str]:
         from .compile_report import table
 
         return table(result)
-    return [EXPLANATION, "", *summary(result["rows"])]
+    goals = training_goals(result) if result["suite"] == "train" else []
+    return [EXPLANATION, "", *summary(result["rows"]), *goals]
+
+
+# How many times faster than whom a training step shall be, by device, and its memory.
+TRAINING_GOALS = {
+    "cpu": {
+        ("unet-small, batch 16, 256×256", REFERENCE): 2.5,
+        ("unet-small, batch 16, 256×256", f"{REFERENCE}, channels_last"): 1.3,
+        ("token-mlp, width 256, 3 blocks, 1024 tokens of 64", REFERENCE): 1.5,
+    },
+    "cuda": {
+        ("unet-small, batch 64, 256×256", REFERENCE): 6.0,
+        ("unet-small, batch 64, 256×256", f"{REFERENCE}, channels_last, bfloat16"): 2.0,
+        ("unet-small, batch 64, 256×256", f"{REFERENCE}, torch.compile, bfloat16"): 1.1,
+        ("token-mlp, width 256, 3 blocks, 1024 tokens of 64", REFERENCE): 4.0,
+    },
+}
+MEMORY_GOAL = 0.6
+
+
+def training_goals(result: dict) -> list[str]:
+    """What the training step reaches of what it shall; nothing for other cases."""
+    table = []
+    for (name, other), goal in TRAINING_GOALS[result["device"]].items():
+        for row in result["rows"]:
+            ours, theirs = row["contenders"][OURS], row["contenders"].get(other, {})
+            if row["name"] != name or "ratio" not in theirs:
+                continue
+            ratio = theirs["ratio"]
+            memory = ours["counts"]["peak_bytes"] / theirs["counts"]["peak_bytes"]
+            table.append(
+                [
+                    name,
+                    other,
+                    f"{number(ours['per_second'])} {row['unit']}s/s",
+                    f"{number(ratio['value'])}× ({number(ratio['low'])}–{number(ratio['high'])})",
+                    f"{goal:g}×: {'reached' if ratio['value'] >= goal else 'missed'}",
+                    f"{memory:.0%}",
+                    f"{MEMORY_GOAL:.0%}: {'reached' if memory <= MEMORY_GOAL else 'missed'}",
+                ]
+            )
+    if not table:
+        return []
+    head = ["training step", "against", "ours", "times faster", "goal", "memory", "goal"]
+    text = (
+        "Goals. Memory: the most that a step holds at a time beyond what stays between steps, "
+        "ours / theirs. That are, in 4 bytes for each parameter, 5 vectors of ours (weights, their "
+        "average, two of AdamW, gradients) and 4 of the others, whose gradients come and go."
+    )
+    return ["", text, "", *grid(head, table)]
 
 
 EXPLANATION = (

@@ -14,21 +14,23 @@ from .cases.training import PlainImages, PlainLoop, PlainTokens
 
 POINTS = 10
 LEARNING_RATE = 1e-3
+HAAR_LEVEL = 3
 
 
 def run(device: torch.device, quick: bool) -> list[dict]:
     """For each network: what was trained, and the curves [(step, loss), ...] of both, by seed."""
-    images = _images(128 if device.type == "cuda" else 64, quick)
+    images = _images(64 if quick else 128, quick)
     seeds = (0,) if quick else (0, 1, 2)
     entries = []
     for name, make, steps in (
         ("token-mlp, width 256, 3 blocks, 1024 tokens", _tokens, 60 if quick else 400),
-        ("unet-tiny, batch 16", _unet, 10 if quick else 100),
+        # The network of 256² on a quarter of the positions.
+        (f"{_denoiser(quick)}, Haar level {HAAR_LEVEL}, batch 16", _unet, 10 if quick else 80),
     ):
         curves: dict[str, list] = {OURS: [], REFERENCE: []}
         for seed in seeds:
             print(f"  curves of {name}, seed {seed}", file=sys.stderr, flush=True)
-            for contender, curve in make(images, device, steps, seed).items():
+            for contender, curve in make(images, device, steps, seed, quick).items():
                 curves[contender].append(curve)
         entries.append({"name": name, "steps": steps, "curves": curves})
     return entries
@@ -73,7 +75,7 @@ def _config(steps: int, seed: int, **options):
     )
 
 
-def _tokens(images, device, steps: int, seed: int) -> dict[str, list]:
+def _tokens(images, device, steps: int, seed: int, quick: bool) -> dict[str, list]:
     from diffad_fast import ops
     from diffad_fast.denoisers.token_mlp import TokenMLP
     from diffad_fast.training.tokens import TokenTrainer
@@ -96,17 +98,22 @@ def _tokens(images, device, steps: int, seed: int) -> dict[str, list]:
     return {OURS: history.validation_loss, REFERENCE: _plain(plain, judge, config)}
 
 
-def _unet(images, device, steps: int, seed: int) -> dict[str, list]:
+def _denoiser(quick: bool) -> str:
+    return "unet-tiny" if quick else "unet-small"
+
+
+def _unet(images, device, steps: int, seed: int, quick: bool) -> dict[str, list]:
     from diffad_fast import Detector
     from diffad_fast.training.images import Trainer
 
     n = len(images.load())
     fit, held_out = range(n * 9 // 10), range(n * 9 // 10, n)
     x = torch.cat([batch.x for batch in images.batches(64)])
-    config = _config(steps, seed, image_size=x.shape[-1], preset="fast")
+    options = {"denoiser": _denoiser(quick), "haar_level": HAAR_LEVEL, "preset": "fast"}
+    config = _config(steps, seed, image_size=x.shape[-1], **options)
 
     def detector():
-        return Detector(image_size=x.shape[-1], channels=1, preset="fast", seed=seed, device=device)
+        return Detector(image_size=x.shape[-1], channels=1, seed=seed, device=device, **options)
 
     def trainer(found):
         model = found.model
@@ -117,8 +124,9 @@ def _unet(images, device, steps: int, seed: int) -> dict[str, list]:
     ours = detector()
     ours.model.representation.fit([x[: len(fit)].to(device)])
     plain = PlainImages(
-        x[: len(fit)].to(device), "unet-tiny", "contiguous", device, learning_rate=LEARNING_RATE
-    )
+        x[: len(fit)].to(device), options["denoiser"], "contiguous", device,
+        learning_rate=LEARNING_RATE, haar_level=HAAR_LEVEL,
+    )  # fmt: skip
     # The weights that ours starts from; the case's own are made up.
     plain.module.load_state_dict(ours.model.denoiser.state_dict())
     plain.average.load_state_dict(ours.model.denoiser.state_dict())

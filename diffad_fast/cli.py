@@ -113,8 +113,9 @@ def _fit(args: argparse.Namespace) -> None:
     images = detector.open(source, strict=args.strict)
     groups = groups_by_regex(images.paths, args.group_regex) if args.group_regex else None
     kept = TrainingCheckpoint(
-        state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv"
-    )
+        state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv",
+        pictures_every=args.pictures_every,
+    )  # fmt: skip
     try:
         detector.fit(images, groups=groups, training_checkpoint=kept)
         if first:
@@ -139,6 +140,7 @@ def _fit_summary(detector: Detector, images: Images, split: Split, out: str) -> 
         f"{len(split.validation)} for validation, {len(split.statistics)} for statistics, "
         f"{len(split.conformal)} for p-values; {detector.history.seconds:.1f} s"
         + (f", final validation loss {loss[-1][1]:.4f}" if loss else "")
+        + "".join(f"; {note}" for note in detector.history.notes)
         + f"; saved as {out}"
     )
 
@@ -187,7 +189,8 @@ def _write_heatmaps(
     detector: Detector, part: Score, root: Path, folder: Path, pool: ThreadPoolExecutor
 ) -> None:
     """One picture for each image of a batch, in the same tree of folders as below ``root``."""
-    from .report import colour_range, encode_png, overlay
+    from .data.images import encode_png
+    from .report import colour_range, overlay
 
     low, high = colour_range(detector)
     target = _targets(root, folder)
@@ -349,7 +352,10 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=_duration, dest="train_budget", metavar="TIME",
         help="time that the training may take, instead of --steps: 300, 300s, 5min, 2h",
     )  # fmt: skip
-    fit.add_argument("--batch-size", type=int, metavar="N", help="images in a training step (16)")
+    fit.add_argument(
+        "--batch-size", type=_batch, metavar="N",
+        help="images in a training step (16), or auto: as many as fit into a GPU's memory",
+    )  # fmt: skip
     fit.add_argument("--seed", type=int, metavar="N", help="of everything random (0)")
     fit.add_argument(
         "--config", metavar="FILE", help="JSON object of options; those given here override it"
@@ -365,6 +371,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--checkpoint-every", type=_duration, default=300.0, metavar="TIME",
         help="how often the training is kept on disk: 300, 300s, 5min (default), 2h",
+    )  # fmt: skip
+    fit.add_argument(
+        "--pictures-every", type=_positive, metavar="K",
+        help="every K steps a picture of held-out normals, their reconstructions and samples, in "
+        "the folder FILE.pictures; of U-Nets",
     )  # fmt: skip
 
     score = command("score", _score, "Score images or clips: scores.csv and a heatmap for each.")
@@ -408,6 +419,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
 
 
 def _folds(text: str) -> list[int]:

@@ -17,6 +17,7 @@ MODES = ("reconstruct", "invert", "one_step")
 SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 TRAIN_DTYPES = ("auto", "float32", "bfloat16")
+TRAIN_COMPILE = ("auto", True, False)
 AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "shift", "rotate", "brightness")
 INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
@@ -66,6 +67,9 @@ _STEPS = {
     "unet-small": (2000, 5),
     "unet-base": (10000, 10),
 }
+
+# Samples that are read and trained on together unless told otherwise.
+_BATCH = {"image": 16, "audio": 32, "vector": 4096}
 
 # The U-Net halves the resolution twice, and its coarsest attention works on blocks of 2x2.
 UNET_STRIDE = 8
@@ -209,13 +213,16 @@ class DetectorConfig:
     train_steps: int | None = None
     """None: 1500 for unet-tiny, 10000 for unet-base, 300 for the token MLP, 2000 for others.
     0: a U-Net is taken as it is."""
-    batch_size: int | None = None
+    batch_size: int | str | None = None
     """Samples that are read, trained on and scored together; None: 16 images, 32 clips, 4096
-    vectors."""
+    vectors. `auto`, for U-Nets on a GPU: the largest power of two, up to 256, whose step fits into
+    the memory that is free when `fit` begins; elsewhere as None. What `fit` finds replaces it. A
+    larger step takes longer: `auto` goes with `train_budget`."""
     token_batch: int = 1024
     """Tokens in a training step of the token MLP."""
     learning_rate: float | None = None
-    """None: 2e-3 for the token MLP, 1e-3 for others."""
+    """None: 2e-3 for the token MLP, 1e-3 for others; with the batch size `auto`, as the root of the
+    batch: sqrt(batch_size/16) times that."""
     warmup_steps: int = 100
     weight_decay: float = 1e-4
     gradient_clip: float = 1.0
@@ -232,6 +239,11 @@ class DetectorConfig:
     train_dtype: str = "auto"
     """Of matrix products and convolutions in training: `float32`, `bfloat16`, or (`auto`) bfloat16
     on GPUs that have it."""
+    train_compile: bool | str = "auto"
+    """Run the training step through torch.compile. `auto`: on a GPU, in a training of minutes, the
+    one that a trial at its start finds faster; never on a CPU, where the native operators and the
+    vendor's convolutions do nearly all of the work and compiling takes a minute. What `fit` finds
+    replaces `auto`."""
     augment: tuple[str, ...] = ()
     """What may be done to normal images in training, of `flip-horizontal`, `flip-vertical`, `shift`
     (a 16th of a side), `rotate` (5 degrees) and `brightness` (10%). Only what leaves a normal image
@@ -246,6 +258,8 @@ class DetectorConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _choice("kind", self.kind, KINDS)
         on_tokens = self.on_tokens
+        if self.batch_size == "auto" and on_tokens:
+            object.__setattr__(self, "batch_size", None)
         train_steps, reverse_steps = _STEPS.get(self.denoiser, _STEPS["unet-small"])
         for name, value in (
             ("train_steps", train_steps),
@@ -253,8 +267,9 @@ class DetectorConfig:
             ("mode", "one_step" if on_tokens else "reconstruct"),
             ("statistics", "scalar" if on_tokens else "auto"),
             ("top_fraction", 1.0 if self.kind == "audio" else 0.0 if on_tokens else 0.01),
-            ("learning_rate", 2e-3 if on_tokens else 1e-3),
-            ("batch_size", {"image": 16, "audio": 32, "vector": 4096}[self.kind]),
+            # To a batch of unknown size belongs an unknown rate: see with_batch.
+            ("learning_rate", 2e-3 if on_tokens else None if self.batch_size == "auto" else 1e-3),
+            ("batch_size", _BATCH[self.kind]),
             ("semantic", "nearest" if self.kind == "vector" else "mahalanobis"),
             ("semantic_of", "tokens" if self.kind == "vector" else "denoiser"),
             ("semantic_weight", None if self.kind == "vector" else 0.0),
@@ -300,7 +315,8 @@ class DetectorConfig:
             "batch_size", "token_batch", "reverse_steps", "diffusion_steps",
             "inversion_steps", "token_width", "token_blocks",
         ):  # fmt: skip
-            _range(name, getattr(self, name), 1, math.inf)
+            if name != "batch_size" or self.batch_size != "auto":
+                _range(name, getattr(self, name), 1, math.inf)
         for name in ("sigmas", "inversion_sigmas"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty: give at least one noise level")
@@ -331,7 +347,8 @@ class DetectorConfig:
         _range("top_fraction", self.top_fraction, 0.0, 1.0)
         _range("false_positive_rate", self.false_positive_rate, 1e-6, 1 - 1e-6)
         _range("contamination", self.contamination, 0.0, 0.49)
-        _range("learning_rate", self.learning_rate, 1e-9, 1.0)
+        if self.learning_rate is not None:
+            _range("learning_rate", self.learning_rate, 1e-9, 1.0)
         _range("ema_decay", self.ema_decay, 0.0, 1.0)
         for name in ("validation_share", "statistics_share", "conformal_share"):
             _range(name, getattr(self, name), 0.01, 0.9)
@@ -375,6 +392,7 @@ class DetectorConfig:
         _range("early_stopping", self.early_stopping, 0, math.inf)
         _range("accumulate", self.accumulate, 1, math.inf)
         _choice("train_dtype", self.train_dtype, TRAIN_DTYPES)
+        _choice("train_compile", self.train_compile, TRAIN_COMPILE)
         names = (self.augment,) if isinstance(self.augment, str) else tuple(self.augment)
         object.__setattr__(self, "augment", names)
         for name in names:
@@ -451,6 +469,19 @@ class DetectorConfig:
         """A copy with some options changed."""
         return self.create(**{**dataclasses.asdict(self), **options})
 
+    def with_batch(self, size: int) -> DetectorConfig:
+        """A copy with `batch_size` settled and, unless it was given, the learning rate with it.
+
+        The noise of a gradient's mean over B samples has a covariance of 1/B, and Adam divides
+        gradients by their size: its path keeps its distribution if the rate grows as the root of B
+        (Malladi et al. 2022, "On the SDEs and Scaling Rules for Adaptive Gradient Algorithms"). The
+        decays of Adam's averages, which the rule scales too, stay as they are.
+        """
+        rate = self.learning_rate
+        if rate is None:
+            rate = 1e-3 * math.sqrt(size / _BATCH[self.kind])
+        return self.replace(batch_size=size, learning_rate=rate)
+
     def to_json(self) -> str:
         """The configuration as JSON, read back by :meth:`from_json`."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -509,9 +540,9 @@ def read_options(path: str) -> dict[str, object]:
     return options
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _choice(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
-        raise InputError(f"unknown {name} {value!r}: choose {', '.join(choices)}")
+        raise InputError(f"unknown {name} {value!r}: choose {', '.join(map(str, choices))}")
 
 
 def _range(name: str, value: object, low: float, high: float) -> None:

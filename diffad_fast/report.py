@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .data.images import encode_png
 from .errors import InputError
 from .scoring import own_part
 from .version import __version__
@@ -397,15 +398,6 @@ def _case_figures(detector: Detector, evaluation: Evaluation, rows: Sequence[int
             yield _img(encode_png(picture), name)
         text = html.escape(caption(evaluation, i, test.defect, test.path))
         yield f"</div><figcaption>{text}</figcaption></figure>"
-
-
-def encode_png(picture: np.ndarray) -> bytes:
-    """(H,W,3) uint8 as the bytes of a PNG file."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, format="png")
-    return stream.getvalue()
 
 
 def _img(png: bytes, name: str) -> str:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, compare, counting, harness, machine, plots, readme, results, stats
+from benchmarks import (
+    cases,
+    compare,
+    counting,
+    harness,
+    machine,
+    plots,
+    readme,
+    results,
+    scaling,
+    stats,
+)
 from benchmarks import tables as report
 from benchmarks.__main__ import main
 from benchmarks.case import OURS, REFERENCE, Case, Contender, random
@@ -235,6 +247,47 @@ def test_losses_stand_in_the_table():
     assert "2× (2–2)" in line and "better peer **0.5×**" in line and "equal peer *1× even*" in line
     assert "50% of memory" in line
     assert report.losses(result["rows"]) == result["rows"]
+
+
+def test_training_goals_stand_in_the_report():
+    result = fake({OURS: 2.0, REFERENCE: 4.0, f"{REFERENCE}, channels_last": 3.0})
+    result["suite"] = "train"
+    assert report.training_goals(result) == []  # a case without goals
+    row = result["rows"][0]
+    row["name"] = "unet-small, batch 16, 256×256"
+    for name, peak in ((OURS, 60), (REFERENCE, 100), (f"{REFERENCE}, channels_last", 101)):
+        row["contenders"][name]["counts"]["peak_bytes"] = peak
+    text = report.markdown(result)
+    head = "| unet-small, batch 16, 256×256 |"
+    assert (
+        f"{head} reference | 500 samples/s | 2× (2–2) | 2.5×: missed | 60% | 60%: reached |" in text
+    )
+    other = f"{head} reference, channels_last | 500 samples/s | 1.5× (1.5–1.5) | 1.3×: reached |"
+    assert f"{other} 59% | 60%: reached |" in text
+
+
+def test_what_a_process_sends():
+    """Of a vector in N parts a ring passes N - 1 parts twice; one process sends nothing."""
+    assert scaling.sent(1_000_000, 1) == 0
+    assert scaling.sent(1_000_000, 2) == 4 * 1_000_003
+    assert scaling.sent(1_000_000, 4) == pytest.approx(2 * 3 * 4 * 1_000_003 / 4)
+    row = {"network": "m", "ms": 100.0, "exchange_ms": 5.0, "parameters": 10**6, "threads": 1,
+           "counted_bytes": None}  # fmt: skip
+    two = row | {"processes": 2, "ms": 50.0, "counted_bytes": 4_100_000}
+    text = scaling.lines([row | {"processes": 1}, two])
+    assert text[-2] == "| m | 1 × 1 | 100 | 1.00× |  | 1,000,000 | 0.00 | not told |"
+    assert text[-1] == "| m | 2 × 1 | 50 | 2.00× | 5 | 1,000,000 | 4.00 | 4.10 |"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_two_processes_send_what_the_formula_says():
+    one, threads, two = scaling.run(quick=True)
+    assert (one["processes"], threads["threads"], two["processes"]) == (1, 2, 2)
+    assert min(row["ms"] for row in (one, threads, two)) > 0
+    if two["counted_bytes"] is None:
+        pytest.skip("the system does not count bytes")
+    assert two["counted_bytes"] == pytest.approx(scaling.sent(two["parameters"], 2), rel=0.02)
 
 
 def test_settings_and_machine_stand_in_the_report():

@@ -34,7 +34,7 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
 
 
 def image_case(device: torch.device, denoiser: str, side: int, batch: int) -> Case:
-    images = ((random(batch, 1, side, side) / 8 + 0.5).clamp(0, 1) * 255).round() / 255
+    images = made_up(batch, side)
 
     def plain(memory_format: str, **options) -> Contender:
         step = PlainImages(images.to(device), denoiser, memory_format, device, **options).step
@@ -59,6 +59,10 @@ def image_case(device: torch.device, denoiser: str, side: int, batch: int) -> Ca
         f"{REFERENCE}, channels_last": plain("channels_last"),
     }  # fmt: skip
     if device.type == "cuda":
+        contenders[f"{OURS}, torch.compile"] = Contender(
+            image_trainer(device, denoiser, images, compiled=True), memory_format="channels_last",
+            dtype="bfloat16", tolerance=2e-2,
+        )  # fmt: skip
         contenders[f"{REFERENCE}, channels_last, bfloat16"] = plain("channels_last", mixed=True)
         contenders[f"{REFERENCE}, torch.compile, bfloat16"] = plain(
             "channels_last", mixed=True, compiled=True
@@ -78,14 +82,32 @@ def image_case(device: torch.device, denoiser: str, side: int, batch: int) -> Ca
     )
 
 
-def image_trainer(device, denoiser: str, images: torch.Tensor, reference: bool = False) -> Callable:
+def image_trainer(
+    device, denoiser: str, images: torch.Tensor, reference: bool = False, compiled: bool = False
+) -> Callable:
     """A whole step of the library's trainer on the same images each time; gives the loss."""
     from diffad_fast import use_backend
+
+    _, run = image_step(device, denoiser, images, compiled)
+
+    def step(_):
+        with use_backend("reference" if reference else "auto"):
+            return run()
+
+    return step
+
+
+def image_step(
+    device="cpu", denoiser="unet-small", images=None, compiled=False, side=256, batch=16
+) -> tuple:
+    """The library's trainer of a U-Net, and a function that runs its first step and gives the loss.
+
+    images: (n,1,side,side) in [0, 1], all of which are a step's; None: ``batch`` made-up ones.
+    """
     from diffad_fast.data.images import open_images
     from diffad_fast.training.images import Trainer
-    from diffad_fast.training.optimizer import Optimizer
-    from diffad_fast.training.step import CapturedStep
 
+    images = made_up(batch, side) if images is None else images
     detector = _detector(denoiser, images, device)
     source = open_images((images * 255).round().to(torch.uint8), images.shape[2:], 1)
     source.load()
@@ -93,27 +115,34 @@ def image_trainer(device, denoiser: str, images: torch.Tensor, reference: bool =
         detector.model.denoiser.train(), detector.model.representation.encode, source,
         range(len(images)), [], detector.config.replace(batch_size=len(images)), device,
     )  # fmt: skip
-    trainer.optimizer = Optimizer(trainer.denoiser, trainer.config)
-    captured = (
-        CapturedStep(trainer._step, trainer.device) if device.type == "cuda" else trainer._step
-    )
+    return trainer, _first_step(trainer, compiled)
 
-    def step(_):
-        with use_backend("reference" if reference else "auto"):
-            trainer.optimizer.set(0, LEARNING_RATE)
-            return float(captured(*trainer.inputs(0)))
+
+def _first_step(trainer, compiled: bool = False) -> Callable:
+    from diffad_fast.training.optimizer import Optimizer
+
+    trainer.optimizer = Optimizer(trainer.denoiser, trainer.config)
+    run = trainer.step_function(compiled)
+
+    def step() -> float:
+        trainer.optimizer.set(0, LEARNING_RATE)
+        return float(run(*trainer.inputs(0)))
 
     return step
 
 
-def _detector(denoiser: str, images: torch.Tensor, device):
+def made_up(n: int, side: int) -> torch.Tensor:
+    return ((random(n, 1, side, side) / 8 + 0.5).clamp(0, 1) * 255).round() / 255
+
+
+def _detector(denoiser: str, images: torch.Tensor, device, **options):
     from diffad_fast import Detector
 
     from .detector import fill_zeros
 
     return fill_zeros(
         Detector(image_size=images.shape[-1], channels=1, preset="fast", denoiser=denoiser,
-                 device=device)
+                 device=device, **options)
     )  # fmt: skip
 
 
@@ -151,10 +180,10 @@ class PlainImages(PlainLoop):
 
     def __init__(
         self, samples, denoiser: str, memory_format: str, device, mixed=False, compiled=False,
-        learning_rate: float = LEARNING_RATE,
+        learning_rate: float = LEARNING_RATE, **options,
     ):  # fmt: skip
         self.samples, self.mixed, self.device = samples, mixed, torch.device(device)
-        detector = _detector(denoiser, samples, self.device)
+        detector = _detector(denoiser, samples, self.device, **options)
         name = "contiguous_format" if memory_format == "contiguous" else memory_format
         self.layout = getattr(torch, name)
         self.encode = detector.model.representation.encode
@@ -179,44 +208,49 @@ class PlainImages(PlainLoop):
             return reference.weighted_mse(prediction.float(), target, weight)
 
     def step(self, samples: torch.Tensor | None = None) -> torch.Tensor:
-        from diffad_fast import use_backend
+        from unittest.mock import patch
 
-        with use_backend("reference"):
+        from diffad_fast import use_backend
+        from diffad_fast.denoisers import wavelet_unet
+
+        # Plain code keeps what the backward pass needs.
+        kept = patch.object(wavelet_unet, "recomputed", lambda then, first, *x: then(first(*x)))
+        with use_backend("reference"), kept:
             return super().step(samples)
 
 
 # ---------------------------------------------------------------------- tokens
 
 
-def token_case(
-    device: torch.device, quick: bool, tokens: int, dim: int, width: int, blocks: int
-) -> Case:
+def token_step(
+    device="cpu", tokens=1024, dim=64, width=256, blocks=3, dtype=torch.float32
+) -> tuple:
+    """The library's trainer of a token MLP, and a function that runs its first step."""
     from diffad_fast.config import DetectorConfig
-    from diffad_fast.denoisers.token_mlp import TokenMLP
-    from diffad_fast.training.optimizer import Optimizer
-    from diffad_fast.training.step import CapturedStep
     from diffad_fast.training.tokens import TokenTrainer
 
-    bank = random(100_000, dim)
+    module, bank = token_network(dim, width, blocks).to(device, dtype), random(100_000, dim)
+    config = DetectorConfig.create(kind="vector", token_batch=tokens)
+    trainer = TokenTrainer(module, bank.to(dtype), bank[:0], config, device)
+    if dtype == torch.float64:
+        trainer.dtype = dtype
+    return trainer, _first_step(trainer)
+
+
+def token_network(dim: int, width: int, blocks: int) -> nn.Module:
+    from diffad_fast.denoisers.token_mlp import TokenMLP
+
     torch.manual_seed(0)
     module = TokenMLP(dim, width, blocks)
     nn.init.normal_(module.linear_out.weight, std=width**-0.5)
-    config = DetectorConfig.create(kind="vector", token_batch=tokens)
+    return module
 
-    def ours(dtype=torch.float32, on=device):
-        trainer = TokenTrainer(
-            copy.deepcopy(module).to(on, dtype), bank.to(dtype), bank[:0], config, on
-        )
-        if dtype == torch.float64:
-            trainer.dtype = dtype
-        trainer.optimizer = Optimizer(trainer.denoiser, config)
-        step = trainer._step if on.type == "cpu" else CapturedStep(trainer._step, on)
 
-        def run(_):
-            trainer.optimizer.set(0, LEARNING_RATE)
-            return float(step(*trainer.inputs(0)))
-
-        return run
+def token_case(
+    device: torch.device, quick: bool, tokens: int, dim: int, width: int, blocks: int
+) -> Case:
+    bank, sizes = random(100_000, dim), (tokens, dim, width, blocks)
+    module = token_network(dim, width, blocks)
 
     def plain(compiled: bool = False, mixed: bool = False) -> Contender:
         loop = PlainTokens(bank.to(device), copy.deepcopy(module).to(device), tokens, mixed)
@@ -224,9 +258,10 @@ def token_case(
             loop.forward = torch.compile(loop.forward)
         return Contender(lambda _: float(loop.step()), check=finite, note=PLAIN_NOTE)
 
+    _, step = token_step(device, *sizes)
     flops = _flops(lambda: PlainTokens(bank, copy.deepcopy(module), 1).loss(bank))
     contenders = {
-        OURS: Contender(ours(), tolerance=2e-2 if device.type == "cuda" else None),
+        OURS: Contender(lambda _: step(), tolerance=2e-2 if device.type == "cuda" else None),
         REFERENCE: plain(),
     }
     if not quick:  # compilation takes a minute
@@ -237,7 +272,7 @@ def token_case(
         "training step",
         f"token-mlp, width {width}, {blocks} blocks, {tokens} tokens of {dim}",
         lambda device: (bank[:1],),
-        lambda inputs: ours(torch.float64, torch.device("cpu"))(None),
+        lambda inputs: token_step("cpu", *sizes, torch.float64)[1](),
         contenders,
         flops=3 * tokens * flops,
         tolerance=1e-3,

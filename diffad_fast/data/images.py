@@ -7,6 +7,7 @@ images. `read_image` alone decides what a usable image file is, `_usable` what u
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections import deque
@@ -26,6 +27,7 @@ __all__ = [
     "Batch",
     "Images",
     "TestImage",
+    "encode_png",
     "mvtec_test",
     "mvtec_train",
     "open_images",
@@ -355,6 +357,15 @@ def read_mask(path: str | None, image_path: str) -> np.ndarray:
         mask = _grey_or_colour(mask, path)
     values = np.asarray(mask) > 0
     return values if values.ndim == 2 else values.any(axis=-1)
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """(H,W,3) uint8 as the bytes of a PNG file."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="png")
+    return stream.getvalue()
 
 
 def mvtec_train(root: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from .recompute import recomputed
 
 UNET_SIZES = {
     "unet-tiny": {"widths": (48, 64, 64), "blocks": 1},
@@ -78,7 +79,7 @@ class WaveletUNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), e)
             if level < len(self.up):
                 h = ops.haar_unpack(self.up[level](h))
-        return self.conv_out(self.norm_out(h)).to(x.dtype)
+        return recomputed(self.conv_out, self.norm_out, h).to(x.dtype)
 
     def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of the encoder, fine to coarse: (N,w0,h,w), (N,w1,h/2,w/2), (N,w2,h/4,w/4).
@@ -130,8 +131,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         scale, shift = self.modulation(e).chunk(2, dim=1)
-        h = self.conv1(self.norm1(x))
-        return self.skip(x) + self.conv2(self.norm2(h, scale, shift))
+        h = recomputed(self.conv1, self.norm1, x)
+        return self.skip(x) + recomputed(self.conv2, self.norm2, h, scale, shift)
 
 
 class WaveletAttention(nn.Module):
@@ -150,7 +151,7 @@ class WaveletAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)
+        qkv = recomputed(self.qkv, self.norm, x).permute(0, 2, 3, 1)
         # Views of one channels_last projection: (3, N, heads, H, W, d) without a copy.
         q, k, v = qkv.reshape(n, h, w, 3, self.heads, c // self.heads).permute(3, 0, 4, 1, 2, 5)
         o = ops.wavelet_attention(q, k, v, self.logit_gain, self.value_gain)

@@ -15,9 +15,14 @@ from ..diffusion import Graphed, NoiseSchedule, ReverseLoop, ReverseStep
 from ..errors import InputError
 from ..representations import WaveletRepresentation
 from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
+from ..training import batch
 from ..training.images import Trainer
 from ..training.loop import History, TrainingCheckpoint
 from .fusion import fuse, resized
+
+# Samples for the pictures of a training start at what is nearly noise alone.
+SAMPLE_SIGMA, SAMPLE_STEPS = 20.0, 20
+SAMPLE_STEP = 2**32 - 2**19  # of philox_normal; the validation's end before it
 
 
 class CoefficientModel(nn.Module):
@@ -64,18 +69,29 @@ class CoefficientModel(nn.Module):
     def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
         """Fit the representation, train the denoiser, fit the features' distribution."""
         config = self.config
+        if config.batch_size == "auto":
+            begun = None if kept is None else kept.config()
+            if begun is not None:
+                config = config.with_batch(begun.batch_size)
+            else:
+                encode = self.representation.encode
+                config = batch.settled(
+                    self.denoiser, encode, source, split.fit, config, self.device
+                )
+            self.config = config
 
         def batches(indices: Sequence[int]) -> Iterable[torch.Tensor]:
-            for batch in source.batches(config.batch_size, indices=indices):
-                yield batch.x.to(self.device)
+            for found in source.batches(config.batch_size, indices=indices):
+                yield found.x.to(self.device)
 
         self.representation.fit(batches(split.fit))
         history = History()
         if config.train_steps:
             history = Trainer(
                 self.denoiser, self.representation.encode, source, split.fit, split.validation,
-                config, self.device,
+                config, self.device, self._pictures,
             ).run(kept)  # fmt: skip
+            self.config = config.replace(train_compile=history.compiled)
         self._settle_dtype()
         if self.distance is not None:
             with torch.inference_mode():
@@ -177,6 +193,22 @@ class CoefficientModel(nn.Module):
         loop = self._loop(lambda images, x0, x0_hat: self.representation.decode(x0_hat), False)
         return loop.eager(images.to(self.device)).cpu()
 
+    @torch.inference_mode()
+    def _pictures(self, images: torch.Tensor) -> torch.Tensor:
+        """(3,N,C,H,W) in [0,1] while the denoiser is trained: images, their reconstructions, and as
+        many samples, the same noise each time."""
+        config, images = self.config, images.to(self.device)
+        decode = self.representation.decode
+        # Not the denoiser of scoring, which in bfloat16 is a copy of what it was before.
+        back = self._loop(lambda images, x0, x0_hat: decode(x0_hat), False, self.denoiser)
+        x0 = self.representation.encode(images)
+        draws = torch.arange(1, len(x0) + 1, device=self.device)
+        noise = ops.philox_normal(x0.shape, config.seed, draws, SAMPLE_STEP, self.device)
+        steps = self.schedule.reverse_steps(self.schedule.timestep(SAMPLE_SIGMA), SAMPLE_STEPS)
+        sampler = ReverseLoop(self.denoiser, steps, prediction_type=config.prediction_type)
+        samples = decode(sampler.run(noise.contiguous(memory_format=torch.channels_last)))
+        return torch.stack([images, back.eager(images), samples]).clamp(0, 1)
+
     def trajectory(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the inversion of images: mean square of the latent (N,) and, of every step, the mean
         square of the way (N,S), as the states of the variance-exploding process go. In mode invert
@@ -192,15 +224,17 @@ class CoefficientModel(nn.Module):
             x = x_s
         return x.square().flatten(1).mean(dim=1), torch.stack(ways, dim=1)
 
-    def _loop(self, conclude, inverts: bool | None = None) -> ReverseLoop:
+    def _loop(
+        self, conclude, inverts: bool | None = None, denoiser: nn.Module | None = None
+    ) -> ReverseLoop:
         """From images to ``conclude(images, x0, x_end)``: through their reconstruction, or
-        (the default in mode invert) up to their latent."""
+        (the default in mode invert) up to their latent. denoiser: in place of that of scoring."""
         config = self.config
         inverts = config.mode == "invert" if inverts is None else inverts
         options = {}
         if not inverts:
             options = {"eta": config.eta, "clip": config.clip, "guidance": config.guidance}
-        denoiser = self.scoring_denoiser
+        denoiser = self.scoring_denoiser if denoiser is None else denoiser
         return ReverseLoop(
             denoiser,
             self._steps(inverts),

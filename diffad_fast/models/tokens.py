@@ -84,7 +84,10 @@ class TokenModel(nn.Module):
         for number, (dim, bank, held_out) in enumerate(banks):
             denoiser = self._denoiser(dim)
             part = None if kept is None else kept.part(number)
-            histories.append(fit_tokens(denoiser, bank, held_out, training, self.device, part))
+            history = fit_tokens(denoiser, bank, held_out, training, self.device, part)
+            histories.append(history)
+            # What the first one's trial has found holds for the others.
+            training = training.replace(train_compile=history.compiled)
             self.denoisers.append(denoiser)
             if config.semantic_weight > 0:
                 distance = FeatureDistance(config.semantic).to(self.device)
@@ -92,6 +95,7 @@ class TokenModel(nn.Module):
                     parts = bank.split(8192)
                     distance.fit((self._features(denoiser, x) for x in parts), config.seed)
                 self.distances.append(distance)
+        config = self.config = config.replace(train_compile=training.train_compile)
         if config.inference_dtype == "auto":
             # The tensor cores' dtype is what the CUDA kernel is made for.
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"

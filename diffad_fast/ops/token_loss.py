@@ -31,8 +31,9 @@ class _Loss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         gradients = ctx.saved_tensors
-        # A loss that is what is differentiated; reading a number waits for nothing on a CPU.
-        if float(grad) != 1.0:
+        # A loss that is what is differentiated; reading a number waits for nothing on a CPU, but
+        # torch.compile cannot.
+        if torch.compiler.is_compiling() or float(grad) != 1.0:
             gradients = [g * grad for g in gradients]
         *weights, step_bias = gradients
         return None, None, None, step_bias, *weights

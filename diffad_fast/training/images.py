@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import count
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
@@ -24,6 +26,7 @@ VALIDATION = 64
 VALIDATION_STEP = 2**32 - 2**20
 # Share of a GPU's free memory that decoded images may take; bytes of a host's.
 GPU_SHARE, HOST_BYTES = 0.4, 4 << 30
+PICTURES = 4  # held-out images in a picture
 
 
 class Trainer(Loop):
@@ -31,7 +34,8 @@ class Trainer(Loop):
 
     images: a loaded collection; ``fit`` and ``validation`` are indices into it. ``represent`` maps
     images (n,C,H,W) in [0, 1] on the device to x0. The images lie on the device, in 8 bits where
-    those hold them, if they fit there; otherwise they are read beside the computing.
+    those hold them, if they fit there; otherwise they are read beside the computing. ``draw`` maps
+    images to rows of pictures (rows,n,C,H,W) in [0, 1], for a picture of the held-out ones.
     """
 
     unit = "image"
@@ -45,6 +49,7 @@ class Trainer(Loop):
         validation: Sequence[int],
         config: DetectorConfig,
         device,
+        draw: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__(denoiser, config, device, config.batch_size, config.accumulate)
         self.represent, self.images = represent, images
@@ -55,6 +60,9 @@ class Trainer(Loop):
         self.resident = resident_images(images, self.fit, self.device)
         self._stream: Iterator[torch.Tensor] | None = None
         self._next = -1
+        self._draws = draw
+        if draw is not None:
+            self.picture = self._picture
 
     def inputs(self, step: int) -> tuple[torch.Tensor, ...]:
         positions, epochs = visits(
@@ -137,6 +145,15 @@ class Trainer(Loop):
                 total += float(self._loss(x, index, step, t)) * len(places)
         self.processes.add(total)
         return float(total) / (n * repeats)
+
+    def _picture(self) -> np.ndarray:
+        """The first held-out images and what ``draw`` makes of them, with white lines between."""
+        some = (self.validation if len(self.validation) else self.fit)[:PICTURES]
+        x = next(iter(self.images.batches(len(some), indices=some.tolist()))).x
+        tiles = F.pad(self._draws(x.to(self.device)).float().cpu(), (0, 2, 0, 2), value=1.0)
+        rows, n, channels, height, width = tiles.shape
+        tiles = tiles.permute(0, 3, 1, 4, 2).reshape(rows * height, n * width, channels)
+        return (tiles.expand(-1, -1, 3) * 255).round().to(torch.uint8).numpy()
 
     def identity(self) -> bytes:
         lists = [self.fit.tolist(), self.validation.tolist(), self.images.paths]

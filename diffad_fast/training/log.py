@@ -1,4 +1,4 @@
-"""The log of a training: a CSV file, and TensorBoard's where that is installed."""
+"""The log of a training: a CSV file, pictures, and TensorBoard's where that is installed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import csv
 import os
 from pathlib import Path
 
-from ..errors import InputError
+import numpy as np
 
-COLUMNS = ("step", "seconds", "learning_rate", "loss", "validation_loss")
+from ..data.images import encode_png
+from ..errors import InputError
+from .checkpoint import write_atomically
+
+COLUMNS = ("step", "seconds", "learning_rate", "loss", "validation_loss", "note")
 
 
 class Log:
     """Rows of COLUMNS in a file, flushed one by one; nothing where ``path`` is None.
 
-    A log that is there is continued: rows from step ``start`` on, which a resumed run repeats, go.
-    TensorBoard's files go to the folder ``path`` with the suffix ``.tensorboard``.
-    Raises InputError where the file cannot be written.
+    A log that is there is continued: rows from step ``start`` on, which a resumed run repeats, go,
+    and so do pictures. TensorBoard's files go to the folder ``path`` with the suffix
+    ``.tensorboard``, pictures to that with ``.pictures``.
+    Raises InputError where a file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike | None, start: int = 0):
@@ -25,6 +30,11 @@ class Log:
             return
         path = Path(path)
         rows = _rows(path, start) if start else []
+        self._pictures = path.with_suffix(".pictures")
+        for picture in self._pictures.glob("step-*.png"):
+            number = picture.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > start:
+                picture.unlink(missing_ok=True)
         try:
             self._file = open(path, "w", newline="", encoding="utf-8")
         except OSError as error:
@@ -39,6 +49,25 @@ class Log:
             return
         folder = path.with_suffix(".tensorboard")
         self._board = SummaryWriter(str(folder), purge_step=start or None)
+
+    def note(self, step: int, text: str) -> None:
+        """A sentence about what was chosen."""
+        if self._file is None:
+            return
+        self._writer.writerow({"step": step, "note": text})
+        self._file.flush()
+        if self._board is not None:
+            self._board.add_text("note", text, step)
+
+    def picture(self, steps: int, picture: np.ndarray) -> None:
+        """(H,W,3) uint8, drawn after so many steps."""
+        try:
+            self._pictures.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {self._pictures}: {error.strerror}") from None
+        write_atomically(self._pictures / f"step-{steps:07d}.png", encode_png(picture))
+        if self._board is not None:
+            self._board.add_image("pictures", picture, steps, dataformats="HWC")
 
     def write(self, step: int, **values: float) -> None:
         """A row of what is known after ``step``; names are those of COLUMNS."""

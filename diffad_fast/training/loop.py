@@ -15,17 +15,18 @@ import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..config import DetectorConfig
-from ..errors import CheckpointError, InputError
+from ..errors import BackendError, CheckpointError, DiffadError, InputError
 from ..progress import progress
 from . import checkpoint
 from .distributed import ProcessError, processes
@@ -39,6 +40,10 @@ REPORT_EVERY = 20
 VALIDATIONS = 10  # in a run
 # Steps that tell what one costs; on a GPU the first ones are spent on its capture.
 TRIAL_STEPS = {"cpu": 3, "cuda": 16}
+# Where torch.compile is tried, and the seconds that a training must take for that: compiling takes
+# about a minute, and as the vendor's convolutions stay, a step loses a third of its time at most.
+COMPILED_ON, WORTH_COMPILING = ("cuda",), 180.0
+SMALLEST_GAIN = 1.05  # times faster; a difference below that is noise
 
 
 @dataclass
@@ -52,6 +57,26 @@ class TrainingCheckpoint:
     """Continue from ``path`` if it is there."""
     log: str | os.PathLike | None = None
     """A CSV file of losses by step; TensorBoard files go beside it where that is installed."""
+    pictures_every: int | None = None
+    """Every so many steps, and at the end, a PNG file in the folder ``log`` with the suffix
+    ``.pictures``: held-out normals above their reconstructions above samples. Of U-Nets."""
+
+    def __post_init__(self):
+        if self.pictures_every is not None:
+            if not isinstance(self.pictures_every, int) or self.pictures_every < 1:
+                raise InputError(
+                    f"pictures_every is a number of steps of at least 1, not "
+                    f"{self.pictures_every!r}"
+                )
+            if self.log is None:
+                raise InputError("pictures lie beside the log: give log, too")
+
+    def config(self) -> DetectorConfig | None:
+        """Of the training that ``resume`` continues, with what it has settled; None if there is
+        nothing to continue."""
+        if not self.resume or not os.path.exists(self.path):
+            return None
+        return DetectorConfig.from_json(checkpoint.load(self.path, KIND)[1]["config"])
 
     def part(self, number: int) -> TrainingCheckpoint:
         """The same for one of several networks; files but for the first get its number."""
@@ -76,6 +101,10 @@ class History:
     seconds: float = 0.0
     best_step: int | None = None
     """The step after which the averaged weights had the lowest validation loss: those are kept."""
+    compiled: bool = False
+    """The steps went through torch.compile."""
+    notes: list[str] = field(default_factory=list)
+    """What trials have found, in words."""
 
     @staticmethod
     def joined(parts: Sequence[History]) -> History:
@@ -86,6 +115,8 @@ class History:
             loss=[entry for part in parts for entry in part.loss],
             validation_loss=[entry for part in parts for entry in part.validation_loss],
             seconds=sum(part.seconds for part in parts),
+            compiled=any(part.compiled for part in parts),
+            notes=[note for part in parts for note in part.notes],
         )
 
 
@@ -100,6 +131,9 @@ class Loop(ABC):
 
     unit: str
     """What a sample is called."""
+    picture: Callable[[], np.ndarray] | None = None
+    """Draws held-out samples and what the denoiser makes of them, (H,W,3) uint8; None where
+    samples cannot be seen."""
 
     def __init__(
         self, denoiser: nn.Module, config: DetectorConfig, device, batch: int, accumulate: int = 1
@@ -137,8 +171,8 @@ class Loop(ABC):
         """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt.
 
         Raises InputError for a loss that is not finite, CheckpointError for a state that does not
-        belong to this run, ProcessError where another process has ended, after the state of the
-        last complete step was written.
+        belong to this run, BackendError where the step shall be compiled and cannot, ProcessError
+        where another process has ended, after the state of the last complete step was written.
         """
         self.optimizer = Optimizer(self.denoiser, self.config)
         self.best: torch.Tensor | None = None
@@ -153,6 +187,11 @@ class Loop(ABC):
     def _run(self, kept: TrainingCheckpoint | None) -> None:
         start = 0
         if kept is not None:
+            if kept.pictures_every and self.picture is None:
+                raise InputError(
+                    f"pictures are drawn of images by a U-Net, not of {self.unit}s: leave "
+                    "pictures_every out, or choose a denoiser such as 'unet-small'"
+                )
             if kept.resume and os.path.exists(kept.path):
                 start = self._load(kept)
             if self.processes.agreed(start) != start:
@@ -162,18 +201,21 @@ class Loop(ABC):
                 )
             if self.processes.first:
                 checkpoint.remove_leftovers(kept.path)
-        step_of = self._step
-        if self.device.type == "cuda" and self.processes.count == 1:
-            step_of = CapturedStep(self._step, self.device)
         clock = _Clock(self.history.seconds)
-        if start == 0 and self.config.train_budget is not None:
-            self.total = self._affordable(step_of, clock)
+        if start == 0:
+            step_of, seconds = self._chosen_step(clock)
+            if self.config.train_budget is not None:
+                self.total = self._affordable(step_of, seconds, clock)
+        else:
+            step_of = self.step_function(self.history.compiled)
         bar = progress(
             None, self.total * self.batch, "training", self.unit, initial=start * self.batch
         )
         log = Log(kept.log if kept and self.processes.first else None, start)
         done = start
         with bar, log, _deferred_signals() as signals:
+            for note in self.history.notes if start == 0 else ():
+                log.note(start, note)
             try:
                 for step in range(start, self.total):
                     interrupted, late = bool(signals), self._late(clock)
@@ -188,6 +230,11 @@ class Loop(ABC):
                         late or last or done % max(1, self.total // VALIDATIONS) == 0
                     ):
                         self._validate(step, log)
+                    if (
+                        kept and kept.pictures_every and self.processes.first and not interrupted
+                        and (late or last or done % kept.pictures_every == 0)
+                    ):  # fmt: skip
+                        self._draw(done, log)
                     if kept and self.processes.first and (interrupted or clock.due(kept.seconds)):
                         self._keep(kept, done, must=interrupted)
                         clock.kept()
@@ -218,14 +265,23 @@ class Loop(ABC):
             self.optimizer.extra[1:] = torch.tensor([float(interrupted), float(late)])
         return step_of(*self.inputs(step))
 
-    def _step(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """One update; returns its loss, on the device, to be read before the next step."""
+    def step_function(self, compiled: bool = False) -> Callable[..., torch.Tensor]:
+        """From :meth:`inputs` to the loss of an update, on the device: to be read before the next
+        step. compiled: the loss, from noising to the weighted error, and its backward pass are
+        through torch.compile; nothing is compiled before the first call."""
+        loss = torch.compile(self.loss, dynamic=False) if compiled else self.loss
+        step = partial(self._step, loss)
+        if self.device.type == "cuda" and self.processes.count == 1:
+            return CapturedStep(step, self.device)
+        return step
+
+    def _step(self, loss_of: Callable, *inputs: torch.Tensor) -> torch.Tensor:
         optimizer = self.optimizer
         optimizer.gradient.zero_()
         inputs = tuple(t.to(self.device, non_blocking=True) for t in inputs)
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for part in zip(*(t.chunk(self.accumulate) for t in inputs), strict=True):
-            loss = self.loss(*part) / self.accumulate
+            loss = loss_of(*part) / self.accumulate
             loss.backward()
             total += loss.detach()
         optimizer.extra[0] = total
@@ -261,13 +317,8 @@ class Loop(ABC):
     @torch.no_grad()
     def _validate(self, step: int, log: Log) -> None:
         """The averaged weights' loss on held-out normals; keeps those of the lowest."""
-        self.optimizer.exchange(self.optimizer.average)
-        self.denoiser.eval()
-        try:
+        with self._averaged():
             loss = self.validation_loss()
-        finally:
-            self.denoiser.train()
-            self.optimizer.exchange(self.optimizer.average)
         if loss is None:
             return
         history = self.history
@@ -276,45 +327,129 @@ class Loop(ABC):
         history.validation_loss.append((step, loss))
         log.write(step, seconds=history.seconds, validation_loss=loss)
 
+    @torch.no_grad()
+    def _draw(self, steps: int, log: Log) -> None:
+        """A picture by the averaged weights. Where it cannot be written the training goes on."""
+        with self._averaged():
+            picture = self.picture()
+        try:
+            log.picture(steps, picture)
+        except InputError as error:
+            warnings.warn(
+                f"the training goes on without a picture: {error}", RuntimeWarning, stacklevel=2
+            )
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The denoiser as it is kept in the end."""
+        self.optimizer.exchange(self.optimizer.average)
+        self.denoiser.eval()
+        try:
+            yield
+        finally:
+            self.denoiser.train()
+            self.optimizer.exchange(self.optimizer.average)
+
     def _waited(self) -> int:
         """Validations since the best one."""
         best = self.history.best_step
         return 0 if best is None else sum(s > best for s, _ in self.history.validation_loss)
 
-    # --------------------------------------------------------------- budget
+    # --------------------------------------------------------------- trials
+
+    def _chosen_step(self, clock: _Clock) -> tuple[Callable, float | None]:
+        """The step's function, compiled where that is wanted or, by a trial, pays; and the seconds
+        of a step, if there was a trial."""
+        wanted, budget = self.config.train_compile, self.config.train_budget
+        if wanted is True:
+            self.history.compiled = True
+            return self._compiled_step()[0], None
+        if wanted is False or self.device.type not in COMPILED_ON:
+            return self.step_function(), None
+
+        def undecided(times: list[float]) -> bool:
+            return len(times) < TRIAL_STEPS[self.device.type]
+
+        # No captured step outlives its trial: each holds the memory of all its activations.
+        before = _typical(self._trial(self.step_function(), undecided))
+        planned = self.total * before if budget is None else budget - clock.seconds()
+        if not self.processes.agreed(planned >= WORTH_COMPILING):
+            self.history.notes.append(
+                f"not compiled: about {planned:.0f} s of training are too short for a trial"
+            )
+            return self.step_function(), before
+        try:
+            step_of, times = self._compiled_step(undecided)
+        except BackendError as error:
+            self.history.notes.append(f"not compiled: {error}")
+            return self.step_function(), before
+        after = _typical(times)
+        # The seconds of compiling are spent either way.
+        compiled = self.history.compiled = self.processes.agreed(after * SMALLEST_GAIN <= before)
+        self.history.notes.append(
+            f"{'compiled' if compiled else 'not compiled'}: {1e3 * after:.2f} ms a compiled step, "
+            f"{1e3 * before:.2f} ms an eager one, "
+            f"{sum(times) - after * len(times):.0f} s to compile"
+        )
+        return (step_of, after) if compiled else (self.step_function(), before)
+
+    def _compiled_step(
+        self, undecided: Callable[[list[float]], bool] = lambda times: not times
+    ) -> tuple[Callable, list[float]]:
+        """The compiled step and the seconds of a trial. Raises BackendError where that fails."""
+        try:
+            step_of = self.step_function(compiled=True)
+            return step_of, self._trial(step_of, undecided)
+        except (DiffadError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0][:200]
+            raise BackendError(
+                f"torch.compile fails on the training step ({type(error).__name__}: {reason}); "
+                "train_compile=False does without"
+            ) from error
+
+    def _trial(self, step_of: Callable, undecided: Callable[[list[float]], bool]) -> list[float]:
+        """Seconds of steps whose effect is undone, as long as ``undecided(seconds)``.
+
+        The first process decides: all take part in every step.
+        """
+        optimizer, times = self.optimizer, []
+        before = {name: getattr(optimizer, name).detach().clone() for name in STATE}
+        buffers = [b.clone() for b in self.denoiser.buffers()]
+        optimizer.set(0, 0.0)
+        try:
+            while self.processes.agreed(undecided(times)):
+                began = time.monotonic()
+                float(step_of(*self.inputs(len(times))))
+                times.append(time.monotonic() - began)
+        finally:
+            optimizer.load(before, 0)
+            for buffer, old in zip(self.denoiser.buffers(), buffers, strict=True):
+                buffer.copy_(old)
+        return times
+
+    def _affordable(self, step_of: Callable, seconds: float | None, clock: _Clock) -> int:
+        """How many steps of so many seconds, None: of those that a trial takes, fit into the
+        budget."""
+        budget = self.config.train_budget
+
+        def undecided(times: list[float]) -> bool:
+            wanted = len(times) < TRIAL_STEPS[self.device.type] or sum(times) < 0.02 * budget
+            return not times or (wanted and clock.seconds() < budget / 4)
+
+        if seconds is None:
+            seconds = _typical(self._trial(step_of, undecided))
+        began = time.monotonic()
+        with torch.no_grad(), self._averaged():
+            self.validation_loss()
+        validation = time.monotonic() - began
+        left = budget - clock.seconds() - (VALIDATIONS + 1) * validation
+        return self.processes.agreed(max(1, int(left / seconds)))
 
     def _late(self, clock: _Clock) -> bool:
         budget = self.config.train_budget
         return budget is not None and clock.seconds() >= budget and self.processes.first
-
-    def _affordable(self, step_of, clock: _Clock) -> int:
-        """How many steps fit into the budget, by a trial whose effect is undone."""
-        optimizer, budget = self.optimizer, self.config.train_budget
-        before = {name: getattr(optimizer, name).detach().clone() for name in STATE}
-        buffers = [b.clone() for b in self.denoiser.buffers()]
-        times = []
-        optimizer.set(0, 0.0)
-
-        def undecided() -> bool:
-            wanted = len(times) < TRIAL_STEPS[self.device.type] or sum(times) < 0.02 * budget
-            return not times or (wanted and clock.seconds() < budget / 4)
-
-        # The first process decides: all take part in every step.
-        while self.processes.agreed(undecided()):
-            began = time.monotonic()
-            float(step_of(*self.inputs(len(times))))
-            times.append(time.monotonic() - began)
-        optimizer.load(before, 0)
-        began = time.monotonic()
-        with torch.no_grad():
-            self.validation_loss()
-        validation = time.monotonic() - began
-        for buffer, old in zip(self.denoiser.buffers(), buffers, strict=True):
-            buffer.copy_(old)
-        # The first steps load libraries and fill caches.
-        step = statistics.median(times[len(times) // 2 :])
-        left = budget - clock.seconds() - (VALIDATIONS + 1) * validation
-        return self.processes.agreed(max(1, int(left / step)))
 
     # ---------------------------------------------------------------- state
 
@@ -338,6 +473,7 @@ class Loop(ABC):
             "step": str(step),
             "total": str(self.total),
             "fingerprint": self._fingerprint,
+            "config": self.config.to_json(),
             "history": json.dumps(vars(self.history)),
         }
         try:
@@ -368,6 +504,11 @@ class Loop(ABC):
         self.history = History(**json.loads(texts["history"]))
         self.total = int(texts["total"])
         return step
+
+
+def _typical(seconds: list[float]) -> float:
+    """Of a step: the first ones load libraries, compile and fill caches."""
+    return statistics.median(seconds[len(seconds) // 2 :])
 
 
 class _Clock:

@@ -127,7 +127,7 @@ def test_parts_of_a_step_add_up():
             module, trainer.config
         )
         trainer.optimizer.set(0, 0.0)
-        loss = float(trainer._step(*trainer.inputs(0)))
+        loss = float(trainer.step_function()(*trainer.inputs(0)))
         gradients.append((loss, trainer.optimizer.gradient.clone()))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
 

@@ -151,6 +151,24 @@ def test_a_budget_buys_steps_and_leaves_no_trace_of_its_trial(kind, clock):
     worker.assert_same(trainer.denoiser.state_dict(), other.denoiser.state_dict())
 
 
+def test_losses_are_read_now_and_then():
+    """In between the host waits for nothing: a loss that is read is a step that is waited for."""
+    trainer, read = worker.token_trainer(train_steps=60), []
+
+    class Loss:
+        def __init__(self, step):
+            self.step = step
+
+        def __float__(self):
+            read.append(self.step)
+            return 1.0
+
+    steps = iter(range(60))
+    trainer.step_function = lambda: lambda *inputs: Loss(next(steps))
+    history = trainer.run()
+    assert read == [step for step, _ in history.loss] == [0, 20, 40, 59]
+
+
 def test_training_ends_when_the_budget_is_used_up(clock):
     """The machine becomes slower than it was in the trial."""
     trainer = worker.token_trainer(train_budget=100.0)
@@ -290,6 +308,23 @@ def test_tensorboard_gets_the_same_numbers_where_it_is_installed(tmp_path, monke
         ("validation_loss", 0.25, 29),
         "closed",
     ]
+
+
+def test_tensorboard_itself_reads_them(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Log(tmp_path / "m.csv") as log:
+        log.note(0, "not compiled")
+        log.write(20, seconds=3.0, loss=0.5)
+        log.picture(20, np.full((6, 4, 3), 255, np.uint8))
+    found = EventAccumulator(str(tmp_path / "m.tensorboard"))
+    found.Reload()
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(20, 0.5)]
+    (image,) = found.Images("pictures")
+    assert (image.step, image.width, image.height) == (20, 4, 6)
+    (note,) = found.Tensors("note/text_summary")
+    assert note.tensor_proto.string_val[0] == b"not compiled"
 
 
 def test_a_log_that_cannot_be_written(tmp_path):
