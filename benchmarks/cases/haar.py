@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import peers
-from ..case import Case, Contender, numpy_inputs, on, operator_case, random
+from ..case import Case, Contender, in_format, numpy_inputs, on, operator_case, random
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -16,6 +16,9 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     table = [
         ((n, 3, 256, 256), 3, "contiguous"),
         ((4 * n, 64, 64, 64), 1, "channels_last"),
+        ((n, 3, 256, 256), 1, "contiguous"),
+        ((n, 3, 256, 256), 2, "contiguous"),
+        ((n, 3, 256, 256), 2, "channels_last"),
         ((4 * n, 64, 64, 64), 3, "contiguous"),
         ((1, 3, 2048, 2048), 3, "contiguous"),
         ((1, 3, 2048, 2048), 1, "contiguous"),
@@ -35,7 +38,8 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             name,
             lambda device, shape=shape: on(device, random(*shape)),
             lambda functions, x, level=level: functions.haar_pack(x, level),
-            peers=_peers(_pack_by_pywavelets, _pack_by_conv, level, fixed),
+            peers=_peers(_pack_by_pywavelets, _pack_by_conv, level, fixed)
+            | _by_triton(device_type, "haar_pack", level, memory_format),
             **common,
         )
         yield operator_case(
@@ -43,7 +47,8 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             name,
             lambda device, shape=packed: on(device, random(*shape)),
             lambda functions, y, level=level: functions.haar_unpack(y, level),
-            peers=_peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed),
+            peers=_peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed)
+            | _by_triton(device_type, "haar_unpack", level, memory_format),
             **common,
         )
 
@@ -58,6 +63,22 @@ def _peers(by_pywavelets, by_conv, level: int, bank: torch.Tensor) -> dict[str, 
     if peers.get("pywt"):
         result["PyWavelets"] = numpy_inputs(lambda x: by_pywavelets(x, level))
     return result
+
+
+def _by_triton(
+    device_type: str, operator: str, level: int, memory_format: str
+) -> dict[str, Contender]:
+    """The Triton kernel, which serves where the CUDA one was not built."""
+    if device_type != "cuda":
+        return {}
+
+    def run(x):
+        from diffad_fast import ops, use_backend
+
+        with use_backend("triton"):
+            return getattr(ops, operator)(x, level)
+
+    return {"diffad_fast, Triton": in_format(memory_format, run)}
 
 
 def _bank(level: int) -> torch.Tensor:
