@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from benchmarks import (
-    cases, compare, counting, harness, machine, peers, plots, readme, results, stats,
+    cases,
+    compare,
+    counting,
+    harness,
+    machine,
+    peers,
+    plots,
+    readme,
+    results,
+    stats,
 )  # fmt: skip
 from benchmarks import tables as report
 from benchmarks.__main__ import main
