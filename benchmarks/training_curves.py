@@ -111,7 +111,7 @@ def _unet(images, device, steps: int, seed: int) -> dict[str, list]:
     def trainer(found):
         model = found.model
         return Trainer(
-            model.denoiser, model.representation.encode, images, fit, held_out, config, device
+            model.denoiser, model.representation, images, fit, held_out, config, device
         )
 
     ours = detector()

@@ -73,7 +73,7 @@ class CoefficientModel(nn.Module):
         history = History()
         if config.train_steps:
             history = Trainer(
-                self.denoiser, self.representation.encode, source, split.fit, split.validation,
+                self.denoiser, self.representation, source, split.fit, split.validation,
                 config, self.device,
             ).run(kept)  # fmt: skip
         self._settle_dtype()

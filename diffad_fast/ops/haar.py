@@ -56,13 +56,18 @@ def haar_pack(x, level=1):
     """
     checks.tensor("x", x, 4)
     checks.integer("level", level, 1, MAX_LEVEL)
+    check_divides(x, level)
+    return _haar_pack(x, level)
+
+
+def check_divides(x, level):
+    """Height and width of ``x`` divide by 2^level."""
     height, width = x.shape[2], x.shape[3]
     if height % 2**level or width % 2**level:
         raise ValueError(
             f"x is {height} x {width}, which must divide by {2**level} for level {level}: pad or "
             f"crop it, or take a lower level"
         )
-    return _haar_pack(x, level)
 
 
 def haar_unpack(y, level=1):

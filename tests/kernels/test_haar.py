@@ -12,6 +12,8 @@ from diffad_fast.kernels import haar as haar_kernel
 
 import diffad_fast as daf
 from diffad_fast import ops, reference
+from diffad_fast.diffusion import NoiseSchedule
+from diffad_fast.errors import BackendError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEVELS = (1, 2, 3, 4)
@@ -152,6 +154,73 @@ def test_tiles():
                     assert sizes["LANES"] <= 32 and (last or sizes["LANES"] == 1)
 
 
+def packet_arguments(shape, level, dtype=torch.float64, shared=False):
+    """Images, mean, deviation, t, noise in contiguous strides, a table."""
+    n, c, h, w = shape
+    x = random(*shape, dtype=dtype)
+    packed = (1 if shared else n, c * 4**level, h >> level, w >> level)
+    mean = random(packed[1], seed=2, dtype=torch.promote_types(dtype, torch.float32))
+    t = torch.arange(n, device=DEVICE) * 389 % 1000
+    table = NoiseSchedule("cosine").alphas_cumprod.to(DEVICE)
+    return x, mean, mean.abs() + 0.5, t, random(*packed, seed=3, dtype=dtype), table
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("level", [0, 1, 3])
+def test_standardised_and_noised(level, kind):
+    x, mean, deviation, t, noise, table = packet_arguments((2, 3, 16, 40), level, shared=level == 1)
+    with daf.use_backend("triton"):
+        plain = ops.standardised_packet(x, mean, deviation, level)
+        got = ops.noised_packet(x, mean, deviation, t, noise, table, level, kind)
+    x0 = reference.haar_pack(x, level) if level else x
+    x0 = (x0 - mean[:, None, None]) / deviation[:, None, None]
+    expected = reference.noised_target(x0, t, noise, table, kind)
+    for a, b in zip((plain, *got[:2]), (x0, *expected[:2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        assert a.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got[2], expected[2], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_packets_by_dtype_and_layout(dtype):
+    x, *statistics, t, noise, table = packet_arguments((2, 1, 12, 44), 2, dtype)
+    one = x.reshape(2, 12, 44, 1).permute(0, 3, 1, 2)  # channels_last with one channel
+    scale = {torch.float64: 1, torch.float32: 5}.get(dtype, 2)
+    close = {name: scale * value for name, value in TOLERANCE[dtype].items()}
+    wide = [y.double() for y in (x, *statistics)]
+    expected = reference.noised_packet(*wide, t, noise.double(), table, 2)
+    last = noise.contiguous(memory_format=torch.channels_last)
+    for image, z in ((x, noise), (one, last), (x.transpose(2, 3).clone().transpose(2, 3), noise)):
+        with daf.use_backend("triton"):
+            got = ops.noised_packet(image, *statistics, t, z, table, 2)
+            plain = ops.standardised_packet(image, *statistics, 2)
+        for a, b in zip(got[:2], expected, strict=False):
+            assert a.dtype == dtype and a.stride(1) == 1
+            torch.testing.assert_close(a.double(), b, rtol=close["rtol"], atol=close["rtol"])
+        torch.testing.assert_close(got[2].double(), expected[2].double(), rtol=1e-6, atol=1e-7)
+        exact = reference.standardised_packet(*wide, 2)
+        torch.testing.assert_close(plain.double(), exact, rtol=close["rtol"], atol=close["rtol"])
+
+
+def test_packets_refuse_gradients():
+    x, *rest = packet_arguments((1, 1, 4, 4), 1)
+    with daf.use_backend("triton"):
+        with pytest.raises(BackendError, match="no gradient"):
+            ops.standardised_packet(x.requires_grad_(), *rest[:2])
+        with pytest.raises(BackendError, match="no gradient"):
+            ops.noised_packet(x, *rest)
+        with torch.no_grad():
+            assert ops.standardised_packet(x, *rest[:2]).shape == (1, 4, 2, 2)
+
+
+def test_opcheck_of_packets():
+    x, mean, deviation, t, noise, table = packet_arguments((1, 1, 4, 6), 1)
+    namespace = torch.ops.diffad_fast_triton
+    torch.library.opcheck(namespace.standardise_packet, (x, mean, deviation, 1))
+    arguments = (x, mean, deviation, t, noise, table, 1, 2, 5.0)
+    torch.library.opcheck(namespace.noise_packet, arguments)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("level", LEVELS)
@@ -174,3 +243,25 @@ def test_on_a_gpu(dtype, level):
             captured.zero_()
             graph.replay()
             assert torch.equal(captured, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("level", [0, 2, 3])
+def test_packets_on_a_gpu(level):
+    arguments = packet_arguments((5, 1, 264, 136), level, torch.float32)
+
+    def function(x, mean, deviation, t, noise, table):
+        return (*ops.noised_packet(x, mean, deviation, t, noise, table, level),
+                ops.standardised_packet(x, mean, deviation, level))  # fmt: skip
+
+    x, mean, deviation, t, noise, table = arguments
+    wide = (x.double(), mean.double(), deviation.double(), t, noise.double(), table)
+    expected = (*reference.noised_packet(*wide, level),
+                reference.standardised_packet(*wide[:3], level))  # fmt: skip
+    with daf.use_backend("triton"):
+        got = function(*arguments)
+        compiled = torch.compile(function, fullgraph=True)(*arguments)
+    for a, b, again in zip(got, expected, compiled, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(a, again)
