@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,7 @@ from ..case import Case, Contender, in_format, numpy_inputs, on, operator_case, 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
     n = 16 if device_type == "cpu" else 64
+    yield from _packet_cases(device_type, n if device_type == "cpu" else 256)
     # (shape, level, memory format): images at the input, features inside the U-Net, one large
     # image, one small one where only the overhead of a call counts.
     table = [
@@ -50,6 +52,52 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             peers=_peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed)
             | _by_triton(device_type, "haar_unpack", level, memory_format),
             **common,
+        )
+
+
+def _packet_cases(device_type: str, n: int) -> Iterator[Case]:
+    """What a detector computes before its network does, on its images of 256²."""
+    level, shape = 2, (n, 1, 256, 256)
+    packed = (n, 4**level, 64, 64)
+    numel = math.prod(shape)
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float32), dim=0)
+
+    def inputs(device):
+        statistics = random(packed[1], seed=1), 0.5 + random(packed[1], seed=2).abs()
+        t = torch.arange(n) * (1000 // n)
+        return on(device, random(*shape), *statistics, t, random(*packed, seed=3), alphas)
+
+    def encode(functions, x, mean, deviation, *_):
+        return functions.standardised_packet(x, mean, deviation, level)
+
+    def noise(functions, *given):
+        return functions.noised_packet(*given, level)
+
+    def one_after_the_other(x, mean, deviation, t, z, table):
+        from diffad_fast import ops
+
+        x0 = ops.haar_pack(x.reshape(n, 256, 256, 1).permute(0, 3, 1, 2), level)
+        x0 = (x0 - mean[:, None, None]) / deviation[:, None, None]
+        z = z.contiguous(memory_format=torch.channels_last)
+        return ops.noised_target(x0, t, z, table)
+
+    # Additions of the packet; then 2 a value, and 6 more for x_t and v.
+    for operator, call, traffic, flops, peers_ in (
+        ("standardised_packet", encode, 8, 2 * level + 3, {}),
+        ("noised_packet", noise, 16, 2 * level + 9,
+         {"one operator after the other": Contender(one_after_the_other)}),
+    ):  # fmt: skip
+        yield operator_case(
+            operator,
+            f"level {level}, {'×'.join(map(str, shape))}",
+            inputs,
+            call,
+            peers=peers_,
+            bytes=traffic * numel,
+            flops=flops * numel,
+            rate=None,
+            batch=n,
+            graph=device_type == "cuda",  # as a detector runs them
         )
 
 
