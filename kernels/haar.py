@@ -75,7 +75,8 @@ def _haar(image, packed, mean, deviation, noise, t, alphas_cumprod, target, weig
 
     With a mean the coefficients are standardised, with a KIND, an index into PREDICTION_TYPES, they
     are noised: packed is then x_t. Target (x0 or v) has its strides. Unit strides are constants,
-    from which the compiler sees the runs.
+    and sizes and strides that divide by 16 compile apart from others: so the compiler sees runs and
+    masks that it can take as vectors.
     """
     SIDE: tl.constexpr = 2**LEVEL
     program = tl.program_id(0)

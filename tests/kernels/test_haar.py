@@ -247,6 +247,20 @@ def test_on_a_gpu(dtype, level):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_other_sizes_compile_nothing():
+    def compiled():
+        return sum(len(cache[0]) for cache in haar_kernel._haar.device_caches.values())
+
+    with daf.use_backend("triton"):
+        ops.haar_pack(random(2, 3, 64, 128), 2)
+        before = compiled()
+        for shape in ((1, 3, 192, 64), (5, 3, 64, 320)):
+            ops.haar_pack(random(*shape), 2)
+        assert compiled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("level", [0, 2, 3])
 def test_packets_on_a_gpu(level):
     arguments = packet_arguments((5, 1, 264, 136), level, torch.float32)

@@ -62,6 +62,32 @@ with FakeTensorMode():
     assert run(code, DIFFAD_FAST_AUTOTUNE=autotune).split() == ["1", "2", "1", "2"]
 
 
+@pytest.mark.slow
+def test_packets_are_one_kernel_each():
+    code = """
+import diffad_fast.kernels.haar as haar
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+def kernels(function, *args):
+    code = make_fx(dispatch_functionalize(function))(*args).code
+    print(code.count("triton_kernel_wrapper_functional("))
+
+with FakeTensorMode():
+    x, y, m = torch.empty(2, 1, 8, 8), torch.empty(2, 16, 2, 2), torch.empty(16)
+    t, table = torch.zeros(2, dtype=torch.int64), torch.empty(9, dtype=torch.float64)
+    kernels(lambda x: haar.haar_pack(x, 2), x)
+    kernels(lambda y: haar.haar_unpack(y, 2), y)
+    kernels(lambda x, m: haar.standardised_packet(x, m, m, 2), x, m)
+    kernels(
+        lambda x, m, t, y, a: haar.noised_packet(x, m, m, t, y, a, 2, "v_prediction", 5.0),
+        x, m, t, y, table,
+    )
+"""
+    assert run(code).split() == ["1"] * 4
+
+
 def test_configurations():
     """Few, and every BLOCK_M holds whole groups of partial sums."""
     from diffad_fast.kernels import wavelet_attention as wa
