@@ -56,7 +56,8 @@ def both_ways(x, level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_odd_and_prime_sizes(level, layout):
     # Numbers of blocks and channels that fill no tile, and more than one tile each way.
-    for channels, rows, columns in ((3, 5, 7), (1, 1, 37), (2, 17 if level == 1 else 5, 1)):
+    sizes = [(3, 5, 7), (1, 1, 37)] + [(2, 17, 1)] * (level == 1)
+    for channels, rows, columns in sizes:
         x = random(1, channels, rows << level, columns << level).contiguous(memory_format=layout)
         for made in both_ways(x, level):
             assert made.is_contiguous(memory_format=layout) or channels == 1
