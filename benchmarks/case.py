@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -24,6 +24,8 @@ class Contender:
     memory_format: str = "contiguous"
     compiled: bool = False
     """Run through torch.compile, on a GPU in the mode reduce-overhead (CUDA graphs)."""
+    graph: bool = False
+    """Captured as it is in one CUDA graph, which is replayed; on a GPU alone."""
     cpu_only: bool = False
     """Leaves out this contender on a GPU."""
     tolerance: float | None = None
@@ -36,13 +38,13 @@ class Contender:
 
     def settings(self, device: torch.device) -> dict:
         """What has to stand beside its time."""
-        graph = self.compiled and device.type == "cuda"
-        mode = "reduce-overhead" if graph else "default"
+        gpu = device.type == "cuda"
+        mode = "reduce-overhead" if gpu else "default"
         return {
             "dtype": self.dtype,
             "memory_format": self.memory_format,
             "compiled": mode if self.compiled else "no",
-            "graph": graph,
+            "graph": gpu and (self.compiled or self.graph),
             "note": self.note,
         }
 
@@ -92,13 +94,15 @@ def operator_case(
     formats: bool = True,
     peers: Mapping[str, Contender] | None = None,
     compiled: bool = True,
+    graph: bool = False,
     **options,
 ) -> Case:
     """The case of a library operator, with the baselines that every operator has.
 
     ``call(functions, *inputs)`` computes the result from ``diffad_fast.ops`` or from
     ``diffad_fast.reference``. ``memory_format`` is that of our inputs; the reference runs on
-    contiguous inputs, as most code gives them, and where ``formats`` on channels_last too.
+    contiguous inputs, as most code gives them, and where ``formats`` on channels_last too. With
+    ``graph`` all of them are captured, so that the time is the GPU's alone.
     """
     from diffad_fast import ops, reference
     from diffad_fast.ops.dispatch import OPERATORS
@@ -114,6 +118,8 @@ def operator_case(
             memory_format, partial(call, reference), compiled=True
         )
     contenders |= peers or {}
+    if graph:
+        contenders = {k: c if c.compiled else replace(c, graph=True) for k, c in contenders.items()}
     return Case(
         operator,
         name,

@@ -117,9 +117,7 @@ def _unet(images, device, steps: int, seed: int, quick: bool) -> dict[str, list]
 
     def trainer(found):
         model = found.model
-        return Trainer(
-            model.denoiser, model.representation.encode, images, fit, held_out, config, device
-        )
+        return Trainer(model.denoiser, model.representation, images, fit, held_out, config, device)
 
     ours = detector()
     ours.model.representation.fit([x[: len(fit)].to(device)])

@@ -27,6 +27,18 @@ TILE = 2048
 
 
 @triton.jit
+def min_snr(alpha, limit, KIND: tl.constexpr):
+    """The weight of a sample at abar = alpha; KIND: index into PREDICTION_TYPES."""
+    snr = alpha / (1.0 - alpha)
+    weight = tl.minimum(snr, tl.cast(limit, alpha.dtype))
+    if KIND == 0:
+        weight /= snr
+    elif KIND == 2:
+        weight /= snr + 1.0
+    return weight.to(tl.float32)
+
+
+@triton.jit
 def _rotate(a, b, t, alphas_cumprod, first, second, weight, samples: tl.int64, size: tl.int64,
             b_stride: tl.int64, snr_limit, INVERSE: tl.constexpr, HAS_B: tl.constexpr,
             BOTH: tl.constexpr, WEIGHT: tl.constexpr,
@@ -50,13 +62,7 @@ def _rotate(a, b, t, alphas_cumprod, first, second, weight, samples: tl.int64, s
     if x.dtype == tl.float64:
         alpha = alpha.to(tl.float64)
     if WEIGHT is not None:
-        snr = alpha / (1.0 - alpha)
-        limited = tl.minimum(snr, tl.cast(snr_limit, alpha.dtype))
-        if WEIGHT == 0:
-            limited /= snr
-        elif WEIGHT == 2:
-            limited /= snr + 1.0
-        tl.store(weight + n, limited.to(tl.float32), real & (block == 0))
+        tl.store(weight + n, min_snr(alpha, snr_limit, WEIGHT), real & (block == 0))
     # 1 - abar cancels near 1 and is taken in the table's precision.
     s = tl.sqrt(alpha.to(x.dtype))[:, None]
     e = tl.sqrt((1.0 - alpha).to(x.dtype))[:, None]

@@ -7,19 +7,26 @@ triton) nothing can trace them: there they are opaque custom operators with a fa
 **Configurations.** A plain function gives an operator's configurations from the head size (or the
 like), dtype and architecture; the first is the default. Nothing is timed unless
 ``DIFFAD_FAST_AUTOTUNE=1`` asks for it: another tile sums in another order, and results should
-repeat bit for bit from process to process. Then ``triton.autotune`` tries all of them once for
-each set of constants, never for other sizes H, W or N, and keeps what it found on disk.
+repeat bit for bit from process to process. Then Triton's autotuner tries all of them once for each
+set of constants and dtypes, never for other sizes H, W or N, and the times are kept in Triton's
+cache folder (``TRITON_CACHE_DIR``), a file for each kernel, its source, constants, dtypes,
+configurations, GPU architecture and version of Triton.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.cache import get_cache_manager
 
 from ..ops.layout import is_channels_last
 
@@ -124,8 +131,63 @@ def wide(x: torch.Tensor) -> torch.dtype:
 
 @cache
 def _autotuned(kernel, key: tuple[str, ...], configs: tuple[_Hashable, ...]):
-    tune = triton.autotune([c.config for c in configs], key=list(key), cache_results=True)
-    return tune(kernel)
+    return _Autotuner(
+        kernel, kernel.arg_names, [c.config for c in configs], list(key), None, None,
+        cache_results=True,
+    )  # fmt: skip
+
+
+class _Autotuner(Autotuner):
+    """Triton's own keeps its times too, but raises where their file is damaged."""
+
+    def check_disk_cache(self, tuning_key, configs, bench_fn) -> bool:
+        """Choose for ``tuning_key`` from the times on disk; False if ``bench_fn`` had to be called,
+        which chooses from times that it takes."""
+        target = triton.runtime.driver.active.get_current_target()
+        key = {
+            "kernel": self.fn.__name__,
+            "source": self.fn.cache_key,
+            "architecture": f"{target.backend} {target.arch}",
+            "triton": triton.__version__,
+            "arguments": repr(tuning_key),
+            "configurations": [str(config) for config in configs],
+        }
+        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        files, name = get_cache_manager(digest), f"{self.fn.__name__}.autotune.json"
+        path = files.get_file(name)
+        if path is not None:
+            try:
+                times = _times(path, key)
+            except (OSError, ValueError) as error:
+                warnings.warn(
+                    f"the autotuner measures {self.fn.__name__} again and replaces {path}, which "
+                    f"does not hold its times: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            else:
+                self.configs_timings = dict(zip(configs, times, strict=True))
+                self.cache[tuning_key] = configs[times.index(min(times))]
+                return True
+        bench_fn()
+        # p50, p20 and p80 in milliseconds; infinite for a configuration that the GPU refused.
+        times = [[float(t) for t in self.configs_timings[config]] for config in configs]
+        files.put(json.dumps({"key": key, "milliseconds": times}), name, binary=False)
+        return False
+
+
+def _times(path: str, key: dict) -> list[list[float]]:
+    """What the autotuner wrote into ``path`` for ``key``. Raises OSError or ValueError."""
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict) or content.get("key") != key:
+        raise ValueError("it is not of this kernel, GPU and version of Triton")
+    times = content.get("milliseconds")
+    if not isinstance(times, list) or len(times) != len(key["configurations"]):
+        raise ValueError("it has not one entry for each configuration")
+    if not all(isinstance(t, list) and t and all(isinstance(x, float) for x in t) for t in times):
+        raise ValueError("its entries are not lists of times")
+    return times
 
 
 class _Hashable:

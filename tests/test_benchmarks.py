@@ -17,12 +17,13 @@ from benchmarks import (
     counting,
     harness,
     machine,
+    peers,
     plots,
     readme,
     results,
     scaling,
     stats,
-)
+)  # fmt: skip
 from benchmarks import tables as report
 from benchmarks.__main__ import main
 from benchmarks.case import OURS, REFERENCE, Case, Contender, random
@@ -138,6 +139,40 @@ def test_every_quick_operator_case_is_right():
                 if not contender.compiled:
                     output = contender.run(*contender.prepare(inputs))
                     assert wrong(case, contender, exact, output) is None, (case.key, name)
+
+
+def test_the_gpu_suite_has_what_its_goals_compare():
+    found = {c.key: c for c in cases.load(cases.OPERATORS[:-1], "cuda", quick=False)}
+    eager = (REFERENCE, f"{REFERENCE}, channels_last")
+    goals = {
+        "dwt2d haar, periodization, 64×3×256×256": ("ptwt", "pytorch_wavelets"),
+        "idwt2d haar, periodization, 64×3×256×256": ("ptwt", "pytorch_wavelets"),
+        **{
+            f"haar_{way} level {level}, 64×3×256×256, contiguous": (f"{OURS}, Triton",)
+            for way in ("pack", "unpack")
+            for level in (1, 2, 3)
+        },
+        "q_sample 512×64×32×32": (REFERENCE,),
+        "anomaly_map three maps, 128×1×256×256": (REFERENCE,),
+        "group_norm_silu 16 groups, 64×256×16×16, channels_last": eager,
+        "group_norm_silu 5 groups, 1×80×32×32, channels_last, modulated, in a CUDA graph": eager,
+    }
+    for batch, side in ((16, 64), (16, 128), (1, 64), (1, 128)):
+        name = f"wavelet_attention level 1, {batch}×8×{side}×{side}×64, bf16"
+        goals[name] = (REFERENCE, "SDPA over pixels", "pack + SDPA + unpack")
+        goals[f"{name}, forward + backward"] = ("SDPA over pixels",)
+    absent = peers.absent()
+    for key, contenders in goals.items():
+        missing = set(contenders) - set(found[key].contenders) - set(absent)
+        assert not missing, (key, missing)
+    fused = found["wavelet_attention level 1, 16×8×64×64×64, bf16"].contenders
+    assert fused["pack + SDPA + unpack"].compiled
+    graphed = found[
+        "group_norm_silu 5 groups, 1×80×32×32, channels_last, modulated, in a CUDA graph"
+    ]
+    for contender in graphed.contenders.values():
+        assert contender.settings(torch.device("cuda"))["graph"]
+        assert not contender.settings(CPU)["graph"]
 
 
 def test_every_operator_has_a_case():

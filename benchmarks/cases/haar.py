@@ -1,21 +1,26 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 from .. import peers
-from ..case import Case, Contender, numpy_inputs, on, operator_case, random
+from ..case import Case, Contender, in_format, numpy_inputs, on, operator_case, random
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
     n = 16 if device_type == "cpu" else 64
+    yield from _packet_cases(device_type, n if device_type == "cpu" else 256)
     # (shape, level, memory format): images at the input, features inside the U-Net, one large
     # image, one small one where only the overhead of a call counts.
     table = [
         ((n, 3, 256, 256), 3, "contiguous"),
         ((4 * n, 64, 64, 64), 1, "channels_last"),
+        ((n, 3, 256, 256), 1, "contiguous"),
+        ((n, 3, 256, 256), 2, "contiguous"),
+        ((n, 3, 256, 256), 2, "channels_last"),
         ((4 * n, 64, 64, 64), 3, "contiguous"),
         ((1, 3, 2048, 2048), 3, "contiguous"),
         ((1, 3, 2048, 2048), 1, "contiguous"),
@@ -35,7 +40,8 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             name,
             lambda device, shape=shape: on(device, random(*shape)),
             lambda functions, x, level=level: functions.haar_pack(x, level),
-            peers=_peers(_pack_by_pywavelets, _pack_by_conv, level, fixed),
+            peers=_peers(_pack_by_pywavelets, _pack_by_conv, level, fixed)
+            | _by_triton(device_type, "haar_pack", level, memory_format),
             **common,
         )
         yield operator_case(
@@ -43,8 +49,55 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             name,
             lambda device, shape=packed: on(device, random(*shape)),
             lambda functions, y, level=level: functions.haar_unpack(y, level),
-            peers=_peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed),
+            peers=_peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed)
+            | _by_triton(device_type, "haar_unpack", level, memory_format),
             **common,
+        )
+
+
+def _packet_cases(device_type: str, n: int) -> Iterator[Case]:
+    """What a detector computes before its network does, on its images of 256²."""
+    level, shape = 2, (n, 1, 256, 256)
+    packed = (n, 4**level, 64, 64)
+    numel = math.prod(shape)
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float32), dim=0)
+
+    def inputs(device):
+        statistics = random(packed[1], seed=1), 0.5 + random(packed[1], seed=2).abs()
+        t = torch.arange(n) * (1000 // n)
+        return on(device, random(*shape), *statistics, t, random(*packed, seed=3), alphas)
+
+    def encode(functions, x, mean, deviation, *_):
+        return functions.standardised_packet(x, mean, deviation, level)
+
+    def noise(functions, *given):
+        return functions.noised_packet(*given, level)
+
+    def one_after_the_other(x, mean, deviation, t, z, table):
+        from diffad_fast import ops
+
+        x0 = ops.haar_pack(x.reshape(n, 256, 256, 1).permute(0, 3, 1, 2), level)
+        x0 = (x0 - mean[:, None, None]) / deviation[:, None, None]
+        z = z.contiguous(memory_format=torch.channels_last)
+        return ops.noised_target(x0, t, z, table)
+
+    # Additions of the packet; then 2 a value, and 6 more for x_t and v.
+    for operator, call, traffic, flops, peers_ in (
+        ("standardised_packet", encode, 8, 2 * level + 3, {}),
+        ("noised_packet", noise, 16, 2 * level + 9,
+         {"one operator after the other": Contender(one_after_the_other)}),
+    ):  # fmt: skip
+        yield operator_case(
+            operator,
+            f"level {level}, {'×'.join(map(str, shape))}",
+            inputs,
+            call,
+            peers=peers_,
+            bytes=traffic * numel,
+            flops=flops * numel,
+            rate=None,
+            batch=n,
+            graph=device_type == "cuda",  # as a detector runs them
         )
 
 
@@ -58,6 +111,22 @@ def _peers(by_pywavelets, by_conv, level: int, bank: torch.Tensor) -> dict[str, 
     if peers.get("pywt"):
         result["PyWavelets"] = numpy_inputs(lambda x: by_pywavelets(x, level))
     return result
+
+
+def _by_triton(
+    device_type: str, operator: str, level: int, memory_format: str
+) -> dict[str, Contender]:
+    """The Triton kernel, which serves where the CUDA one was not built."""
+    if device_type != "cuda":
+        return {}
+
+    def run(x):
+        from diffad_fast import ops, use_backend
+
+        with use_backend("triton"):
+            return getattr(ops, operator)(x, level)
+
+    return {"diffad_fast, Triton": in_format(memory_format, run)}
 
 
 def _bank(level: int) -> torch.Tensor:

@@ -23,9 +23,11 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     for shape, modulated, memory_format in table[: 2 if quick else None]:
         for gradients in (False, True):
             yield _case(shape, modulated, memory_format, gradients)
+        if device_type == "cuda" and shape[0] == 1:
+            yield _case(shape, modulated, memory_format, gradients=False, graph=True)
 
 
-def _case(shape, modulated: bool, memory_format: str, gradients: bool) -> Case:
+def _case(shape, modulated: bool, memory_format: str, gradients: bool, graph: bool = False) -> Case:
     batch, channels, height, width = shape
     numel = batch * channels * height * width
     name = f"{channels // 16} groups, {'×'.join(map(str, shape))}, {memory_format}"
@@ -47,7 +49,10 @@ def _case(shape, modulated: bool, memory_format: str, gradients: bool) -> Case:
 
     return operator_case(
         "group_norm_silu",
-        name + ", modulated" * modulated + ", forward and backward" * gradients,
+        name
+        + ", modulated" * modulated
+        + ", forward and backward" * gradients
+        + ", in a CUDA graph" * graph,
         inputs,
         forward_and_backward if gradients else forward,
         memory_format=memory_format,
@@ -60,4 +65,5 @@ def _case(shape, modulated: bool, memory_format: str, gradients: bool) -> Case:
         batch=batch,
         gradients=gradients,
         compiled=not gradients,
+        graph=graph,
     )

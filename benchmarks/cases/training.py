@@ -112,7 +112,7 @@ def image_step(
     source = open_images((images * 255).round().to(torch.uint8), images.shape[2:], 1)
     source.load()
     trainer = Trainer(
-        detector.model.denoiser.train(), detector.model.representation.encode, source,
+        detector.model.denoiser.train(), detector.model.representation, source,
         range(len(images)), [], detector.config.replace(batch_size=len(images)), device,
     )  # fmt: skip
     return trainer, _first_step(trainer, compiled)

@@ -88,7 +88,7 @@ class CoefficientModel(nn.Module):
         history = History()
         if config.train_steps:
             history = Trainer(
-                self.denoiser, self.representation.encode, source, split.fit, split.validation,
+                self.denoiser, self.representation, source, split.fit, split.validation,
                 config, self.device, self._pictures,
             ).run(kept)  # fmt: skip
             self.config = config.replace(train_compile=history.compiled)

@@ -12,6 +12,7 @@ from .haar import haar_pack, haar_unpack
 from .maps import anomaly_map
 from .noise import philox_normal
 from .norm import group_norm_silu
+from .packet import noised_packet, standardised_packet
 from .token_loss import token_mlp_loss
 from .token_mlp import PackedTokenMLP, token_mlp_loop
 from .training import noised_target, weighted_mse
@@ -27,9 +28,11 @@ __all__ = [
     "haar_pack",
     "haar_unpack",
     "idwt2d",
+    "noised_packet",
     "noised_target",
     "philox_normal",
     "q_sample",
+    "standardised_packet",
     "token_mlp_loop",
     "token_mlp_loss",
     "wavedec2",

@@ -86,14 +86,19 @@ def check_forward(x0, t, noise, alphas_cumprod):
     checks.tensor("x0", x0)
     if x0.ndim == 0:
         raise ValueError("x0 must have a leading batch dimension, got a scalar")
+    check_noising(x0.shape, x0.device, t, noise, alphas_cumprod, "x0")
+
+
+def check_noising(shape, device, t, noise, alphas_cumprod, name):
+    """Check what is to noise a tensor ``name`` of ``shape``; see :func:`q_sample`."""
     if not isinstance(t, torch.Tensor) or t.dtype != torch.int64:
         raise TypeError(f"t must be an int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if tuple(t.shape) != (x0.shape[0],):
-        raise ValueError(f"t must have shape ({len(x0)},), one a sample, got {tuple(t.shape)}")
-    checks.on_device("t", t, x0.device)
-    _check_noise(noise, x0, "x0")
+    if tuple(t.shape) != (shape[0],):
+        raise ValueError(f"t must have shape ({shape[0]},), one a sample, got {tuple(t.shape)}")
+    checks.on_device("t", t, device)
+    _check_noise(noise, shape, device, name)
     checks.tensor("alphas_cumprod", alphas_cumprod, 1)
-    checks.on_device("alphas_cumprod", alphas_cumprod, x0.device)
+    checks.on_device("alphas_cumprod", alphas_cumprod, device)
 
 
 def ddim_step(
@@ -164,7 +169,7 @@ def ddim_step(
                 f"deterministic, use eta=0"
             )
     if noise is not None:
-        _check_noise(noise, x_t, "x_t")
+        _check_noise(noise, x_t.shape, x_t.device, "x_t")
     if clip is not None:
         checks.number("clip", clip, 0.0)
     if dynamic_threshold is not None:
@@ -214,14 +219,14 @@ def step_table(steps, prediction_type, eta=0.0, clip=None, guidance=0.0):
     )
 
 
-def _check_noise(noise, x, name):
+def _check_noise(noise, shape, device, name):
     checks.tensor("noise", noise)
-    if noise.shape != x.shape and noise.shape != (1, *x.shape[1:]):
+    if tuple(noise.shape) not in (tuple(shape), (1, *shape[1:])):
         raise ValueError(
-            f"noise must have the shape of {name}, {tuple(x.shape)}, or 1 in place of its first "
+            f"noise must have the shape of {name}, {tuple(shape)}, or 1 in place of its first "
             f"entry, got {tuple(noise.shape)}"
         )
-    checks.on_device("noise", noise, x.device)
+    checks.on_device("noise", noise, device)
 
 
 def has_dense_samples(x):

@@ -11,9 +11,30 @@ from .layout import empty_4d
 
 MAX_LEVEL = 4
 
-_haar_pack = Operator("haar_pack", reference.haar_pack, **native.implementations("haar_pack"))
+
+def _triton_pack(*arguments):
+    from ..kernels.haar import haar_pack
+
+    return haar_pack(*arguments)
+
+
+def _triton_unpack(*arguments):
+    from ..kernels.haar import haar_unpack
+
+    return haar_unpack(*arguments)
+
+
+_haar_pack = Operator(
+    "haar_pack",
+    reference.haar_pack,
+    triton=_triton_pack,
+    **native.implementations("haar_pack"),
+)
 _haar_unpack = Operator(
-    "haar_unpack", reference.haar_unpack, **native.implementations("haar_unpack")
+    "haar_unpack",
+    reference.haar_unpack,
+    triton=_triton_unpack,
+    **native.implementations("haar_unpack"),
 )
 
 
@@ -26,7 +47,8 @@ def haar_pack(x, level=1):
     coarsest level as its most significant digit, digits 0..3 = cA, cH, cV, cD as in PyWavelets.
     White noise stays white; norms are kept. Sums are taken in float32 (float64 for float64).
     ``level`` is 1 to 4. Differentiable, any number of times: the adjoint is
-    :func:`haar_unpack`. The native backends read and write memory once whatever the level.
+    :func:`haar_unpack`. Every backend but the reference reads and writes memory once whatever the
+    level. On a GPU `auto` takes the CUDA kernel, and Triton's where that was not built.
 
     Raises TypeError for another type or dtype, ValueError for another number of dimensions, a
     ``level`` outside 1..4, and H or W that do not divide by 2^level.
@@ -34,13 +56,18 @@ def haar_pack(x, level=1):
     """
     checks.tensor("x", x, 4)
     checks.integer("level", level, 1, MAX_LEVEL)
+    check_divides(x, level)
+    return _haar_pack(x, level)
+
+
+def check_divides(x, level):
+    """Height and width of ``x`` divide by 2^level."""
     height, width = x.shape[2], x.shape[3]
     if height % 2**level or width % 2**level:
         raise ValueError(
             f"x is {height} x {width}, which must divide by {2**level} for level {level}: pad or "
             f"crop it, or take a lower level"
         )
-    return _haar_pack(x, level)
 
 
 def haar_unpack(y, level=1):
@@ -61,17 +88,19 @@ def haar_unpack(y, level=1):
     return _haar_unpack(y, level)
 
 
-def _fake_pack(x, level):
+def empty_packed(x, level):
+    """What :func:`haar_pack` returns, not filled."""
     n, c, h, w = x.shape
     return empty_4d(x, (n, c * 4**level, h // 2**level, w // 2**level))
 
 
-def _fake_unpack(y, level):
+def empty_unpacked(y, level):
+    """What :func:`haar_unpack` returns, not filled."""
     n, c, h, w = y.shape
     return empty_4d(y, (n, c // 4**level, h * 2**level, w * 2**level))
 
 
-def _keep_level(ctx, inputs, output):
+def keep_level(ctx, inputs, output):
     ctx.level = inputs[1]
 
 
@@ -86,8 +115,8 @@ def _unpack_backward(ctx, grad):
 
 if native.loaded():
     for _name, _fake, _backward in (
-        ("diffad_fast::haar_pack", _fake_pack, _pack_backward),
-        ("diffad_fast::haar_unpack", _fake_unpack, _unpack_backward),
+        ("diffad_fast::haar_pack", empty_packed, _pack_backward),
+        ("diffad_fast::haar_unpack", empty_unpacked, _unpack_backward),
     ):
         torch.library.register_fake(_name, _fake)
-        torch.library.register_autograd(_name, _backward, setup_context=_keep_level)
+        torch.library.register_autograd(_name, _backward, setup_context=keep_level)

@@ -11,6 +11,7 @@ from .haar import haar_pack, haar_unpack
 from .maps import anomaly_map
 from .noise import philox4x32, philox_normal
 from .norm import group_norm_silu
+from .packet import noised_packet, standardised_packet
 from .token_mlp import PackedTokenMLP, token_mlp_loop, token_mlp_loss
 from .training import noised_target, weighted_mse
 from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
@@ -25,10 +26,12 @@ __all__ = [
     "haar_pack",
     "haar_unpack",
     "idwt2d",
+    "noised_packet",
     "noised_target",
     "philox4x32",
     "philox_normal",
     "q_sample",
+    "standardised_packet",
     "token_mlp_loop",
     "token_mlp_loss",
     "wavedec2",

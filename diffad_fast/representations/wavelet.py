@@ -51,24 +51,31 @@ class WaveletRepresentation(nn.Module):
         self.mean.copy_(mean)
         self.deviation.copy_((m2 / count).sqrt().clamp(min=SMALLEST_DEVIATION))
 
+    def shape(self, images: torch.Size) -> tuple[int, ...]:
+        """Of the coefficients of ``images`` (N,C,H,W)."""
+        n, _, height, width = images
+        return n, self.channels, height >> self.level, width >> self.level
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N,C,H,W) to standardised coefficients, channels_last."""
-        x = _channels_last(images)
-        x = ops.haar_pack(x, self.level) if self.level else x
-        return (x - self.mean[:, None, None]) / self.deviation[:, None, None]
+        return ops.standardised_packet(images, self.mean, self.deviation, self.level)
+
+    def noised_target(
+        self,
+        images: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+        alphas_cumprod: torch.Tensor,
+        prediction_type: str,
+        snr_limit: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``ops.noised_target`` of :meth:`encode`, in one pass where Triton serves."""
+        return ops.noised_packet(
+            images, self.mean, self.deviation, t, noise, alphas_cumprod, self.level,
+            prediction_type, snr_limit,
+        )  # fmt: skip
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of :meth:`encode`."""
         x = x * self.deviation[:, None, None] + self.mean[:, None, None]
         return ops.haar_unpack(x, self.level) if self.level else x
-
-
-def _channels_last(images: torch.Tensor) -> torch.Tensor:
-    """The same images in channels_last strides, which the packet then keeps.
-
-    With one channel both formats have the same bytes, and PyTorch leaves the strides as they are.
-    """
-    n, c, h, w = images.shape
-    if c == 1:
-        return images.reshape(n, h, w, 1).permute(0, 3, 1, 2)
-    return images.contiguous(memory_format=torch.channels_last)

@@ -17,6 +17,7 @@ from .. import ops
 from ..config import DetectorConfig
 from ..data.images import Images
 from ..diffusion import NoiseSchedule
+from ..representations import WaveletRepresentation
 from .augment import augmented
 from .loop import Loop, generator, stratified, visits
 
@@ -30,12 +31,12 @@ PICTURES = 4  # held-out images in a picture
 
 
 class Trainer(Loop):
-    """Trains a denoiser on represented images and leaves the averaged weights in it.
+    """Trains a denoiser on the coefficients of images and leaves the averaged weights in it.
 
-    images: a loaded collection; ``fit`` and ``validation`` are indices into it. ``represent`` maps
-    images (n,C,H,W) in [0, 1] on the device to x0. The images lie on the device, in 8 bits where
-    those hold them, if they fit there; otherwise they are read beside the computing. ``draw`` maps
-    images to rows of pictures (rows,n,C,H,W) in [0, 1], for a picture of the held-out ones.
+    images: a loaded collection; ``fit`` and ``validation`` are indices into it. They lie on the
+    device, in 8 bits where those hold them, if they fit there; otherwise they are read beside the
+    computing. ``draw`` maps images (n,C,H,W) in [0, 1] on the device to rows of pictures
+    (rows,n,C,H,W) in [0, 1], for a picture of the held-out ones.
     """
 
     unit = "image"
@@ -43,7 +44,7 @@ class Trainer(Loop):
     def __init__(
         self,
         denoiser: nn.Module,
-        represent,
+        representation: WaveletRepresentation,
         images: Images,
         fit: Sequence[int],
         validation: Sequence[int],
@@ -52,7 +53,7 @@ class Trainer(Loop):
         draw: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__(denoiser, config, device, config.batch_size, config.accumulate)
-        self.represent, self.images = represent, images
+        self.representation, self.images = representation, images
         self.fit, self.validation = torch.tensor(list(fit)), torch.tensor(list(validation))
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.alphas = self.schedule.alphas_cumprod.to(self.device)
@@ -106,13 +107,13 @@ class Trainer(Loop):
 
     def _loss(self, images, index, epoch, t) -> torch.Tensor:
         config = self.config
-        x0 = self.represent(images)
         # Draw 0 belongs to inference.
         noise = ops.philox_normal(
-            x0.shape, config.seed, draw=index + 1, step=epoch, device=self.device
-        ).contiguous(memory_format=torch.channels_last)
-        x_t, target, weight = ops.noised_target(
-            x0, t, noise, self.alphas, config.prediction_type, config.snr_limit
+            self.representation.shape(images.shape), config.seed, draw=index + 1, step=epoch,
+            device=self.device,
+        )  # fmt: skip
+        x_t, target, weight = self.representation.noised_target(
+            images, t, noise, self.alphas, config.prediction_type, config.snr_limit
         )
         mixed = (
             nullcontext()

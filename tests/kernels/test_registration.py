@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[2]
 PREAMBLE = "import torch, triton, diffad_fast.kernels.wavelet_attention as wa\n"
 
 
-def run(code: str) -> str:
+def run(code: str, **environment: str) -> str:
     """Output of ``code`` in a process where kernels are compiled, not interpreted."""
     done = subprocess.run(
         [sys.executable, "-c", PREAMBLE + code],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -34,7 +34,8 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_torch_compile_sees_the_kernels():
+@pytest.mark.parametrize("autotune", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_torch_compile_sees_the_kernels(autotune):
     code = """
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -58,7 +59,33 @@ with FakeTensorMode():
         out, mixed, lse = forward(x, *gain)
         kernels(backward, x, out, lse, *gain)
 """
-    assert run(code).split() == ["1", "2", "1", "2"]
+    assert run(code, DIFFAD_FAST_AUTOTUNE=autotune).split() == ["1", "2", "1", "2"]
+
+
+@pytest.mark.slow
+def test_packets_are_one_kernel_each():
+    code = """
+import diffad_fast.kernels.haar as haar
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+def kernels(function, *args):
+    code = make_fx(dispatch_functionalize(function))(*args).code
+    print(code.count("triton_kernel_wrapper_functional("))
+
+with FakeTensorMode():
+    x, y, m = torch.empty(2, 1, 8, 8), torch.empty(2, 16, 2, 2), torch.empty(16)
+    t, table = torch.zeros(2, dtype=torch.int64), torch.empty(9, dtype=torch.float64)
+    kernels(lambda x: haar.haar_pack(x, 2), x)
+    kernels(lambda y: haar.haar_unpack(y, 2), y)
+    kernels(lambda x, m: haar.standardised_packet(x, m, m, 2), x, m)
+    kernels(
+        lambda x, m, t, y, a: haar.noised_packet(x, m, m, t, y, a, 2, "v_prediction", 5.0),
+        x, m, t, y, table,
+    )
+"""
+    assert run(code).split() == ["1"] * 4
 
 
 def test_configurations():
@@ -74,6 +101,113 @@ def test_configurations():
         for c in found:
             m, n = c.kwargs["BLOCK_M"], c.kwargs["BLOCK_N"]
             assert m % 16 == 0 and n % 16 == 0 and c.num_warps in (4, 8), c
+
+
+# In place of a GPU: a driver that names an architecture, and kernels that are only counted. The
+# fourth configuration is the fastest, but on another architecture the first.
+AUTOTUNE = """
+import pathlib, warnings
+from triton.backends.compiler import GPUTarget
+from diffad_fast.kernels import registration
+
+class Driver:
+    arch = 90
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+launched, timed = [], []
+
+def count(kernel, *args, grid, warmup=False, **settings):
+    launched.append((settings["BLOCK_M"], settings["num_warps"]))
+
+def bench(call, quantiles):
+    call()
+    timed.append(launched.pop())
+    fast = timed[-1] == ((64, 4) if Driver.arch == 90 else (128, 4))
+    return [1.0 if fast else 2.0] * 3
+
+triton.runtime.driver.set_active(Driver())
+triton.runtime.jit.JITFunction.run = count
+registration._Autotuner.do_bench = property(lambda self: bench)
+wa.capability = lambda device: Driver.arch
+
+def attend(n=1, side=8, d=16, dtype=torch.float16):
+    timed.clear(), launched.clear()
+    q = torch.zeros(n, 2, side, side, d, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.ops.diffad_fast_triton.wavelet_attention_forward(q, q, q, None, None, 1, 0.1, False)
+    return launched, len(timed), [str(w.message) for w in caught]
+
+def files():
+    return set(pathlib.Path(os.environ["TRITON_CACHE_DIR"]).rglob("*autotune*"))
+
+def restart():
+    registration._autotuned.cache_clear()
+"""
+
+
+def test_autotuning_keeps_what_it_measured(tmp_path):
+    code = """
+import os
+assert registration.AUTOTUNE  # only on demand: without, the first one, and no file
+registration.AUTOTUNE = False
+assert attend() == ([(128, 4)], 0, []) and not files()
+registration.AUTOTUNE = True
+assert attend() == ([(64, 4)], 4, [])
+(first,) = files()
+for other in (dict(n=3), dict(side=12)):  # no size is in the key
+    assert attend(**other) == ([(64, 4)], 0, [])
+for other in (dict(d=32), dict(dtype=torch.bfloat16)):
+    assert attend(**other)[1:] == (4, [])
+assert len(files()) == 3
+restart()
+assert attend() == ([(64, 4)], 0, [])
+restart()
+Driver.arch = 100
+assert attend() == ([(128, 4)], 4, []) and len(files()) == 4
+Driver.arch = 90
+triton.__version__ += "+other"
+restart()
+assert attend()[1:] == (4, []) and len(files()) == 5
+triton.__version__ = triton.__version__.removesuffix("+other")
+
+good = first.read_text()
+(foreign,) = [f for f in files() if "cuda 100" in f.read_text()]
+damaged = {
+    good[: len(good) // 2]: "",
+    "[]": "not of this kernel",
+    foreign.read_text(): "not of this kernel",
+    good.replace('"milliseconds": [', '"milliseconds": [[1.0], '): "one entry for each",
+    good.replace("2.0, 2.0", "null"): "not lists of times",
+}
+for text, why in damaged.items():
+    assert text != good
+    first.write_text(text)
+    restart()
+    launched_, measured, (message,) = attend()
+    assert launched_ == [(64, 4)] and measured == 4, text
+    assert str(first) in message and why in message, message
+    assert first.read_text() == good
+
+first.unlink()  # nothing half-written: the file appears in one move, whole
+restart()
+replace = os.replace
+def interrupted(source, target):
+    assert str(target) == str(first) and pathlib.Path(source).read_text() == good
+    raise OSError("disk full")
+os.replace = interrupted
+try:
+    attend()
+    raise SystemExit("it was written")
+except OSError:
+    pass
+os.replace = replace
+assert not first.exists()
+print("done")
+"""
+    out = run(AUTOTUNE + code, DIFFAD_FAST_AUTOTUNE="1", TRITON_CACHE_DIR=str(tmp_path))
+    assert out.split() == ["done"]
 
 
 @pytest.mark.slow

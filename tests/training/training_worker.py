@@ -16,6 +16,7 @@ import torch
 from diffad_fast.config import DetectorConfig
 from diffad_fast.data.images import open_images
 from diffad_fast.denoisers.token_mlp import TokenMLP
+from diffad_fast.representations import WaveletRepresentation
 from diffad_fast.training.distributed import joined
 from diffad_fast.training.images import Trainer
 from diffad_fast.training.loop import TrainingCheckpoint
@@ -42,8 +43,12 @@ class Pixelwise(torch.nn.Module):
         return self.layers(x + 0.1 * log_sigma[:, None, None, None])
 
 
-def identity(x):
-    return x
+def pixels():
+    """A representation that changes nothing."""
+    representation = WaveletRepresentation(1, 0)
+    representation.mean.zero_()
+    representation.deviation.fill_(1)
+    return representation
 
 
 def pictures(n=20, seed=0):
@@ -51,7 +56,7 @@ def pictures(n=20, seed=0):
 
 
 def image_trainer(
-    module=None, represent=identity, arrays=None, n=20, normalisation=True, device="cpu", **options
+    module=None, arrays=None, n=20, normalisation=True, device="cpu", **options
 ):
     options = {
         "image_size": 16, "denoiser": "unet-tiny", "train_steps": 24, "batch_size": 4,
@@ -63,7 +68,8 @@ def image_trainer(
     module = Pixelwise(normalisation) if module is None else module
     config = DetectorConfig.create(**options)
     module = module.to(device)
-    return Trainer(module, represent, images, range(n - 4), range(n - 4, n), config, device)
+    representation = pixels().to(device)
+    return Trainer(module, representation, images, range(n - 4), range(n - 4, n), config, device)
 
 
 def token_trainer(device="cpu", **options):

@@ -1,0 +1,133 @@
+"""Images as standardised Haar coefficients, and the same noised: what a detector computes before
+its network does. In Triton each is one pass, where the operators that they consist of take three to
+five."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from ..reference.packet import standardised
+from . import checks
+from .diffusion import check_noising
+from .dispatch import Operator
+from .haar import MAX_LEVEL, check_divides, haar_pack
+from .training import check_target, noised_target
+
+
+def _composed_packet(x, mean, deviation, level):
+    """By the operators of whatever backend is chosen."""
+    y = channels_last(x.to(torch.promote_types(x.dtype, torch.float32)))
+    return standardised(haar_pack(y, level) if level else y, mean, deviation).to(x.dtype)
+
+
+def _composed_noised(x, mean, deviation, t, noise, alphas, level, prediction_type, snr_limit):
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    x0 = _composed_packet(wide, mean, deviation, level)
+    noise = noise.contiguous(memory_format=torch.channels_last)
+    x_t, target, weight = noised_target(x0, t, noise, alphas, prediction_type, snr_limit)
+    return x_t.to(x.dtype), target.to(x.dtype), weight
+
+
+def _triton_packet(*arguments):
+    from ..kernels.haar import standardised_packet
+
+    return standardised_packet(*arguments)
+
+
+def _triton_noised(*arguments):
+    from ..kernels.haar import noised_packet
+
+    return noised_packet(*arguments)
+
+
+def _refuses(*arguments):
+    """Why the kernels cannot serve a call, or None."""
+    if torch.is_grad_enabled() and any(
+        isinstance(y, torch.Tensor) and y.requires_grad for y in arguments
+    ):
+        return "the Triton kernel has no gradient: call it under torch.no_grad()"
+    return None
+
+
+_triton_packet.refuses = _triton_noised.refuses = _refuses
+
+_standardised_packet = Operator(
+    "standardised_packet",
+    reference.standardised_packet,
+    cpu=_composed_packet,
+    triton=_triton_packet,
+)
+_noised_packet = Operator(
+    "noised_packet", reference.noised_packet, cpu=_composed_noised, triton=_triton_noised
+)
+
+
+def standardised_packet(x, mean, deviation, level=1):
+    """``(haar_pack(x, level) - mean) / deviation``: coefficients of unit variance.
+
+    x: (N,C,H,W), any strides, float32, bfloat16, float16 or float64; mean, deviation:
+    (4^level C,), of any floating dtype. level: 0 to 4; at 0 the packet is ``x`` itself. Returns
+    (N, 4^level C, H/2^level, W/2^level) in the dtype of ``x``, channels_last whatever ``x`` is.
+    Computed in float32 at least. Differentiable, but not by Triton: `auto` takes another backend
+    where a gradient is wanted.
+
+    Raises TypeError for dtypes, ValueError for shapes, devices and levels. A deviation of 0 is not
+    looked for.
+    """
+    _check(x, mean, deviation, level)
+    return _standardised_packet(x, mean, deviation, level)
+
+
+def noised_packet(
+    x,
+    mean,
+    deviation,
+    t,
+    noise,
+    alphas_cumprod,
+    level=1,
+    prediction_type="v_prediction",
+    snr_limit=5.0,
+):
+    """:func:`noised_target` of :func:`standardised_packet`: a training step's input, its target and
+    the weights of its errors, from the images.
+
+    x, mean, deviation, level: as there. t, alphas_cumprod, prediction_type, snr_limit: as for
+    :func:`noised_target`. noise: the shape of the packet, any strides, or 1 in place of N.
+
+    Returns (x_t, target, weight): x_t and target in the packet's shape, the dtype of ``x`` and
+    channels_last, weight (N,) float32. Differentiable as :func:`standardised_packet` is.
+
+    Raises TypeError for dtypes, ValueError for shapes, devices and options. Values of ``t`` are
+    not checked.
+    """
+    shape = _check(x, mean, deviation, level)
+    check_noising(shape, x.device, t, noise, alphas_cumprod, "the packet")
+    check_target(prediction_type, snr_limit)
+    return _noised_packet(
+        x, mean, deviation, t, noise, alphas_cumprod, level, prediction_type, snr_limit
+    )
+
+
+def _check(x, mean, deviation, level):
+    """The packet's shape."""
+    checks.tensor("x", x, 4)
+    checks.integer("level", level, 0, MAX_LEVEL)
+    check_divides(x, level)
+    n, c, h, w = x.shape
+    shape = (n, c * 4**level, h >> level, w >> level)
+    checks.shaped("mean", mean, shape[1:2], x.device)
+    checks.shaped("deviation", deviation, shape[1:2], x.device)
+    return shape
+
+
+def channels_last(x):
+    """The same images in channels_last strides.
+
+    With one channel both formats have the same bytes, and PyTorch leaves the strides as they are.
+    """
+    n, c, h, w = x.shape
+    if c == 1:
+        return x.reshape(n, h, w, 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
