@@ -74,9 +74,8 @@ class CoefficientModel(nn.Module):
             if begun is not None:
                 config = config.with_batch(begun.batch_size)
             else:
-                encode = self.representation.encode
                 config = batch.settled(
-                    self.denoiser, encode, source, split.fit, config, self.device
+                    self.denoiser, self.representation, source, split.fit, config, self.device
                 )
             self.config = config
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import DetectorConfig
 from ..data.images import Images
+from ..representations import WaveletRepresentation
 from .distributed import processes
 from .images import GPU_SHARE, Trainer
 from .optimizer import Optimizer
@@ -24,7 +25,7 @@ LARGEST = 256
 
 def settled(
     denoiser: nn.Module,
-    represent,
+    representation: WaveletRepresentation,
     images: Images,
     fit: Sequence[int],
     config: DetectorConfig,
@@ -41,7 +42,8 @@ def settled(
     together = processes()
     parts = together.count * config.accumulate
     free = STEP_SHARE * torch.cuda.mem_get_info(device)[0]
-    peaks = [step_memory(denoiser, represent, images, fit, config, device, n) for n in MEASURED]
+    given = denoiser, representation, images, fit, config, device
+    peaks = [step_memory(*given, n) for n in MEASURED]
     most = max(1, min(LARGEST, len(fit)) // parts)
     return config.with_batch(min(together.gathered(largest(peaks, free, most))) * parts)
 
@@ -60,7 +62,7 @@ def largest(peaks: Sequence[float], free: float, most: int) -> int:
     return size
 
 
-def step_memory(denoiser, represent, images, fit, config, device, size: int) -> int:
+def step_memory(denoiser, representation, images, fit, config, device, size: int) -> int:
     """Bytes that a step of ``size`` images in this process takes on the GPU at its peak, beyond
     what is there. The denoiser stays as it is."""
     before = torch.cuda.memory_allocated(device)
@@ -68,7 +70,8 @@ def step_memory(denoiser, represent, images, fit, config, device, size: int) -> 
     size *= processes().count
     config = config.with_batch(size).replace(accumulate=1)
     some = [fit[i % len(fit)] for i in range(size)]
-    trial = Trainer(copy.deepcopy(denoiser).train(), represent, images, some, [], config, device)
+    network = copy.deepcopy(denoiser).train()
+    trial = Trainer(network, representation, images, some, [], config, device)
     trial.optimizer = Optimizer(trial.denoiser, config)
     trial.optimizer.set(0, 0.0)
     float(trial.step_function()(*trial.inputs(0)))
