@@ -261,7 +261,7 @@ def test_the_memory_of_a_step_is_foretold():
     model = detector.model
     four, eight, many = (
         batch.step_memory(
-            model.denoiser, model.representation.encode, source, range(64), model.config,
+            model.denoiser, model.representation, source, range(64), model.config,
             model.device, n,
         )
         for n in (4, 8, 32)
