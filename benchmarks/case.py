@@ -33,6 +33,9 @@ class Contender:
     check: Callable[[object], str | None] | None = None
     """Where the result cannot equal the exact one (another generator, another method): gives what
     is wrong with a result, or None."""
+    part: float = 1.0
+    """Share of the case's work that it does, where all of it would take too long: its times are
+    divided by it. The note says so."""
     note: str = ""
     """What a reader must know to compare: "another function", "approximate"."""
 

@@ -30,12 +30,15 @@ def count(run: Callable, device: torch.device) -> dict[str, int]:
     profile = torch.profiler.profile(activities=activities, profile_memory=True)
     with _quiet():
         profile.start()
+    tracemalloc.start()
     try:
         with torch.profiler.record_function(REGION):
             run()
         if cuda:
             torch.cuda.synchronize(device)
+        numpy_peak = tracemalloc.get_traced_memory()[1]
     finally:
+        tracemalloc.stop()
         with _quiet():
             profile.stop()
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
@@ -64,16 +67,7 @@ def count(run: Callable, device: torch.device) -> dict[str, int]:
                 result["operators"] += 1
                 ends[thread] = start + event.duration_ns()
     result |= {"allocated_bytes": allocated, "peak_bytes": peak}
-    return {**result, "numpy_peak_bytes": _numpy_peak(run)}
-
-
-def _numpy_peak(run: Callable) -> int:
-    tracemalloc.start()
-    try:
-        run()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    return {**result, "numpy_peak_bytes": numpy_peak}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from . import ceilings, counting, machine, stats
 from .case import OURS, REFERENCE, Case, Contender, map_tensors
-from .timing import DeviceClock, HostClock, rounds
+from .timing import SELDOM, DeviceClock, HostClock, rounds
 from .verify import wrong
 
 ROTATED_COPIES = 32  # at most; inputs that then still fit into the caches are small ones by nature
@@ -33,7 +33,7 @@ class Effort:
     """After so much time in torch.compile the remaining compiled baselines are left out."""
 
 
-FULL = Effort(4.0, 15)
+FULL = Effort(2.0, 15)
 QUICK = Effort(0.7, 7, compile_seconds=0.0)
 QUICK_GPU = Effort(0.3, 15, compile_seconds=60.0)
 
@@ -104,15 +104,20 @@ class Run:
         samples = {}
         if runs:
             samples = rounds(
-                runs, clock(self.device), effort.seconds, effort.at_least, effort.at_most
+                runs, clock(self.device), effort.seconds, effort.at_least, effort.at_most, OURS
             )
         for name, run in runs.items():
+            part = case.contenders[name].part
+            samples[name] = [value / part for value in samples[name]]
             found[name]["ms"] = [float(f"{value:.4g}") for value in samples[name]]
             found[name] |= stats.quantiles(samples[name])
             found[name]["per_second"] = 1e3 * case.batch / found[name]["p50"]
             found[name]["counts"] = counting.count(run, self.device)
             if OURS in runs and name != OURS:
-                ratio, low, high = stats.ratio(samples[name], samples[OURS], paired=True)
+                ours = samples[OURS]
+                if len(samples[name]) < len(ours):
+                    ours = ours[::SELDOM]  # those of the same rounds
+                ratio, low, high = stats.ratio(samples[name], ours, paired=True)
                 verdict = stats.verdict(low, high)
                 found[name]["ratio"] = {
                     "value": ratio, "low": low, "high": high, "ours_is": verdict,

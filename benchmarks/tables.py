@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .case import OURS, REFERENCE
+from .timing import SELDOM, SLOW
 
 BASELINES = {
     REFERENCE: "reference",
@@ -255,7 +256,8 @@ def _details(rows: Sequence[dict]) -> list[str]:
     legend = (
         "First call: with compilation where there is one. Peak: the most that was held beyond the "
         "inputs, counted at the allocators of PyTorch and NumPy. Calls: kernels launched on a GPU, "
-        "PyTorch operators called on a CPU, for one call."
+        "PyTorch operators called on a CPU, for one call. Rounds: a contender that takes "
+        f"{SLOW:g} times as long as ours runs in every {SELDOM}rd, and is compared in these."
     )
     return [legend, "", *grid(head, table)]
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 SHORTEST_MS = 0.2  # a sample below this would measure the clock
+# A contender that takes SLOW times as long as the leader runs in every SELDOM-th round: how far it
+# is behind is seen from few samples, and it would take most of the time.
+SLOW, SELDOM = 4.0, 3
 
 
 class HostClock:
@@ -20,7 +23,10 @@ class HostClock:
 
     def start(self, run: Callable) -> Callable[[], float]:
         """Time ``run``; the result gives the milliseconds of a call."""
-        repeats = self._repeats.setdefault(run, 0) or self._calibrate(run)
+        if run not in self._repeats:
+            elapsed = self._calibrate(run)
+            return lambda: elapsed
+        repeats = self._repeats[run]
         began = time.perf_counter()
         for _ in range(repeats):
             run()
@@ -28,13 +34,13 @@ class HostClock:
         elapsed = 1e3 * (time.perf_counter() - began) / repeats
         return lambda: elapsed
 
-    def _calibrate(self, run: Callable) -> int:
+    def _calibrate(self, run: Callable) -> float:
         began = time.perf_counter()
         run()
         self._wait()
         elapsed = 1e3 * (time.perf_counter() - began)
         self._repeats[run] = max(1, min(1000, round(SHORTEST_MS / max(elapsed, 1e-6))))
-        return self._repeats[run]
+        return elapsed
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -72,16 +78,20 @@ def rounds(
     seconds: float,
     at_least: int,
     at_most: int,
+    leader: str | None = None,
 ) -> dict[str, list[float]]:
-    """Milliseconds of each contender in each round, in the order of the rounds.
+    """Milliseconds of each contender in each of its rounds, in the order of the rounds.
 
     Goes on for ``seconds``, and for ``at_least`` rounds unless that takes ten times as long; for
-    three rounds in any case and for ``at_most``. The order within a round
+    three rounds in any case and for ``at_most``. With a ``leader``, those who take SLOW times as
+    long as it run in the first round and every SELDOM-th after it. The order within a round
     moves on by one each time, so that nobody always runs after the same neighbour.
     """
     names = list(runs)
-    for name in names:  # the first samples fill caches
-        clock.start(runs[name])()
+    # The first samples fill caches.
+    first_ms = {name: clock.start(runs[name])() for name in names}
+    limit = SLOW * first_ms[leader] if leader in first_ms else float("inf")
+    slow = {name for name in names if first_ms[name] > limit}
     times: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
     for number in range(at_most):
@@ -90,5 +100,6 @@ def rounds(
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(clock.start(runs[name])())
+            if name not in slow or number % SELDOM == 0:
+                times[name].append(clock.start(runs[name])())
     return times

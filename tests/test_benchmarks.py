@@ -269,6 +269,30 @@ def test_rounds_interleave_and_rotate():
     assert times == {name: [1.0] * 3 for name in "abc"}
 
 
+def test_a_slow_contender_runs_in_every_third_round():
+    order = []
+
+    class Clock:
+        def start(self, run):
+            order.append(run)
+            return lambda: {"a": 1.0, "b": 3.9, "c": 4.1}[run]
+
+    times = rounds({"a": "a", "b": "b", "c": "c"}, Clock(), 60.0, 5, 5, leader="a")
+    assert "".join(order) == "abc" + "abc" + "ba" + "ab" + "abc" + "ba"
+    assert {name: len(found) for name, found in times.items()} == {"a": 5, "b": 5, "c": 2}
+
+
+def test_a_part_of_the_work_is_scaled_and_compared_in_its_own_rounds(monkeypatch):
+    sampled = {OURS: [1.0, 9.0, 9.0, 2.0], "peer": [10.0, 20.0]}
+    monkeypatch.setattr(harness, "rounds", lambda *arguments: sampled)
+    ones = Contender(lambda: torch.ones(3))
+    case = Case("op", "name", lambda device: (), lambda inputs: torch.ones(3),
+                {OURS: ones, "peer": Contender(ones.run, part=0.1)})  # fmt: skip
+    entry = measured(case).rows[0]["contenders"]["peer"]
+    assert entry["ms"] == [100.0, 200.0] and entry["p50"] == 150.0
+    assert entry["ratio"]["value"] == entry["ratio"]["low"] == entry["ratio"]["high"] == 100.0
+
+
 def test_slope_of_a_power_law():
     assert stats.slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
 
