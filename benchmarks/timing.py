@@ -83,20 +83,21 @@ def rounds(
     """Milliseconds of each contender in each of its rounds, in the order of the rounds.
 
     Goes on for ``seconds``, and for ``at_least`` rounds unless that takes ten times as long; for
-    three rounds in any case and for ``at_most``. With a ``leader``, those who take SLOW times as
-    long as it run in the first round and every SELDOM-th after it. The order within a round
-    moves on by one each time, so that nobody always runs after the same neighbour.
+    three rounds of everybody in any case and for ``at_most``. With a ``leader``, those who take
+    SLOW times as long as it run in the first round and every SELDOM-th after it. The order within a
+    round moves on by one each time, so that nobody always runs after the same neighbour.
     """
     names = list(runs)
     # The first samples fill caches.
     first_ms = {name: clock.start(runs[name])() for name in names}
     limit = SLOW * first_ms[leader] if leader in first_ms else float("inf")
     slow = {name for name in names if first_ms[name] > limit}
+    fewest = 2 * SELDOM + 1 if slow else 3
     times: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
     for number in range(at_most):
         elapsed = time.perf_counter() - began
-        if elapsed > seconds and (number >= at_least or elapsed > 10 * seconds and number >= 3):
+        if elapsed > seconds and (number >= at_least or elapsed > 10 * seconds and number >= fewest):
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:

@@ -1,0 +1,330 @@
+// Calls every operator of the library that has a kernel for the CPU through PyTorch's dispatcher:
+// in each instruction set that the machine has, in every dtype, with odd sizes, both layouts and
+// all options. Built with AddressSanitizer (tests/asan.sh), where every tensor lies between
+// forbidden bytes. Checks that outputs are finite, the same with one thread and with two, that
+// operators which are inverse or adjoint to each other agree, and that a wrong argument in the place
+// of any tensor does no more than throw. An operator without a case here is an error.
+//
+// Usage: operators LIBRARY
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <dlfcn.h>
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <map>
+#include <string>
+#include <vector>
+
+using at::Tensor;
+using c10::IValue;
+using Values = std::vector<IValue>;
+using Tensors = std::vector<Tensor>;
+
+namespace {
+
+const IValue kNone;
+at::ScalarType dtype = at::kFloat;
+int failures = 0;
+
+void fail(const std::string& what) {
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+at::ScalarType wide() { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
+Tensor random(at::IntArrayRef shape) { return at::randn(shape, at::kDouble).to(dtype); }
+Tensor random_wide(at::IntArrayRef shape) { return at::randn(shape, at::kDouble).to(wide()); }
+Tensor last(const Tensor& x) { return x.contiguous(at::MemoryFormat::ChannelsLast); }
+IValue list(const Tensors& tensors) { return c10::List<Tensor>(tensors); }
+
+void collect(const IValue& value, Tensors& found) {
+  if (value.isTensor()) {
+    found.push_back(value.toTensor());
+  } else if (value.isTensorList()) {
+    for (const Tensor& x : value.toTensorVector()) found.push_back(x);
+  }
+}
+
+Tensors raw(const std::string& name, Values stack) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
+      ("diffad_fast::" + name).c_str(), "");
+  // What lies between takes the tensors out of a list: it gets one of its own.
+  for (IValue& value : stack) {
+    if (value.isTensorList()) value = list(value.toTensorVector());
+  }
+  op.callBoxed(&stack);
+  Tensors found;
+  for (const IValue& value : stack) collect(value, found);
+  return found;
+}
+
+// With wrong tensors, one after the other: may throw, and nothing else.
+void spoil(const std::string& name, const Values& arguments) {
+  const Tensors wrong = {at::empty({0}), at::ones({2, 3, 1, 2, 5}), at::ones({1, 1, 3, 3}, at::kLong),
+                         at::ones({}, at::kDouble)};
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!arguments[i].isTensor() && !arguments[i].isTensorList()) continue;
+    for (const Tensor& x : wrong) {
+      Values changed = arguments;
+      if (arguments[i].isTensor()) {
+        changed[i] = x;
+      } else {
+        Tensors items = arguments[i].toTensorVector();
+        if (!items.empty()) items.back() = x;
+        changed[i] = list(items);
+      }
+      try {
+        raw(name, changed);
+      } catch (const std::exception&) {
+      }
+    }
+  }
+}
+
+// The operator with these arguments; its results are examined.
+Tensors call(const std::string& name, const Values& arguments) {
+  at::set_num_threads(1);
+  const Tensors one = raw(name, arguments);
+  at::set_num_threads(2);
+  const Tensors two = raw(name, arguments);
+  for (size_t i = 0; i < one.size(); ++i) {
+    if (!at::isfinite(one[i]).all().item<bool>()) fail(name + ": not finite");
+    if (!at::equal(one[i], two[i])) fail(name + ": another result with two threads");
+  }
+  spoil(name, arguments);
+  return one;
+}
+
+void expect(const Tensor& a, const Tensor& b, double tolerance, const std::string& what) {
+  if (!at::allclose(a.to(at::kDouble), b.to(at::kDouble), tolerance, tolerance)) fail(what);
+}
+
+double rounding() {
+  return dtype == at::kDouble ? 1e-12 : dtype == at::kFloat ? 1e-5 : dtype == at::kHalf ? 5e-3 : 4e-2;
+}
+
+void haar() {
+  for (int64_t level = 1; level <= 4; ++level) {
+    for (const auto& [channels, rows, columns] :
+         std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {3, 3, 17}, {9, 2, 5}}) {
+      const Tensor x = random({2, channels, rows << level, columns << level});
+      for (const Tensor& image : {x, last(x), x.transpose(2, 3), x.slice(3, 0, 1 << level)}) {
+        const Tensor y = call("haar_pack", {image, level})[0];
+        expect(call("haar_unpack", {y, level})[0], image, rounding(), "haar_unpack: not inverse");
+      }
+    }
+  }
+}
+
+void dwt() {
+  constexpr int64_t periodization = 5, reflect = 6, antireflect = 8, borders = 10;
+  for (const int64_t length : {2, 4, 6, 8, 5, 18}) {
+    const Tensor filters = at::randn({2, length}, at::kDouble) / length;
+    for (int64_t border = 0; border < borders; ++border) {
+      for (const auto& [h, w] :
+           std::vector<std::array<int64_t, 2>>{{12, 10}, {7, 70}, {2, 3}, {1, 1}, {23, 5}}) {
+        if (h == 1 && (border == reflect || border == antireflect)) continue;
+        const bool halves = border == periodization || border == borders - 1;
+        const int64_t rows = halves ? (h + 1) / 2 : (h + length - 1) / 2;
+        const int64_t columns = halves ? (w + 1) / 2 : (w + length - 1) / 2;
+        const Tensor x = random({1, 3, h, w});
+        for (const Tensor& image : {x, last(x)}) {
+          Tensors bands = call("dwt2d", {image, filters, border, rows, columns});
+          const Tensor back = call("idwt2d", {bands[0], bands[1], bands[2], bands[3], filters,
+                                              border, h, w})[0];
+          // The two are adjoint: <M x, M x> = <x, M^T M x>.
+          double left = 0;
+          for (const Tensor& b : bands) left += b.to(at::kDouble).square().sum().item<double>();
+          const double right = (image.to(at::kDouble) * back.to(at::kDouble)).sum().item<double>();
+          if (!(std::abs(left - right) <= 10 * rounding() * (left + 1))) fail("idwt2d: not adjoint");
+        }
+      }
+    }
+  }
+}
+
+void norm() {
+  for (const auto& [channels, groups] : std::vector<std::array<int64_t, 2>>{{12, 3}, {5, 5}, {40, 1}}) {
+    const Tensor weight = random({channels}), bias = random({channels});
+    const Tensor scale = random({2, channels}), shift = random({2, channels});
+    const Tensor plain = random({2, channels, 5, 7});
+    for (const Tensor& x : {plain, last(plain)}) {
+      for (const bool activation : {false, true}) {
+        for (const bool all : {false, true}) {
+          const auto given = [&](const Tensor& t) { return all ? IValue(t) : kNone; };
+          const Tensors y = call("group_norm_silu", {x, groups, given(weight), given(bias), 1e-5,
+                                                     given(scale), given(shift), activation});
+          call("group_norm_silu_backward",
+               {y[0], x, y[1], groups, given(weight), given(bias), given(scale), given(shift),
+                activation, int64_t{all ? 31 : 1}});
+        }
+      }
+    }
+  }
+}
+
+void attention() {
+  for (const int64_t level : {1, 2}) {
+    for (const int64_t d : {1, 5, 16, 32}) {
+      const auto make = [&] { return random({1, 2, 8, 12, d}); };
+      const Tensor q = make(), k = make(), v = make();
+      for (const bool gains : {false, true}) {
+        const auto gain = [&] {
+          return gains ? IValue(at::rand({2, 1 + 3 * level}, wide())) : kNone;
+        };
+        const IValue logit = gain(), value = gain();
+        const Tensors out = call("wavelet_attention", {q, k, v, logit, value, level, 0.2});
+        call("wavelet_attention_backward",
+             {v, q, k, v, logit, value, out[0], out[1], level, 0.2});
+      }
+    }
+  }
+}
+
+void diffusion() {
+  const double inf = std::numeric_limits<double>::infinity();
+  const Tensor table = at::linspace(0.999, 0.001, 50, wide());
+  for (const int64_t columns : {1, 7, 301}) {
+    const Tensor plain = random({3, 2, 4, columns});
+    for (const Tensor& x : {plain, last(plain), plain.transpose(2, 3)}) {
+      const Tensor noise = random(x.sizes());
+      call("q_sample", {x, at::tensor({0, 49, -1}, at::kLong), noise, table});
+      for (int64_t prediction = 0; prediction < 3; ++prediction) {
+        for (const double eta : {0.0, 0.5}) {
+          for (const bool own : {false, true}) {
+            const IValue t = own ? IValue(at::tensor({0.2, 0.5, 0.7}, wide())) : kNone;
+            const IValue s = own ? IValue(at::tensor({0.3, 0.6, 0.9}, wide())) : kNone;
+            const double ratio = own ? 0.9 : -1.0;
+            call("ddim_step", {x, noise, t, s, eta > 0 ? IValue(noise) : kNone,
+                               own ? IValue(x) : kNone, 0.4, 0.6, prediction, eta,
+                               own ? 0.3 : 0.0, own ? inf : 1.0, ratio, 3.0, own});
+          }
+        }
+      }
+    }
+  }
+  call("ddim_table", {at::rand({4, 2}, at::kDouble) * 0.5 + 0.1, int64_t{2}, 0.0, 0.5, 1.0});
+}
+
+void noise() {
+  for (const int64_t size : {1, 5, 1001, 20000}) {
+    const Tensor out = at::full({2, size}, NAN), keys = at::tensor({3, 9}, at::kLong);
+    for (const IValue& draws : {kNone, IValue(keys)}) {
+      raw("philox_normal_", {out, int64_t{1}, int64_t{2}, int64_t{3}, draws, draws});
+      if (!at::isfinite(out).all().item<bool>()) fail("philox_normal_: not fully written");
+    }
+    spoil("philox_normal_", {out, int64_t{1}, int64_t{2}, int64_t{3}, keys, keys});
+  }
+}
+
+void token_mlp() {
+  for (const auto& [m, d, w, b] :
+       std::vector<std::array<int64_t, 4>>{{1, 5, 16, 1}, {2, 9, 24, 2}, {37, 33, 32, 2}}) {
+    const auto weight = [](at::IntArrayRef shape) { return random(shape) * 0.2; };
+    const Tensors weights = {weight({w, d}), weight({w}),    weight({b, w, w}), weight({b, w, w}),
+                             weight({b, w}), weight({d, w}), weight({d})};
+    Values arguments = {random({m, d})};
+    arguments.insert(arguments.end(), weights.begin(), weights.end());
+    arguments.push_back(random_wide({3, b, w}));
+    arguments.push_back(random_wide({3, 5}) * 0.3);
+    call("token_mlp_loop", arguments);
+    if (dtype == at::kFloat && w % 16 == 0) {
+      for (const bool gradients : {false, true}) {
+        call("token_mlp_loss", {random({3 * m, d}), random({3 * m, d}), at::rand({3 * m}),
+                                list(weights), random({3, b, w}), gradients});
+      }
+    }
+  }
+}
+
+void maps() {
+  for (const auto& [h, w, levels] :
+       std::vector<std::array<int64_t, 3>>{{16, 24, 3}, {7, 5, 0}, {1, 33, 0}, {64, 8, 2}}) {
+    const Tensor plain = random({2, 3, h, w});
+    for (const Tensor& x : {plain, last(plain)}) {
+      const Tensors f = {random({2, 5, 4, 3}), random({2, 1, 1, 1}), last(random({2, 17, 9, 9}))};
+      const Tensors g = {random({2, 5, 4, 3}), random({2, 1, 1, 1}), last(random({2, 17, 9, 9}))};
+      Tensors stats;
+      for (int i = 0; i < 3; ++i) {
+        stats.push_back(random_wide({h, w}));
+        stats.push_back(at::full({}, 2.0, wide()).expand({h, w}));
+      }
+      for (const double sigma : {0.0, 1.5, 9.0}) {
+        const c10::List<double> weights({1.0, 0.5, 2.0});
+        call("anomaly_map",
+             {x, random(x.sizes()), list(f), list(g), weights, levels, list(stats), sigma, 0.03});
+      }
+    }
+  }
+}
+
+void energies() {
+  for (const auto& [h, w, cell, levels] : std::vector<std::array<int64_t, 4>>{
+           {2, 2, 1, 1}, {33, 35, 1, 5}, {24, 36, 12, 3}, {300, 10, 10, 1}, {14, 49, 7, 4}}) {
+    const Tensor x = random({2, 3, h, w});
+    for (const Tensor& image : {x, last(x), x.slice(1, 1, 2)}) {
+      const Tensor found = call("band_energies", {image, cell, levels})[0];
+      const Tensor means = at::avg_pool2d(image.to(wide()), {cell, cell});
+      expect(found.slice(1, -image.size(1)), means, rounding(), "band_energies: wrong means");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2 || !dlopen(argv[1], RTLD_NOW | RTLD_GLOBAL)) {
+    std::printf("usage: operators LIBRARY (%s)\n", argc == 2 ? dlerror() : "no library given");
+    return 2;
+  }
+  at::manual_seed(0);
+  const std::map<std::string, std::function<void()>> cases = {
+      {"haar_pack haar_unpack", haar},
+      {"dwt2d idwt2d", dwt},
+      {"group_norm_silu group_norm_silu_backward", norm},
+      {"wavelet_attention wavelet_attention_backward", attention},
+      {"q_sample ddim_step ddim_table", diffusion},
+      {"philox_normal_", noise},
+      {"token_mlp_loop token_mlp_loss", token_mlp},
+      {"anomaly_map", maps},
+      {"band_energies", energies},
+  };
+  std::string covered = " cpu_isa ";
+  for (const auto& [names, run] : cases) covered += names + " ";
+  for (const c10::OperatorName& op : c10::Dispatcher::singleton().getAllOpNames()) {
+    if (op.name.rfind("diffad_fast::", 0) != 0) continue;
+    const auto handle = c10::Dispatcher::singleton().findOp(op);
+    const std::string name = op.name.substr(13);
+    if (handle && handle->hasKernelForDispatchKey(c10::DispatchKey::CPU) &&
+        covered.find(" " + name + " ") == std::string::npos) {
+      fail(name + " has no case in tests/native/operators.cpp");
+    }
+  }
+  for (int64_t isa = 0; isa < 3; ++isa) {
+    auto choose = c10::Dispatcher::singleton().findSchemaOrThrow("diffad_fast::cpu_isa", "");
+    torch::jit::Stack stack = {isa};
+    try {
+      choose.callBoxed(&stack);
+    } catch (const std::exception&) {
+      std::printf("instruction set %d is not on this machine\n", static_cast<int>(isa));
+      continue;
+    }
+    for (const auto type : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
+      dtype = type;
+      for (const auto& [names, run] : cases) {
+        try {
+          run();
+        } catch (const std::exception& error) {
+          fail(names + ": " + error.what());
+        }
+      }
+    }
+  }
+  if (!failures) std::printf("operators: all passed\n");
+  return failures ? 1 : 0;
+}
