@@ -97,7 +97,8 @@ def rounds(
     began = time.perf_counter()
     for number in range(at_most):
         elapsed = time.perf_counter() - began
-        if elapsed > seconds and (number >= at_least or elapsed > 10 * seconds and number >= fewest):
+        needed = min(fewest, at_least) if elapsed > 10 * seconds else at_least
+        if elapsed > seconds and number >= needed:
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
