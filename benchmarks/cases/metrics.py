@@ -17,9 +17,7 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     from diffad_fast import metrics
 
     n, side = (16, 256) if quick else (64, 256)
-    masks, maps = _data(n, side)
     sklearn = peers.get("sklearn.metrics")
-    labels, scores = masks.reshape(-1), maps.reshape(-1)
     for name, ours, by_sklearn in (
         ("auroc", metrics.auroc, lambda y, s: sklearn.roc_auc_score(y, s)),
         ("pauc", metrics.pauc, lambda y, s: sklearn.roc_auc_score(y, s, max_fpr=0.1)),
@@ -28,7 +26,7 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         contenders = {OURS: Contender(ours)}
         if sklearn:
             contenders["scikit-learn"] = Contender(by_sklearn)
-        yield _case(name, n, side, (labels, scores), _EXACT[name], contenders)
+        yield _case(name, n, side, _pixels, _EXACT[name], contenders)
     for n in (100,) if quick else (100, 1000):
         yield _aupro_case(n, side)
 
@@ -52,17 +50,17 @@ def _aupro_case(n: int, side: int) -> Case:
             part=part,
             note=f"approximate{scaled}",
         )
-    return _case("aupro", n, side, _data(n, side), _aupro_by_sort, contenders)
+    return _case("aupro", n, side, _data, _aupro_by_sort, contenders)
 
 
-def _case(name, n, side, inputs, exact, contenders) -> Case:
+def _case(name, n, side, data, exact, contenders) -> Case:
     return Case(
         f"metrics.{name}",
         f"{n} maps of {side}×{side}, 1% anomalous",
-        lambda device: inputs,
+        lambda device: data(n, side),
         lambda given: exact(given[0], given[1].astype(np.float64)),
         contenders,
-        bytes=inputs[0].nbytes + inputs[1].nbytes,
+        bytes=5 * n * side**2,  # a bool and a float32 a pixel
         tolerance=1e-9,
         batch=n,
         unit="map",
@@ -80,6 +78,11 @@ def _data(n: int, side: int) -> tuple[np.ndarray, np.ndarray]:
             mask |= np.hypot(y - cy, x - cx) < side * 0.033
     maps = rng.standard_normal(masks.shape, dtype=np.float32) + 1.5 * masks
     return masks, maps.astype(np.float32)
+
+
+def _pixels(n: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    masks, maps = _data(n, side)
+    return masks.reshape(-1), maps.reshape(-1)
 
 
 # ------------------------------------------------------------ exact values, from all scores sorted

@@ -89,6 +89,19 @@ def test_native_agrees_with_the_reference_in_float64(cpu_isa, level, dtype, chan
     torch.testing.assert_close(back.double(), reference.haar_unpack(y.double(), level), **close)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_numbers_of_blocks_that_leave_part_of_a_vector(cpu_isa, level, layout):
+    for channels, rows, columns in ((1, 3, 9), (3, 2, 5), (11, 1, 1)):
+        x = image(2, channels, rows * 2**level, columns * 2**level, torch.float32, layout)
+        with use_backend("cpu"):
+            y = ops.haar_pack(x, level)
+            back = ops.haar_unpack(y, level)
+        close = TOLERANCE[torch.float32]
+        torch.testing.assert_close(y.double(), reference.haar_pack(x.double(), level), **close)
+        torch.testing.assert_close(back, x, **close)
+
+
 @needs_native
 def test_every_half_survives_conversion():
     # (h, 0, 0, 0) unpacks to h / 2 four times: every bit pattern goes in, halves of all come out.
