@@ -6,13 +6,14 @@
 STABLE_TORCH_LIBRARY(diffad_fast, m) {
   m.def(
       "anomaly_map(Tensor x, Tensor x_hat, Tensor[] features, Tensor[] features_hat, float[] "
-      "weights, int levels, Tensor[] stats, float sigma, float top) -> (Tensor, Tensor)");
+      "weights, int levels, Tensor[] stats, float sigma, float top, Tensor? base=None) -> (Tensor, "
+      "Tensor)");
   m.def("band_energies(Tensor x, int cell, int levels) -> Tensor");
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def(
-      "ddim_finish(Tensor x_t, Tensor model_output, Tensor? guide, Tensor table, Tensor(a!) "
-      "counter, Tensor mean, Tensor deviation, Tensor images, int level, bool clamp) -> "
-      "(Tensor, Tensor, Tensor)");
+      "ddim_finish(Tensor x_t, Tensor model_output, Tensor? guide, Tensor images, Tensor mean, "
+      "Tensor deviation, float alpha_t, int level, int prediction, float guidance, float clip, "
+      "bool clamp) -> (Tensor x0, Tensor x_hat, Tensor pixel, Tensor sub_band)");
   // CUDA alone: steps of a captured loop.
   m.def(
       "ddim_loop_step_(Tensor(a!) x_t, Tensor model_output, Tensor? guide, Tensor table, "

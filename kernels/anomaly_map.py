@@ -120,15 +120,15 @@ def _doubled(x, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _weighted(x, x_hat, cosines0, cosines1, cosines2, cosines3, mean0, mean1, mean2,
-              deviation0, deviation1, deviation2, result,
+              deviation0, deviation1, deviation2, base, result,
               height: tl.int64, width: tl.int64, x_n: tl.int64, x_c: tl.int64, x_h: tl.int64,
               y_n: tl.int64, y_c: tl.int64, y_h: tl.int64,
               h0, w0, h1, w1, h2, w2, h3, w3, weight0, weight1, weight2,
               X_W: tl.constexpr, Y_W: tl.constexpr, CHANNELS: tl.constexpr, PIXEL: tl.constexpr,
-              FEATURES: tl.constexpr, LEVELS: tl.constexpr, KIND0: tl.constexpr,
+              BASE: tl.constexpr, FEATURES: tl.constexpr, LEVELS: tl.constexpr, KIND0: tl.constexpr,
               KIND1: tl.constexpr, KIND2: tl.constexpr,
               BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
-    """The weighted sum of the standardised maps for one tile of an image."""
+    """The weighted sum of the standardised maps, and of base, for one tile of an image."""
     program = tl.program_id(0)
     across = tl.cdiv(width, BLOCK_W)
     tiles = tl.cdiv(height, BLOCK_H) * across
@@ -138,6 +138,8 @@ def _weighted(x, x_hat, cosines0, cosines1, cosines2, cosines3, mean0, mean1, me
     mask = (i < height)[:, None] & (j < width)[None, :]
     place = i[:, None] * width + j[None, :]
     total = tl.zeros((BLOCK_H, BLOCK_W), tl.float32)
+    if BASE:
+        total += tl.load(base + n * height * width + place, mask, 0.0).to(tl.float32)
     if PIXEL or LEVELS > 0:
         x += n * x_n + i[:, None] * x_h + j[None, :] * X_W
         x_hat += n * y_n + i[:, None] * y_h + j[None, :] * Y_W
@@ -256,7 +258,7 @@ def _weighted_configs(levels: int) -> list[triton.Config]:
     return [triton.Config({"BLOCK_H": height, "BLOCK_W": 1024 // height}, num_warps=8)]
 
 
-def _fake_weighted(x, x_hat, features, features_hat, weights, levels, pixel, means, deviations):
+def _fake_weighted(x, *_):
     n, _, height, width = x.shape
     return x.new_empty((n, height, width), dtype=torch.float32)
 
@@ -265,15 +267,14 @@ def _fake_weighted(x, x_hat, features, features_hat, weights, levels, pixel, mea
 def weighted_map(
     x: Tensor, x_hat: Tensor, features: list[Tensor], features_hat: list[Tensor],
     weights: list[float], levels: int, pixel: bool, means: list[Tensor], deviations: list[Tensor],
+    base: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The weighted sum of the maps that take part, before smoothing.
 
     ``means`` and ``deviations``: nothing, or for each map tensors of one element or of (H,W),
-    empty ones for a map that does not take part.
+    empty ones for a map that does not take part. ``base``: contiguous (N,H,W), added to it.
     """
-    result = _fake_weighted(
-        x, x_hat, features, features_hat, weights, levels, pixel, means, deviations
-    )
+    result = _fake_weighted(x)
     n, channels, height, width = x.shape
     if n == 0:
         return result
@@ -300,10 +301,11 @@ def weighted_map(
         lambda meta: (
             n * triton.cdiv(height, meta["BLOCK_H"]) * triton.cdiv(width, meta["BLOCK_W"]),
         ),
-        x, x_hat, *cosines, *means, *deviations, result, height, width,
+        x, x_hat, *cosines, *means, *deviations, result if base is None else base, result,
+        height, width,
         *x.stride()[:3], *x_hat.stride()[:3], *sizes, *weights,
         X_W=x.stride(3), Y_W=x_hat.stride(3), CHANNELS=channels, PIXEL=pixel,
-        FEATURES=len(features), LEVELS=levels, **kinds,
+        BASE=base is not None, FEATURES=len(features), LEVELS=levels, **kinds,
     )  # fmt: skip
     return result
 
@@ -333,9 +335,9 @@ def blurred_map(x: Tensor, sigma: float) -> Tensor:
     return result
 
 
-def refuses(x, x_hat, features, features_hat, weights, levels, stats, sigma, top):
+def refuses(x, x_hat, features, features_hat, weights, levels, stats, sigma, top, base):
     """Why the kernels cannot serve a call, or None."""
-    given = (x, x_hat, *features, *features_hat)
+    given = (x, x_hat, *features, *features_hat, *(() if base is None else (base,)))
     if any(y.dtype == torch.float64 for y in given):
         return "the Triton kernels compute in float32, not float64"
     if torch.is_grad_enabled() and any(y.requires_grad for y in given):
@@ -347,7 +349,7 @@ def refuses(x, x_hat, features, features_hat, weights, levels, stats, sigma, top
     return None
 
 
-def anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma, top):
+def anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma, top, base):
     """See ``ops.anomaly_map``."""
     height, width = x.shape[2:]
     pixel = weights[0] != 0
@@ -367,7 +369,7 @@ def anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma,
     namespace = torch.ops.diffad_fast_triton
     result = namespace.weighted_map(
         x, x_hat, list(features), list(features_hat), list(weights), levels, pixel, means,
-        deviations,
+        deviations, None if base is None else base.contiguous(),
     )  # fmt: skip
     if sigma > 0:
         result = namespace.blurred_map(result, sigma)
@@ -389,8 +391,8 @@ def _variant(kernel, config, constants, special, capability: int):
 
 def _compiled_weighted(levels: int, dtype: str):
     constants = {
-        "X_W": 1, "Y_W": 1, "CHANNELS": 3, "PIXEL": True, "FEATURES": 3, "LEVELS": levels,
-        "KIND0": 2, "KIND1": 2, "KIND2": 2,
+        "X_W": 1, "Y_W": 1, "CHANNELS": 3, "PIXEL": True, "BASE": True, "FEATURES": 3,
+        "LEVELS": levels, "KIND0": 2, "KIND1": 2, "KIND2": 2,
     }  # fmt: skip
     special = {f"weight{i}": "fp32" for i in range(3)}
     special |= {f"{axis}{i}": "i32" for axis in "hw" for i in range(MAX_FEATURES)}

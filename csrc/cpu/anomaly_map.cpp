@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -150,7 +151,8 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
                                        std::vector<Tensor> features,
                                        std::vector<Tensor> features_hat,
                                        std::vector<double> weights, int64_t levels,
-                                       std::vector<Tensor> stats, double sigma, double top) {
+                                       std::vector<Tensor> stats, double sigma, double top,
+                                       std::optional<Tensor> base) {
   STD_TORCH_CHECK(x.dim() == 4 && x.sizes() == x_hat.sizes(),
                   "anomaly_map: x and x_hat must be (N, C, H, W)");
   STD_TORCH_CHECK(x.scalar_type() == x_hat.scalar_type(), "anomaly_map: x_hat differs in dtype");
@@ -187,6 +189,14 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
     entry.data[i % 2] = s.const_data_ptr();
     entry.stride_y[i % 2] = s.stride(0);
     entry.stride_x[i % 2] = s.stride(1);
+  }
+  Tensor first;  // owns what is added to
+  if (base) {
+    STD_TORCH_CHECK(base->dim() == 3 && base->size(0) == n && base->size(1) == h &&
+                        base->size(2) == w && base->scalar_type() == map.scalar_type(),
+                    "anomaly_map: base must be (N, H, W), in the dtype of the map");
+    first = torch::stable::contiguous(*base);
+    a.base = first.const_data_ptr();
   }
   a.radius = static_cast<int64_t>(4 * sigma + 0.5);
   a.map = map.mutable_data_ptr();

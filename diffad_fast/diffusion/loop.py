@@ -27,7 +27,9 @@ class ReverseLoop:
     A call is ``conclude(x, x0, x_end)`` with x0 = ``prepare(x)`` and x_end the end of the process:
     from x0 noised to the level of ``steps[0]``, or, in an inversion, from sqrt(alpha_t) x0. Without
     ``prepare`` x is x0 already, without ``conclude`` x_end is the result; results are tensors in
-    tuples, lists or dicts.
+    tuples, lists or dicts. ``finish(x, x_t, model_output, alpha_t, prediction_type=, clip=,
+    guidance=)``, as of a representation, takes the place of the last step, which must end at abar =
+    1, and gives x_end; ``run`` leaves it out.
 
     On a CUDA device the call is :class:`Graphed`, with the tensors of ``modules`` (the denoiser's,
     if not given). ``eager`` is the same without graphs, and alone can be differentiated.
@@ -45,6 +47,7 @@ class ReverseLoop:
         guidance: float = 0.0,
         prepare: Callable | None = None,
         conclude: Callable | None = None,
+        finish: Callable | None = None,
         modules: Iterable[nn.Module] | None = None,
         graphs: int = 4,
     ):
@@ -52,7 +55,12 @@ class ReverseLoop:
         self.inverts = self.steps[0].alpha_s < self.steps[0].alpha_t
         self.prediction_type, self.eta, self.clip = prediction_type, eta, clip
         self.guidance = guidance
-        self.prepare, self.conclude = prepare, conclude
+        self.prepare, self.conclude, self.finish = prepare, conclude, finish
+        if finish is not None and self.steps[-1].alpha_s != 1:
+            raise ValueError(
+                f"finish ends at abar = 1, the last step at {self.steps[-1].alpha_s}: leave finish "
+                "out, or take steps down to the clean end"
+            )
         if modules is None:
             modules = [denoiser] if isinstance(denoiser, nn.Module) else []
         self.graphed = Graphed(self.eager, modules, graphs)
@@ -66,7 +74,7 @@ class ReverseLoop:
     def eager(self, x: torch.Tensor):
         """The same without a graph."""
         x0 = x if self.prepare is None else self.prepare(x)
-        x_end = self._run(self._start(x0), x0)
+        x_end = self._run(self._start(x0), x0, x)
         return x_end if self.conclude is None else self.conclude(x, x0, x_end)
 
     def run(self, x_t: torch.Tensor, guide: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,8 +100,8 @@ class ReverseLoop:
                 self._fields[key] = ops.philox_normal(shape, self.seed, step=step, device=x.device)
         return self._fields[key]
 
-    def _run(self, x_t: torch.Tensor, guide: torch.Tensor | None) -> torch.Tensor:
-        """From x_t, which may be overwritten."""
+    def _run(self, x_t: torch.Tensor, guide: torch.Tensor | None, x: torch.Tensor | None = None):
+        """From x_t, which may be overwritten; to the end of ``finish``, if there is one and x."""
         _, log_sigma, table = self._on(x_t.device)
         n, dtype = x_t.shape[0], self._network_dtype(x_t)
         embeds = hasattr(self.denoiser, "embedding") and hasattr(self.denoiser, "denoise")
@@ -106,6 +114,12 @@ class ReverseLoop:
         x_in = x_t.to(dtype)
         for i, step in enumerate(self.steps):
             output = denoise(x_in, levels[i].expand(n, *levels.shape[1:]))
+            pull = None if guide is None else (guide, self.guidance)
+            if i + 1 == len(self.steps) and self.finish is not None and x is not None:
+                return self.finish(
+                    x, x_t, output, step.alpha_t,
+                    prediction_type=self.prediction_type, clip=self.clip, guidance=pull,
+                )  # fmt: skip
             if fused:
                 next_input = None if x_in is x_t else x_in
                 torch.ops.diffad_fast.ddim_loop_step_(
@@ -121,7 +135,7 @@ class ReverseLoop:
                 eta=self.eta,
                 noise=self._noise(x_t, i + 1) if self.eta > 0 else None,
                 clip=self.clip,
-                guidance=None if guide is None else (guide, self.guidance),
+                guidance=pull,
             )
             x_in = x_t.to(dtype)
         return x_t

@@ -154,17 +154,12 @@ class CoefficientModel(nn.Module):
         """Each map alone, neither standardised nor smoothed; None where it has no weight."""
         config, images = self.config, images.to(self.device)
         if config.mode == "reconstruct":
-            x, x_hat, f, f_hat = self._loop(self._evidence).eager(images)
-            result: list[torch.Tensor | None] = []
-            for i, weight in enumerate(config.map_weights):
-                one = [0.0, 0.0, 0.0]
-                one[i] = 1.0
-                features = (f, f_hat) if i == 1 else ((), ())
-                result.append(
-                    ops.anomaly_map(x, x_hat, *features, one, self._levels(one), sigma=0.0)[0]
-                    if weight > 0
-                    else None
-                )
+            end, *features = self._reconstruction(self._evidence).eager(images)
+            result: list[torch.Tensor | None] = [end.pixel, None, end.sub_band]
+            if config.map_weights[1] > 0:
+                one = (0.0, 1.0, 0.0)
+                result[1] = ops.anomaly_map(images, end.x_hat, *features, one, sigma=0.0)[0]
+            result = [m if w > 0 else None for m, w in zip(result, config.map_weights, strict=True)]
         elif config.mode == "invert":
             result = self._loop(self._latent).eager(images)
         else:
@@ -179,11 +174,10 @@ class CoefficientModel(nn.Module):
             if self.config.mode == "one_step":
                 modules = [self.scoring_denoiser, self.representation]
                 self._scoring = Graphed(self._score_one_step, modules)
+            elif self.config.mode == "invert":
+                self._scoring = self._loop(self._score_latent)
             else:
-                conclude = self._score_reconstruction
-                if self.config.mode == "invert":
-                    conclude = self._score_latent
-                self._scoring = self._loop(conclude)
+                self._scoring = self._reconstruction(self._score_reconstruction)
         return self._scoring(images.to(self.device))
 
     @torch.inference_mode()
@@ -223,14 +217,17 @@ class CoefficientModel(nn.Module):
             x = x_s
         return x.square().flatten(1).mean(dim=1), torch.stack(ways, dim=1)
 
+    def _reconstruction(self, conclude) -> ReverseLoop:
+        """From images to ``conclude(images, x0, end)``, end the :class:`ops.Finish` of their
+        reconstruction."""
+        return self._loop(conclude, False, finish=self.representation.finish)
+
     def _loop(
-        self, conclude, inverts: bool | None = None, denoiser: nn.Module | None = None
+        self, conclude, inverts: bool = True, denoiser: nn.Module | None = None, finish=None
     ) -> ReverseLoop:
-        """From images to ``conclude(images, x0, x_end)``: through their reconstruction, or
-        (the default in mode invert) up to their latent. denoiser: in place of that of scoring."""
-        config = self.config
-        inverts = config.mode == "invert" if inverts is None else inverts
-        options = {}
+        """From images to ``conclude(images, x0, x_end)``: up to their latent, or through their
+        reconstruction. denoiser: in place of that of scoring."""
+        config, options = self.config, {}
         if not inverts:
             options = {"eta": config.eta, "clip": config.clip, "guidance": config.guidance}
         denoiser = self.scoring_denoiser if denoiser is None else denoiser
@@ -241,6 +238,7 @@ class CoefficientModel(nn.Module):
             prediction_type=config.prediction_type,
             prepare=self.representation.encode,
             conclude=conclude,
+            finish=finish,
             modules=[denoiser, self.representation],
             **options,
         )
@@ -254,28 +252,36 @@ class CoefficientModel(nn.Module):
 
     # reconstruct
 
-    def _evidence(self, images: torch.Tensor, x0: torch.Tensor, x0_hat: torch.Tensor) -> tuple:
-        """The first four arguments of ``ops.anomaly_map``."""
-        decoded = self.representation.decode(x0_hat)
-        features: list[list[torch.Tensor]] = [[], []]
-        if self.config.map_weights[1] > 0:
-            if self.backbone is not None:
-                features = [list(self.backbone(x)) for x in (images, decoded)]
-            else:
-                features = [self._features(x) for x in (x0, x0_hat)]
-        return images, decoded, *features
+    def _evidence(self, images: torch.Tensor, x0: torch.Tensor, end: ops.Finish) -> tuple:
+        """(end, features of the images, features of their reconstruction)."""
+        if self.config.map_weights[1] == 0:
+            return end, (), ()
+        if self.backbone is not None:
+            return end, list(self.backbone(images)), list(self.backbone(end.x_hat))
+        return end, self._features(x0), self._features(end.x0)
 
     def _score_reconstruction(
-        self, images: torch.Tensor, x0: torch.Tensor, x0_hat: torch.Tensor
+        self, images: torch.Tensor, x0: torch.Tensor, end: ops.Finish
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
+        end, *features = self._evidence(images, x0, end)
+        statistics = self.statistics or [None] * 3
+        ready = None  # the maps that the finish has given, standardised and weighted
+        for i, map_ in ((0, end.pixel), (2, end.sub_band)):
+            weight = config.map_weights[i]
+            if weight > 0:
+                mean, deviation = statistics[i] or (0.0, 1.0)
+                part = (map_ - mean) * (weight / deviation)
+                ready = part if ready is None else ready + part
         map_, score = ops.anomaly_map(
-            *self._evidence(images, x0, x0_hat),
-            weights=config.map_weights,
-            levels=self._levels(config.map_weights),
-            stats=None if self.statistics is None else self.statistics[:3],
+            images,
+            end.x_hat,
+            *features,
+            weights=(0.0, config.map_weights[1], 0.0),
+            stats=None if self.statistics is None else (None, statistics[1], None),
             sigma=config.smoothing,
             top=config.top_fraction,
+            base=ready,
         )
         if self.distance is None:
             return map_, score
@@ -285,9 +291,6 @@ class CoefficientModel(nn.Module):
             [map_, self._semantic(images, x0)], [standard, self.statistics[3]],
             [share, config.semantic_weight], 0.0, config.top_fraction,
         )  # fmt: skip
-
-    def _levels(self, weights: Sequence[float]) -> int:
-        return self.config.haar_level if weights[2] > 0 else 0
 
     # invert
 

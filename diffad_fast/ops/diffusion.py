@@ -139,6 +139,43 @@ def ddim_step(
     Raises TypeError for dtypes, ValueError for shapes, devices and options. Values of tensors
     are not checked.
     """
+    check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guidance)
+    checks.number("eta", eta, 0.0, 1.0)
+    if eta > 0:
+        if noise is None:
+            raise ValueError(f"eta = {eta} needs noise: pass noise=, for example philox_normal")
+        floats = not isinstance(alpha_t, torch.Tensor) and not isinstance(alpha_s, torch.Tensor)
+        if floats and not alpha_t <= alpha_s:
+            raise ValueError(
+                f"eta = {eta} with alpha_s = {alpha_s} below alpha_t = {alpha_t}: inversion is "
+                f"deterministic, use eta=0"
+            )
+    if noise is not None:
+        _check_noise(noise, x_t.shape, x_t.device, "x_t")
+    if dynamic_threshold is not None:
+        if clip is not None:
+            raise ValueError(f"choose one of clip = {clip} and dynamic_threshold, not both")
+        if len(dynamic_threshold) != 2:
+            raise ValueError(f"dynamic_threshold must be (ratio, max), got {dynamic_threshold!r}")
+        checks.number("the ratio of dynamic_threshold", dynamic_threshold[0], 0.0, 1.0)
+        checks.number("the maximum of dynamic_threshold", dynamic_threshold[1], 1.0)
+    return _ddim_step(
+        x_t,
+        model_output,
+        alpha_t,
+        alpha_s,
+        prediction_type,
+        eta,
+        noise,
+        clip,
+        dynamic_threshold,
+        use_clipped_model_output,
+        guidance,
+    )
+
+
+def check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guidance):
+    """Check what the step and its fused end have in common; see :func:`ddim_step`."""
     checks.tensor("x_t", x_t)
     if x_t.ndim == 0:
         raise ValueError("x_t must have a leading batch dimension, got a scalar")
@@ -158,45 +195,13 @@ def ddim_step(
         raise ValueError(
             f"unknown prediction_type {prediction_type!r}: choose {', '.join(PREDICTION_TYPES)}"
         )
-    checks.number("eta", eta, 0.0, 1.0)
-    if eta > 0:
-        if noise is None:
-            raise ValueError(f"eta = {eta} needs noise: pass noise=, for example philox_normal")
-        floats = not isinstance(alpha_t, torch.Tensor) and not isinstance(alpha_s, torch.Tensor)
-        if floats and not alpha_t <= alpha_s:
-            raise ValueError(
-                f"eta = {eta} with alpha_s = {alpha_s} below alpha_t = {alpha_t}: inversion is "
-                f"deterministic, use eta=0"
-            )
-    if noise is not None:
-        _check_noise(noise, x_t.shape, x_t.device, "x_t")
     if clip is not None:
         checks.number("clip", clip, 0.0)
-    if dynamic_threshold is not None:
-        if clip is not None:
-            raise ValueError(f"choose one of clip = {clip} and dynamic_threshold, not both")
-        if len(dynamic_threshold) != 2:
-            raise ValueError(f"dynamic_threshold must be (ratio, max), got {dynamic_threshold!r}")
-        checks.number("the ratio of dynamic_threshold", dynamic_threshold[0], 0.0, 1.0)
-        checks.number("the maximum of dynamic_threshold", dynamic_threshold[1], 1.0)
     if guidance is not None:
         if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
             raise ValueError(f"guidance must be (y, w), got {type(guidance).__name__}")
         checks.shaped("the y of guidance", guidance[0], x_t.shape, x_t.device)
         checks.number("the w of guidance", guidance[1], -float("inf"))
-    return _ddim_step(
-        x_t,
-        model_output,
-        alpha_t,
-        alpha_s,
-        prediction_type,
-        eta,
-        noise,
-        clip,
-        dynamic_threshold,
-        use_clipped_model_output,
-        guidance,
-    )
 
 
 def fused_steps(device):

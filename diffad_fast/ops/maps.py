@@ -13,14 +13,15 @@ from .dispatch import Operator
 MAPS = ("pixel", "feature", "sub-band")
 
 
-def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, sigma, top):
+def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, sigma, top,
+            base):  # fmt: skip
     """Calls ``operator``, which wants lists, statistics as tensors and pairs of one dtype."""
-    tensors = [x, x_hat, *features, *features_hat]
+    tensors = [x, x_hat, *features, *features_hat, *([] if base is None else [base])]
     for entry in stats or ():
         tensors += [value for value in entry or () if isinstance(value, torch.Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return reference.anomaly_map(
-            x, x_hat, features, features_hat, weights, levels, stats, sigma, top
+            x, x_hat, features, features_hat, weights, levels, stats, sigma, top, base
         )
     compute = torch.promote_types(x.dtype, torch.float32)
     wide = compute == torch.float64
@@ -48,6 +49,7 @@ def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, 
         flat,
         float(sigma),
         float(top),
+        None if base is None else base.to(compute),
     )
 
 
@@ -85,6 +87,7 @@ def anomaly_map(
     stats=None,
     sigma=4.0,
     top=0.01,
+    base=None,
 ):
     """Where and how much ``x`` differs from ``x_hat``: a map (N,H,W) and a score (N,).
 
@@ -103,10 +106,12 @@ def anomaly_map(
     reflected as ``scipy.ndimage.gaussian_filter`` does; 0 leaves it as it is.
     top: the score is the mean of the max(1, round(top H W)) largest values of the map; 0 is its
     maximum.
+    base: None, or a map (N,H,W) to which the weighted ones are added before the smoothing: what is
+    there already, standardised, as from :func:`ddim_finish`.
 
     Returns float32, or float64 for float64 input, and computes in that. Differentiable in x, x_hat,
-    the features and the statistics: a call that needs gradients is served by the reference on every
-    backend, since training never differentiates the map.
+    the features, the statistics and base: a call that needs gradients is served by the reference on
+    every backend, since training never differentiates the map.
     Raises TypeError for dtypes, ValueError for shapes, devices and options.
     """
     checks.tensor("x", x, 4)
@@ -139,7 +144,9 @@ def anomaly_map(
         _check_stats(stats, used, (height, width), x.device)
     checks.number("sigma", sigma, 0.0, 1e6)
     checks.number("top", top, 0.0, 1.0)
-    return _anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma, top)
+    if base is not None:
+        checks.shaped("base", base, (x.shape[0], height, width), x.device)
+    return _anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma, top, base)
 
 
 def _check_stats(stats, used, size, device):
@@ -166,7 +173,7 @@ def _check_stats(stats, used, size, device):
                 checks.on_device(f"stats of the {name} map", value, device)
 
 
-def _fake(x, x_hat, features, features_hat, weights, levels, stats, sigma, top):
+def _fake(x, *_):
     dtype = torch.promote_types(x.dtype, torch.float32)
     n, _, height, width = x.shape
     return x.new_empty((n, height, width), dtype=dtype), x.new_empty((n,), dtype=dtype)

@@ -7,6 +7,7 @@ argument checks beyond what the computation needs.
 from .attention import wavelet_attention
 from .diffusion import ddim_step, q_sample
 from .energies import band_energies
+from .finish import Finish, ddim_finish
 from .haar import haar_pack, haar_unpack
 from .maps import anomaly_map
 from .noise import philox4x32, philox_normal
@@ -17,9 +18,11 @@ from .training import noised_target, weighted_mse
 from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
 
 __all__ = [
+    "Finish",
     "PackedTokenMLP",
     "anomaly_map",
     "band_energies",
+    "ddim_finish",
     "ddim_step",
     "dwt2d",
     "group_norm_silu",

@@ -18,6 +18,7 @@ def anomaly_map(
     stats=None,
     sigma=4.0,
     top=0.01,
+    base=None,
 ):
     """x, x_hat (N,C,H,W) -> map (N,H,W), score (N,).
 
@@ -28,7 +29,7 @@ def anomaly_map(
         D_f = sum_l up(1 - cos(phi_l(x), phi_l(y)))      bilinear, cosine over channels
         D_w = sum_b up(mean over channels of |W_b x - W_b y|)      nearest
         z_i = (D_i - mean_i) / deviation_i
-        map = G_sigma * sum_i weights_i z_i
+        map = G_sigma * (base + sum_i weights_i z_i)      base (N,H,W), if given
         score = mean of the max(1, round(top H W)) largest values of the map
 
     D_f takes part if features are given, D_w if levels > 0, each only if its weight is not 0.
@@ -40,9 +41,9 @@ def anomaly_map(
     maps = (
         lambda: difference.abs().mean(dim=1),
         (lambda: _feature_map(features, features_hat, size)) if len(features) else None,
-        (lambda: _subband_map(difference, levels)) if levels else None,
+        (lambda: subband_map(difference, levels)) if levels else None,
     )
-    total = torch.zeros_like(difference[:, 0])
+    total = torch.zeros_like(difference[:, 0]) if base is None else base.to(compute)
     for weight, make, standard in zip(weights, maps, stats or (None,) * 3, strict=True):
         if make is None or weight == 0:
             continue
@@ -88,8 +89,11 @@ def _feature_map(features, features_hat, size):
     return total
 
 
-def _subband_map(difference, levels):
-    """The transform is linear: that of the difference is the difference of the transforms."""
+def subband_map(difference, levels):
+    """D_w (N,H,W) of x - x_hat (N,C,H,W) over ``levels`` >= 1 levels.
+
+    The transform is linear: that of the difference is the difference of the transforms.
+    """
     total, low = 0, difference
     channels = difference.shape[1]
     for level in range(1, levels + 1):

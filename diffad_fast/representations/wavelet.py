@@ -79,3 +79,15 @@ class WaveletRepresentation(nn.Module):
         """The inverse of :meth:`encode`."""
         x = x * self.deviation[:, None, None] + self.mean[:, None, None]
         return ops.haar_unpack(x, self.level) if self.level else x
+
+    def finish(
+        self, images: torch.Tensor, x_t: torch.Tensor, model_output: torch.Tensor, alpha_t: float,
+        **step
+    ) -> ops.Finish:  # fmt: skip
+        """The last step of a reverse process, :meth:`decode` and how that differs from ``images``:
+        ``ops.ddim_finish``, whose options ``step`` are."""
+        mean, deviation = self.mean.to(x_t.dtype), self.deviation.to(x_t.dtype)
+        images = images.to(x_t.dtype)
+        return ops.ddim_finish(
+            x_t, model_output, alpha_t, images, mean, deviation, self.level, **step
+        )

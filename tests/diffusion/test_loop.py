@@ -11,6 +11,7 @@ from torch import nn
 from diffad_fast import denoisers, native, ops, use_backend
 from diffad_fast.denoisers.diffusers_unet import DiffusersUNet
 from diffad_fast.diffusion import NoiseSchedule, ReverseLoop, graphs
+from diffad_fast.representations import WaveletRepresentation
 
 VARIANCE = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)[None, :, None, None]
 KINDS = ["sample", "epsilon", "v_prediction"]
@@ -166,6 +167,36 @@ def test_prepare_and_conclude():
     result = whole(x)
     assert torch.equal(result["input"], x) and torch.equal(result["error"][1], plain(x / 2))
     assert torch.equal(result["error"][0], x / 2 - plain(x / 2))
+
+
+def test_finish_takes_the_place_of_the_last_step():
+    torch.manual_seed(0)
+    representation = WaveletRepresentation(1, 2)
+    representation.fit([torch.rand(4, 1, 16, 16)])
+    images, table = torch.rand(3, 1, 16, 16), NoiseSchedule("linear").reverse_steps(400, 3)
+    options = {"clip": 1.5, "guidance": 0.1, "eta": 0.5, "prepare": representation.encode}
+
+    def shrink(x_t, log_sigma):
+        return 0.3 * x_t
+
+    plain = ReverseLoop(shrink, table, **options)
+    whole = ReverseLoop(
+        shrink, table, finish=representation.finish,
+        conclude=lambda x, x0, end: (x0, end), **options,
+    )  # fmt: skip
+    x0, end = whole(images)
+    assert torch.equal(x0, representation.encode(images))
+    torch.testing.assert_close(end.x0, plain(images), rtol=0, atol=2e-6)
+    x_hat = representation.decode(end.x0)
+    torch.testing.assert_close(end.x_hat, x_hat, rtol=0, atol=2e-6)
+    weights = ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0))
+    for found, w in zip((end.pixel, end.sub_band), weights, strict=True):
+        expected = ops.anomaly_map(images, x_hat, weights=w, levels=2, sigma=0.0)[0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(whole.run(x0), plain.run(x0), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="finish ends at abar = 1, the last step at"):
+        up = NoiseSchedule("linear").inversion_steps(0.1, 2.0, 2)
+        ReverseLoop(shrink, up, finish=representation.finish)
 
 
 def test_run_leaves_its_state_alone():
@@ -420,30 +451,3 @@ def test_fused_steps_are_the_steps_of_the_cpu(dtype, side, layout):
             torch.testing.assert_close(state.cpu(), expected, rtol=1e-5, atol=1e-5)
             assert torch.equal(following, state.to(dtype))
         assert counter.tolist() == [0, 0]
-
-
-@on_gpu
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("level", [1, 2, 3, 4])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_fused_end(level, channels, layout):
-    n, h, w, r = 2, 3, 40, 2**level
-    size = (n, channels * 4**level, h, w)
-    x, m, y = (torch.randn(size).to(memory_format=layout) for _ in range(3))
-    mean, deviation = torch.randn(size[1]) * 0.1, torch.rand(size[1]) + 0.5
-    images = torch.rand(n, channels, h * r, w * r)
-    step = NoiseSchedule("linear").reverse_steps(300, 1)
-    for clamp in (True, False):
-        table = ops.diffusion.step_table(step, "epsilon", 0.0, 1.5, 0.1).cuda()
-        counter = torch.zeros(2, dtype=torch.int32, device="cuda")
-        got = torch.ops.diffad_fast.ddim_finish(
-            *(t.cuda() for t in (x, m, y)), table, counter,
-            *(t.cuda() for t in (mean, deviation, images)), level, clamp,
-        )  # fmt: skip
-        x0 = ops.ddim_step(x, m, *step[0][:2], clip=1.5, guidance=(y, 0.1))
-        x_hat = ops.haar_unpack(x0 * deviation[:, None, None] + mean[:, None, None], level)
-        x_hat = x_hat.clamp(0, 1) if clamp else x_hat
-        d_p = ops.anomaly_map(images, x_hat, weights=(1, 0, 0), sigma=0.0)[0]
-        d_w = ops.anomaly_map(images, x_hat, weights=(0, 0, 1), levels=level, sigma=0.0)[0]
-        for ours, expected in zip(got, (x_hat, d_p, d_w), strict=True):
-            torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -56,6 +56,15 @@ def test_odd_sizes(shape):
     check(random(*shape), random(*shape, seed=1), f, f_hat, sigma=1.0, top=0.1)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 24, 136), (1, 2, 13, 11)])
+def test_base(shape):
+    n, _, height, width = shape
+    base = random(n, width, height, seed=2).transpose(1, 2)
+    weights = (0.0, 0.0, 0.0) if shape[1] == 1 else (1.0, 1.0, 1.0)
+    x, x_hat = random(*shape), random(*shape, seed=1)
+    check(x, x_hat, weights=weights, sigma=1.0, base=base)
+
+
 @pytest.mark.parametrize("count", range(5))
 def test_features(count):
     x, x_hat = random(2, 1, 11, 37), random(2, 1, 11, 37, seed=1)
@@ -143,7 +152,7 @@ def test_opcheck():
     namespace = torch.ops.diffad_fast_triton
     torch.library.opcheck(
         namespace.weighted_map,
-        (x, x_hat, f, f_hat, [1.0, 2.0, 3.0], 1, True, statistics, statistics),
+        (x, x_hat, f, f_hat, [1.0, 2.0, 3.0], 1, True, statistics, statistics, None),
     )
     torch.library.opcheck(namespace.blurred_map, (random(1, 4, 4), 1.0))
 

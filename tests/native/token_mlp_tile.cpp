@@ -1,39 +1,10 @@
-// Runs csrc/cuda/token_mlp_tile.h on the CPU: every thread of a thread block is a fiber, and the
-// instructions of mma.h, written here from PTX's description of their fragments, let the fibers of
-// a warp meet. Standard input: the task as numbers; standard output: x_end and stats.
-#include <ucontext.h>
-
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <vector>
-
-#define __device__
-#define __forceinline__ inline
-
-struct Dim {
-  unsigned x;
-};
-static Dim threadIdx, blockIdx, blockDim, gridDim;
+// Runs csrc/cuda/token_mlp_tile.h on the CPU: a thread block of fibers, in which the instructions of
+// mma.h, written here from PTX's description of their fragments, let the fibers of a warp meet.
+// Standard input: the task as numbers; standard output: x_end and stats.
+#include "thread_block.h"
 
 namespace {
 
-ucontext_t scheduler;
-std::vector<ucontext_t> fibers;
-std::vector<std::vector<char>> stacks;
-std::function<void()> body;
-std::vector<bool> finished;
-
-void yield() {
-  const unsigned me = threadIdx.x;
-  swapcontext(&fibers[me], &scheduler);
-}
-
-// All fibers take turns in order: when a fiber is back from `yield`, all others have come as far.
-// A write, a yield, reads and a yield are thus an exchange without races.
 union Slot {
   uint32_t u[8];
   float f[8];
@@ -73,7 +44,6 @@ static float __uint_as_float(uint32_t x) {
 static float __fdividef(float a, float b) { return a / b; }
 #define __expf(x) std::exp(x)  // the C library has taken the name
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
-static void __syncthreads() { yield(); }
 
 namespace diffad {
 
@@ -146,48 +116,6 @@ static void copy_async(void* shared, const void* global, bool valid) {
 
 #include "../../csrc/cuda/token_mlp_tile.h"
 
-namespace {
-
-void entry() {
-  body();
-  finished[threadIdx.x] = true;
-  yield();
-}
-
-void run_block(unsigned threads) {
-  fibers.assign(threads, {});
-  stacks.assign(threads, std::vector<char>(256 * 1024));
-  slots.assign(threads, {});
-  finished.assign(threads, false);
-  pending.assign(threads, {});
-  for (unsigned i = 0; i < threads; ++i) {
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = stacks[i].data();
-    fibers[i].uc_stack.ss_size = stacks[i].size();
-    fibers[i].uc_link = nullptr;
-    makecontext(&fibers[i], entry, 0);
-  }
-  for (bool more = true; more;) {
-    more = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      if (finished[i]) continue;
-      threadIdx.x = i;
-      swapcontext(&scheduler, &fibers[i]);
-      more = more || !finished[i];
-    }
-  }
-}
-
-template <class T>
-std::vector<T> read(size_t count) {
-  // Starts at a multiple of 16, as tensors do.
-  std::vector<T> x(count);
-  if (std::fread(x.data(), sizeof(T), count, stdin) != count) std::exit(2);
-  return x;
-}
-
-}  // namespace
-
 int main() {
   // width, tiles of a warp, warps, thread blocks; tokens, size, blocks, steps
   const std::vector<int32_t> n = read<int32_t>(8);
@@ -228,6 +156,8 @@ int main() {
     if (n[0] == 128 && n[1] == 1) body = [&] { diffad::TokenMlp<128, 1>(task, shared).run(); };
     if (n[0] == 128 && n[1] == 2) body = [&] { diffad::TokenMlp<128, 2>(task, shared).run(); };
     if (n[0] == 256 && n[1] == 1) body = [&] { diffad::TokenMlp<256, 1>(task, shared).run(); };
+    slots.assign(blockDim.x, {});
+    pending.assign(blockDim.x, {});
     run_block(blockDim.x);
   }
   std::fwrite(x_end.data(), 4, x_end.size(), stdout);

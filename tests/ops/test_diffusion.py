@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffad_fast import native, ops, reference, use_backend
@@ -519,6 +519,7 @@ def test_compiles_as_one_graph(backend):
 
 
 @needs_native
+@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=5),
     order=st.randoms(use_true_random=False),

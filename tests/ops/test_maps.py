@@ -189,6 +189,8 @@ FEATURE = torch.zeros(2, 3, 4, 4)
         ({"levels": -1}, ValueError, "levels must be in"),
         ({"sigma": -1.0}, ValueError, "sigma must be in"),
         ({"top": 2.0}, ValueError, "top must be in"),
+        ({"base": torch.zeros(2, 1, 12, 8)}, ValueError, r"base must have shape \(2, 12, 8\)"),
+        ({"base": torch.zeros(2, 12, 8).int()}, TypeError, "base must be float32"),
         ({"stats": [None] * 3}, ValueError, "None for the pixel map"),
         ({"stats": [(0.0, 1.0)] * 2}, ValueError, "stats must be three"),
         ({"stats": [(0.0,)] * 3}, ValueError, "must be .mean, deviation."),
@@ -365,6 +367,23 @@ def test_native_writes_everything_and_does_not_depend_on_threads():
     assert torch.equal(alone[0][0], results[0][0][3])
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+def test_base_is_added_before_the_smoothing(backend):
+    x, y = random((2, 2, 12, 20), 0), random((2, 2, 12, 20), 1)
+    base = random((2, 20, 12), 2).transpose(1, 2)
+    with use_backend(backend):
+        got, score = ops.anomaly_map(x, y, weights=(0.5, 0.0, 0.0), sigma=1.2, top=0.1, base=base)
+        alone, _ = ops.anomaly_map(x, y, weights=(0.0, 0.0, 0.0), sigma=0.0, base=base)
+        narrow, _ = ops.anomaly_map(x.float(), y.float(), sigma=1.0, base=base.bfloat16())
+        wide = ops.anomaly_map(x.float(), y.float(), sigma=1.0, base=base.bfloat16().float())
+    expected = smooth(0.5 * pixel_map(x.numpy(), y.numpy()) + base.numpy(), 1.2)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12)
+    largest = np.sort(expected.reshape(2, -1), axis=1)[:, -24:]
+    np.testing.assert_allclose(score.numpy(), largest.mean(axis=1), rtol=1e-12)
+    assert torch.equal(alone, base)
+    assert torch.equal(narrow, wide[0])
+
+
 @needs_native
 def test_native_compiles_and_passes_opcheck():
     x, y, f, g = inputs((2, 2, 16, 24), [(5, 4, 6)], torch.float32)
@@ -380,7 +399,7 @@ def test_native_compiles_and_passes_opcheck():
     flat = [torch.zeros(16, 24), torch.ones(()).expand(16, 24)] * 3
     torch.library.opcheck(
         torch.ops.diffad_fast.anomaly_map.default,
-        (x, y, f, g, [1.0, 1.0, 1.0], 2, flat, 1.0, 0.01),
+        (x, y, f, g, [1.0, 1.0, 1.0], 2, flat, 1.0, 0.01, torch.ones(2, 16, 24)),
     )
 
 

@@ -232,6 +232,29 @@ struct Strip {
   A* magnitude(int level) const { return low(level) + (rows >> level) * a.pitch; }
 
   void run(int64_t n, int64_t y0) const {
+    sum_residuals(n, y0);
+    for (int64_t r = 0; r < rows; ++r) finish_row(n, y0 + r, r);
+  }
+
+  // The pixel and the sub-band map to `p` and `b`, from row y0 on.
+  void residuals(int64_t n, int64_t y0, A* p, A* b) const {
+    sum_residuals(n, y0);
+    const A per_channel = A(1) / static_cast<A>(a.channels);
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* sum = pixel + r * a.pitch;
+      for (int64_t x = 0; x < a.width; ++x) p[r * a.width + x] = sum[x] * per_channel;
+      if (a.levels) {
+        double_row<false>(magnitude(1) + r / 2 * a.pitch, wide, a.width / 2);
+      } else {
+        for (int64_t x = 0; x < a.width; ++x) wide[x] = 0;
+      }
+      for (int64_t x = 0; x < a.width; ++x) b[r * a.width + x] = wide[x] * per_channel;
+    }
+  }
+
+  // Magnitudes, summed over channels: of pixels in `pixel`, of all levels of sub-bands in
+  // magnitude(1).
+  void sum_residuals(int64_t n, int64_t y0) const {
     const bool with_pixel = a.weight[0] != 0, with_bands = a.levels > 0;
     if (with_pixel) clear(pixel, rows);
     for (int level = 1; level <= a.levels; ++level) clear(magnitude(level), rows >> level);
@@ -262,7 +285,6 @@ struct Strip {
                          a.width >> level);
       }
     }
-    for (int64_t r = 0; r < rows; ++r) finish_row(n, y0 + r, r);
   }
 
   void clear(A* p, int64_t count) const {
@@ -286,7 +308,8 @@ struct Strip {
   void finish_row(int64_t n, int64_t y, int64_t r) const {
     A* total = padded + a.radius;
     const A per_channel = A(1) / static_cast<A>(a.channels);
-    for (int64_t x = 0; x < a.pitch; ++x) total[x] = 0;
+    const A* base = a.base ? static_cast<const A*>(a.base) + (n * a.height + y) * a.width : nullptr;
+    for (int64_t x = 0; x < a.pitch; ++x) total[x] = base && x < a.width ? base[x] : 0;
     if (a.weight[0] != 0) add_map(a, 0, y, pixel + r * a.pitch, per_channel, total);
     if (a.feature_count) {
       for (int64_t x = 0; x < a.pitch; ++x) wide[x] = 0;
@@ -423,6 +446,21 @@ void anomaly_rows(const AnomalyMapArgs& a, void* scratch, int64_t begin, int64_t
     const int64_t strips = a.height / strip.rows;
     for (int64_t i = begin; i < end; ++i) {
       strip.run(a.first + i / strips, i % strips * strip.rows);
+    }
+  });
+}
+
+void residual_rows(const AnomalyMapArgs& a, void* pixel, void* sub_band, void* scratch,
+                   int64_t begin, int64_t end) {
+  for_dtype(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = compute_t<T>;
+    const Strip<T> strip{a, int64_t{1} << a.levels, static_cast<A*>(scratch)};
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t strips = a.height / strip.rows;
+      const int64_t n = i / strips, y = i % strips * strip.rows;
+      const int64_t at = (n * a.height + y) * a.width;
+      strip.residuals(n, y, static_cast<A*>(pixel) + at, static_cast<A*>(sub_band) + at);
     }
   });
 }

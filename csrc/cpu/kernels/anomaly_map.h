@@ -47,6 +47,7 @@ struct AnomalyMapArgs {
   int levels;
   double weight[3];  // pixel, feature and sub-band map; 0 leaves one out
   Statistics stats[3];
+  const void* base;  // A[all samples][height][width] to which the maps are added, or null
   const FeatureScale* features;
   int64_t feature_count;
   int64_t radius;
@@ -68,6 +69,10 @@ inline int64_t anomaly_scratch(const AnomalyMapArgs& a) {
 DIFFAD_KERNEL(feature_rows, const FeatureScale&, void* scratch, int64_t begin, int64_t end)
 // Items are strips of 2^levels rows.
 DIFFAD_KERNEL(anomaly_rows, const AnomalyMapArgs&, void* scratch, int64_t begin, int64_t end)
+// The pixel and the sub-band map of the same strips, as they are, to planes A[height][width] of all
+// samples: of the arguments what names inputs and sizes counts, with weights that are not 0.
+DIFFAD_KERNEL(residual_rows, const AnomalyMapArgs&, void* pixel, void* sub_band, void* scratch,
+              int64_t begin, int64_t end)
 // Items are rows.
 DIFFAD_KERNEL(anomaly_columns, const AnomalyMapArgs&, int64_t begin, int64_t end)
 // Items are samples.

@@ -1,0 +1,171 @@
+// The kernel of ddim_finish, apart from torch: a test on the CPU runs this very code, thread by
+// thread (tests/native/).
+//
+// A thread block takes a tile of R rows by up to 256 columns of the image, R = 2^level, and keeps
+// it in shared memory: each R x R block of pixels depends on its own R^2 coefficients alone, and so
+// do its residuals' sub-bands. The channels follow each other, and the maps' sums over them stay on
+// the chip:
+//   1. each thread finishes R coefficients of one block, keeps them as x0, undoes the
+//      standardisation and transforms them along x (as haar.cu unpacks);
+//   2. each thread transforms one column along y, clamps, stores the pixels, and leaves the
+//      residual image - x_hat in the column's place;
+//   3. level by level, each 2 x 2 block of the residual gives the magnitudes of its three details,
+//      added up in `details`, and its low band, in its first element's place.
+// The coefficients of a block lie R^2 channels apart (or side by side in channels_last): both
+// layouts touch every byte of the lines that they read.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/diffusion.h"
+#include "../common/haar.h"
+
+namespace diffad {
+
+constexpr int kFinishColumns = 256;
+
+template <class M>
+struct FinishArgs {
+  HaarGeometry g;  // packed: of the state, the output, the guide and x0; image: of the input
+  const float *x, *y;
+  const M* m;
+  const float *mean, *deviation;  // a channel of the state each
+  const float* images;
+  float *x0, *x_hat, *pixel, *sub_band;  // the last three (N,C,H,W), (N,H,W), (N,H,W), dense
+  DdimCoefficients<float> step;
+  int blocks;             // R x R blocks of a tile, fewer at the right edge
+  int64_t across, count;  // tiles along x, all tiles
+  bool clamp;
+};
+
+// Sets the tiles of images whose blocks have R rows; returns the threads of a block.
+template <class M>
+inline unsigned finish_grid(FinishArgs<M>& args, int r) {
+  const int most = kFinishColumns / r;
+  args.blocks = args.g.cols < most ? static_cast<int>(args.g.cols) : most;
+  args.across = (args.g.cols + args.blocks - 1) / args.blocks;
+  args.count = args.g.batch * args.g.rows * args.across;
+  return static_cast<unsigned>((args.blocks * r + 31) / 32 * 32);
+}
+
+// Elements before those of level `l` (1, 2, ...) in the pyramid of a tile of R rows: 2 x 2 blocks
+// of level l number R / 2^l by columns / 2^l.
+template <int R>
+__device__ __forceinline__ int details_before(int l) {
+  int sum = 0;
+  for (int k = 1; k < l; ++k) sum += (R >> k) * (kFinishColumns >> k);
+  return sum;
+}
+
+template <int R, int kLevel, class M>
+__device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
+  // A word of padding a block, see haar.cu.
+  constexpr int kPitch = kFinishColumns + kFinishColumns / R;
+  __shared__ float shared[R * kPitch];
+  __shared__ float details[R * kFinishColumns / 3 + 1];  // 1/4 + 1/16 + ...
+
+  const HaarGeometry& g = args.g;
+  const int thread = threadIdx.x, width = args.blocks * R;
+  const int column = thread, column_block = thread / R;
+  const int block = thread % args.blocks, v = thread / args.blocks;  // in pass 1
+  const int height = static_cast<int>(g.rows) * R;
+  const int64_t image_width = g.cols * R, plane = height * image_width;
+
+  for (int64_t i = blockIdx.x; i < args.count; i += gridDim.x) {
+    const int64_t block0 = i % args.across * args.blocks;
+    const int64_t row = i / args.across % g.rows;
+    const int64_t n = i / args.across / g.rows;
+    const bool packed_active = thread < width && block0 + block < g.cols;
+    const bool active = thread < width && block0 + column_block < g.cols;
+    const int64_t pixel = row * R * image_width + block0 * R + column;  // of the output's planes
+    float magnitude[R] = {};
+    for (int k = thread; k < static_cast<int>(sizeof(details) / sizeof(float)); k += blockDim.x) {
+      details[k] = 0;
+    }
+
+    for (int64_t channel = 0; channel < g.channels; ++channel) {
+      __syncthreads();  // the last channel is done with `shared`
+      if (packed_active) {
+        float w[R];
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) {
+          const int64_t packed = (spread(v) + 2 * spread(k)) * g.channels + channel;
+          const int64_t at = n * g.packed.n + packed * g.packed.c + row * g.packed.y +
+                             (block0 + block) * g.packed.x;
+          const float y = args.y ? args.y[at] : 0.0f;
+          const float x0 = one::ddim_update<true, true, false>(
+              args.step, args.x[at], static_cast<float>(args.m[at]), y, 0.0f);
+          args.x0[at] = x0;
+          w[k] = one::fma(x0, args.deviation[packed], args.mean[packed]);
+        }
+        walsh(w);
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) shared[v * kPitch + block * (R + 1) + k] = w[k];
+      }
+      __syncthreads();
+      float* own = shared + column + column_block;
+      if (active) {
+        float w[R];
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) w[k] = own[k * kPitch];
+        walsh(w);
+        const float* image = args.images + n * g.image.n + channel * g.image.c +
+                             row * R * g.image.y + (block0 * R + column) * g.image.x;
+        float* x_hat = args.x_hat + (n * g.channels + channel) * plane + pixel;
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) {
+          float value = w[k] * (1.0f / R);
+          if (args.clamp) {
+            value = value > 1.0f ? 1.0f : value;  // a NaN stays one
+            value = value < 0.0f ? 0.0f : value;
+          }
+          x_hat[k * image_width] = value;
+          const float residual = image[k * g.image.y] - value;
+          magnitude[k] += ::fabsf(residual);
+          own[k * kPitch] = residual;
+        }
+      } else if (thread < width) {
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) own[k * kPitch] = 0;
+      }
+      DIFFAD_UNROLL
+      for (int l = 1; l <= kLevel; ++l) {
+        __syncthreads();
+        const int columns = width >> l, half = 1 << (l - 1);
+        for (int k = thread; k < (R >> l) * columns; k += blockDim.x) {
+          const int y = k / columns, x = k % columns;
+          // Elements of the low band before stand 2^(l-1) apart.
+          float* corner = shared + (y << l) * kPitch;
+          const int left = x << l, right = left + half;
+          const int left_slot = left + left / R, right_slot = right + right / R;
+          const float a = corner[left_slot], b = corner[right_slot];
+          const float d = corner[half * kPitch + left_slot];
+          const float e = corner[half * kPitch + right_slot];
+          const float high =
+              ::fabsf(a + b - d - e) + ::fabsf(a - b + d - e) + ::fabsf(a - b - d + e);
+          const float low = (a + b + d + e) * 0.5f;
+          corner[left_slot] = low;
+          details[details_before<R>(l) + y * (kFinishColumns >> l) + x] +=
+              high * 0.5f + (l == kLevel ? ::fabsf(low) : 0.0f);
+        }
+      }
+    }
+    __syncthreads();
+    if (active) {
+      const float share = 1.0f / static_cast<float>(g.channels);
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) {
+        float sum = 0;
+        DIFFAD_UNROLL
+        for (int l = 1; l <= kLevel; ++l) {
+          sum += details[details_before<R>(l) + (k >> l) * (kFinishColumns >> l) + (column >> l)];
+        }
+        args.pixel[n * plane + pixel + k * image_width] = magnitude[k] * share;
+        args.sub_band[n * plane + pixel + k * image_width] = sum * share;
+      }
+    }
+    __syncthreads();  // the next tile clears the details
+  }
+}
+
+}  // namespace diffad
