@@ -53,13 +53,16 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __e
 template <int W, int kTiles>
 struct TokenMlp {
   static constexpr int N = kStageHalf / 2 / W;
+  // Of the right factors of into_h, so many are loaded ahead of their products. All 16 of width 256
+  // would push h out of the registers.
+  static constexpr int kAhead = W == 256 ? 8 : W;
   static constexpr int kSteps = W / 16;  // steps of 16 along a product's inputs
   static_assert(W % N == 0 && N % 16 == 0, "stages cut the width evenly");
 
   const TokenMlpTask& task;
   char* shared;
-  int in_stages = (task.size + N - 1) / N;
-  int stages = 2 * in_stages + task.blocks * (W / N);  // of a step
+  // Worked out anew where they are needed: registers are full.
+  __device__ int in_stages() const { return (task.size + N - 1) / N; }
   int parity = 0;  // of the two stages in shared memory, the one that comes next
 
   float h[kTiles][W / 8][4];
@@ -93,15 +96,15 @@ struct TokenMlp {
   }
   __device__ void fetch(int stage, char* buffer) const {
     const int block_stages = task.blocks * (W / N);
-    if (stage < in_stages) {
+    if (stage < in_stages()) {
       fetch_columns(buffer + kStageHalf, task.w_in, stage * N, task.pitch);
-    } else if (stage < in_stages + block_stages) {
-      const int64_t matrix = static_cast<int64_t>((stage - in_stages) / (W / N)) * W * W;
-      const int i = (stage - in_stages) % (W / N);
+    } else if (stage < in_stages() + block_stages) {
+      const int64_t matrix = static_cast<int64_t>((stage - in_stages()) / (W / N)) * W * W;
+      const int i = (stage - in_stages()) % (W / N);
       fetch_rows(buffer, task.w1 + matrix, i * N, W);
       fetch_columns(buffer + kStageHalf, task.w2 + matrix, i * N, W);
     } else {
-      fetch_rows(buffer, task.w_out, (stage - in_stages - block_stages) * N, task.size);
+      fetch_rows(buffer, task.w_out, (stage - in_stages() - block_stages) * N, task.size);
     }
   }
 
@@ -123,6 +126,8 @@ struct TokenMlp {
     const int lane = lane_of_thread();
 #pragma unroll
     for (int n = 0; n < W / 16; ++n) {
+      // Never true. Nothing else keeps ptxas from moving loads up: it does so across a __syncwarp.
+      if (n % kAhead == kAhead - 1 && task.size == 0) return;
       uint32_t b[4];
       weights<N>(b, lane, columns, n * 16, k);
 #pragma unroll
@@ -217,7 +222,12 @@ struct TokenMlp {
     return static_cast<int64_t>(token) * task.size + column;
   }
 
-  __device__ void in_stage(int i, int columns, int first, const float* x, float c_in) {
+  __device__ const float* state_of(int step) const { return step == 0 ? task.x : task.x_end; }
+  __device__ const float* row_of(int step) const { return task.table + step * 5; }
+
+  __device__ void in_stage(int i, int columns, int first, int step) {
+    const float* x = state_of(step);
+    const float c_in = row_of(step)[0];
     if (i == 0) bias_to_h<false>(task.b_in);
     for (int k = 0; k < N && i * N + k < task.size; k += 16) {
       const int t = lane_of_thread() % 4;
@@ -260,8 +270,8 @@ struct TokenMlp {
     if (i == W / N - 1) bias_to_h<true>(b2);
   }
 
-  __device__ void out_stage(int i, int rows, int first, const float* x,
-                            const float* row, float (&squares)[kTiles][2]) {
+  __device__ void out_stage(int i, int rows, int first, int step, float (&squares)[kTiles][2]) {
+    const float *x = state_of(step), *row = row_of(step);
     if (i == 0) normalise<true>();
 #pragma unroll 1
     for (int n = 0; n < N && i * N + n < task.size; n += 16) {
@@ -287,37 +297,34 @@ struct TokenMlp {
     }
   }
 
-  // Waits for `stage`, starts the one after it, if there is one, and returns where the rows lie.
-  __device__ int arrive(int stage, bool more) {
+  // Waits for the stage before `next`, starts to fetch that one, unless it is -1, and returns where
+  // the rows lie.
+  __device__ int arrive(int next) {
     wait_for_copies();
     __syncthreads();  // the stage has come, and nobody uses the one before it any more
     const int rows = parity * 2 * kStageHalf;
     parity ^= 1;
-    if (stage + 1 < stages || more) {
-      fetch(stage + 1 < stages ? stage + 1 : 0, shared + parity * 2 * kStageHalf);
-    }
+    if (next >= 0) fetch(next, shared + parity * 2 * kStageHalf);
     return rows;
   }
 
-  // One step of the tokens from `first` on.
+  // One step of the tokens from `first` on; `more` stages follow it. Few counters live through the
+  // middle loop: registers are full.
   __device__ void one_step(int step, int first, bool more) {
-    const float* row = task.table + step * 5;
-    const float* x = step == 0 ? task.x : task.x_end;
-    int stage = 0;
-    for (int i = 0; i < in_stages; ++i) {
-      in_stage(i, arrive(stage++, more) + kStageHalf, first, x, row[0]);
+    for (int i = 0; i < in_stages(); ++i) {
+      in_stage(i, arrive(i + 1) + kStageHalf, first, step);
     }
-    for (int block = 0; block < task.blocks; ++block) {
-      for (int i = 0; i < W / N; ++i) {
-        const int rows = arrive(stage++, more);
-        block_stage(i, rows, rows + kStageHalf,
-                    task.step_bias + static_cast<int64_t>(step * task.blocks + block) * W,
-                    task.b2 + static_cast<int64_t>(block) * W);
-      }
+    for (int i = 0; i < task.blocks * (W / N); ++i) {
+      const int rows = arrive(in_stages() + i + 1), block = i / (W / N);
+      block_stage(i % (W / N), rows, rows + kStageHalf,
+                  task.step_bias + static_cast<int64_t>(step * task.blocks + block) * W,
+                  task.b2 + static_cast<int64_t>(block) * W);
     }
     float squares[kTiles][2] = {};
-    for (int i = 0; i < in_stages; ++i) {
-      out_stage(i, arrive(stage++, more), first, x, row, squares);
+    for (int i = 0; i < in_stages(); ++i) {
+      const bool last = i + 1 == in_stages();
+      const int next = in_stages() + task.blocks * (W / N) + i + 1;
+      out_stage(i, arrive(!last ? next : more ? 0 : -1), first, step, squares);
     }
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
