@@ -22,6 +22,17 @@ inline void check_token_mlp(const Tensor& x, const Tensor& w_in, const Tensor& b
     for (const int64_t size : shape) same = same && t.size(axis++) == size;
     STD_TORCH_CHECK(same, "token_mlp_loop: ", name, " has a wrong shape or device");
   };
+  const auto floating = [](const char* name, const Tensor& t) {
+    using torch::headeronly::ScalarType;
+    const ScalarType dtype = t.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                        dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                    "token_mlp_loop: ", name, " is not of a floating dtype");
+  };
+  floating("x", x);
+  floating("W_in", w_in);
+  floating("step_bias", step_bias);
+  floating("table", table);
   const auto weight = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
     shaped(name, t, shape);
     STD_TORCH_CHECK(t.scalar_type() == w_in.scalar_type(), "token_mlp_loop: ", name,

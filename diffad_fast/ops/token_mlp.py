@@ -23,6 +23,34 @@ def _flat(operator):
     return loop
 
 
+def _cpu(operator):
+    """The C++ operator, which checks its arguments itself: for one token, doing so here would take
+    half of the time. What is wrong is found out afterwards."""
+    kernel = _flat(operator)
+
+    def loop(x, weights, step_bias, table):
+        if type(x) is not torch.Tensor or torch.compiler.is_compiling():
+            _check(x, weights, step_bias, table)  # while tracing, the operator sees no data
+            return kernel(x, weights, step_bias, table)
+        if type(weights) is PackedTokenMLP:
+            try:
+                return kernel(x, weights, step_bias, table)
+            except (RuntimeError, TypeError):
+                _check(x, weights, step_bias, table)
+                raise
+        return _check(x, weights, step_bias, table)
+
+    return loop
+
+
+def _checked(implementation):
+    def loop(x, weights, step_bias, table):
+        _check(x, weights, step_bias, table)
+        return implementation(x, weights, step_bias, table)
+
+    return loop
+
+
 def _cuda(operator):
     """The CUDA kernel where it serves the weights; elsewhere the reference, unless the kernel was
     asked for by name."""
@@ -48,10 +76,10 @@ def _cuda(operator):
 
 
 CUDA_WIDTHS = (128, 256)
-_ADAPTED = {"cpu": _flat, "cuda": _cuda}
+_ADAPTED = {"cpu": _cpu, "cuda": lambda operator: _checked(_cuda(operator))}
 _token_mlp_loop = Operator(
     "token_mlp_loop",
-    reference.token_mlp_loop,
+    _checked(reference.token_mlp_loop),
     **{k: _ADAPTED[k](f) for k, f in native.implementations("token_mlp_loop").items()},
 )
 
@@ -80,31 +108,8 @@ def token_mlp_loop(x, weights, step_bias, table):
     Raises TypeError for dtypes, ValueError for shapes and devices, BackendError for weights that a
     backend asked for by name does not serve.
     """
-    if not _fits(x, weights, step_bias, table):
-        _check(x, weights, step_bias, table)
+    checks.tensor("x", x, 2)
     return _token_mlp_loop(x, weights, step_bias, table)
-
-
-def _fits(x, weights, step_bias, table):
-    """Are these good arguments? Decided fast: for one token, messages would take most time."""
-    if not (
-        isinstance(weights, PackedTokenMLP)
-        and all(type(t) is torch.Tensor for t in (x, *weights, step_bias, table))
-        and all(t.device == x.device for t in (*weights, step_bias, table))
-        and all(t.dtype == weights.W_in.dtype for t in weights)
-        and all(t.dtype in checks.FLOATS for t in (x, weights.W_in, step_bias, table))
-        and (x.ndim, weights.W_in.ndim, weights.W1.ndim, table.ndim) == (2, 2, 3, 2)
-    ):
-        return False
-    shapes = _shapes(x, weights, table)
-    return all(
-        t.shape == shape for t, shape in zip((*weights, step_bias, table), shapes, strict=True)
-    )
-
-
-def _shapes(x, weights, table):
-    """The shapes that ``weights``, ``step_bias`` and ``table`` must have."""
-    return *_weight_shapes(x, weights, len(table)), (len(table), 5)
 
 
 def _weight_shapes(x, weights, levels):

@@ -136,7 +136,7 @@ struct Panels {
 
   // out = after(w in + bias), w (outputs, inputs).
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
-              After after, C* out) const {
+              After after, C* out, const C*) const {
     // Blocks of equal size, give or take one: a short last one would leave units without work.
     const int64_t most = panels == 1 && last == 1 ? kSingleRows : kPairRows;
     const int64_t blocks = (out_features + most - 1) / most;
@@ -333,10 +333,12 @@ struct Single {
   static constexpr int L = kLanes<C>;
   int64_t numbers(int64_t features) const { return (features + L - 1) / L * L; }
 
-  // N vectors of outputs from `o` on, of which the last `out_features` may be short.
+  // N vectors of outputs from `o` on, of which the last `out_features` may be short. The weights from
+  // `next` on, those of the block after this one, are fetched meanwhile.
   template <int N>
   static void block(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
-                    const C* bias, After after, C* out) {
+                    const C* bias, After after, C* out, const C* next) {
+    constexpr int64_t kLine = 64 / sizeof(C);
     // Past the end the last row is taken again: its results go into lanes that nobody reads.
     const auto row = [&](int64_t i) {
       return w + (o + i < out_features ? o + i : out_features - 1) * inputs;
@@ -349,6 +351,10 @@ struct Single {
         Vec<C> square[L];
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) square[i] = load(row(n * L + i) + k);
+        if (k % kLine == 0) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) __builtin_prefetch(next + (n * L + i) * inputs + k, 0, 2);
+        }
         transpose<C>(square);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) sum[n] = fma(square[i], splat(in[k + i]), sum[n]);
@@ -372,15 +378,20 @@ struct Single {
     }
   }
 
+  // `next`: the weights of the product after this one.
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
-              After after, C* out) const {
-    constexpr int kBlocks = 4;  // chains of fma that run side by side
+              After after, C* out, const C* next) const {
+    // Chains of fma that run side by side. With more of them, so many rows are read at once that
+    // their lines push each other out of the first-level cache: rows lie powers of two apart.
+    constexpr int kBlocks = 2;
+    const auto after_rows = [&](int64_t o) { return o < out_features ? w + o * in_features : next; };
     int64_t o = 0;
     for (; o + kBlocks * L <= out_features; o += kBlocks * L) {
-      block<kBlocks>(w, o, out_features, in_features, in, bias, after, out);
+      block<kBlocks>(w, o, out_features, in_features, in, bias, after, out,
+                     after_rows(o + kBlocks * L));
     }
     for (; o < out_features; o += L) {
-      block<1>(w, o, out_features, in_features, in, bias, after, out);
+      block<1>(w, o, out_features, in_features, in, bias, after, out, after_rows(o + L));
     }
   }
 
@@ -463,17 +474,21 @@ void run(const TokenMlpArgs& a, const Tile& tile, int64_t first, C* scratch) {
     for (int64_t i = 0; i < tile.numbers(size); i += L) {
       store(in + i, splat(row.c_in) * load(x + i));
     }
-    tile.linear(of(a.w_in), width, size, rounded(in, size), of(a.b_in), After::kNothing, h);
+    tile.linear(of(a.w_in), width, size, rounded(in, size), of(a.b_in), After::kNothing, h,
+                a.blocks ? of(a.w1) : of(a.w_out));
     for (int64_t block = 0; block < a.blocks; ++block) {
       const int64_t matrix = block * width * width;
       tile.layer_norm(h, width, false, in);
       tile.linear(of(a.w1) + matrix, width, width, rounded(in, width),
-                  of(a.step_bias) + (step * a.blocks + block) * width, After::kSilu, out);
+                  of(a.step_bias) + (step * a.blocks + block) * width, After::kSilu, out,
+                  of(a.w2) + matrix);
       tile.linear(of(a.w2) + matrix, width, width, rounded(out, width),
-                  of(a.b2) + block * width, After::kAddToOutput, h);
+                  of(a.b2) + block * width, After::kAddToOutput, h,
+                  block + 1 < a.blocks ? of(a.w1) + matrix + width * width : of(a.w_out));
     }
     tile.layer_norm(h, width, true, in);
-    tile.linear(of(a.w_out), size, width, rounded(in, width), of(a.b_out), After::kNothing, out);
+    tile.linear(of(a.w_out), size, width, rounded(in, width), of(a.b_out), After::kNothing, out,
+                of(a.w_in));
     tile.step(row, x, out, size, static_cast<C*>(a.stats) + first * a.steps + step, a.steps);
   }
   for_dtype(a.dtype, [&](auto zero) {
