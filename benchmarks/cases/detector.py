@@ -27,8 +27,15 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         points.setdefault((1, SIDE, count), {})["steps"] = count
     for (n, side, count), sweep in points.items():
         yield score_case(device_type, "unet-tiny", n, side, count, sweep)
-    for n in () if quick else (1, 16):
-        yield score_case(device_type, "unet-small", n, 256, 5, {}, compiled=True)
+    if device_type == "cpu":
+        for n in () if quick else (1, 16):
+            yield score_case(device_type, "unet-small", n, 256, 5, {}, compiled=True)
+        return
+    for n in (1,) if quick else (1, 64):
+        yield score_case(device_type, "unet-small", n, 256, 10, {}, compiled=True, bfloat16=True)
+    yield score_case(
+        device_type, "unet-small", 1, 256, 1, {}, mode="one_step", compiled=True, bfloat16=True
+    )
 
 
 def score_case(
@@ -38,14 +45,17 @@ def score_case(
     side: int,
     steps: int,
     sweep: dict[str, int],
+    *,
+    mode: str = "reconstruct",
     compiled: bool = False,
+    bfloat16: bool = False,
 ) -> Case:
     """Ours as it is used; the same weights as a researcher would run them: eager, on the reference
     operators, in contiguous tensors."""
     from diffad_fast import use_backend
 
     device = torch.device(device_type)
-    detector = _detector(device, denoiser, side, steps)
+    detector = _detector(device, denoiser, side, steps, mode)
 
     def plain(images):
         with use_backend("reference"):
@@ -58,6 +68,13 @@ def score_case(
     def by_compiler(images):
         with use_backend("reference"):
             return compiled_denoiser(detector).score_batch(images)
+
+    def narrow(images):
+        return in_bfloat16(detector).score_batch(images)
+
+    def narrow_reference(images):
+        with use_backend("reference"):
+            return in_bfloat16(detector).score_batch(images)
 
     def exact(inputs):
         with use_backend("reference"):
@@ -75,9 +92,14 @@ def score_case(
         contenders[f"{REFERENCE}, channels_last, denoiser by torch.compile"] = Contender(
             by_compiler, memory_format="channels_last"
         )
+    if bfloat16:
+        options = {"dtype": "bfloat16", "memory_format": "channels_last", "tolerance": 5e-2}
+        contenders[f"{OURS}, bfloat16"] = Contender(narrow, **options)
+        contenders[f"{REFERENCE}, bfloat16, channels_last"] = Contender(narrow_reference, **options)
     return Case(
         "detector.score",
-        f"{denoiser}, batch {n}, {side}×{side}, {steps} steps",
+        f"{denoiser}, batch {n}, {side}×{side}, "
+        + (f"{steps} steps" if mode == "reconstruct" else mode),
         lambda device: (images,),  # on the host, where decoded images are
         exact,
         contenders,
@@ -90,13 +112,18 @@ def score_case(
     )
 
 
-def _detector(device: torch.device, denoiser: str, side: int, steps: int):
+def _detector(device: torch.device, denoiser: str, side: int, steps: int, mode: str):
     """Not fitted: the time of a score does not depend on the weights' values."""
     from diffad_fast import Detector
+    from diffad_fast.scoring import MapStatistics
 
     detector = Detector(
-        image_size=side, channels=1, denoiser=denoiser, reverse_steps=steps, device=device
-    )
+        image_size=side, channels=1, denoiser=denoiser, reverse_steps=steps, mode=mode,
+        device=device,
+    )  # fmt: skip
+    zero = torch.zeros((), device=device)
+    model = detector.model
+    model.use([MapStatistics(zero, zero + 1) for _ in model.map_names])
     return fill_zeros(detector)
 
 
@@ -118,7 +145,11 @@ def _variant(detector, kind: str, make):
     """``make`` applied once to a copy; the detector is kept too, so that its id stays its own."""
     key = (id(detector), kind)
     if key not in _variants:
-        _variants[key] = (detector, make(copy.deepcopy(detector)))
+        copied = copy.deepcopy(detector)
+        # The copy of one that was not fitted is a new one.
+        copied.model.load_state_dict(detector.model.state_dict())
+        copied.model.use(detector.model.statistics)
+        _variants[key] = (detector, make(copied))
     return _variants[key][1]
 
 
@@ -135,11 +166,25 @@ def contiguous(detector):
 def compiled_denoiser(detector):
     def make(copied):
         denoiser = copied.model.denoiser
-        denoiser.compile(dynamic=False)
-        denoiser.features = torch.compile(denoiser.features, dynamic=False)
+        graphs = next(denoiser.parameters()).is_cuda
+        options = {"dynamic": False, "mode": "reduce-overhead" if graphs else None}
+        denoiser.compile(**options)
+        features = torch.compile(denoiser.features, **options)
+        # A replay overwrites what the one before it gave, and both images' features are needed.
+        denoiser.features = lambda *x: [f.clone() if graphs else f for f in features(*x)]
         return copied
 
     return _variant(detector, "compiled", make)
+
+
+def in_bfloat16(detector):
+    def make(copied):
+        model = copied.model
+        model.config = model.config.replace(inference_dtype="bfloat16")
+        model.use(model.statistics)
+        return copied
+
+    return _variant(detector, "bfloat16", make)
 
 
 def in_float64(detector):

@@ -68,6 +68,35 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             rate=None,
             batch=shape[0],
         )
+    yield _finish_case(16 if device_type == "cpu" else 512, 256, 3)
+
+
+def _finish_case(n: int, side: int, level: int) -> Case:
+    """The end of a reconstruction: step, image and residual maps."""
+    coarse, channels = side // 2**level, 4**level
+
+    def inputs(device: torch.device) -> tuple:
+        state = (n, channels, coarse, coarse)
+        x, m = (
+            random(*state, seed=s).contiguous(memory_format=torch.channels_last) for s in range(2)
+        )
+        images = random(n, 1, side, side, seed=2)
+        return on(device, x, m, images, torch.zeros(channels), torch.ones(channels))
+
+    return operator_case(
+        "ddim_finish",
+        f"v_prediction, {n}×1×{side}×{side}, level {level}",
+        inputs,
+        lambda functions, x, m, images, mean, deviation: functions.ddim_finish(
+            x, m, 0.3, images, mean, deviation, level, prediction_type="v_prediction"
+        ),
+        memory_format="channels_last",
+        # Reads the state, the network's output and the image; writes x0, x_hat and two maps.
+        bytes=28 * n * side * side,
+        flops=(12 + 4 * level) * n * side * side,
+        rate=None,
+        batch=n,
+    )
 
 
 def _scheduler():
