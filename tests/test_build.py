@@ -132,7 +132,7 @@ with warnings.catch_warnings(record=True) as caught:
 ours = [str(w.message) for w in caught if "diffad_fast" in str(w.message)]
 assert len(ours) == 1 and "slower reference backend" in ours[0], ours
 assert info["build"] is None and {"cpu", "cuda"} <= set(info["unavailable"]), info
-assert set(info["operators"]["haar_pack"].values()) == {"reference"}, info
+assert info["operators"]["haar_pack"]["cpu"] == "reference", info
 try:
     diffad_fast.use_backend("cpu").__enter__()
 except diffad_fast.errors.BackendError as error:
