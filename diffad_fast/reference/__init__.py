@@ -5,6 +5,7 @@ argument checks beyond what the computation needs.
 """
 
 from .attention import wavelet_attention
+from .conv import conv3x3
 from .diffusion import ddim_step, q_sample
 from .energies import band_energies
 from .haar import haar_pack, haar_unpack
@@ -20,6 +21,7 @@ __all__ = [
     "PackedTokenMLP",
     "anomaly_map",
     "band_energies",
+    "conv3x3",
     "ddim_step",
     "dwt2d",
     "group_norm_silu",
