@@ -118,7 +118,10 @@ def _variant(detector, kind: str, make):
     """``make`` applied once to a copy; the detector is kept too, so that its id stays its own."""
     key = (id(detector), kind)
     if key not in _variants:
-        _variants[key] = (detector, make(copy.deepcopy(detector)))
+        copied = copy.deepcopy(detector)
+        # The copy of a detector that was not fitted is a new one, with weights of its own.
+        copied.model.load_state_dict(detector.model.state_dict())
+        _variants[key] = (detector, make(copied))
     return _variants[key][1]
 
 
