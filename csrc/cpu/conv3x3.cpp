@@ -20,13 +20,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Multiply-adds, or numbers moved, below which a thread is not worth its start.
 constexpr int64_t kGrain = 1 << 19, kMoveGrain = 1 << 15;
-// What a transform of tiles may take while it is multiplied: most of a second-level cache, beside
-// the weights that stream through it.
-constexpr int64_t kCache = 384 << 10;
+// Tiles that a thread transforms before it multiplies: whole blocks of the product's rows, few
+// enough to stay in a second-level cache beside the weights that stream through it.
+constexpr int64_t kAtOnce = 18, kCache = 640 << 10;
 // What a chunk of the gradient for the weights may take: threads read each other's transforms, from
 // the cache that they share.
 constexpr int64_t kSharedCache = 8 << 20;
 constexpr int64_t kChunkTiles = 192;
+// Fewer tiles for each thread leave registers of the product without work.
+constexpr int64_t kTilesOfThread = 12;
 
 float* data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 const float* read(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
@@ -118,14 +120,25 @@ Tensor conv3x3(const Tensor& input, const Tensor& packed, OptionalTensor bias,
   }
   const std::vector<float> zeros(a.inputs);
   a.zeros = zeros.data();
-  a.at_once = std::clamp<int64_t>(kCache / (kPoints * a.inputs * 4) / 6 * 6, 6, 36);
-  torch::stable::parallel_for(
-      0, tiles_of(x, a.grid), grain(kPoints * a.inputs * a.outputs),
-      [&](int64_t begin, int64_t end) {
-        const int64_t at_once = std::min(a.at_once, end - begin);
-        const std::unique_ptr<float[]> scratch(new float[conv3x3_scratch(a.inputs, at_once)]);
-        conv3x3_forward_kernel()(a, scratch.get(), begin, end);
-      });
+  a.at_once = std::clamp<int64_t>(kCache / (kPoints * a.inputs * 4) / 6 * 6, 6, kAtOnce);
+  const int64_t tiles = tiles_of(x, a.grid), blocks = outputs / kChannelBlock;
+  const auto run = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    const int64_t at_once = std::min(a.at_once, end - begin);
+    const std::unique_ptr<float[]> scratch(new float[conv3x3_scratch(a.inputs, at_once)]);
+    conv3x3_forward_kernel()(a, scratch.get(), begin, end, first, last);
+  };
+  // Threads share the tiles; where these are few they share the outputs instead: each transforms
+  // all tiles, which is little, and reads its part of the weights, which is much.
+  if (tiles >= kTilesOfThread * torch::stable::get_num_threads()) {
+    torch::stable::parallel_for(
+        0, tiles, grain(kPoints * a.inputs * outputs),
+        [&](int64_t begin, int64_t end) { run(begin, end, 0, outputs); });
+  } else {
+    torch::stable::parallel_for(0, blocks, grain(kPoints * a.inputs * tiles * kChannelBlock),
+                                [&](int64_t begin, int64_t end) {
+                                  run(0, tiles, begin * kChannelBlock, end * kChannelBlock);
+                                });
+  }
   return y;
 }
 

@@ -13,7 +13,7 @@ from .layout import is_channels_last
 CHANNEL_BLOCK = 16  # kChannelBlock and kTile of csrc/cpu/kernels/conv3x3.h
 TILE = 4
 # Fewer tiles in a batch do not pay for reading packed weights, four times the size of the weights.
-FEWEST_TILES = 8
+FEWEST_TILES = 4
 
 # Packed weights by the weight, each with what it was packed from.
 _packed = WeakTensorKeyDictionary()

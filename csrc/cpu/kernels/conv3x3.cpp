@@ -271,20 +271,20 @@ void conv3x3_pack(const ConvPack& a, int64_t begin, int64_t end) {
   }
 }
 
-void conv3x3_forward(const ConvForward& a, float* scratch, int64_t begin, int64_t end) {
-  for_even_blocks(end - begin, a.at_once, [&](int64_t first, int64_t tiles) {
+void conv3x3_forward(const ConvForward& a, float* scratch, int64_t begin, int64_t end,
+                     int64_t first, int64_t last) {
+  for_even_blocks(end - begin, a.at_once, [&](int64_t offset, int64_t tiles) {
+    const int64_t tile = begin + offset;
     const int64_t x_point = tiles * a.inputs + kPointGap, m_point = tiles * kWide + kPointGap;
     float *x = scratch, *m = scratch + kPoints * x_point;
     for (int64_t t = 0; t < tiles; ++t) {
-      to_points<WindowToPoints>(a.grid, begin + first + t, a.x, 1, a.inputs, a.zeros,
-                                x + t * a.inputs, x_point, kBlock);
+      to_points<WindowToPoints>(a.grid, tile + t, a.x, 1, a.inputs, a.zeros, x + t * a.inputs,
+                                x_point, kBlock);
     }
-    for (int64_t o = 0; o < a.outputs; o += kWide) {
-      const int64_t width = a.outputs - o < kWide ? a.outputs - o : kWide;
+    for (int64_t o = first; o < last; o += kWide) {
+      const int64_t width = last - o < kWide ? last - o : kWide;
       multiply(a, x, tiles, o, width, m);
-      for (int64_t t = 0; t < tiles; ++t) {
-        finish(a, begin + first + t, m + t * kWide, m_point, o, width);
-      }
+      for (int64_t t = 0; t < tiles; ++t) finish(a, tile + t, m + t * kWide, m_point, o, width);
     }
   });
 }

@@ -50,8 +50,9 @@ struct ConvForward {
 constexpr int64_t conv3x3_scratch(int64_t inputs, int64_t at_once) {
   return kPoints * (at_once * (inputs + 2 * kChannelBlock) + 2 * kPointGap);
 }
-// Tiles [begin, end) of all images.
-DIFFAD_KERNEL(conv3x3_forward, const ConvForward& args, float* scratch, int64_t begin, int64_t end)
+// Tiles [begin, end) of all images, outputs [first, last), multiples of kChannelBlock.
+DIFFAD_KERNEL(conv3x3_forward, const ConvForward& args, float* scratch, int64_t begin, int64_t end,
+              int64_t first, int64_t last)
 
 // The gradient for the weights, from chunks of tiles one after another.
 struct ConvGradient {
