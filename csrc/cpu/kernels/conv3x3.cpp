@@ -168,7 +168,8 @@ static_assert(kWide <= 2 * kBlock);
 template <int R, int N>
 void product(const float* x, const float* u, int64_t vector, int64_t inputs, float* m) {
   V sum[R][N] = {};
-  multiply_add<float, R, N>(x, inputs, 1, u, vector, kBlock, inputs, sum);
+  // Weights stream from memory, point after point and block after block.
+  multiply_add<float, R, N>(x, inputs, 1, u, vector, kBlock, inputs, sum, inputs * kBlock);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2

@@ -16,15 +16,21 @@ constexpr int kSingleRows = 8;  // more rows need more pointers than there are r
 #endif
 
 // sum[r][v] += sum over k < count of rows[r * row + k * row_step] times the vector at
-// panel[v * vector + k * panel_step]: for each lane one chain of fma over k in its order.
+// panel[v * vector + k * panel_step]: for each lane one chain of fma over k in its order. What lies
+// `ahead` of the panel, where that is not 0, is asked for on the way: the panel of the next call.
 template <class C, int R, int V>
 DIFFAD_SIMD void multiply_add(const C* rows, int64_t row, int64_t row_step, const C* panel,
                               int64_t vector, int64_t panel_step, int64_t count,
-                              Vec<C> (&sum)[R][V]) {
+                              Vec<C> (&sum)[R][V], int64_t ahead = 0) {
   for (int64_t k = 0; k < count; ++k) {
     Vec<C> x[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) x[v] = load(panel + k * panel_step + v * vector);
+    for (int v = 0; v < V; ++v) {
+      const C* from = panel + k * panel_step + v * vector;
+      x[v] = load(from);
+      // Two short vectors share a line of the cache.
+      if (ahead != 0 && (v == 0 || kVectorBytes == 64)) __builtin_prefetch(from + ahead);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<C> number = splat(rows[r * row + k * row_step]);
