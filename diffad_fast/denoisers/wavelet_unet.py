@@ -132,9 +132,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         scale, shift = self.modulation(e).chunk(2, dim=1)
         h = recomputed(self.conv1, self.norm1, x)
-        return self.skip(x) + recomputed(self.conv2, self.norm2, h, scale, shift)
-        h = self.conv1(self.norm1(x))
-        return self.conv2(self.norm2(h, scale, shift), self.skip(x))
+        skip = self.skip(x)
+        return recomputed(lambda y: self.conv2(y, skip), self.norm2, h, scale, shift)
 
 
 class WaveletAttention(nn.Module):
