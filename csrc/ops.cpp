@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "weights, int levels, Tensor[] stats, float sigma, float top, Tensor? base=None) -> (Tensor, "
       "Tensor)");
   m.def("band_energies(Tensor x, int cell, int levels) -> Tensor");
+  m.def("conv3x3(Tensor x, Tensor packed, Tensor? bias, Tensor? residual) -> Tensor");
+  m.def("conv3x3_pack(Tensor weight, bool turned) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor grad, Tensor x) -> Tensor");
   m.def("cpu_isa(int level) -> int");  // csrc/cpu/isa.cpp
   m.def(
       "ddim_finish(Tensor x_t, Tensor model_output, Tensor? guide, Tensor images, Tensor mean, "

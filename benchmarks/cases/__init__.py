@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from ..case import Case
 
 OPERATORS = (
-    "haar", "wavelet", "attention", "norm", "noise", "diffusion", "token_mlp", "energies", "maps",
-    "detector",
+    "haar", "wavelet", "attention", "norm", "conv", "noise", "diffusion", "token_mlp", "energies",
+    "maps", "detector",
 )  # fmt: skip
 
 

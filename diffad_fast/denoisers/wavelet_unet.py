@@ -38,7 +38,7 @@ class WaveletUNet(nn.Module):
         super().__init__()
         embedding = 4 * widths[0]
         self.embedding = NoiseLevelEmbedding(embedding)
-        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(channels, widths[0])
 
         self.encoder, self.down = nn.ModuleList(), nn.ModuleList()
         previous = widths[0]
@@ -65,7 +65,7 @@ class WaveletUNet(nn.Module):
                 self.up.append(nn.Conv2d(width, 4 * width, 1))
 
         self.norm_out = NormSiLU(previous)
-        self.conv_out = zero_init(nn.Conv2d(previous, channels, 3, padding=1))
+        self.conv_out = zero_init(Conv3x3(previous, channels))
 
     def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
         return self.denoise(x, self.embedding(log_sigma))
@@ -123,16 +123,17 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, width: int, embedding: int):
         super().__init__()
         self.norm1 = NormSiLU(channels)
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv1 = Conv3x3(channels, width)
         self.modulation = nn.Linear(embedding, 2 * width)
         self.norm2 = NormSiLU(width)
-        self.conv2 = zero_init(nn.Conv2d(width, width, 3, padding=1))
+        self.conv2 = zero_init(Conv3x3(width, width))
         self.skip = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
 
     def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
         scale, shift = self.modulation(e).chunk(2, dim=1)
         h = recomputed(self.conv1, self.norm1, x)
-        return self.skip(x) + recomputed(self.conv2, self.norm2, h, scale, shift)
+        skip = self.skip(x)
+        return recomputed(lambda y: self.conv2(y, skip), self.norm2, h, scale, shift)
 
 
 class WaveletAttention(nn.Module):
@@ -156,6 +157,16 @@ class WaveletAttention(nn.Module):
         q, k, v = qkv.reshape(n, h, w, 3, self.heads, c // self.heads).permute(3, 0, 4, 1, 2, 5)
         o = ops.wavelet_attention(q, k, v, self.logit_gain, self.value_gain)
         return x + self.projection(o.permute(0, 1, 4, 2, 3).reshape(n, c, h, w))
+
+
+class Conv3x3(nn.Conv2d):
+    """``ops.conv3x3``, with what is added to its output."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return ops.conv3x3(x, self.weight, self.bias, residual)
 
 
 class NormSiLU(nn.Module):

@@ -5,6 +5,7 @@ functions in plain PyTorch.
 """
 
 from .attention import wavelet_attention
+from .conv import conv3x3
 from .diffusion import ddim_step, q_sample
 from .dispatch import select_from_environment
 from .energies import band_energies
@@ -24,6 +25,7 @@ __all__ = [
     "PackedTokenMLP",
     "anomaly_map",
     "band_energies",
+    "conv3x3",
     "ddim_finish",
     "ddim_step",
     "dwt2d",

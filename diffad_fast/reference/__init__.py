@@ -5,6 +5,7 @@ argument checks beyond what the computation needs.
 """
 
 from .attention import wavelet_attention
+from .conv import conv3x3
 from .diffusion import ddim_step, q_sample
 from .energies import band_energies
 from .finish import Finish, ddim_finish
@@ -22,6 +23,7 @@ __all__ = [
     "PackedTokenMLP",
     "anomaly_map",
     "band_energies",
+    "conv3x3",
     "ddim_finish",
     "ddim_step",
     "dwt2d",

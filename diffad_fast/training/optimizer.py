@@ -91,12 +91,14 @@ class Optimizer:
             weight_decay=self.config.weight_decay, amsgrad=False, maximize=False,
         )  # fmt: skip
         self.average.lerp_(self.values, self.share)
+        self._changed()
 
     def exchange(self, other: torch.Tensor) -> None:
         """Swap the parameters with another vector of all of them, in place."""
         kept = self.values.clone()
         self.values.copy_(other)
         other.copy_(kept)
+        self._changed()
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor], step: int) -> None:
@@ -104,6 +106,12 @@ class Optimizer:
         for name in STATE:
             getattr(self, name).copy_(tensors[name])
         self._count.fill_(float(step))
+        self._changed()
+
+    def _changed(self) -> None:
+        """Tell who keeps something made from a parameter: its own version does not count what is
+        written to the vector that it is a view of."""
+        torch.autograd.graph.increment_version(self.parameters)
 
     def release(self) -> None:
         """Give every parameter memory of its own again, and drop the gradients."""

@@ -10,7 +10,7 @@
 // until one is left. So a token's result depends neither on its place in x nor on other tokens.
 #include "token_mlp_loop.h"
 
-#include "simd.h"
+#include "gemm.h"
 
 namespace diffad::DIFFAD_ISA {
 namespace {
@@ -63,15 +63,6 @@ DIFFAD_SIMD Vec<C> update(const Row<C>& row, C* x, const C* m) {
 
 // ---------------------------------------------------------------------- panels
 
-// The block of outputs is chosen by the registers: R outputs times V vectors of tokens need R V
-// accumulators, V vectors of inputs and one broadcast weight.
-#if defined(__AVX512F__)
-constexpr int kPairRows = 12;  // 24 of 32 registers
-constexpr int kSingleRows = 12;
-#else
-constexpr int kPairRows = 6;    // 12 of 16, enough to keep two units of latency 4 busy
-constexpr int kSingleRows = 8;  // more rows need more pointers than there are registers
-#endif
 static_assert(kSingleRows >= kPairRows);  // the last panel of several has the blocks of the others
 
 // R outputs of V vectors of tokens: out[r] = sum over k of w[r][k] in[k] + bias[r].
@@ -79,17 +70,7 @@ template <class C, int R, int V>
 void outputs(const C* w, int64_t inputs, const C* in, const C* bias, After after, C* out) {
   constexpr int L = kLanes<C>;
   Vec<C> sum[R][V] = {};
-  for (int64_t k = 0; k < inputs; ++k) {
-    Vec<C> x[V];
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) x[v] = load(in + (k * V + v) * L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec<C> weight = splat(w[r * inputs + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[r][v] = fma(weight, x[v], sum[r][v]);
-    }
-  }
+  multiply_add<C, R, V>(w, inputs, 1, in, L, V * L, inputs, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -103,16 +84,6 @@ void outputs(const C* w, int64_t inputs, const C* in, const C* bias, After after
   if (after == After::kSilu) {
     for (int i = 0; i < R * V * L; i += L) store(out + i, silu<C>(load(out + i)));
   }
-}
-
-// `rows` <= R outputs.
-template <class C, int R, int V>
-DIFFAD_SIMD void up_to(int rows, const C* w, int64_t inputs, const C* in, const C* bias,
-                       After after, C* out) {
-  if constexpr (R > 1) {
-    if (rows < R) return up_to<C, R - 1, V>(rows, w, inputs, in, bias, after, out);
-  }
-  outputs<C, R, V>(w, inputs, in, bias, after, out);
 }
 
 // Tokens in panels of two vectors, the last one of one vector where that is enough. In a panel,
@@ -137,23 +108,23 @@ struct Panels {
   // out = after(w in + bias), w (outputs, inputs).
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
               After after, C* out, const C*) const {
-    // Blocks of equal size, give or take one: a short last one would leave units without work.
     const int64_t most = panels == 1 && last == 1 ? kSingleRows : kPairRows;
-    const int64_t blocks = (out_features + most - 1) / most;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t o = block * out_features / blocks;
-      const int rows = static_cast<int>((block + 1) * out_features / blocks - o);
+    for_even_blocks(out_features, most, [&](int64_t o, int64_t rows) {
       const C* weights = w + o * in_features;
       for (int64_t p = 0; p < panels; ++p) {
         const C* panel = in + begin(p, in_features);
         C* result = out + begin(p, out_features) + o * vectors(p) * L;
         if (vectors(p) == 2) {
-          up_to<C, kPairRows, 2>(rows, weights, in_features, panel, bias + o, after, result);
+          with_rows<kPairRows>(rows, [&](auto r) {
+            outputs<C, r, 2>(weights, in_features, panel, bias + o, after, result);
+          });
         } else {
-          up_to<C, kSingleRows, 1>(rows, weights, in_features, panel, bias + o, after, result);
+          with_rows<kSingleRows>(rows, [&](auto r) {
+            outputs<C, r, 1>(weights, in_features, panel, bias + o, after, result);
+          });
         }
       }
-    }
+    });
   }
 
   // Calls f(offset of feature 0, distance of features) for every vector of tokens.
