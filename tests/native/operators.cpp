@@ -275,6 +275,30 @@ void energies() {
   }
 }
 
+void convolution() {
+  if (dtype != at::kFloat) return;  // it is written for that alone
+  for (const auto& [n, inputs, outputs, height, width] : std::vector<std::array<int64_t, 5>>{
+           {1, 16, 48, 8, 8}, {3, 32, 16, 13, 9}, {2, 48, 80, 4, 21}, {1, 16, 16, 1, 1}}) {
+    const Tensor x = random({n, inputs, height, width}), bias = random({outputs});
+    const Tensor weight = random({outputs, inputs, 3, 3}) / std::sqrt(9.0 * inputs);
+    const Tensor grad = random({n, outputs, height, width});
+    const Tensor packed = call("conv3x3_pack", {weight, false})[0];
+    const Tensor turned = call("conv3x3_pack", {last(weight), true})[0];
+    const Tensor wider = last(random({n, inputs + 5, height, width}));
+    for (const Tensor& image : {x, last(x), wider.slice(1, 3, 3 + inputs)}) {
+      const Tensor y = call("conv3x3", {image, packed, bias, grad})[0];
+      expect(y, at::conv2d(image, weight, bias, 1, 1) + grad, rounding(), "conv3x3: wrong");
+      call("conv3x3", {image, packed, kNone, kNone});
+      const auto [dx, dweight, dbias] = at::convolution_backward(
+          grad, image, weight, {}, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1, {true, true, false});
+      const Tensor found = call("conv3x3_weight_gradient", {grad, image})[0];
+      expect(found, dweight, 1e-4, "conv3x3_weight_gradient: wrong");
+      expect(call("conv3x3", {last(grad), turned, kNone, kNone})[0], dx, rounding(),
+             "conv3x3: wrong gradient of the input");
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -293,6 +317,7 @@ int main(int argc, char** argv) {
       {"token_mlp_loop token_mlp_loss", token_mlp},
       {"anomaly_map", maps},
       {"band_energies", energies},
+      {"conv3x3 conv3x3_pack conv3x3_weight_gradient", convolution},
   };
   std::string covered = " cpu_isa ";
   for (const auto& [names, run] : cases) covered += names + " ";
