@@ -229,24 +229,6 @@ void finish() {
   }
 }
 
-void convolution() {
-  if (dtype != at::kFloat) return;
-  for (const auto& [n, inputs, outputs, h, w] : std::vector<std::array<int64_t, 5>>{
-           {1, 16, 16, 1, 1}, {2, 32, 16, 5, 7}, {3, 16, 48, 12, 9}, {1, 16, 16, 40, 41}}) {
-    const Tensor x = random({n, inputs, h, w}), weight = random({outputs, inputs, 3, 3}) * 0.1;
-    const Tensor packed = call("conv3x3_pack", {weight, false})[0];
-    const Tensor turned = call("conv3x3_pack", {weight, true})[0];
-    const Tensor bias = random({outputs}), residual = random({n, outputs, h, w});
-    for (const Tensor& image : {x, last(x)}) {
-      const Tensor y = call("conv3x3", {image, packed, bias, residual})[0];
-      const Tensor exact = at::conv2d(image, weight, bias, 1, 1) + residual;
-      expect(y, exact, 1e-4, "conv3x3: not a convolution");
-      call("conv3x3", {y, turned, kNone, kNone});
-      call("conv3x3_weight_gradient", {y, image});
-    }
-  }
-}
-
 void noise() {
   for (const int64_t size : {1, 5, 1001, 20000}) {
     const Tensor out = at::full({2, size}, NAN), keys = at::tensor({3, 9}, at::kLong);
@@ -350,7 +332,6 @@ int main(int argc, char** argv) {
       {"wavelet_attention wavelet_attention_backward", attention},
       {"q_sample ddim_step ddim_table", diffusion},
       {"ddim_finish", finish},
-      {"conv3x3 conv3x3_pack conv3x3_weight_gradient", convolution},
       {"philox_normal_", noise},
       {"token_mlp_loop token_mlp_loss", token_mlp},
       {"anomaly_map", maps},
