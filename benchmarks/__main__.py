@@ -12,6 +12,7 @@ SUITES = {
     "gpu": "the same on the GPU",
     "train": "the training step, images per second",
     "metrics": "AUROC, AUPRO, ... against scikit-learn and the usual loops",
+    "plugins": "a call through scikit-learn, PyOD, diffusers and anomalib against the direct call",
     "end-to-end": "quality against latency of whole detectors on a data set",
     "compile-report": "registers, shared memory and spills of every CUDA and Triton kernel",
     "all": "all of the above that this machine can run",

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
+import torch
+
 # Module to import -> its distribution.
 PEERS = {
     "pywt": "PyWavelets",
@@ -31,6 +33,8 @@ def get(module: str):
         if module == "pytorch_wavelets" and importlib.util.find_spec("pkg_resources") is None:
             with _resource_stream():
                 return importlib.import_module(module)
+        if module == "anomalib":
+            _declare_operators_of_torchvision()
         return importlib.import_module(module)
     except Exception as error:  # whatever stops a foreign package from loading
         _reasons[module.split(".")[0]] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -54,6 +58,16 @@ def versions() -> dict[str, str]:
 
 
 _reasons: dict[str, str] = {}
+_library: list[torch.library.Library] = []
+
+
+def _declare_operators_of_torchvision() -> None:
+    """What PyPI's torchvision, linked to CUDA, refers to and does not register beside a CPU build
+    of torch (pytorch/vision#9085)."""
+    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
+        _library.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _library[0].define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ TITLES = {
     "gpu": "Operators on a GPU",
     "train": "Training",
     "metrics": "Metrics",
+    "plugins": "Calls through other libraries",
     "end-to-end": "Quality against latency",
 }
 

@@ -23,7 +23,7 @@ from . import (
 from .harness import Run
 
 FAMILIES = {"cpu": (*cases.OPERATORS, "metrics"), "gpu": cases.OPERATORS, "train": ("training",),
-            "metrics": ("metrics",)}  # fmt: skip
+            "metrics": ("metrics",), "plugins": ("integrations",)}  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     gpu = args.device == "cuda" or (args.device is None and torch.cuda.is_available())
     # The metrics are among the cases of "cpu".
     first = "metrics" if args.device == "cuda" else "cpu"
-    suites = [first, *(["gpu"] if gpu else []), "train", "end-to-end", "compile-report"]
+    suites = [first, *(["gpu"] if gpu else []), "train", "plugins", "end-to-end"]
+    suites += ["compile-report"]
     if args.baseline:
         sys.exit("--baseline is the result of one suite: run that suite alone")
     return max(_one(suite, args) for suite in suites)

@@ -111,9 +111,15 @@ class DiffADFast(MemoryBankMixin, AnomalibModule):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """One epoch on one device, without a look at the validation set before it."""
+        """One epoch on one device, without a look at the validation set before it.
+
+        ``max_steps`` is without a limit, whatever the Engine was given: its steps are the batches
+        that are gathered, and a limit would leave out training images without a word. The number of
+        optimisation steps is ``train_steps``.
+        """
         return {
-            "gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1,
+            "gradient_clip_val": 0, "max_epochs": 1, "max_steps": -1, "num_sanity_val_steps": 0,
+            "devices": 1,
         }  # fmt: skip
 
     @property

@@ -80,7 +80,8 @@ class FusedDDIMScheduler(DDIMScheduler):
                     device=model_output.device,
                     dtype=model_output.dtype,
                 )
-        sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        if sample.dtype != model_output.dtype:
+            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         alpha_t, alpha_s = self._levels(timestep)
         options = {"prediction_type": config.prediction_type}
         if config.thresholding:

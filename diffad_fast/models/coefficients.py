@@ -285,10 +285,11 @@ class CoefficientModel(nn.Module):
         )
         if self.distance is None:
             return map_, score
+        own = features[0] if self.backbone is None else ()
         share = sum(config.map_weights)
         standard = MapStatistics(score.new_zeros(()), score.new_tensor(share))
         return fuse(
-            [map_, self._semantic(images, x0)], [standard, self.statistics[3]],
+            [map_, self._semantic(images, x0, own)], [standard, self.statistics[3]],
             [share, config.semantic_weight], 0.0, config.top_fraction,
         )  # fmt: skip
 
@@ -350,9 +351,13 @@ class CoefficientModel(nn.Module):
         """(N,h,w,C): the features that see most of the image."""
         return self._features(x0)[-1].permute(0, 2, 3, 1)
 
-    def _semantic(self, images: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
-        """(N,h,w), in reconstruct at the size of the images."""
-        distance = self.distance(self._coarsest(x0))
+    def _semantic(
+        self, images: torch.Tensor, x0: torch.Tensor, features: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        """(N,h,w), in reconstruct at the size of the images. features: of x0, where they are known
+        already."""
+        coarsest = features[-1].permute(0, 2, 3, 1) if features else self._coarsest(x0)
+        distance = self.distance(coarsest)
         in_pixels = self.config.mode == "reconstruct"
         return resized(distance, images.shape[2:] if in_pixels else x0.shape[2:])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from . import exported
 from .haar import haar_pack, haar_unpack
 
 
@@ -23,6 +24,8 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
     heads, height, width, d = q.shape[1:]
     if scale is None:
         scale = (4**level * d) ** -0.5
+    if level == 1 and torch.compiler.is_exporting():
+        return exported.wavelet_attention(q, k, v, logit_gain, value_gain, scale)
     query, key, value = (_tokens(x, level) for x in (q, k, v))
     if logit_gain is not None:
         query = query * _per_coefficient(logit_gain.to(q.dtype), level, d)

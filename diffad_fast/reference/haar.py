@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import exported
+
 
 def _butterfly(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One level on the four values of each block; its own inverse."""
@@ -36,6 +38,8 @@ def haar_pack(x: Tensor, level: int = 1) -> Tensor:
             f"haar_pack: height {x.shape[-2]} and width {x.shape[-1]} must divide by {2**level} "
             f"for level {level}: pad or crop the input, or take a lower level"
         )
+    if torch.compiler.is_exporting():
+        return exported.haar_pack(x, level)
     for _ in range(level):
         rows = x[..., 0::2, :], x[..., 1::2, :]
         block = [half[..., column::2] for half in rows for column in (0, 1)]
@@ -56,6 +60,8 @@ def haar_unpack(y: Tensor, level: int = 1) -> Tensor:
         raise ValueError(
             f"haar_unpack: {y.shape[1]} channels must divide by {4**level} for level {level}"
         )
+    if torch.compiler.is_exporting():
+        return exported.haar_unpack(y, level)
     for _ in range(level):
         a, b, c, d = _butterfly(*y.chunk(4, dim=1))
         top, bottom = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((a, b), (c, d)))

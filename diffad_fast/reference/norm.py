@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .exported import like
+
 
 def group_norm_silu(
     x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=None, activation=True
@@ -18,14 +20,14 @@ def group_norm_silu(
     y = F.group_norm(
         x,
         num_groups,
-        None if weight is None else weight.to(x.dtype),
-        None if bias is None else bias.to(x.dtype),
+        None if weight is None else like(weight, x),
+        None if bias is None else like(bias, x),
         eps,
     )
     if scale is not None:
-        y = y * (1 + scale.to(x.dtype)[:, :, None, None])
+        y = y * (1 + like(scale, x)[..., None, None])
     if shift is not None:
-        y = y + shift.to(x.dtype)[:, :, None, None]
+        y = y + like(shift, x)[..., None, None]
     if activation:
         y = F.silu(y)
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():

@@ -61,10 +61,10 @@ def datamodule(tree):
     )  # fmt: skip
 
 
-def engine(folder):
+def engine(folder, **options):
     return Engine(
         default_root_dir=folder, accelerator="cpu", logger=False, enable_progress_bar=False,
-        barebones=False,
+        barebones=False, **options,
     )  # fmt: skip
 
 
@@ -96,6 +96,16 @@ def test_fit_test_and_predict(fitted, tree):
     assert batch.anomaly_map.shape[-2:] == (SIDE, SIDE) and batch.pred_label is not None
     score = torch.cat([b.pred_score.flatten() for b in batches])
     assert 0 <= float(score.min()) and float(score.max()) <= 1  # their post-processor's scale
+
+
+def test_a_limit_of_steps_leaves_out_no_training_image(tree, tmp_path, monkeypatch):
+    seen, model = [], DiffADFast(**{**QUICK, "train_steps": 2}, visualizer=False)
+    assert model.trainer_arguments["max_steps"] == -1
+    monkeypatch.setattr(
+        type(model.model), "fit", lambda self, device: seen.append(len(torch.cat(self.gathered)))
+    )
+    engine(tmp_path, max_steps=1, limit_val_batches=0).fit(model, datamodule=datamodule(tree))
+    assert seen == [60]
 
 
 def test_scores_are_those_of_the_detector(fitted, tree):

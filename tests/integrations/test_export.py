@@ -148,6 +148,7 @@ def test_onnx_of_vectors(fitted, mode, tmp_path):
     finally:
         fitted.mode = before
     assert json.loads(session.get_modelmeta().custom_metadata_map["config"])["kind"] == "vector"
+    assert b"diffad_fast/" not in path.read_bytes()  # no source paths of the exporting machine
 
 
 @pytest.mark.slow

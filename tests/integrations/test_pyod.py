@@ -38,6 +38,8 @@ def test_attributes_and_quality(fitted, data):
     X_train, X_test, y_train, y_test = data
     assert fitted.decision_scores_.shape == fitted.labels_.shape == (N_TRAIN,)
     assert set(np.unique(fitted.labels_)) == {0, 1}
+    assert fitted._mu == pytest.approx(fitted.decision_scores_.mean())
+    assert fitted._sigma == pytest.approx(fitted.decision_scores_.std())
     assert fitted.labels_.sum() == pytest.approx(SHARE * N_TRAIN, abs=1)
     np.testing.assert_array_equal(fitted.labels_, fitted.decision_scores_ > fitted.threshold_)
     np.testing.assert_array_equal(fitted.decision_function(X_train), fitted.decision_scores_)
@@ -47,6 +49,7 @@ def test_attributes_and_quality(fitted, data):
 def test_predictions_probabilities_and_confidence(fitted, data):
     X, y = data[1], data[3]
     labels = fitted.predict(X)
+    assert labels.shape == y.shape
     np.testing.assert_array_equal(labels, fitted.decision_function(X) > fitted.threshold_)
     for method in ("linear", "unify"):
         probability = fitted.predict_proba(X, method=method)
