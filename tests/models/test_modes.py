@@ -135,11 +135,12 @@ def test_the_score_is_the_fused_map(model, mode):
     assert (middle <= score + 1e-5).all()
 
 
+@pytest.mark.parametrize("map_weights", [(1, 0, 0), (1, 1, 0)])
 @torch.inference_mode()
-def test_semantic_map_in_every_mode():
+def test_semantic_map_in_every_mode(map_weights):
     """The denoiser's features are the coefficients here, whose whitening is known."""
     config = DetectorConfig.create(
-        image_size=32, haar_level=1, denoiser="custom", map_weights=(1, 0, 0), semantic_weight=0.5
+        image_size=32, haar_level=1, denoiser="custom", map_weights=map_weights, semantic_weight=0.5
     )
     model = CoefficientModel(config, torch.device("cpu"), IdealDenoiser("v_prediction"))
     normal = ops.haar_pack(torch.rand(40, 1, 32, 32), 1).permute(0, 2, 3, 1)
@@ -159,12 +160,13 @@ def test_semantic_map_in_every_mode():
     maps = model.raw_maps(IMAGES)
     assert maps[-1].shape == maps[0].shape == (3, 32, 32)
     one = MapStatistics(torch.tensor(0.2), torch.tensor(2.0))
-    model.use([one, None, None, one])
+    model.use([one, one if map_weights[1] else None, None, one])
     fused, _ = model.score(IMAGES)
+    standard = [(m.numpy() - 0.2) / 2 for m in maps if m is not None]
     smooth = np.stack(
-        [gaussian_filter((m.numpy() - 0.2) / 2, 0.5, mode="reflect", truncate=4) for m in maps[0]]
+        [gaussian_filter(m, 0.5, mode="reflect", truncate=4) for m in sum(standard[:-1])]
     )
-    together = (smooth + 0.5 * (maps[-1].numpy() - 0.2) / 2) / 1.5
+    together = (smooth + 0.5 * standard[-1]) / (sum(map_weights) + 0.5)
     assert np.abs(fused.numpy() - together).max() < 1e-4
 
 
