@@ -164,6 +164,23 @@ def test_a_wavelet_object():
         assert torch.allclose(got, expected, rtol=0, atol=1e-15)
 
 
+def test_filters_as_short_as_haars_that_are_not():
+    """Each differs from Haar's in one number, and must not be taken for it."""
+    r = np.sqrt(2) / 2
+    x = np.random.default_rng(8).standard_normal((1, 2, 8, 6))
+    for place in range(4):
+        bank = np.array([[r, r], [-r, r], [r, r], [r, -r]])
+        bank[place // 2, place % 2] *= -0.5
+        bank[2:] = bank[:2, ::-1]
+        mine = pywt.Wavelet("mine", bank.tolist())
+        got = ops.dwt2d(torch.from_numpy(x), mine)
+        for g, e in zip(got, flat(pywt.dwt2(x, mine, "periodization")), strict=True):
+            np.testing.assert_allclose(g.numpy(), e, rtol=0, atol=1e-13)
+        expected = pywt.idwt2((x, (x, x, x)), mine, "periodization")
+        back = ops.idwt2d((torch.from_numpy(x),) * 4, mine)
+        np.testing.assert_allclose(back.numpy(), expected, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["periodization", "smooth"])
 def test_dtypes(mode, dtype):
