@@ -57,6 +57,7 @@ Tensors raw(const std::string& name, Values stack) {
   for (IValue& value : stack) {
     if (value.isTensorList()) value = list(value.toTensorVector());
   }
+  op.schema().checkAndNormalizeInputs(stack);  // nobody counts the arguments later on
   op.callBoxed(&stack);
   Tensors found;
   for (const IValue& value : stack) collect(value, found);
@@ -274,8 +275,10 @@ void maps() {
       }
       for (const double sigma : {0.0, 1.5, 9.0}) {
         const c10::List<double> weights({1.0, 0.5, 2.0});
-        call("anomaly_map",
-             {x, random(x.sizes()), list(f), list(g), weights, levels, list(stats), sigma, 0.03});
+        for (const IValue& base : {kNone, IValue(random_wide({2, h, w}))}) {
+          call("anomaly_map", {x, random(x.sizes()), list(f), list(g), weights, levels,
+                               list(stats), sigma, 0.03, base});
+        }
       }
     }
   }
