@@ -107,7 +107,13 @@ class DiffADFast(MemoryBankMixin, AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if STATE in checkpoint:
-            self.model.detector = from_state(**checkpoint[STATE], path="the checkpoint")
+            detector = from_state(**checkpoint[STATE], path="the checkpoint")
+            # The first score makes what the next ones need, packed weights and noise. An export
+            # must not be the first: it computes with tensors that hold no numbers.
+            config = detector.config
+            with torch.inference_mode():
+                detector.model.score(torch.zeros(1, config.channels, *config.image_size))
+            self.model.detector = detector
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

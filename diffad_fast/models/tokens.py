@@ -48,6 +48,7 @@ class TokenModel(nn.Module):
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.config = config
         self._smoothed = GaussianSmoothing()
+        self._fields: dict[tuple, torch.Tensor] = {}
         if config.prediction_type != "v_prediction":
             raise InputError(
                 f"the token MLP predicts v: prediction_type {config.prediction_type!r} is for the "
@@ -334,9 +335,17 @@ class TokenModel(nn.Module):
         shape = (1, *tokens.shape[1:])
         if self.config.kind == "audio":
             shape = (1, 1, 1, tokens.shape[3])
-        noise = ops.philox_normal(shape, self.config.seed, device=rows.device)
+        noise = self._noise(shape, rows.device)
         noised = tokens * alpha**0.5 + noise * (1 - alpha) ** 0.5
         return [ops.token_mlp_loop(noised.flatten(0, 2), *loop)[0] - rows]
+
+    def _noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """The field of a shape, made once: in an exported program it is a constant."""
+        if (shape, device) not in self._fields:
+            with torch.inference_mode(False):
+                field = ops.philox_normal(shape, self.config.seed, device=device)
+            self._fields[shape, device] = field
+        return self._fields[shape, device]
 
     # --------------------------------------------------------- checkpoint
 

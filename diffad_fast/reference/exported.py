@@ -14,12 +14,15 @@ import torch.nn.functional as F
 _HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
 
 
-def like(tensor, x):
-    """``tensor`` in the dtype and on the device of ``x``.
+def as_dtype(tensor, dtype):
+    """``tensor`` in ``dtype``: an export notes a conversion also where nothing is converted."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
-    An export writes down a conversion also where it converts nothing.
-    """
-    return tensor if (tensor.dtype, tensor.device) == (x.dtype, x.device) else tensor.to(x)
+
+def _haar(x):
+    """The matrix in the dtype and on the device of ``x``."""
+    matrix = _HAAR if x.device == _HAAR.device else _HAAR.to(x.device)
+    return as_dtype(matrix, x.dtype)
 
 
 def haar_pack(x, level):
@@ -27,7 +30,7 @@ def haar_pack(x, level):
         c, height, width = x.shape[1:]
         # Channel 4 c + k holds the value k of each block.
         blocks = F.pixel_unshuffle(x, 2).reshape(-1, c, 4, height * width // 4)
-        bands = (like(_HAAR, x) @ blocks).transpose(1, 2)
+        bands = (_haar(x) @ blocks).transpose(1, 2)
         x = bands.reshape(-1, 4 * c, height // 2, width // 2)
     return x
 
@@ -36,7 +39,7 @@ def haar_unpack(y, level):
     for _ in range(level):
         channels, height, width = y.shape[1:]
         bands = y.reshape(-1, 4, channels // 4, height * width).transpose(1, 2)
-        blocks = like(_HAAR, y) @ bands
+        blocks = _haar(y) @ bands
         y = F.pixel_shuffle(blocks.reshape(-1, channels, height, width), 2)
     return y
 
@@ -64,8 +67,8 @@ def wavelet_attention(q, k, v, logit_gain, value_gain, scale):
         """H diag(gain) H on (N,heads,4,tokens d)."""
         if gain is None:
             return x
-        haar = like(_HAAR, x)
-        return (haar @ (like(gain, x).unsqueeze(-1) * haar)) @ x
+        haar = _haar(x)
+        return (haar @ (as_dtype(gain, x.dtype).unsqueeze(-1) * haar)) @ x
 
     query = weighted(blocks(q, (3, 5, 2, 4, 6)).reshape(-1, heads, 4, tokens * d), logit_gain)
     query = query.reshape(-1, heads, 4, tokens, d).transpose(2, 3).reshape(-1, heads, tokens, 4 * d)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .exported import like
+from .exported import as_dtype
 
 
 def group_norm_silu(
@@ -20,14 +20,14 @@ def group_norm_silu(
     y = F.group_norm(
         x,
         num_groups,
-        None if weight is None else like(weight, x),
-        None if bias is None else like(bias, x),
+        None if weight is None else as_dtype(weight, x.dtype),
+        None if bias is None else as_dtype(bias, x.dtype),
         eps,
     )
     if scale is not None:
-        y = y * (1 + like(scale, x)[..., None, None])
+        y = y * (1 + as_dtype(scale, x.dtype)[..., None, None])
     if shift is not None:
-        y = y + like(shift, x)[..., None, None]
+        y = y + as_dtype(shift, x.dtype)[..., None, None]
     if activation:
         y = F.silu(y)
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .exported import as_dtype
+
 LAYER_NORM_EPS = 1e-5
 
 
@@ -64,16 +66,16 @@ def token_mlp_loop(x, weights, step_bias, table):
     x_end has the dtype of ``x``, stats that wider one.
     """
     state = torch.promote_types(x.dtype, torch.float32)
-    current = x.to(state)
+    current = as_dtype(x, state)
     stats = []
-    for row, biases in zip(table.to(state), step_bias.to(state), strict=True):
+    for row, biases in zip(as_dtype(table, state), as_dtype(step_bias, state), strict=True):
         c_in, a, b, p, q = row
         m = _evaluate(c_in * current, weights, biases)
         stats.append((p * current + q * m).square().mean(dim=1))
         current = a * current + b * m
     if not stats:
         return x, torch.empty(len(x), 0, dtype=state, device=x.device)
-    return current.to(x.dtype), torch.stack(stats, dim=1)
+    return as_dtype(current, x.dtype), torch.stack(stats, dim=1)
 
 
 def token_mlp_loss(x, target, weight, weights, step_bias):
@@ -93,13 +95,13 @@ def token_mlp_loss(x, target, weight, weights, step_bias):
 def _evaluate(x, weights, biases):
     """The prediction for network inputs x (M,D); biases: for each block (W,) or (M,W)."""
     width, state = weights.W_in.shape[0], x.dtype
-    h = _linear(x, weights.W_in) + weights.b_in.to(state)
+    h = _linear(x, weights.W_in) + as_dtype(weights.b_in, state)
     for w1, w2, b2, e in zip(weights.W1, weights.W2, weights.b2, biases, strict=True):
         n = F.layer_norm(h, (width,), eps=LAYER_NORM_EPS)
-        h = h + _linear(F.silu(_linear(n, w1) + e), w2) + b2.to(state)
+        h = h + _linear(F.silu(_linear(n, w1) + e), w2) + as_dtype(b2, state)
     n = F.layer_norm(h, (width,), eps=LAYER_NORM_EPS)
-    return _linear(F.silu(n), weights.W_out) + weights.b_out.to(state)
+    return _linear(F.silu(n), weights.W_out) + as_dtype(weights.b_out, state)
 
 
 def _linear(x, weight):
-    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    return as_dtype(F.linear(as_dtype(x, weight.dtype), weight), x.dtype)

@@ -148,7 +148,10 @@ def test_torch_export(fitted, tree, tmp_path, monkeypatch):
 def test_onnx_export(fitted, tree, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     model, runner = fitted
-    path = runner.export(model, ExportType.ONNX, export_root=tmp_path, input_size=(SIDE, SIDE))
+    runner.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    # Loaded again, as from the command line: an export is then what it does first.
+    again = DiffADFast.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")
+    path = runner.export(again, ExportType.ONNX, export_root=tmp_path, input_size=(SIDE, SIDE))
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     expected, x = answers(model, tree)
