@@ -41,7 +41,8 @@ class Preprocessing(nn.Module):
 
     def __init__(self, intensity: str, illumination: float | None, scale: bool | None):
         super().__init__()
-        self.intensity, self.illumination, self.scale = intensity, illumination, scale
+        self._asked = intensity, illumination, scale
+        self.intensity, self.illumination, self.scale = self._asked
         self._smoothed = GaussianSmoothing()
 
     @property
@@ -71,8 +72,9 @@ class Preprocessing(nn.Module):
           image share it. Images are scaled where this makes up more than half of its variance (the
           intraclass correlation; Fisher 1925).
         """
-        open_ = self.intensity == "auto", self.illumination is None, self.scale is None
-        if not any(open_):
+        # Anew for every set of normals, whatever the one before had chosen.
+        self.intensity, self.illumination, self.scale = self._asked
+        if self.intensity != "auto" and None not in self._asked:
             return
         cells: list[list[torch.Tensor]] = [[], [], [], []]
         for images in batches:
