@@ -57,8 +57,9 @@ def table(result: dict) -> list[str]:
     lines = [*(f"Missing: {text}." for text in result["missing"]), ""]
     lines += [
         f"{len(result['kernels'])} kernels compiled, {spilled} of them spill registers to memory. "
-        "Registers a thread / shared memory a block in bytes / bytes spilled / matrix instructions "
-        "in the program text (Triton alone).",
+        "Registers a thread / shared memory a block in bytes / bytes spilled (in brackets: how many"
+        " of the instructions in its loops go to spilled registers) / matrix instructions in the "
+        "program text (Triton alone).",
         "",
     ]
     head = ["file", "kernel", *archs]
@@ -72,8 +73,11 @@ def table(result: dict) -> list[str]:
 def _cell(kernel: dict | None) -> str:
     if kernel is None:
         return ""
-    spill = kernel["spill_bytes"]
-    cell = f"{kernel['registers']} / {kernel['shared_bytes']} / {f'**{spill}**' if spill else 0}"
+    cell = f"{kernel['registers']} / {kernel['shared_bytes']} / "
+    if kernel["spill_bytes"]:
+        cell += "**{}** ({} of {:,})".format(kernel["spill_bytes"], *kernel["spills_in_loops"])
+    else:
+        cell += "0"
     matrix = kernel.get("matrix_instructions", {})
     return cell + "".join(f" / {count} {name}" for name, count in matrix.items())
 
@@ -93,22 +97,25 @@ def _cuda(build, nvcc: str, source: Path, architectures) -> Iterator[dict]:
     for arch in architectures:
         print(f"  {source.name}, sm_{arch}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "out.cubin")
             command = [
-                nvcc, "-cubin", str(source), "-o", str(Path(folder, "out.cubin")),
+                nvcc, "-cubin", str(source), "-o", str(cubin),
                 f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", *build.NVCC_FLAGS,
                 f"-DTORCH_TARGET_VERSION={build.TORCH_TARGET}", "-isystem", str(include),
             ]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"nvcc failed on {source.name}:\n{done.stderr[-2000:]}")
-        yield from parse(done.stderr, source.name, f"sm_{arch}")
+            if done.returncode:
+                raise RuntimeError(f"nvcc failed on {source.name}:\n{done.stderr[-2000:]}")
+            loops = spills_in_loops(_cuobjdump("-sass", str(cubin)))
+        yield from parse(done.stderr, source.name, f"sm_{arch}", loops)
 
 
-def parse(log: str, file: str, architecture: str) -> Iterator[dict]:
-    """Kernels from what ``ptxas -v`` prints: three lines for each."""
+def parse(log: str, file: str, architecture: str, loops: dict[str, list[int]]) -> Iterator[dict]:
+    """Kernels from what ``ptxas -v`` prints: three lines for each. loops: by mangled name, what
+    :func:`spills_in_loops` found."""
     blocks = re.split(r"ptxas info\s*: Compiling entry function '", log)[1:]
-    names = _demangled([block.split("'", 1)[0] for block in blocks])
-    for name, block in zip(names, blocks, strict=True):
+    mangled = [block.split("'", 1)[0] for block in blocks]
+    for name, symbol, block in zip(_demangled(mangled), mangled, blocks, strict=True):
 
         def number(pattern: str, text: str = block) -> int:
             found = re.search(pattern, text)
@@ -122,7 +129,30 @@ def parse(log: str, file: str, architecture: str) -> Iterator[dict]:
             "shared_bytes": number(r"(\d+) bytes smem"),
             "stack_bytes": number(r"(\d+) bytes stack frame"),
             "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            "spills_in_loops": loops[symbol],
         }
+
+
+def spills_in_loops(sass: str) -> dict[str, list[int]]:
+    """For each function of a disassembly: how many instructions in its loops read or write local
+    memory, where spilled registers are, and how many instructions these loops have.
+
+    A loop is what lies between a backward jump and its target.
+    """
+    found = {}
+    for function in re.split(r"Function : ", sass)[1:]:
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)([^;]*);", function)
+        program = [(int(address, 16), name, rest) for address, name, rest in lines]
+        loops = []
+        for address, name, rest in program:
+            target = re.search(r"0x([0-9a-f]+)\s*$", rest)
+            # The jump to itself behind the last instruction ends no loop.
+            if name.startswith("BRA") and target and int(target[1], 16) < address:
+                loops.append((int(target[1], 16), address))
+        names = [n for at, n, _ in program if any(low <= at <= high for low, high in loops)]
+        spills = sum(name.startswith(("LDL", "STL")) for name in names)
+        found[function.split("\n", 1)[0].strip()] = [spills, len(names)]
+    return found
 
 
 def _demangled(names: list[str]) -> list[str]:
@@ -178,24 +208,19 @@ def _triton(architectures, pattern: str, missing: list[str]) -> Iterator[dict]:
                 found = ("".join(m) for m in re.findall(MATRIX_INSTRUCTION, done.asm["ptx"]))
                 yield {
                     "file": f"{name}.py", "kernel": kernel, "architecture": f"sm_{arch}",
-                    **_cubin_usage(done.asm["cubin"]),
+                    **_usage(done.asm["cubin"]),
                     "shared_bytes": done.metadata.shared,  # most is asked for at the launch
                     "matrix_instructions": dict(Counter(found)),
                 }  # fmt: skip
 
 
-def _cubin_usage(cubin: bytes) -> dict[str, int]:
-    """Resources of a compiled kernel, from cuobjdump, Triton's own or the toolkit's."""
-    import triton
-
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _usage(cubin: bytes) -> dict[str, object]:
+    """Resources of the one kernel in ``cubin``."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = str(bundled) if bundled.exists() else "cuobjdump"
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        text = _cuobjdump("--dump-resource-usage", file.name)
+        (loops,) = spills_in_loops(_cuobjdump("-sass", file.name)).values()
 
     def number(name: str) -> int:
         found = re.search(rf"{name}:(\d+)", text)
@@ -205,4 +230,16 @@ def _cubin_usage(cubin: bytes) -> dict[str, int]:
         "registers": number("REG"), "shared_bytes": number("SHARED"),
         # Triton has no arrays of its own: all of the stack is spilled registers.
         "stack_bytes": number("STACK"), "spill_bytes": number("LOCAL") + number("STACK"),
+        "spills_in_loops": loops,
     }  # fmt: skip
+
+
+def _cuobjdump(*arguments: str) -> str:
+    """What cuobjdump, Triton's own or the toolkit's, prints."""
+    tool = "cuobjdump"
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        tool = str(bundled) if bundled.exists() else tool
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
