@@ -388,8 +388,8 @@ def _backward_keys(
 
 
 # (BLOCK_M, BLOCK_N, num_warps) by channels of a tile, for two-byte dtypes and 227 KiB of shared
-# memory. Accumulators take half of the registers: 128 of float32 a thread. What the compiler spills,
-# it spills mostly before and after the loop, where the tiles that are transformed stand beside the
+# memory. Accumulators take half of the registers: 128 of float32 a thread. What is spilled, is so
+# mostly before and after the loop, where the tiles that are transformed stand beside the
 # accumulator in float32: of the loops' instructions none to 1 in 80 goes to a spilled register on
 # sm_80 and sm_90 (1 in 25 in _backward_keys at 128 channels on sm_80), at most 1 in 18 on sm_100
 # (python -m benchmarks compile-report).
