@@ -29,14 +29,14 @@ CPU_ISAS = ("default", "avx2", "avx512")
 def implementations(name: str) -> dict[str, Callable]:
     """The native implementations of operator ``name`` here: ``{"cpu": ..., "cuda": ...}``.
 
-    Each value is ``torch.ops.diffad_fast.<name>``. A backend that is unavailable here or that the
-    operator was not built for is left out.
+    Each value is ``torch.ops.diffad_fast.<name>.default``. A backend that is unavailable here or
+    that the operator was not built for is left out.
     """
     from .ops.dispatch import unavailable
 
     if not loaded():
         return {}
-    operator = getattr(torch.ops.diffad_fast, name)
+    operator = getattr(torch.ops.diffad_fast, name).default
     return {
         backend: operator
         for backend, key in _DISPATCH_KEYS.items()

@@ -66,8 +66,11 @@ void haar_tiles(HaarArgs& args, int64_t batch) {
   const int64_t tiles = batch * args.channels * ((args.rows + args.tile_rows - 1) / args.tile_rows) *
                         ((args.cols + args.tile_cols - 1) / args.tile_cols);
   const int64_t grain = std::max<int64_t>(1, kGrain / tile);
+  const int64_t bytes = batch * args.channels * args.lanes * args.rows * args.cols *
+                        (int64_t{1} << 2 * args.level) * size_of(args.dtype);
   // One level is done in registers.
-  const int64_t scratch = args.level == 1 ? 0 : tile + kHaarPadding;
+  args.past_cache = args.level > 1 && 2 * bytes > kCacheBytes;
+  const int64_t scratch = args.level == 1 ? 0 : (tile + kHaarPadding) << args.past_cache;
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<double[]> memory(scratch ? new double[scratch] : nullptr);
     haar_kernel()(args, memory.get(), begin, end);

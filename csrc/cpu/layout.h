@@ -35,4 +35,8 @@ inline void huge_pages(const Tensor& x) {
 #endif
 }
 
+// An operator that reads and writes more than this finds little of it in the caches: half of the 32
+// MiB that a handful of cores commonly share. (sysconf tells the sum over a socket, or of its host.)
+constexpr int64_t kCacheBytes = int64_t{16} << 20;
+
 }  // namespace diffad

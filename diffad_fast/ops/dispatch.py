@@ -59,8 +59,9 @@ class Operator:
         """
         order = PREFERENCE.get(device_type, ("reference",))
         if _selected == "auto":
-            able = (b for b in order if b in self.implementations)
-            return next(b for b in able if self._refusal(b, args) is None)
+            for backend in order:
+                if backend in self.implementations and self._refusal(backend, args) is None:
+                    return backend
         if _selected not in self.implementations:
             raise BackendError(
                 f"backend {_selected!r} was asked for, but operator {self.name!r} has only "

@@ -15,10 +15,9 @@ __all__ = ["PackedTokenMLP", "token_mlp_loop"]
 
 def _flat(operator):
     """The operator with its weights as one argument."""
-    call = operator.default
 
     def loop(x, weights, step_bias, table):
-        return call(x, *weights, step_bias, table)
+        return operator(x, *weights, step_bias, table)
 
     return loop
 

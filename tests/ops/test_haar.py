@@ -103,6 +103,25 @@ def test_numbers_of_blocks_that_leave_part_of_a_vector(cpu_isa, level, layout):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_results_larger_than_the_caches(cpu_isa, level, layout, dtype):
+    """They are written past the caches, with the bits of strips that are small enough not to be;
+    also where rows of the bands start between the boundaries of vectors."""
+    whole = image(1, 3, 64, 4 * 13 * 16, dtype, layout)
+    for width in (13 * 16, whole.shape[3]):
+        strip = whole[..., :width]
+        x = strip.repeat(1, 1, 2**24 // strip.nbytes, 1).contiguous(memory_format=layout)
+        assert 2 * x.nbytes > 2**24 > 2 * strip.nbytes
+        small, large = ops.haar_pack(strip, level), ops.haar_pack(x, level)
+        assert all(torch.equal(part, small) for part in large.split(small.shape[2], 2))
+        back = ops.haar_unpack(large, level)
+        small = ops.haar_unpack(small, level)
+        assert all(torch.equal(part, small) for part in back.split(64, 2))
+
+
+@needs_native
 def test_every_half_survives_conversion():
     # (h, 0, 0, 0) unpacks to h / 2 four times: every bit pattern goes in, halves of all come out.
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)

@@ -272,6 +272,16 @@ DIFFAD_SIMD void one_level_by_channels(T* image, int64_t pitch, int64_t lanes, T
   }
 }
 
+// Copies rows that follow each other in `from` to rows that lie `pitch` apart, past the caches.
+template <class T>
+void stream_rows(T* to, int64_t pitch, const T* from, int64_t rows, int64_t width) {
+  if (pitch == width) {
+    width *= rows;
+    rows = 1;
+  }
+  for (int64_t r = 0; r < rows; ++r) stream(to + r * pitch, from + r * width, width);
+}
+
 template <class T, int R, bool kPack>
 void tiles(const HaarArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end) {
   const Strides& is = a.image_strides;
@@ -302,6 +312,11 @@ void tiles(const HaarArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end)
       }
     } else {
       const int64_t width = blocks * R * a.lanes;
+      // What a tile writes to one place is too short to go past the caches from registers: finished
+      // bands, or rows of the image, gather here first.
+      const bool gather = a.past_cache && (planar || !kPack);
+      T* const stage = reinterpret_cast<T*>(scratch + R * a.lanes * R * a.tile_rows * a.tile_cols +
+                                            kHaarPadding);
       if constexpr (kPack) {
         for (int64_t r = 0; r < rows; ++r) {
           along_y<R>(image + r * R * is.y, is.y, scratch + r * R * width, width, width);
@@ -309,11 +324,15 @@ void tiles(const HaarArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end)
       }
       // R bands at a time, each over all rows of the tile: these follow each other in memory.
       for (int v = 0; v < R; ++v) {
+        T* first[R];
+        for (int h = 0; h < R; ++h) {
+          first[h] = static_cast<T*>(a.bands[spread(v) + 2 * spread(h)]) + offset;
+        }
         for (int64_t r = 0; r < rows; ++r) {
           compute_t<T>* const row = scratch + (r * R + v) * width;
           T* band[R];
           for (int h = 0; h < R; ++h) {
-            band[h] = static_cast<T*>(a.bands[spread(v) + 2 * spread(h)]) + offset + r * bs.y;
+            band[h] = kPack && gather ? stage + (h * rows + r) * blocks : first[h] + r * bs.y;
           }
           if (planar) {
             along_x<T, R, kPack>(row, band, blocks);
@@ -321,14 +340,21 @@ void tiles(const HaarArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end)
             along_x_by_channels<T, R, kPack>(row, a.lanes, band, bs.x, blocks);
           }
         }
+        if (kPack && gather) {
+          for (int h = 0; h < R; ++h) stream_rows(first[h], bs.y, stage + h * rows * blocks, rows, blocks);
+        }
       }
       if constexpr (!kPack) {
         for (int64_t r = 0; r < rows; ++r) {
-          along_y<R>(scratch + r * R * width, width, image + r * R * is.y, is.y, width);
+          T* const to = image + r * R * is.y;
+          along_y<R>(scratch + r * R * width, width, gather ? stage : to, gather ? width : is.y,
+                     width);
+          if (gather) stream_rows(to, is.y, stage, R, width);
         }
       }
     }
   }
+  if (a.past_cache) finish_streams();
 }
 
 template <class T, int R>

@@ -14,6 +14,7 @@ struct HaarArgs {
   DType dtype;
   int level;
   bool pack;  // from the image to the bands, or back
+  bool past_cache;  // the result is more than the caches hold: write around them
   int64_t channels, lanes, rows, cols, tile_rows, tile_cols;
   void* image;
   Strides image_strides;  // x is `lanes`: rows have no gaps
@@ -21,7 +22,8 @@ struct HaarArgs {
   Strides band_strides;  // of a block, in any band
 };
 
-// `scratch` has room for R R lanes tile_rows tile_cols + kHaarPadding elements of the dtype computed in.
+// `scratch` has room for R R lanes tile_rows tile_cols + kHaarPadding elements of the dtype computed
+// in, twice that where results go past the caches.
 constexpr int kHaarPadding = 256;
 DIFFAD_KERNEL(haar, const HaarArgs& args, void* scratch, int64_t begin, int64_t end)
 

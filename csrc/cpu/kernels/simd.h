@@ -285,6 +285,37 @@ DIFFAD_SIMD void store_partial(T* p, Vec<compute_t<T>> v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+// Copies n elements past the caches: for results that the caches cannot hold, since memory that is
+// stored to the usual way is read before it is written. Only from a vector's boundary on; in whole
+// lines it is fastest. finish_streams() before another thread may read.
+template <class T>
+DIFFAD_SIMD void stream(T* to, const T* from, int64_t n) {
+  int64_t i = 0;
+#if defined(__SSE2__)
+  constexpr int64_t lanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+  if (reinterpret_cast<uintptr_t>(to) % kVectorBytes == 0) {
+    for (; i + lanes <= n; i += lanes) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX2__)
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), v);
+#else
+      const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), v);
+#endif
+    }
+  }
+#endif
+  std::memcpy(to + i, from + i, (n - i) * sizeof(T));
+}
+
+DIFFAD_SIMD void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // One element, by the same conversions.
 template <class T>
 DIFFAD_SIMD compute_t<T> load_one(const T* p) {
