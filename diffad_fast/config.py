@@ -18,7 +18,10 @@ SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 TRAIN_DTYPES = ("auto", "float32", "bfloat16")
 TRAIN_COMPILE = ("auto", True, False)
-AUGMENTATIONS = ("flip-horizontal", "flip-vertical", "shift", "rotate", "brightness")
+AUGMENTATIONS = (
+    "flip-horizontal", "flip-vertical", "shift", "rotate", "brightness", "exposure", "blur", "noise",
+    "compress",
+)  # fmt: skip
 INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
 INTENSITIES = ("auto", "linear", "log")
@@ -397,6 +400,8 @@ class DetectorConfig:
         object.__setattr__(self, "augment", names)
         for name in names:
             _choice("augment", name, AUGMENTATIONS)
+        if names and self.kind != "image":
+            raise InputError(f"augment changes images: leave it out for {self.kind}")
 
     def _check_audio(self) -> None:
         _range("sample_rate", self.sample_rate, 1000, 768000)

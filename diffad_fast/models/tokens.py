@@ -18,6 +18,7 @@ from ..representations.logmel import time_map
 from ..representations.smoothing import GaussianSmoothing
 from ..representations.tokens import SMALLEST_SMOOTHED
 from ..scoring import FeatureDistance, MapStatistics, Split
+from ..training.augment import augmented
 from ..training.loop import History, TrainingCheckpoint
 from ..training.tokens import fit_tokens
 from .coefficients import restore_buffers
@@ -71,7 +72,10 @@ class TokenModel(nn.Module):
         self.denoisers, self.distances = nn.ModuleList(), nn.ModuleList()
         # Statistics of tokens need no more images than these, evenly chosen.
         some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]
-        self.representation.fit(lambda: map(self._seen, self._batches(source, some)))
+        images = [lambda: map(self._seen, self._normals(source, some))]
+        if config.augment:
+            images.append(lambda: map(self._seen, self._batches(source, some)))
+        self.representation.fit(*images)
         if config.kind == "image":
             config = self.config = config.replace(**self.representation.preprocessing.choices)
         if config.semantic_weight is None:
@@ -81,7 +85,8 @@ class TokenModel(nn.Module):
         if config.train_budget is not None:
             training = config.replace(train_budget=config.train_budget / len(dims))
         validation = self._banks(source, split.validation)
-        banks = zip(dims, self._banks(source, split.fit), validation, strict=True)
+        bank = self._banks(source, split.fit, augment=True)
+        banks = zip(dims, bank, validation, strict=True)
         for number, (dim, bank, held_out) in enumerate(banks):
             denoiser = self._denoiser(dim)
             part = None if kept is None else kept.part(number)
@@ -108,13 +113,27 @@ class TokenModel(nn.Module):
         for batch in source.batches(self.config.batch_size, indices=indices):
             yield batch.x.to(self.device)
 
-    def _banks(self, source, indices: Sequence[int]) -> list[torch.Tensor]:
+    def _normals(self, source, indices: Sequence[int]) -> Iterable[torch.Tensor]:
+        """Batches of images, each followed by itself as ``augment`` changes it."""
+        config = self.config
+        for batch in source.batches(config.batch_size, indices=indices):
+            x = batch.x.to(self.device)
+            yield x
+            if config.augment:
+                epoch = torch.zeros_like(batch.index)
+                yield augmented(x, config.augment, config.seed, batch.index, epoch)
+
+    def _banks(
+        self, source, indices: Sequence[int], augment: bool = False
+    ) -> list[torch.Tensor]:
         """The tokens (M,dim) of these samples, for each source of tokens; of each sample as many
         positions as LARGEST_BANK allows."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        share = max(1, LARGEST_BANK // max(1, len(indices)))
+        copies = 2 if augment and self.config.augment else 1
+        share = max(1, LARGEST_BANK // max(1, copies * len(indices)))
         banks: list[list[torch.Tensor]] = [[] for _ in self.representation.dims]
-        for x in self._batches(source, indices):
+        batches = self._normals if augment else self._batches
+        for x in batches(source, indices):
             with torch.inference_mode():
                 grids = self.representation.encode(self._seen(x))
             for bank, grid in zip(banks, grids, strict=True):

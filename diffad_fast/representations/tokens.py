@@ -147,9 +147,17 @@ class ImageTokens(nn.Module):
         return [whitening.dim for whitening in self.whitenings]
 
     @torch.no_grad()
-    def fit(self, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
-        """Set everything from normal images; ``batches()`` iterates over them anew each time."""
-        self.preprocessing.fit(batches())
+    def fit(
+        self,
+        batches: Callable[[], Iterable[torch.Tensor]],
+        plain: Callable[[], Iterable[torch.Tensor]] | None = None,
+    ) -> None:
+        """Set everything from normal images; ``batches()`` iterates over them anew each time.
+
+        plain: the same without augmentation, whose noise would blur what ties the contrast to the
+        brightness: by these the preprocessing is chosen.
+        """
+        self.preprocessing.fit((plain or batches)())
         # The statistics of a step rest on the steps before it: several passes, over the energies
         # where these are enough, a thirtieth of an image.
         energies = None

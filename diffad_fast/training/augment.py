@@ -14,8 +14,25 @@ from .. import ops
 SHIFT = 1 / 16  # of a side
 ROTATION = math.radians(5)
 BRIGHTNESS = 0.1
-# Of philox_normal's 2^32 steps the epochs' noise has the first half.
+EXPOSURE = 0.1
+BLUR = 1.0  # deviation of the Gaussian, in pixels
+NOISE = 0.03  # deviation
+QUALITY = 50  # of JPEG
+# Of JPEG's quantisation at quality 50: ITU-T T.81, table K.1.
+LUMINANCE = (
+    16, 11, 10, 16, 24, 40, 51, 61,
+    12, 12, 14, 19, 26, 58, 60, 55,
+    14, 13, 16, 24, 40, 57, 69, 56,
+    14, 17, 22, 29, 51, 87, 80, 62,
+    18, 22, 37, 56, 68, 109, 103, 77,
+    24, 35, 55, 64, 81, 104, 113, 92,
+    49, 64, 78, 87, 103, 121, 120, 101,
+    72, 92, 95, 98, 112, 100, 103, 99,
+)  # fmt: skip
+# Of philox_normal's 2^32 steps the epochs' noise has the first half, what is drawn for an image the
+# third quarter, and the noise in its pixels the last.
 FIRST_STEP = 2**31
+PIXEL_STEP = FIRST_STEP + 2**30
 
 
 def augmented(
@@ -23,15 +40,17 @@ def augmented(
 ) -> torch.Tensor:
     """Images (n,C,H,W) in [0, 1], changed in those ways of ``config.AUGMENTATIONS``.
 
-    Flips happen to every second image; shifts, rotations and the factor of brightness are uniform
-    within the limits above. index, epoch: (n,) int64, the image's place in its source and how often
-    it was seen: with the seed they decide all. Borders are mirrored.
+    Flips happen to every second image; shifts, rotations, the factor of brightness, the offset of
+    exposure and the deviations of blur and noise are uniform within the limits above. index, epoch:
+    (n,) int64, the image's place in its source and how often it was seen: with the seed they decide
+    all. Borders are mirrored, intensities clipped.
     """
     if not names:
         return x
     # Uniform in (-1, 1): a normal number through its distribution function.
-    z = ops.philox_normal((len(x), 6), seed, draw=index + 1, step=epoch + FIRST_STEP)
-    left, top, right, down, turn, light = torch.erf(z.to(x.device) / math.sqrt(2)).unbind(dim=1)
+    z = ops.philox_normal((len(x), 10), seed, draw=index + 1, step=epoch + FIRST_STEP)
+    uniform = torch.erf(z.to(x.device) / math.sqrt(2))
+    left, top, right, down, turn, light, offset, blur, noise, loss = uniform.unbind(dim=1)
     each = (slice(None), None, None, None)
     if "flip-horizontal" in names:
         x = torch.where((left > 0)[each], x.flip(3), x)
@@ -47,4 +66,49 @@ def augmented(
         x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     if "brightness" in names:
         x = (x * (1 + BRIGHTNESS * light)[each]).clamp(0, 1)
+    if "exposure" in names:
+        x = (x + (EXPOSURE * offset)[each]).clamp(0, 1)
+    if "blur" in names:
+        x = _blurred(x, BLUR * blur.clamp(min=0))
+    if "noise" in names:
+        field = ops.philox_normal(x.shape, seed, draw=index + 1, step=epoch + PIXEL_STEP)
+        x = (x + (NOISE * noise.clamp(min=0))[each] * field.to(x.device)).clamp(0, 1)
+    if "compress" in names:
+        compressed = _compressed(x, 100 - (100 - QUALITY) * loss.abs())
+        x = torch.where((loss > 0)[each], compressed, x)
     return x
+
+
+def _blurred(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Each image by a Gaussian of its own deviation sigma (n,), cut at 4 BLUR."""
+    reach = math.ceil(4 * BLUR)
+    distance = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    # Of deviation 0 the limit: the middle alone.
+    kernel = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]).square())
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(x.shape[1], dim=0)
+    planes = F.pad(x, (reach,) * 4, mode="reflect").flatten(0, 1)[None]
+    for shape in ((-1, 1, 2 * reach + 1, 1), (-1, 1, 1, 2 * reach + 1)):
+        planes = F.conv2d(planes, kernel.view(shape), groups=len(kernel))
+    return planes[0].unflatten(0, x.shape[:2])
+
+
+def _compressed(x: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+    """Each image as JPEG of its own quality (n,) from 50 to 100 leaves it.
+
+    What loses is the rounding of the orthonormal DCT of blocks of 8 x 8 to multiples of
+    ``LUMINANCE`` times 2 - quality/50 (libjpeg's jpeg_set_quality); every channel is treated as
+    luminance.
+    """
+    n, c, h, w = x.shape
+    steps = torch.tensor(LUMINANCE, device=x.device, dtype=x.dtype).view(8, 8)
+    steps = ((steps * (2 - quality / 50)[:, None, None]).round().clamp(min=1))[:, None, None, None]
+    k = torch.arange(8, device=x.device, dtype=x.dtype)
+    dct = torch.cos(math.pi / 16 * k[:, None] * (2 * k + 1)) / 2
+    dct[0] /= math.sqrt(2)
+    blocks = F.pad((x * 255).round() - 128, (0, -w % 8, 0, -h % 8), mode="replicate")
+    blocks = blocks.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    # libjpeg rounds halves away from 0, and they are common: DC is a multiple of 1/8.
+    scaled = (dct @ blocks @ dct.T) / steps
+    kept = (scaled.abs() + (0.5 + 1e-5)).floor() * scaled.sign() * steps
+    blocks = (dct.T @ kept @ dct).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+    return (blocks[..., :h, :w] + 128).round().clamp(0, 255) / 255
