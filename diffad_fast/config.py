@@ -19,8 +19,8 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 TRAIN_DTYPES = ("auto", "float32", "bfloat16")
 TRAIN_COMPILE = ("auto", True, False)
 AUGMENTATIONS = (
-    "flip-horizontal", "flip-vertical", "shift", "rotate", "brightness", "exposure", "blur", "noise",
-    "compress",
+    "flip-horizontal", "flip-vertical", "shift", "rotate", "brightness", "exposure", "blur",
+    "noise", "compress",
 )  # fmt: skip
 INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
