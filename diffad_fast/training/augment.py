@@ -96,19 +96,19 @@ def _compressed(x: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     """Each image as JPEG of its own quality (n,) from 50 to 100 leaves it.
 
     What loses is the rounding of the orthonormal DCT of blocks of 8 x 8 to multiples of
-    ``LUMINANCE`` times 2 - quality/50 (libjpeg's jpeg_set_quality); every channel is treated as
-    luminance.
+    ``LUMINANCE`` times 2 - quality/50, rounded (libjpeg's jpeg_set_quality); every channel is
+    treated as luminance.
     """
     n, c, h, w = x.shape
     steps = torch.tensor(LUMINANCE, device=x.device, dtype=x.dtype).view(8, 8)
-    steps = ((steps * (2 - quality / 50)[:, None, None]).round().clamp(min=1))[:, None, None, None]
+    steps = ((steps * (200 - 2 * quality)[:, None, None] + 50) / 100).floor().clamp(min=1)
     k = torch.arange(8, device=x.device, dtype=x.dtype)
     dct = torch.cos(math.pi / 16 * k[:, None] * (2 * k + 1)) / 2
     dct[0] /= math.sqrt(2)
     blocks = F.pad((x * 255).round() - 128, (0, -w % 8, 0, -h % 8), mode="replicate")
     blocks = blocks.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
     # libjpeg rounds halves away from 0, and they are common: DC is a multiple of 1/8.
-    scaled = (dct @ blocks @ dct.T) / steps
-    kept = (scaled.abs() + (0.5 + 1e-5)).floor() * scaled.sign() * steps
+    scaled = (dct @ blocks @ dct.T) / steps[:, None, None, None]
+    kept = (scaled.abs() + (0.5 + 1e-5)).floor() * scaled.sign() * steps[:, None, None, None]
     blocks = (dct.T @ kept @ dct).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return (blocks[..., :h, :w] + 128).round().clamp(0, 255) / 255

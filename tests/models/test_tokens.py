@@ -145,6 +145,25 @@ def test_cells_find_a_spot(cells):
     assert len(cells.model.map_names) == len(cells.statistics) == 8
 
 
+def test_augmentation_reaches_the_tokens():
+    """Noise that normals had in training makes no anomalies of them, and is one otherwise."""
+    new = textures(60, 9)
+    noise = 0.02 * torch.randn(new.shape, generator=torch.Generator().manual_seed(10))
+    spots = new.clone()
+    spots[:, :, 20:36, 30:46] = 0.5
+    share = {}
+    for augment in ((), ("noise",)):
+        options = {"tokens": ["energy-8"], "train_steps": 150, "augment": augment, **SMALL}
+        detector = daf.Detector("image", 64, denoiser="token-mlp", **options)
+        detector.fit(textures(120, 0))
+        clean, noisy, anomalous = (
+            detector.score(x.clamp(0, 1), maps=False).score for x in (new, new + noise, spots)
+        )
+        share[augment] = np.mean(noisy > np.quantile(clean, 0.95))
+        assert daf.metrics.auroc(np.repeat([0, 1], 60), np.concatenate([clean, anomalous])) > 0.9
+    assert share[()] > 0.9 and share["noise",] < 0.3, share
+
+
 def test_a_backbones_features(tmp_path):
     class Backbone(nn.Module):
         def __init__(self):

@@ -91,6 +91,21 @@ def test_intensity_follows_what_light_does(multiplies):
     }  # fmt: skip
 
 
+def test_preprocessing_is_chosen_without_augmentation():
+    light = torch.linspace(0.1, 0.8, 20)[:, None, None, None]
+    plain = light * (1 + 0.1 * torch.rand(20, 1, 64, 64))
+    noisy = plain + 0.1 * torch.randn(plain.shape)
+    config = DetectorConfig.create(image_size=64, tokens=["energy-8"])
+    chosen = []
+    for parts in ([plain], [plain, noisy, noisy]):
+        step = Preprocessing("auto", None, None)
+        step.fit(parts)
+        tokens = create_tokens(config)
+        tokens.fit(lambda parts=parts: iter(parts), lambda: iter([plain]))
+        chosen.append((step.intensity, tokens.preprocessing.intensity))
+    assert chosen == [("log", "log"), ("linear", "log")]
+
+
 @pytest.mark.parametrize("lamp", [0.02, 0.2])
 def test_illumination_is_what_normals_do_not_share(lamp):
     """An object's shading, the same in all, of deviation 0.1; a lamp that moves, of 0.02 or 0.2."""

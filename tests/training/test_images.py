@@ -1,15 +1,19 @@
 """Training on images: the loss, where images lie, augmentation, parts of a step."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
 import training_worker as worker
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 from training_worker import image_trainer, pictures
 
 from diffad_fast import ops
 from diffad_fast.config import AUGMENTATIONS
+from diffad_fast.training import augment
 from diffad_fast.training import images as images_module
 from diffad_fast.training.augment import augmented
 
@@ -205,3 +209,57 @@ def test_brightness_is_a_factor():
     flat = factor.flatten(1)
     torch.testing.assert_close(flat, flat[:, :1].expand_as(flat), rtol=1e-4, atol=0)
     assert 0.9 <= flat.min() < 0.92 and 1.08 < flat.max() <= 1.1001
+
+
+def test_exposure_is_an_offset():
+    x, index, epoch = some(100)
+    offset = (augmented(0.5 + x / 4, ("exposure",), 0, index, epoch) - 0.5 - x / 4).flatten(1)
+    torch.testing.assert_close(offset, offset[:, :1].expand_as(offset), rtol=0, atol=1e-6)
+    assert -0.1 <= offset.min() < -0.08 and 0.08 < offset.max() <= 0.1001
+
+
+def test_noise_is_white_and_of_each_images_own_deviation():
+    _, index, epoch = some(200)
+    grey = torch.full((200, 1, 32, 32), 0.5)
+    noise = augmented(grey, ("noise",), 0, index, epoch) - 0.5
+    deviation = noise.flatten(1).std(dim=1)
+    # Half of the images have none, the others uniformly up to 0.03: their mean is 0.0075.
+    assert 70 < int((deviation == 0).sum()) < 130
+    assert 0.027 < deviation.max() < 0.032
+    assert abs(float(deviation.mean()) - 0.0075) < 5 * 0.01 / 200**0.5
+    some_noise = noise[deviation > 0] / deviation[deviation > 0][:, None, None, None]
+    n = some_noise.numel() ** 0.5
+    assert abs(float(some_noise.mean())) < 5 / n
+    assert abs(float((some_noise[..., 1:] * some_noise[..., :-1]).mean())) < 5 / n
+    assert abs(float((some_noise[1:] * some_noise[:-1]).mean())) < 5 / n
+    again = augmented(grey, ("noise",), 0, index, epoch + 1) - 0.5
+    assert abs(float((noise * again).mean())) < 5 * 0.03**2 / n
+
+
+def test_blur_is_scipys():
+    x = torch.rand(5, 2, 24, 16, dtype=torch.float64)
+    sigma = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    for image, s, blurred in zip(x, sigma.tolist(), augment._blurred(x, sigma), strict=True):
+        expected = image.numpy()
+        if s:
+            expected = gaussian_filter(expected, (0, s, s), mode="mirror", truncate=4 / s)
+        assert np.abs(blurred.numpy() - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize("quality", [50, 75])
+def test_compression_is_that_of_libjpeg(quality):
+    """But for the rounding of its integer transform: a coefficient at a half may go either way."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 1, 45, 61, generator=generator)  # sides that 8 does not divide
+    x = (torch.nn.functional.avg_pool2d(x, 5, 1, 2) * 255).round() / 255
+    compressed = augment._compressed(x, torch.full((4,), float(quality)))
+    expected = torch.empty_like(x)
+    for image, out in zip(x, expected, strict=True):
+        stream = io.BytesIO()
+        pixels = (image[0] * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(stream, "jpeg", quality=quality)
+        out[0] = torch.from_numpy(np.array(Image.open(stream)) / np.float32(255))
+    loss = float((expected - x).abs().mean())
+    error = float((compressed - expected).abs().mean())
+    assert error < 0.1 * loss, (error, loss)
+    assert loss > 1e-3

@@ -242,6 +242,7 @@ def test_options():
         ({"train_budget": "soon"}, "'soon' is not a duration"),
         ({"train_budget": 0}, "train_budget must be"),
         ({"augment": ("zoom",)}, "unknown augment 'zoom'"),
+        ({"augment": "shift", "kind": "vector"}, "augment changes images: leave it out"),
         ({"train_dtype": "int8"}, "unknown train_dtype"),
         ({"accumulate": 0}, "accumulate must be"),
         ({"early_stopping": -1}, "early_stopping must be"),
