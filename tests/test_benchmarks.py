@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,9 @@ from benchmarks import tables as report
 from benchmarks.__main__ import main
 from benchmarks.case import OURS, REFERENCE, Case, Contender, random
 from benchmarks.compile_report import parse, spills_in_loops
+from benchmarks.quality import run as quality
+from benchmarks.quality import tables as quality_tables
+from benchmarks.quality.data import DataSet
 from benchmarks.timing import DeviceClock, rounds
 from benchmarks.verify import wrong
 from diffad_fast import native, ops
@@ -517,3 +521,40 @@ def test_counted_work_and_times_on_a_gpu():
     times = [clock.start(lambda y=y: y.add_(1))() for y in (small, large)]
     # 2 GiB are moved: at most 10 TB/s, so at least 0.2 ms, where 8 KiB take microseconds.
     assert times[0] < 0.2 < times[1]
+
+
+# ------------------------------------------------------------------------ quality
+
+
+def test_a_variant_of_the_score_is_what_a_fit_with_it_gives():
+    """Without another training, and it leaves no trace."""
+    images = np.random.default_rng(0).random((26, 1, 32, 32), dtype=np.float32)
+    data = DataSet("noise", "image", images[:20], images[20:], np.zeros(6), np.zeros(6))
+    options = {"denoiser": "unet-tiny", "train_steps": 2}
+    args = SimpleNamespace(preset="balanced", options=options, size=32, channels=1, device="cpu")
+    detector, _ = quality._fit(data, args, 0, {})
+    usual = detector.score(data.test).score
+    for scoring in ({"map_weights": [1, 0, 1]}, {"mode": "invert", "inversion_steps": 2}):
+        expected = quality._fit(data, args, 0, scoring)[0].score(data.test)
+        with quality._scored_by(detector, data, scoring):
+            found = detector.score(data.test)
+        assert np.array_equal(found.score, expected.score)
+        assert np.array_equal(found.p_value, expected.p_value)
+        assert not np.allclose(found.score, usual)
+    with quality._scored_by(detector, data, {"multi_scale": False}):
+        assert not np.allclose(detector.score(data.test).score, usual)
+        assert len(detector.model._features(torch.zeros(1, 4, 16, 16))) == 1
+    assert np.array_equal(detector.score(data.test).score, usual)
+
+
+def test_robustness_has_a_column_for_each_method():
+    one = {"name": "tiles", "robustness": {
+        "ours": [{"2% hidden anomalies": -0.01, "noise": -0.3}, {"noise": -0.2}],
+        "other": [{"noise": 0.015}],
+    }}  # fmt: skip
+    assert quality_tables._robustness(one)[3:] == [
+        "| what | ours | other |",
+        "| --- | --- | --- |",
+        "| 2% hidden anomalies | -1.0 |  |",
+        "| noise | -25.0 ± 7.1 | +1.5 |",
+    ]

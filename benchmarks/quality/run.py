@@ -65,7 +65,12 @@ def main(argv: list[str]) -> int:
         help="further options to measure beside the preset, for an ablation; of a U-Net also "
         '{"attention": false} and {"multi_scale": false}: the features of its coarsest level alone',
     )  # fmt: skip
-    parser.add_argument("--robustness", action="store_true", help="hidden anomalies, shifts")
+    parser.add_argument(
+        "--robustness", action="store_true",
+        help="anomalies hidden in the training normals of the preset; shifts of the test images, "
+        "for its variants too",
+    )  # fmt: skip
+    parser.add_argument("--without-controls", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--name", default="quality", help="name of the result")
     parser.add_argument("--note", default="", help="what a reader must know, for the table")
@@ -105,13 +110,16 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
     runs: dict[str, list[dict]] = {}
     scores: dict[str, list[np.ndarray]] = {}
     costs: dict[str, list[dict]] = {}
-    robustness: list[dict] = []
+    robustness: dict[str, list[dict]] = {}
+
+    # What is not of this part is not even scored.
+    test = data.test[rows] if data.tests is None else [data.tests[i].path for i in rows]
 
     def put(method: str, detector: Detector, fit_seconds: float | None = None) -> None:
-        score = detector.score(data.test)
-        sample = next(iter(detector.open(data.test).batches(1))).x
+        score = detector.score(test, strict=True)
+        sample = next(iter(detector.open(test).batches(1))).x
         runs.setdefault(method, []).append(_figures(data, score, rows))
-        scores.setdefault(method, []).append(score.score[rows])
+        scores.setdefault(method, []).append(score.score)
         cost = {"fit_seconds": fit_seconds, "latency_ms": latency(detector, sample)}
         costs.setdefault(method, []).append(cost)
 
@@ -122,9 +130,12 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
             detector.mode, usual = mode, detector.mode
             put(f"{OURS}, {mode}", detector)
             detector.mode = usual
-        if detector.config.on_tokens:
+        if detector.config.on_tokens and not args.without_controls:
             for name, control in controls(detector, data.train, data.groups):
                 put(name, control)
+        if args.robustness:
+            found = _polluted(detector, data, args, seed, rows) | _shifted(detector, data, rows)
+            robustness.setdefault(OURS, []).append(found)
         trained = {"{}": (detector, seconds)}
         for name, options in args.variant:
             training = {k: v for k, v in options.items() if k not in SCORING}
@@ -135,8 +146,8 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
             scoring = {k: v for k, v in options.items() if k in SCORING}
             with _scored_by(other, data, scoring):
                 put(name, other, seconds)
-        if args.robustness:
-            robustness.append(_robustness(detector, data, args, seed, rows))
+                if args.robustness:
+                    robustness.setdefault(name, []).append(_shifted(other, data, rows))
         image = [run["image_auroc" if data.kind == "image" else "auroc"] for run in runs[OURS]]
         print(f"{data.name} seed {seed}: AUROC {image[-1]:.3f}", file=sys.stderr, flush=True)
     groups = data.test_groups
@@ -205,11 +216,13 @@ def _scored_by(detector: Detector, data: DataSet, options: dict) -> Iterator[Non
 
 
 def _figures(data: DataSet, score: Score, rows: np.ndarray) -> dict:
-    part = score.take(rows)
+    """Of the scores of ``rows``."""
     if data.tests is not None:
-        return figures([data.tests[i] for i in rows], part)
+        return figures([data.tests[i] for i in rows], score)
     label = data.label[rows]
-    return {"auroc": metrics.auroc(label, part.score), "f1_max": metrics.f1_max(label, part.score)}
+    return {
+        "auroc": metrics.auroc(label, score.score), "f1_max": metrics.f1_max(label, score.score),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------- intervals
@@ -248,11 +261,11 @@ def _bootstrap(
 # ------------------------------------------------------------- robustness
 
 
-def _robustness(
+def _polluted(
     detector: Detector, data: DataSet, args: argparse.Namespace, seed: int, rows: np.ndarray
 ) -> dict:
-    """AUROC with anomalies hidden in the training normals, and with test images shifted."""
-    label, found = data.label[rows], {}
+    """Change of the AUROC by anomalies that the training normals hide."""
+    found = {}
     anomalous = np.flatnonzero(data.label == 1)
     drawn = np.random.default_rng(seed).permutation(anomalous)
     test = _array(detector, data.test)
@@ -269,13 +282,23 @@ def _robustness(
         clean = metrics.auroc(data.label[kept], detector.score(test[kept], maps=False).score)
         auroc = metrics.auroc(data.label[kept], other.score(test[kept], maps=False).score)
         found[f"{share:.0%} hidden anomalies"] = auroc - clean
-    usual = metrics.auroc(label, detector.score(test[rows], maps=False).score)
-    if data.kind == "image":
-        for name, shift in SHIFTS.items():
-            shifted = np.clip(shift(test[rows]), 0, 1).astype(np.float32)
-            auroc = metrics.auroc(label, detector.score(shifted, maps=False).score)
-            found[name] = auroc - usual
     return found
+
+
+def _shifted(detector: Detector, data: DataSet, rows: np.ndarray) -> dict:
+    """Change of the AUROC by shifts of the test images."""
+    if data.kind != "image":
+        return {}
+    label, test = data.label[rows], _array(detector, data.test)[rows]
+
+    def auroc(images: np.ndarray) -> float:
+        return metrics.auroc(label, detector.score(images, maps=False).score)
+
+    usual = auroc(test)
+    return {
+        name: auroc(np.clip(shift(test), 0, 1).astype(np.float32)) - usual
+        for name, shift in SHIFTS.items()
+    }
 
 
 def _array(detector: Detector, source) -> np.ndarray:
