@@ -248,9 +248,11 @@ class DetectorConfig:
     vendor's convolutions do nearly all of the work and compiling takes a minute. What `fit` finds
     replaces `auto`."""
     augment: tuple[str, ...] = ()
-    """What may be done to normal images in training, of `flip-horizontal`, `flip-vertical`, `shift`
-    (a 16th of a side), `rotate` (5 degrees) and `brightness` (10%). Only what leaves a normal image
-    normal is safe; the default is nothing."""
+    """What may be done to normal images in training: `flip-horizontal`, `flip-vertical`, `shift` (a
+    16th of a side), `rotate` (5 degrees); what cameras do: `brightness` (a factor, 10%), `exposure`
+    (an offset, 0.1), `blur` (1 pixel), `noise` (deviation 0.03), `compress` (JPEG from quality 50
+    on), the last three to half of the images. The token MLP sees each image as it is and changed.
+    Only what leaves a normal image normal is safe; the default is nothing."""
 
     def __post_init__(self):
         size = self.image_size

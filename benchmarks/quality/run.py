@@ -88,6 +88,7 @@ def main(argv: list[str]) -> int:
         "part": args.part,
         "preset": args.preset,
         "options": args.options,
+        "variants": dict(args.variant),
         "seeds": args.seeds,
         "note": args.note,
         "sets": [_measure(found, args) for found in sets],
