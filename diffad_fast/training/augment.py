@@ -40,10 +40,11 @@ def augmented(
 ) -> torch.Tensor:
     """Images (n,C,H,W) in [0, 1], changed in those ways of ``config.AUGMENTATIONS``.
 
-    Flips happen to every second image; shifts, rotations, the factor of brightness, the offset of
-    exposure and the deviations of blur and noise are uniform within the limits above. index, epoch:
-    (n,) int64, the image's place in its source and how often it was seen: with the seed they decide
-    all. Borders are mirrored, intensities clipped.
+    Flips, blur, noise and compression happen to every second image, each on its own. How far an
+    image is shifted and turned, the factor of brightness, the offset of exposure, the deviations of
+    blur and noise and JPEG's quality are uniform within the limits above. index, epoch: (n,) int64,
+    the image's place in its source and how often it was seen: with the seed they decide all.
+    Borders are mirrored, intensities clipped.
     """
     if not names:
         return x
