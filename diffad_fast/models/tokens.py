@@ -123,9 +123,7 @@ class TokenModel(nn.Module):
                 epoch = torch.zeros_like(batch.index)
                 yield augmented(x, config.augment, config.seed, batch.index, epoch)
 
-    def _banks(
-        self, source, indices: Sequence[int], augment: bool = False
-    ) -> list[torch.Tensor]:
+    def _banks(self, source, indices: Sequence[int], augment: bool = False) -> list[torch.Tensor]:
         """The tokens (M,dim) of these samples, for each source of tokens; of each sample as many
         positions as LARGEST_BANK allows."""
         generator = torch.Generator().manual_seed(self.config.seed)

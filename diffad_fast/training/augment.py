@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -100,12 +101,9 @@ def _compressed(x: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     ``LUMINANCE`` times 2 - quality/50, rounded (libjpeg's jpeg_set_quality); every channel is
     treated as luminance.
     """
-    n, c, h, w = x.shape
-    steps = torch.tensor(LUMINANCE, device=x.device, dtype=x.dtype).view(8, 8)
+    h, w = x.shape[2:]
+    dct, steps = _jpeg(x.device, x.dtype)
     steps = ((steps * (200 - 2 * quality)[:, None, None] + 50) / 100).floor().clamp(min=1)
-    k = torch.arange(8, device=x.device, dtype=x.dtype)
-    dct = torch.cos(math.pi / 16 * k[:, None] * (2 * k + 1)) / 2
-    dct[0] /= math.sqrt(2)
     blocks = F.pad((x * 255).round() - 128, (0, -w % 8, 0, -h % 8), mode="replicate")
     blocks = blocks.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
     # libjpeg rounds halves away from 0, and they are common: DC is a multiple of 1/8.
@@ -113,3 +111,13 @@ def _compressed(x: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     kept = (scaled.abs() + (0.5 + 1e-5)).floor() * scaled.sign() * steps[:, None, None, None]
     blocks = (dct.T @ kept @ dct).transpose(3, 4).flatten(4, 5).flatten(2, 3)
     return (blocks[..., :h, :w] + 128).round().clamp(0, 255) / 255
+
+
+@functools.cache
+def _jpeg(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The orthonormal DCT (8,8) and ``LUMINANCE``, made once: nothing can be copied from the host
+    while a CUDA graph is captured."""
+    k = torch.arange(8, dtype=torch.float64)
+    dct = torch.cos(math.pi / 16 * k[:, None] * (2 * k + 1)) / 2
+    dct[0] /= math.sqrt(2)
+    return dct.to(device, dtype), torch.tensor(LUMINANCE).view(8, 8).to(device, dtype)
