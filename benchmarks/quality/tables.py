@@ -27,8 +27,10 @@ def summary(result: dict) -> str:
     """A row for each method and data set, and the means over the vector sets."""
     machine = result["machine"]
     options = f", options {result['options']}" if result["options"] else ""
+    robust = any(one["robustness"] for one in result["sets"])
+    title = "Robustness" if robust else "Ablation" if result.get("variants") else "Detection"
     lines = [
-        f"# Detection on {', '.join(one['name'] for one in result['sets'])}, preset "
+        f"# {title} on {', '.join(one['name'] for one in result['sets'])}, preset "
         f"{result['preset']}, {result['part']} part",
         "",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
