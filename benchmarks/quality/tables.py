@@ -16,19 +16,23 @@ FIGURES = {
 
 
 def markdown(result: dict) -> str:
-    """Everything: figures, defects, robustness."""
+    """Everything: figures and defects."""
     lines = [summary(result)]
     for one in result["sets"]:
-        lines += _defects(one) + _robustness(one)
+        lines += _defects(one)
     return "\n".join(lines) + "\n"
 
 
 def summary(result: dict) -> str:
-    """A row for each method and data set, and the means over the vector sets."""
+    """A row for each method and data set, the means over the vector sets, robustness."""
     machine = result["machine"]
     options = f", options {result['options']}" if result["options"] else ""
     robust = any(one["robustness"] for one in result["sets"])
     title = "Robustness" if robust else "Ablation" if result.get("variants") else "Detection"
+    controls = (
+        " Gaussian, PCA residual and kNN are closed forms on the same tokens, through the same "
+        "fusion and calibration."
+    )
     lines = [
         f"# {title} on {', '.join(one['name'] for one in result['sets'])}, preset "
         f"{result['preset']}, {result['part']} part",
@@ -36,16 +40,18 @@ def summary(result: dict) -> str:
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}; seeds "
         f"{', '.join(map(str, result['seeds']))}{options}. In percent: mean and standard deviation "
-        "over the seeds; in brackets the 95% bootstrap interval over objects. Gaussian, PCA "
-        "residual and kNN are closed forms on the same tokens, through the same fusion and "
-        "calibration.",
+        "over the seeds; in brackets the 95% bootstrap interval over objects."
+        + (controls if any(one["best_control"] for one in result["sets"]) else ""),
         *([result["note"]] if result["note"] else []),
     ]
     for kind in ("image", "vector"):
         sets = [one for one in result["sets"] if one["kind"] == kind]
         if sets:
             lines += ["", *_table(sets, FIGURES[kind])]
-            lines += ["", *map(_verdict, sets)]
+            verdicts = [verdict for verdict in map(_verdict, sets) if verdict]
+            lines += ["", *verdicts] if verdicts else []
+    for one in result["sets"]:
+        lines += _robustness(one)
     return "\n".join(lines) + "\n"
 
 
@@ -108,7 +114,7 @@ def _robustness(one: dict) -> list[str]:
     if not one["robustness"]:
         return []
     methods = one["robustness"]
-    lines = ["", f"## {one['name']}: change of the AUROC, in points", ""]
+    lines = ["", f"Change of the AUROC on {one['name']}, in points:", ""]
     lines.append("| what | " + " | ".join(methods) + " |")
     lines.append("|" + " --- |" * (1 + len(methods)))
     # The preset has the most: anomalies hidden from it, and shifts.

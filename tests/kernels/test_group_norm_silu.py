@@ -6,9 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from diffad_fast.kernels import group_norm_silu as kernel
+
 import diffad_fast as daf
 from diffad_fast import ops, reference
-from diffad_fast.kernels import group_norm_silu as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = [torch.contiguous_format, torch.channels_last]

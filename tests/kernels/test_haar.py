@@ -8,11 +8,12 @@ import pywt
 import torch
 
 pytest.importorskip("triton")
+from diffad_fast.kernels import haar as haar_kernel
+
 import diffad_fast as daf
 from diffad_fast import ops, reference
 from diffad_fast.diffusion import NoiseSchedule
 from diffad_fast.errors import BackendError
-from diffad_fast.kernels import haar as haar_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEVELS = (1, 2, 3, 4)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from diffad_fast.kernels import loss as loss_kernel
+from diffad_fast.kernels import q_sample as q_sample_kernel
+
 import diffad_fast as daf
 from diffad_fast import ops, reference
 from diffad_fast.diffusion import NoiseSchedule
-from diffad_fast.kernels import loss as loss_kernel
-from diffad_fast.kernels import q_sample as q_sample_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALPHAS = NoiseSchedule("cosine").alphas_cumprod.to(DEVICE)
