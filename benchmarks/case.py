@@ -77,6 +77,9 @@ class Case:
     host: bool = False
     """The result ends on the host: timed by its clock also on a GPU."""
     gradients: bool = False
+    rounds: int | None = None
+    """As many, if they take no longer than ten cases: where a difference of few per cent is to be
+    seen. Default: what the time allows."""
     sweep: Mapping[str, int] = field(default_factory=dict)
     """Position on an axis along which the work grows: {"batch": 8}."""
     served_by: Callable[[str], str] | None = None

@@ -103,9 +103,10 @@ class Run:
         effort = self.effort
         samples = {}
         if runs:
-            samples = rounds(
-                runs, clock(self.device), effort.seconds, effort.at_least, effort.at_most, OURS
-            )
+            bounds = effort.at_least, effort.at_most
+            if case.rounds and not self.quick:
+                bounds = case.rounds, case.rounds
+            samples = rounds(runs, clock(self.device), effort.seconds, *bounds, OURS)
         for name, run in runs.items():
             part = case.contenders[name].part
             samples[name] = [value / part for value in samples[name]]

@@ -3,6 +3,7 @@ machine disturbs them alike."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 
@@ -84,8 +85,9 @@ def rounds(
 
     Goes on for ``seconds``, and for ``at_least`` rounds unless that takes ten times as long; for
     three rounds of everybody in any case and for ``at_most``. With a ``leader``, those who take
-    SLOW times as long as it run in the first round and every SELDOM-th after it. The order within a
-    round moves on by one each time, so that nobody always runs after the same neighbour.
+    SLOW times as long as it run in the first round and every SELDOM-th after it. Each round has an
+    order of its own, drawn from a fixed seed, so that nobody always runs after the same neighbour
+    and finds in the caches what that one left there.
     """
     names = list(runs)
     # The first samples fill caches.
@@ -94,14 +96,14 @@ def rounds(
     slow = {name for name in names if first_ms[name] > limit}
     fewest = 2 * SELDOM + 1 if slow else 3
     times: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     began = time.perf_counter()
     for number in range(at_most):
         elapsed = time.perf_counter() - began
         needed = min(fewest, at_least) if elapsed > 10 * seconds else at_least
         if elapsed > seconds and number >= needed:
             break
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             if name not in slow or number % SELDOM == 0:
                 times[name].append(clock.start(runs[name])())
     return times

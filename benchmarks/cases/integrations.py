@@ -1,8 +1,9 @@
 """What a call through another library costs over the direct call, at batch 16.
 
 ``diffad_fast`` is the call through the host here; the ratio of "direct call" to it is 1 / (1 + the
-adaptor's overhead). The exact result is the direct call's: what stands behind it has cases of its
-own.
+adaptor's overhead). The direct call of a detector is ``score``, which checks its input as the
+hosts do and gives p-values and labels besides; ``score_batch`` does neither. The exact result is
+the direct call's: what stands behind it has cases of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .. import peers
 from ..case import OURS, Case, Contender, numpy_inputs, on, random
 
 BATCH, FEATURES, SIDE, LOOP = 16, 32, 128, 4
+ROUNDS = 2000
 DIRECT = "direct call"
 
 
@@ -156,5 +158,6 @@ def _case(library, name, inputs, contenders, host=True, tolerance=1e-5) -> Case:
         return direct.run(*direct.prepare(tensors))
 
     return Case(
-        library, name, inputs, exact, contenders, batch=BATCH, host=host, tolerance=tolerance
-    )
+        library, name, inputs, exact, contenders, batch=BATCH, host=host, tolerance=tolerance,
+        rounds=ROUNDS,
+    )  # fmt: skip

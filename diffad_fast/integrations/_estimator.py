@@ -32,6 +32,19 @@ def fit_detector(X, preset, train_steps, options, device, random_state) -> Detec
     return Detector(preset=preset, device=device, **chosen).fit(X)
 
 
+def plain_float32(X) -> np.ndarray | None:
+    """X in float32 if it is a NumPy array of finite floating-point numbers, else None.
+
+    ``check_array(X, dtype=np.float32)`` hands such an array back as it is, apart from its number of
+    dimensions, and the ways it goes to see that take a tenth of the time of a small batch's score.
+    """
+    if type(X) is not np.ndarray or X.dtype not in (np.float32, np.float64) or not X.size:
+        return None
+    with np.errstate(over="ignore"):
+        X = X.astype(np.float32, copy=False)
+    return X if np.isfinite(X).all() else None
+
+
 def anomaly_scores(detector: Detector, X: np.ndarray) -> np.ndarray:
     """(N,) float64, higher is more anomalous; without p-values and labels, which need more
     held-out samples than small tables have.

@@ -17,6 +17,7 @@ from ..denoisers.diffusers_unet import DiffusersUNet
 from ..detector import Detector
 from ..diffusion import ReverseLoop, ReverseStep
 from ..errors import InputError
+from ..ops.diffusion import ddim_step_and_x0
 from ._host import require
 
 require("diffusers")
@@ -33,7 +34,8 @@ __all__ = ["FusedDDIMScheduler", "SchedulerMixin", "detector_from_diffusers", "f
 
 
 class FusedDDIMScheduler(DDIMScheduler):
-    """``diffusers.DDIMScheduler`` whose steps are one pass over memory (``ops.ddim_step``).
+    """``diffusers.DDIMScheduler`` whose steps are two passes over memory (``ops.ddim_step``), one
+    for each of the two results.
 
     Every argument, method and attribute is the scheduler's own, and so are the results but for
     rounding: coefficients are computed in float64 and samples in float32 at least, where the stock
@@ -83,26 +85,15 @@ class FusedDDIMScheduler(DDIMScheduler):
         if sample.dtype != model_output.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         alpha_t, alpha_s = self._levels(timestep)
-        options = {"prediction_type": config.prediction_type}
+        clip = threshold = None
         if config.thresholding:
-            options["dynamic_threshold"] = (
-                config.dynamic_thresholding_ratio,
-                config.sample_max_value,
-            )
+            threshold = config.dynamic_thresholding_ratio, config.sample_max_value
         elif config.clip_sample:
-            options["clip"] = config.clip_sample_range
-        previous = ops.ddim_step(
-            sample,
-            model_output,
-            alpha_t,
-            alpha_s,
-            eta=eta,
-            noise=noise,
-            use_clipped_model_output=use_clipped_model_output,
-            **options,
-        )
-        # At abar_s = 1 the step's target is the limited x0 alone.
-        x0 = ops.ddim_step(sample, model_output, alpha_t, 1.0, **options)
+            clip = config.clip_sample_range
+        previous, x0 = ddim_step_and_x0(
+            sample, model_output, alpha_t, alpha_s, config.prediction_type, eta, noise, clip,
+            threshold, use_clipped_model_output,
+        )  # fmt: skip
         if not return_dict:
             return previous, x0
         return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)

@@ -8,7 +8,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ..errors import InputError
 from ..scoring.split import SMALLEST_SET
-from ._estimator import anomaly_scores, fit_detector
+from ._estimator import anomaly_scores, fit_detector, plain_float32
 
 __all__ = ["DiffusionOutlierDetector"]
 
@@ -85,7 +85,7 @@ class DiffusionOutlierDetector(OutlierMixin, BaseEstimator):
         # The check collects the tags of all classes: a per cent of the score of a small batch.
         if not hasattr(self, "detector_"):
             check_is_fitted(self)
-        return self._score(validate_data(self, X, dtype=np.float32, reset=False))
+        return self._score(self._checked(X))
 
     def decision_function(self, X):
         """`score_samples(X) - offset_`: negative for outliers."""
@@ -94,6 +94,14 @@ class DiffusionOutlierDetector(OutlierMixin, BaseEstimator):
     def predict(self, X):
         """(n_samples,) int: -1 for outliers, 1 for inliers."""
         return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def _checked(self, X) -> np.ndarray:
+        """X as `validate_data` gives it, which looks at names and kinds that a plain array of the
+        right width does not have."""
+        plain = None if hasattr(self, "feature_names_in_") else plain_float32(X)
+        if plain is not None and plain.ndim == 2 and plain.shape[1] == self.n_features_in_:
+            return plain
+        return validate_data(self, X, dtype=np.float32, reset=False)
 
     def _score(self, X: np.ndarray) -> np.ndarray:
         return -anomaly_scores(self.detector_, self._samples(X))

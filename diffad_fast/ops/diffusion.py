@@ -139,6 +139,34 @@ def ddim_step(
     Raises TypeError for dtypes, ValueError for shapes, devices and options. Values of tensors
     are not checked.
     """
+    given = (
+        x_t, model_output, alpha_t, alpha_s, prediction_type, eta, noise, clip, dynamic_threshold,
+        use_clipped_model_output, guidance,
+    )  # fmt: skip
+    _check_ddim_step(*given)
+    return _ddim_step(*given)
+
+
+def ddim_step_and_x0(
+    x_t, model_output, alpha_t, alpha_s, prediction_type, eta, noise, clip, dynamic_threshold,
+    use_clipped_model_output,
+):  # fmt: skip
+    """(x_s, x0): :func:`ddim_step` and the limited x0 that it aims at, checked once."""
+    limits = clip, dynamic_threshold
+    given = (
+        x_t, model_output, alpha_t, alpha_s, prediction_type, eta, noise, *limits,
+        use_clipped_model_output, None,
+    )  # fmt: skip
+    _check_ddim_step(*given)
+    # At abar_s = 1 the step's target is the limited x0 alone.
+    target = (x_t, model_output, alpha_t, 1.0, prediction_type, 0.0, None, *limits, False, None)
+    return _ddim_step(*given), _ddim_step(*target)
+
+
+def _check_ddim_step(
+    x_t, model_output, alpha_t, alpha_s, prediction_type, eta, noise, clip, dynamic_threshold, _,
+    guidance,
+):  # fmt: skip
     check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guidance)
     checks.number("eta", eta, 0.0, 1.0)
     if eta > 0:
@@ -159,19 +187,6 @@ def ddim_step(
             raise ValueError(f"dynamic_threshold must be (ratio, max), got {dynamic_threshold!r}")
         checks.number("the ratio of dynamic_threshold", dynamic_threshold[0], 0.0, 1.0)
         checks.number("the maximum of dynamic_threshold", dynamic_threshold[1], 1.0)
-    return _ddim_step(
-        x_t,
-        model_output,
-        alpha_t,
-        alpha_s,
-        prediction_type,
-        eta,
-        noise,
-        clip,
-        dynamic_threshold,
-        use_clipped_model_output,
-        guidance,
-    )
 
 
 def check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guidance):

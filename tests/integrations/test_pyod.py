@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
 
 pytest.importorskip("pyod")
@@ -120,3 +121,21 @@ def test_errors(data):
         DiffAD(train_steps=2, **QUICK).fit(data[0]).decision_function(data[0][:, :4])
     with pytest.raises(ValueError, match="NaN"):
         DiffAD(**QUICK).fit(np.full((20, 2), np.nan))
+
+
+def test_plain_arrays_are_checked_as_by_scikit_learn(fitted, data):
+    """They take a shorter way: the same scores and errors."""
+    X = data[1]
+    expected = fitted.decision_function(X.tolist())  # the long way
+    for same in (X, X.astype(np.float32), np.asfortranarray(X)):
+        np.testing.assert_array_equal(fitted.decision_function(same), expected)
+    for value, message in ((np.nan, "NaN"), (1e300, "too large"), (np.inf, "infinity")):
+        bad = X.copy()
+        bad[2, 1] = value
+        with pytest.raises(ValueError, match=message):
+            fitted.decision_function(bad)
+    for shape, message in (((0, 6), "0 sample"), ((6,), "1D array")):
+        with pytest.raises(ValueError, match=message):
+            fitted.decision_function(np.zeros(shape))
+    with pytest.raises(NotFittedError):
+        DiffAD(**QUICK).decision_function(X)

@@ -90,6 +90,27 @@ def test_pipeline_grid_search_and_cross_validation():
     assert search.best_params_.keys() == grid.keys()
 
 
+def test_plain_arrays_are_checked_as_by_scikit_learn(fitted):
+    """They take a shorter way: the same scores and errors, whatever their dtype and layout."""
+    X = ring(6, 6)
+    expected = fitted.score_samples(X.tolist())  # the long way
+    read_only = np.asfortranarray(X, np.float32)
+    read_only.flags.writeable = False
+    for same in (X, X.astype(np.float32), read_only, X[::-1].copy()[::-1]):
+        np.testing.assert_array_equal(fitted.score_samples(same), expected)
+    wrong = {"contains NaN": np.nan, "infinity or a value too large": np.inf, "too large": 1e300}
+    for message, value in wrong.items():
+        bad = X.copy()
+        bad[2, 1] = value
+        with pytest.raises(ValueError, match=message):
+            fitted.score_samples(bad)
+    with pytest.raises(ValueError, match="X has 3 features, but .* is expecting 2"):
+        fitted.score_samples(np.zeros((4, 3)))
+    for shape, message in (((0, 2), "0 sample"), ((2,), "1D array"), ((2, 2, 2), "dim 3")):
+        with pytest.raises(ValueError, match=message):
+            fitted.score_samples(np.zeros(shape))
+
+
 @pytest.mark.parametrize("library", ["pandas", "polars"])
 def test_data_frames(library):
     frames = pytest.importorskip(library)
@@ -101,6 +122,8 @@ def test_data_frames(library):
     np.testing.assert_array_equal(detector.score_samples(frame), expected.score_samples(X))
     with pytest.raises(ValueError, match="feature names"):
         detector.predict(frame[["y", "x"]])
+    with pytest.warns(UserWarning, match="does not have valid feature names"):
+        detector.predict(X)
 
 
 def test_flattened_images():

@@ -1,0 +1,129 @@
+"""`python -m benchmarks audio` on a tree in the layout of UrbanSound8K, made up here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+
+import numpy as np
+import pytest
+
+from benchmarks import audio, results
+from diffad_fast import Detector
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("soxr")
+
+RATE = 8000
+PITCH = {"siren": 900.0, "drilling": 300.0, "street_music": 2200.0}
+CLIPS = 2  # of a class in a fold
+TINY = {
+    "sample_rate": RATE, "n_fft": 256, "hop": 128, "n_mels": 16, "window_frames": 16,
+    "window_step": 8, "train_steps": 3, "token_width": 16, "token_blocks": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("UrbanSound8K")
+    rng = np.random.default_rng(0)
+    (root / "metadata").mkdir()
+    with open(root / "metadata" / "UrbanSound8K.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["slice_file_name", "fsID", "fold", "classID", "class"])
+        for fold in range(1, 11):
+            (root / "audio" / f"fold{fold}").mkdir(parents=True)
+            for number, (name, pitch) in enumerate(PITCH.items()):
+                for i in range(CLIPS):
+                    source = 1000 * fold + 10 * number + i
+                    file_name = f"{source}-{number}-0-0.wav"
+                    t = np.arange(RATE // 2) / RATE
+                    wave = 0.2 * np.sin(2 * np.pi * pitch * rng.uniform(0.9, 1.1) * t)
+                    wave += 0.05 * rng.standard_normal(len(t))
+                    soundfile.write(root / "audio" / f"fold{fold}" / file_name, wave, RATE)
+                    table.writerow([file_name, source, fold, number, name])
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(audio, "speed", lambda detector: {"batch_1": 100.0})
+
+
+class Spy(Detector):
+    """Detectors of few parameters, which note what they are given."""
+
+    seen: list = []
+
+    def __init__(self, preset, **options):
+        super().__init__(**options, **TINY)
+
+    def fit(self, source):
+        self.trained = source
+        return super().fit(source)
+
+    def evaluate(self, clips):
+        Spy.seen.append((self.trained, clips))
+        return super().evaluate(clips)
+
+
+def fold_of(path):
+    return int(re.search(r"fold(\d+)", path)[1])
+
+
+def test_ten_folds_as_their_authors_made_them(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "Detector", Spy)
+    monkeypatch.setattr(Spy, "seen", [])
+    names = ["siren", "drilling"]
+    options = ["--normal", *names, "--ten-fold", "--seeds", "0", "--name", "ten"]
+    assert audio.main(["--data", str(root), *options]) == 0
+    assert len(Spy.seen) == 10 * len(names)
+    for number, (trained, tested) in enumerate(Spy.seen):
+        fold, name = 1 + number // 2, names[number % 2]
+        assert {fold_of(clip.path) for clip in tested} == {fold}
+        assert sorted(map(fold_of, trained)) == [f for f in range(1, 11) if f != fold for _ in "ab"]
+        assert len(tested) == CLIPS * len(PITCH)  # all of the fold
+        assert {clip.kind for clip in tested if not clip.anomaly} == {name}
+        assert all(f"-{list(PITCH).index(name)}-0-" in path for path in trained)
+
+    result = json.loads((tmp_path / "ten.json").read_text())
+    found = {(r["normal"], r["test_folds"][0]): 100 * r["auroc"] for r in result["runs"]}
+    assert len(found) == 20 and len(result["nearest"]) == 20
+    table = (tmp_path / "ten.md").read_text()
+    for name in names:
+        values = [found[name, fold] for fold in range(1, 11)]
+        expected = f"| {name} | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |"
+        assert expected in table
+    means = [statistics.mean(found[name, fold] for name in names) for fold in range(1, 11)]
+    assert f"| mean | {statistics.mean(means):.1f} ± {statistics.stdev(means):.1f} |" in table
+    for fold, mean in enumerate(means, 1):
+        cells = " | ".join(f"{found[name, fold]:.1f}" for name in names)
+        assert f"\n| {fold} | {cells} | {mean:.1f} |\n" in table
+    assert "1 seeds: mean and standard deviation over the 10 test folds" in table
+
+
+def test_one_fold_has_the_deviation_of_its_seeds(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(audio, "Detector", Spy)
+    options = ["--normal", "siren", "--train-folds", "1", "2", "3", "4", "5", "--name", "one"]
+    assert audio.main(["--data", str(root), *options, "--test-folds", "6", "7"]) == 0
+    runs = json.loads((tmp_path / "one.json").read_text())["runs"]
+    values = [100 * one["auroc"] for one in runs]
+    assert [one["seed"] for one in runs] == [0, 1, 2] and len(runs[0]["test_folds"]) == 2
+    table = (tmp_path / "one.md").read_text()
+    assert f"| siren | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |" in table
+    assert "fold |" not in table
+
+
+def test_what_is_missing_is_said_before_any_training(root, tmp_path, capsys):
+    few = ["--data", str(root), "--normal", "siren", "--test-folds", "11"]
+    for wrong, message in (
+        (few, "there is no fold 11"),
+        ([*few[:3], "whistle", *few[4:5], "2"], "the normal class is 'whistle'"),
+        ([*few[:1], str(tmp_path / "nowhere")], "is not a folder"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            audio.main(wrong)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
