@@ -8,12 +8,16 @@
 ``diffad_fast/_host.*.so``   the pybind11 module: csrc/module.cpp and csrc/metrics.cpp.
 
 torch.utils.cpp_extension refuses CUDA sources beside a CPU-only torch, so the compilers are called
-here. Objects stay in build/native and are rebuilt when their command or a file they include
-changes.
+here. Objects stay in build/native and are rebuilt when their command, a file they include or the
+version of a package with headers changes; environments with the same versions share them.
 
 Environment: ``DIFFAD_FAST_CUDA`` = auto (default: build CUDA where nvcc is found), 1 (fail without
 nvcc) or 0; ``TORCH_CUDA_ARCH_LIST``, e.g. ``8.0;9.0+PTX``; ``MAX_JOBS``; ``CUDA_HOME``; ``CXX``;
 ``CXXFLAGS``.
+
+Without TORCH_CUDA_ARCH_LIST a wheel holds all of DEFAULT_ARCHS. What is built in place (``pip
+install -e .``, ``build_ext --inplace``) is for the GPUs of this machine; where there is none, it
+holds the oldest architecture and its PTX, from which the driver compiles for any newer one.
 """
 
 import importlib.metadata
@@ -46,6 +50,8 @@ CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 # The instruction sets that csrc/cpu/kernels is compiled for; csrc/cpu/isa.cpp chooses among them.
 ISA_FLAGS = {"default_": []}
 if platform.machine() in ("x86_64", "AMD64"):
+    # Processors without AVX2 are from before 2013: half of the time to compile is worth more.
+    ISA_FLAGS["default_"] = ["-O1"]
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
@@ -81,8 +87,9 @@ def output_of(command: list[str]) -> str:
     return done.stdout
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    """Architectures as in TORCH_CUDA_ARCH_LIST: ``["8.0", "10.0+PTX"]``."""
+def cuda_archs(nvcc: str, in_place: bool) -> list[str]:
+    """Architectures as in TORCH_CUDA_ARCH_LIST: ``["8.0", "10.0+PTX"]``; see the top for
+    ``in_place``."""
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     archs = re.split(r"[;,\s]+", (given or DEFAULT_ARCHS).strip())
     for arch in archs:
@@ -97,7 +104,23 @@ def cuda_archs(nvcc: str) -> list[str]:
     archs = [a for a in archs if "sm_" + a.replace(".", "") in known]
     if not archs:
         sys.exit(f"{nvcc} knows none of {DEFAULT_ARCHS}: set TORCH_CUDA_ARCH_LIST")
+    if in_place:
+        here = gpu_archs()
+        if here and all("sm_" + a.replace(".", "") in known for a in here):
+            return here
+        if not here:
+            archs = archs[:1]
     return [*archs[:-1], archs[-1] + "+PTX"]
+
+
+def gpu_archs() -> list[str]:
+    """Architectures of the GPUs of this machine; empty without one."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    return sorted(set(re.findall(r"^\d+\.\d$", done.stdout, re.M)))
 
 
 def gencode(archs: list[str]) -> list[str]:
@@ -121,29 +144,39 @@ def cudart_folder(nvcc: str) -> str:
     sys.exit(f"{nvcc} names no folder with libcudart_static.a: {libraries or text}")
 
 
-def up_to_date(target: Path, command: list[str]) -> bool:
-    """Was ``target`` made by ``command`` from files that have not changed since?"""
+def package_headers(package: str, folder: str) -> dict[str, str]:
+    """A folder of headers -> what is noted in its place: they are those of a version of
+    ``package``, wherever it is installed."""
+    return {folder: f"{package}=={importlib.metadata.version(package)}"}
+
+
+def up_to_date(target: Path, made_by: str) -> bool:
+    """Was ``target`` made by that command from files that have not changed since?"""
     note, dependencies = target.with_suffix(".cmd"), target.with_suffix(".d")
     if not (target.exists() and dependencies.exists() and note.exists()):
         return False
-    if note.read_text() != shlex.join(command):
+    if note.read_text() != made_by:
         return False
     files = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
     made = target.stat().st_mtime
     return all(os.path.exists(f) and os.path.getmtime(f) <= made for f in files)
 
 
-def compile_all(commands: dict[Path, list[str]]) -> None:
-    """Run the compile commands (object -> command) that are out of date, MAX_JOBS at a time."""
+def compile_all(commands: dict[Path, list[str]], headers: dict[str, str]) -> None:
+    """Run the compile commands (object -> command) that are out of date, MAX_JOBS at a time.
+
+    ``headers``: see :func:`package_headers`.
+    """
 
     def one(target: Path, command: list[str]) -> None:
-        if up_to_date(target, command):
+        made_by = shlex.join(headers.get(word, word) for word in command)
+        if up_to_date(target, made_by):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         target.with_suffix(".cmd").unlink(missing_ok=True)
         print(shlex.join(command), flush=True)
         subprocess.run(command, check=True)
-        target.with_suffix(".cmd").write_text(shlex.join(command))
+        target.with_suffix(".cmd").write_text(made_by)
 
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(max(1, jobs)) as pool:
@@ -152,6 +185,10 @@ def compile_all(commands: dict[Path, list[str]]) -> None:
 
 class BuildNative(build_ext):
     """Compiles and links the two extensions with the commands above."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.here = bool(self.inplace)  # setuptools hides it while it builds
 
     def build_extensions(self) -> None:
         os.chdir(ROOT)
@@ -162,14 +199,21 @@ class BuildNative(build_ext):
             sys.exit("torch is not installed: the operators are built against its headers")
         self.torch = Path(spec.submodule_search_locations[0])
         self.nvcc = find_nvcc()
-        self.archs = cuda_archs(self.nvcc) if self.nvcc else []
+        self.archs = cuda_archs(self.nvcc, self.here) if self.nvcc else []
+        self.headers: dict[str, str] = {}
+        # The objects of both in one go, so that no core waits for the last one of the first.
+        commands = [self.host(e) if e.name.endswith("_host") else self.operators(e)
+                    for e in self.extensions]  # fmt: skip
+        compile_all({k: v for of_one in commands for k, v in of_one.items()}, self.headers)
+        self.objects = {e.name: list(c) for e, c in zip(self.extensions, commands, strict=True)}
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        objects, link = self.operators(ext) if ext.name.endswith("_C") else self.host(ext)
-        command = [*self.cxx, "-shared", *map(str, objects), "-o", str(output), *link]
+        link = [] if ext.name.endswith("_host") else self.libraries_of_operators()
+        command = [*self.cxx, "-shared", *map(str, self.objects[ext.name]), "-o", str(output)]
+        command += link
         print(shlex.join(command), flush=True)
         subprocess.run(command, check=True)
 
@@ -178,10 +222,30 @@ class BuildNative(build_ext):
         dependencies = ["-MMD", "-MF", str(target.with_suffix(".d"))]
         return target, [*compiler, "-c", source, "-o", str(target), *flags, *dependencies]
 
-    def operators(self, ext: Extension) -> tuple[list[Path], list[str]]:
-        common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(self.torch / "include")]
+    def host(self, ext: Extension) -> dict[Path, list[str]]:
+        """Compile commands of the pybind11 module, object -> command."""
+        import pybind11
+
+        header = OBJECTS / "include" / "build_info.h"
+        header.parent.mkdir(parents=True, exist_ok=True)
+        text = f'constexpr char kBuildInfo[] = R"json({json.dumps(self.build_info())})json";\n'
+        if not header.exists() or header.read_text() != text:
+            header.write_text(text)
+        self.headers |= package_headers("pybind11", pybind11.get_include())
+        flags = [*self.cxx_flags, f"-I{header.parent}", "-isystem", pybind11.get_include()]
+        flags += ["-isystem", sysconfig.get_path("include")]
+        return dict(self.compile_command(self.cxx, source, flags) for source in ext.sources)
+
+    def operators(self, ext: Extension) -> dict[Path, list[str]]:
+        """Compile commands of the operators, object -> command, the longest first."""
+        include = str(self.torch / "include")
+        self.headers |= package_headers("torch", include)
+        common = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include]
         entries = []
-        for source in ext.sources:
+        by_time = sorted(
+            ext.sources, key=lambda s: (s.endswith(".cu"), os.path.getsize(s)), reverse=True
+        )
+        for source in by_time:
             if "kernels" in Path(source).parts:
                 for isa, isa_flags in ISA_FLAGS.items():
                     flags = [*self.cxx_flags, *KERNEL_FLAGS, *isa_flags, f"-DDIFFAD_ISA={isa}"]
@@ -192,29 +256,16 @@ class BuildNative(build_ext):
             elif self.nvcc:
                 flags = [*NVCC_FLAGS, *gencode(self.archs), *common]
                 entries.append(self.compile_command([self.nvcc], source, flags))
-        commands = dict(entries)
-        compile_all(commands)
+        return dict(entries)
+
+    def libraries_of_operators(self) -> list[str]:
         # libtorch.so depends on libtorch_cuda.so in a CUDA build of torch; --no-as-needed keeps it
         # among our dependencies, so that the weak CUDA symbols are found there.
         link = [f"-L{self.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if self.nvcc:
             link += [f"-L{cudart_folder(self.nvcc)}", "-lcudart_static", "-ldl", "-lrt"]
             link += ["-lpthread"]
-        return list(commands), link
-
-    def host(self, ext: Extension) -> tuple[list[Path], list[str]]:
-        import pybind11
-
-        header = OBJECTS / "include" / "build_info.h"
-        header.parent.mkdir(parents=True, exist_ok=True)
-        text = f'constexpr char kBuildInfo[] = R"json({json.dumps(self.build_info())})json";\n'
-        if not header.exists() or header.read_text() != text:
-            header.write_text(text)
-        includes = [str(header.parent), pybind11.get_include(), sysconfig.get_path("include")]
-        flags = [*self.cxx_flags, *(f"-I{folder}" for folder in includes)]
-        commands = dict(self.compile_command(self.cxx, source, flags) for source in ext.sources)
-        compile_all(commands)
-        return list(commands), []
+        return link
 
     def build_info(self) -> dict:
         return {
@@ -239,13 +290,13 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["diffad_fast", "diffad_fast.*"]), "diffad_fast.kernels"],
         package_dir={"diffad_fast": "diffad_fast", "diffad_fast.kernels": "kernels"},
         ext_modules=[
+            Extension("diffad_fast._host", ["csrc/metrics.cpp", "csrc/module.cpp"]),
             Extension(
                 "diffad_fast._C",
                 sources("csrc/ops.cpp", "csrc/cpu/**/*.cpp", "csrc/cuda/*.cu"),
                 depends=sources("csrc/**/*.h"),
                 py_limited_api=True,  # names it .abi3.so; it does not touch Python at all
             ),
-            Extension("diffad_fast._host", ["csrc/metrics.cpp", "csrc/module.cpp"]),
         ],
         cmdclass={"build_ext": BuildNative},
     )
