@@ -102,7 +102,7 @@ def test_cuda_architectures(monkeypatch):
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;10.0+PTX")
-    archs = setup.cuda_archs("nvcc")
+    archs = setup.cuda_archs("nvcc", in_place=True)
     assert archs == ["8.0", "9.0a", "10.0+PTX"]
     assert setup.gencode(archs) == [
         "-gencode=arch=compute_80,code=sm_80",
@@ -112,11 +112,20 @@ def test_cuda_architectures(monkeypatch):
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(SystemExit, match="'Hopper' is not of the form 9.0"):
-        setup.cuda_archs("nvcc")
+        setup.cuda_archs("nvcc", in_place=False)
     # An nvcc that is older than the newest default.
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     monkeypatch.setattr(setup, "output_of", lambda command: "sm_80\nsm_90\n")
-    assert setup.cuda_archs("nvcc") == ["8.0", "9.0+PTX"]
+    assert setup.cuda_archs("nvcc", in_place=False) == ["8.0", "9.0+PTX"]
+    # In place: this machine's GPUs, as far as nvcc knows them; without any, PTX for all.
+    for here, expected in (
+        (["9.0"], ["9.0"]),
+        (["8.0", "9.0"], ["8.0", "9.0"]),
+        (["12.0"], ["8.0", "9.0+PTX"]),
+        ([], ["8.0+PTX"]),
+    ):
+        monkeypatch.setattr(setup, "gpu_archs", lambda here=here: here)
+        assert setup.cuda_archs("nvcc", in_place=True) == expected
 
 
 def test_works_without_the_native_library(tmp_path):
