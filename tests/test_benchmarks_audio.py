@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks import audio, results
 from diffad_fast import Detector
+from diffad_fast.data.audio import labelled_clips
+from diffad_fast.errors import InputError
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
@@ -115,6 +117,14 @@ def test_one_fold_has_the_deviation_of_its_seeds(root, tmp_path, monkeypatch):
     table = (tmp_path / "one.md").read_text()
     assert f"| siren | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |" in table
     assert "fold |" not in table
+
+
+def test_a_fold_needs_normal_clips_and_others(root):
+    clips = labelled_clips(str(root), normal="siren", folds=[3])
+    assert audio.both_kinds(clips, "siren", [3]) is clips
+    for some in ([c for c in clips if c.anomaly], [c for c in clips if not c.anomaly], []):
+        with pytest.raises(InputError, match=rf"folds \[3\] hold {len(some)} clips, normal ones"):
+            audio.both_kinds(some, "siren", [3])
 
 
 def test_what_is_missing_is_said_before_any_training(root, tmp_path, capsys):

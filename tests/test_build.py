@@ -128,6 +128,27 @@ def test_cuda_architectures(monkeypatch):
         assert setup.cuda_archs("nvcc", in_place=True) == expected
 
 
+def test_environments_share_objects(tmp_path):
+    """What an include folder holds is noted, not where it is; another version or flag rebuilds."""
+    spec = importlib.util.spec_from_file_location("diffad_fast_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    target, source, runs = tmp_path / "a.o", tmp_path / "a.cpp", tmp_path / "runs"
+    source.write_text("")
+    script = f'echo "$0" >> {runs}; touch {target}; echo "{target}: {source}" > {tmp_path}/a.d'
+
+    def build(folder, version, *flags):
+        setup.compile_all({target: ["sh", "-c", script, folder, *flags]}, {folder: version})
+        return runs.read_text().split()
+
+    assert build("/one/include", "torch==2.11") == ["/one/include"]
+    assert build("/two/include", "torch==2.11") == ["/one/include"]
+    assert build("/two/include", "torch==2.12") == ["/one/include", "/two/include"]
+    assert len(build("/one/include", "torch==2.12", "-O1")) == 3
+    os.utime(source, (2**32, 2**32))
+    assert len(build("/one/include", "torch==2.12", "-O1")) == 4
+
+
 def test_works_without_the_native_library(tmp_path):
     copy_without_library(tmp_path)
     code = """

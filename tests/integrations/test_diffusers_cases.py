@@ -55,11 +55,14 @@ CONFIGURATIONS = [
       for limit in (0.5, 1.0, 2.0) for name in ("epsilon", "v_prediction")),
 ]  # fmt: skip
 
+# What changes the timesteps, not a step between given ones.
+TIMES = ("num_train_timesteps", "steps_offset", "timestep_spacing")
+
 both = pytest.mark.parametrize("kind", [STOCK, FusedDDIMScheduler])
 
 
-def sample():
-    return torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+def sample(scale=1.0):
+    return scale * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def ramp(*, falling=False):
@@ -80,29 +83,41 @@ def loop(scheduler, x, timesteps):
     return x
 
 
-def check(config, folder, t=0, steps=50, eta=0.0):
-    """One step of ours, of ours saved and loaded, and of the stock class."""
+def check(config, folder, t=0, steps=50, eta=0.0, x=None, m=None):
+    """One step of ours, of ours saved and loaded, and of the stock class, whose x_s this gives."""
     ours = FusedDDIMScheduler(**BASE | config)
     ours.save_config(folder)
-    x, found = sample(), []
+    x = sample() if x is None else x
+    m = 0.1 * x if m is None else m
+    found = []
     for scheduler in (ours, FusedDDIMScheduler.from_pretrained(folder), STOCK(**BASE | config)):
         scheduler.set_timesteps(steps)
         assert scheduler.scale_model_input(x, 0) is x
         generator = torch.Generator().manual_seed(0)
-        found.append(scheduler.step(0.1 * x, t, x, eta=eta, generator=generator).prev_sample)
+        found.append(scheduler.step(m, t, x, eta=eta, generator=generator).prev_sample)
     assert float((found[0] - found[1]).abs().sum()) < 1e-5
     torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-5)
+    return found[2]
 
 
 @pytest.mark.parametrize("config", CONFIGURATIONS, ids=str)
 def test_over_configurations(config, tmp_path):
+    """At t = 0, as theirs, where noise is a hundredth and hardly an option matters, and where all
+    of them do: a fifth up the schedule, a sample that limits bite, a prediction unlike it."""
     check(config, tmp_path)
+    t, x = config.get("num_train_timesteps", 1000) // 5, sample(3.0)
+    found = check(config, tmp_path, t, 10, 0.5, x, 1.0 - sample().flip(0))
+    usual = check({"num_train_timesteps": 5 * t}, tmp_path, t, 10, 0.5, x, 1.0 - sample().flip(0))
+    if config.get("sample_max_value") == 1.0:  # the threshold then is the usual clip
+        config = {"prediction_type": config["prediction_type"]}
+    differs = any(STOCK(**BASE).config[k] != v for k, v in config.items() if k not in TIMES)
+    assert torch.allclose(found, usual, rtol=1e-3, atol=1e-3) != differs
 
 
 @pytest.mark.parametrize("t, steps, eta", [
     (1, 50, 0.0), (10, 50, 0.0), (49, 50, 0.0),
-    (1, 10, 0.0), (10, 50, 0.0), (50, 500, 0.0),
-    (1, 50, 0.0), (10, 50, 0.5), (49, 50, 1.0),
+    (1, 10, 0.0), (50, 500, 0.0),
+    (10, 50, 0.5), (49, 50, 1.0),
 ])  # fmt: skip
 def test_over_calls(t, steps, eta, tmp_path):
     check({}, tmp_path, t, steps, eta)

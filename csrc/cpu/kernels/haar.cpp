@@ -341,7 +341,9 @@ void tiles(const HaarArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end)
           }
         }
         if (kPack && gather) {
-          for (int h = 0; h < R; ++h) stream_rows(first[h], bs.y, stage + h * rows * blocks, rows, blocks);
+          for (int h = 0; h < R; ++h) {
+            stream_rows(first[h], bs.y, stage + h * rows * blocks, rows, blocks);
+          }
         }
       }
       if constexpr (!kPack) {
