@@ -55,6 +55,11 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
+# And those of its files named *_bf16.cpp, see csrc/cpu/kernels/isa.h.
+BF16_ISA_FLAGS = {}
+if "avx512" in ISA_FLAGS:
+    BF16_ISA_FLAGS["avx512_bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+    BF16_ISA_FLAGS["amx"] = [*BF16_ISA_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 # Kernels pass vectors to functions that are always inlined: no calling convention is involved. GCC
 # 12 warns of its own AVX-512 intrinsics, which leave a masked operand undefined on purpose.
 KERNEL_FLAGS = ["-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -247,7 +252,8 @@ class BuildNative(build_ext):
         )
         for source in by_time:
             if "kernels" in Path(source).parts:
-                for isa, isa_flags in ISA_FLAGS.items():
+                bf16 = source.endswith("_bf16.cpp")
+                for isa, isa_flags in (BF16_ISA_FLAGS if bf16 else ISA_FLAGS).items():
                     flags = [*self.cxx_flags, *KERNEL_FLAGS, *isa_flags, f"-DDIFFAD_ISA={isa}"]
                     entries.append(self.compile_command(self.cxx, source, flags, isa))
             elif source.endswith(".cpp"):

@@ -23,7 +23,7 @@ except ImportError:
 
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # In the order of the C++ enumeration Isa.
-CPU_ISAS = ("default", "avx2", "avx512")
+CPU_ISAS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def implementations(name: str) -> dict[str, Callable]:

@@ -3,10 +3,26 @@
 
 #include <torch/csrc/stable/library.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 
 namespace diffad {
 namespace {
+
+// Tiles are 8 KiB of state a thread, which Linux saves for processes that have asked for it: for all
+// of their threads, and more than once does no harm.
+bool tiles_allowed() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, since Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -14,6 +30,10 @@ Isa best_isa() {
                     __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool bf16 = __builtin_cpu_supports("avx512bf16");
+  const bool amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  if (avx2 && avx512 && bf16 && amx && tiles_allowed()) return Isa::kAmx;
+  if (avx2 && avx512 && bf16) return Isa::kAvx512Bf16;
   if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;
 #endif
@@ -25,11 +45,15 @@ std::atomic<Isa>& chosen() {
   return isa;
 }
 
-// Level -1 only asks; 0 to 2 choose one. Returns the one in use afterwards.
+constexpr const char* kNames[] = {"x86-64", "AVX2 with FMA and F16C", "AVX-512",
+                                  "AVX-512 with bfloat16", "AMX with bfloat16"};
+
+// Level -1 only asks; the others choose one. Returns the one in use afterwards.
 int64_t cpu_isa(int64_t level) {
   if (level >= 0) {
+    STD_TORCH_CHECK(level <= static_cast<int64_t>(Isa::kAmx), "cpu_isa: there is no level ", level);
     STD_TORCH_CHECK(level <= static_cast<int64_t>(best_isa()), "cpu_isa: this processor has no ",
-                    level == 2 ? "AVX-512" : "AVX2 with FMA and F16C");
+                    kNames[level]);
     chosen() = static_cast<Isa>(level);
   }
   return static_cast<int64_t>(active_isa());

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <tuple>
 
@@ -20,10 +21,35 @@ using torch::headeronly::ScalarType;
 // Multiply-adds below which a thread is not worth its start.
 constexpr int64_t kGrain = 1 << 19;
 
+// Rows of vectors begin with lines of the cache.
+using Scratch = std::unique_ptr<char, decltype(&std::free)>;
+
 // `x` itself where it is contiguous and of that dtype already.
 Tensor as(const Tensor& x, ScalarType dtype) {
   const Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
   return y.is_contiguous() ? y : torch::stable::contiguous(y);
+}
+
+int64_t up_to(int64_t multiple, int64_t n) { return (n + multiple - 1) / multiple * multiple; }
+
+// (..., rows, columns) with zeros to whole blocks of rows and groups of columns; `w` itself where it
+// has them.
+Tensor filled_up(const Tensor& w) {
+  const int64_t axis = w.dim() - 2;
+  const int64_t rows = w.size(axis), columns = w.size(axis + 1);
+  const int64_t more_rows = up_to(kBf16Outputs, rows), more_columns = up_to(kBf16Inputs, columns);
+  if (rows == more_rows && columns == more_columns) return w;
+  const int64_t matrices = axis == 1 ? w.size(0) : 1;
+  const Tensor filled = torch::stable::new_zeros(w, {matrices, more_rows, more_columns});
+  const auto* from = static_cast<const uint16_t*>(w.const_data_ptr());
+  auto* to = static_cast<uint16_t*>(filled.mutable_data_ptr());
+  for (int64_t m = 0; m < matrices; ++m) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::copy_n(from + (m * rows + r) * columns, columns,
+                  to + (m * more_rows + r) * more_columns);
+    }
+  }
+  return filled;
 }
 
 std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, const Tensor& b_in,
@@ -49,8 +75,18 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   a.weight_dtype = weight_dtype;
   Tensor x_end = torch::stable::new_empty(in, {a.tokens, a.size});
   Tensor stats = torch::stable::new_empty(in, {a.tokens, a.steps}, state);
-  const Tensor kept[] = {as(w_in, state), as(b_in, state),      as(w1, state),
-                         as(w2, state),   as(b2, state),        as(w_out, state),
+  // Dot products of bfloat16 read the weights as they are; all others widen them first.
+  auto* kernel = token_mlp_loop_bf16_kernel();
+  const bool dots = kernel != nullptr && weight_dtype == DType::kBFloat16 && !wide;
+  if (!dots) kernel = token_mlp_loop_kernel();
+  const auto matrix = [&](const Tensor& w) {
+    return dots ? filled_up(as(w, ScalarType::BFloat16)) : as(w, state);
+  };
+  a.row_in = dots ? up_to(kBf16Inputs, a.size) : a.size;
+  a.row = dots ? up_to(kBf16Inputs, a.width) : a.width;
+  a.matrix = (dots ? up_to(kBf16Outputs, a.width) : a.width) * a.row;
+  const Tensor kept[] = {matrix(w_in),     as(b_in, state),      matrix(w1),
+                         matrix(w2),       as(b2, state),        matrix(w_out),
                          as(b_out, state), as(step_bias, state), as(table, state)};
   const void** pointers[] = {&a.w_in,  &a.b_in,  &a.w1,        &a.w2,   &a.b2,
                              &a.w_out, &a.b_out, &a.step_bias, &a.table};
@@ -64,8 +100,9 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   const int64_t tiles = (a.tokens + kTokenTile - 1) / kTokenTile;
   const int64_t grain = std::max<int64_t>(1, kGrain / (kTokenTile * products * a.steps + 1));
   const auto run = [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<char[]> scratch(new char[token_mlp_scratch(a)]);
-    token_mlp_loop_kernel()(a, scratch.get(), begin, end);
+    const Scratch scratch(static_cast<char*>(std::aligned_alloc(64, up_to(64, token_mlp_scratch(a)))),
+                          std::free);
+    kernel(a, scratch.get(), begin, end);
   };
   if (tiles == 1) {
     run(0, 1);

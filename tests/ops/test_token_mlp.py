@@ -262,7 +262,7 @@ SIZES = [  # tokens, token size, width, blocks, steps
 @needs_native
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("size", SIZES)
-def test_native_agrees_with_the_reference_in_float64(cpu_isa, size, dtype):
+def test_native_agrees_with_the_reference_in_float64(cpu_isa_bf16, size, dtype):
     arguments = problem(*size, dtype)
     x_end, stats = on_cpu(arguments)
     assert x_end.dtype == dtype and stats.dtype == torch.promote_types(dtype, torch.float32)
@@ -272,7 +272,7 @@ def test_native_agrees_with_the_reference_in_float64(cpu_isa, size, dtype):
 @needs_native
 @pytest.mark.parametrize("weights", TOLERANCE)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_native_mixes_dtypes_as_the_reference_does(cpu_isa, dtype, weights):
+def test_native_mixes_dtypes_as_the_reference_does(cpu_isa_bf16, dtype, weights):
     """Inputs of products are rounded to the dtype of the weights, and nothing else is."""
     arguments = problem(11, 10, 12, 2, 1, dtype, weights)
     expected = reference.token_mlp_loop(*arguments)
@@ -284,7 +284,7 @@ def test_native_mixes_dtypes_as_the_reference_does(cpu_isa, dtype, weights):
 
 
 @needs_native
-def test_inputs_of_products_are_rounded_to_the_weights(cpu_isa):
+def test_inputs_of_products_are_rounded_to_the_weights(cpu_isa_bf16):
     """With weights that are powers of two on a diagonal, rounding shows: W_out = I, no blocks."""
     width = 16
     eye = torch.eye(width, dtype=torch.bfloat16)
@@ -317,10 +317,11 @@ def test_native_agrees_for_any_size(m, d, width, blocks, steps):
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_native_result_of_a_token_is_its_own(cpu_isa, dtype):
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16])
+def test_native_result_of_a_token_is_its_own(cpu_isa_bf16, weights):
     """Bit for bit, however many others there are: one, a few, a panel, a tile."""
-    x, *rest = problem(71, 13, 22, 2, 2, dtype)
+    dtype = torch.promote_types(weights, torch.float32)
+    x, *rest = problem(71, 13, 22, 2, 2, dtype, weights)
     x_end, stats = on_cpu((x, *rest))
     for count in (1, 2, 3, 5, 8, 9, 16, 17, 24, 33):
         for begin in (0, 71 - count):
@@ -345,9 +346,11 @@ def test_native_bits_do_not_depend_on_threads():
 
 
 @needs_native
-def test_native_takes_any_strides(cpu_isa):
-    x, weights, bias, table = problem(12, 10, 9, 2, 3)
-    expected = reference.token_mlp_loop(x, weights, bias, table)
+@pytest.mark.parametrize("of_weights", [torch.float64, torch.bfloat16])
+def test_native_takes_any_strides(cpu_isa_bf16, of_weights):
+    dtype = torch.promote_types(of_weights, torch.float32)
+    x, weights, bias, table = problem(12, 10, 9, 2, 3, dtype, of_weights)
+    expected = on_cpu((x, weights, bias, table))
 
     def strided(t):
         wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), torch.nan, dtype=t.dtype)
@@ -357,19 +360,19 @@ def test_native_takes_any_strides(cpu_isa):
     weights = ops.PackedTokenMLP(*(strided(w) for w in weights))
     for tokens in (strided(x), x.t().contiguous().t(), torch.cat([x, x], 1)[:, :10]):
         found = on_cpu((tokens, weights, strided(bias), strided(table)))
-        assert_close(found, expected, 1e-13)
-    row = x[:1].expand(12, 10)
-    found = on_cpu((row, weights, bias[:, :1].expand_as(bias), table[:1].expand_as(table)))
-    wanted = reference.token_mlp_loop(
-        row, weights, bias[:, :1].expand_as(bias), table[:1].expand_as(table)
-    )
-    assert_close(found, wanted, 1e-13)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    expanded = x[:1].expand(12, 10), bias[:, :1].expand_as(bias), table[:1].expand_as(table)
+    found = on_cpu((expanded[0], weights, *expanded[1:]))
+    row, bias, table = (t.contiguous() for t in expanded)
+    expected = on_cpu((row, weights, bias, table))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @needs_native
-def test_native_writes_all_of_its_outputs(cpu_isa):
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_native_writes_all_of_its_outputs(cpu_isa_bf16, weights):
     for size in SIZES:
-        arguments = problem(*size, torch.float32)
+        arguments = problem(*size, torch.float32, weights)
         poison = [torch.full((n,), torch.nan) for n in (size[0] * size[1], size[0] * size[4])]
         del poison  # the allocator hands the same memory out again
         x_end, stats = on_cpu(arguments)
@@ -378,9 +381,10 @@ def test_native_writes_all_of_its_outputs(cpu_isa):
 
 
 @needs_native
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [1, 5])
-def test_native_hands_nan_on_and_keeps_it_to_its_token(cpu_isa, m):
-    x, *rest = problem(m, 10, 9, 2, 2, torch.float32)
+def test_native_hands_nan_on_and_keeps_it_to_its_token(cpu_isa_bf16, m, weights):
+    x, *rest = problem(m, 10, 9, 2, 2, torch.float32, weights)
     x[0, 3] = torch.nan
     x_end, stats = on_cpu((x, *rest))
     assert x_end[0].isnan().all() and stats[0].isnan().all()

@@ -10,13 +10,17 @@
 //   DIFFAD_KERNEL(name, const Args&, int64_t begin, int64_t end)
 // and defined in `namespace diffad::DIFFAD_ISA`. The operator calls name_kernel()(...), which is
 // the definition for the instruction set in use.
+//
+// Files named *_bf16.cpp are compiled for avx512_bf16 and amx alone, which have dot products of
+// bfloat16 and otherwise what avx512 has. Their kernels are declared by DIFFAD_BF16_KERNEL, and
+// name_kernel() is null where the instruction set in use has none of them.
 #pragma once
 
 #include <cstdint>
 
 namespace diffad {
 
-enum class Isa : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // The instruction set in use: the best that this processor has, or the one that was asked for.
 Isa active_isa();
@@ -36,9 +40,23 @@ Isa active_isa();
   }                                                     \
   inline auto name##_kernel() -> void (*)(__VA_ARGS__) { \
     switch (active_isa()) {                             \
-      case Isa::kAvx512: return avx512::name;           \
+      case Isa::kDefault: return default_::name;        \
       case Isa::kAvx2: return avx2::name;               \
-      default: return default_::name;                   \
+      default: return avx512::name;                     \
+    }                                                   \
+  }
+#define DIFFAD_BF16_KERNEL(name, ...)                   \
+  namespace avx512_bf16 {                               \
+  void name(__VA_ARGS__);                               \
+  }                                                     \
+  namespace amx {                                       \
+  void name(__VA_ARGS__);                               \
+  }                                                     \
+  inline auto name##_kernel() -> void (*)(__VA_ARGS__) { \
+    switch (active_isa()) {                             \
+      case Isa::kAmx: return amx::name;                 \
+      case Isa::kAvx512Bf16: return avx512_bf16::name;  \
+      default: return nullptr;                          \
     }                                                   \
   }
 #else
@@ -47,4 +65,6 @@ Isa active_isa();
   void name(__VA_ARGS__);                               \
   }                                                     \
   inline auto name##_kernel() -> void (*)(__VA_ARGS__) { return default_::name; }
+#define DIFFAD_BF16_KERNEL(name, ...) \
+  inline auto name##_kernel() -> void (*)(__VA_ARGS__) { return nullptr; }
 #endif
