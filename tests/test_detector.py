@@ -21,6 +21,8 @@ OPTIONS = {
     "batch_size": 8,
     "reverse_steps": 3,
     "warmup_steps": 5,
+    # "auto" tries which is faster: on some processors two fits may choose differently.
+    "inference_dtype": "float32",
 }
 
 
@@ -97,9 +99,13 @@ def test_save_and_load(fitted, tmp_path):
 
 def test_reference_backend_agrees(fitted):
     images = normals(6, seed=8)
+    before = fitted.score(images).score
+    detector = pickle.loads(pickle.dumps(fitted))  # it has nothing prepared
     with daf.use_backend("reference"):
-        expected = fitted.score(images).score
-    np.testing.assert_allclose(fitted.score(images).score, expected, rtol=1e-4)
+        expected = detector.score(images).score
+    np.testing.assert_allclose(before, expected, rtol=1e-4)
+    # What was prepared for a backend does not serve another.
+    np.testing.assert_array_equal(detector.score(images).score, before)
 
 
 class Interrupt(Exception):
@@ -292,9 +298,12 @@ def test_bfloat16_convolutions(fitted, tmp_path):
     np.testing.assert_array_equal(loaded.score(images).score, score.score)
 
 
-def test_inference_dtype_is_settled_by_fit(fitted):
-    assert daf.Detector(**OPTIONS).config.inference_dtype == "auto"
-    assert fitted.config.inference_dtype in ("float32", "bfloat16")
+def test_inference_dtype_is_settled_by_fit():
+    options = {**OPTIONS, "inference_dtype": "auto", "train_steps": 2}
+    detector = daf.Detector(**options)
+    assert detector.config.inference_dtype == "auto"
+    detector.fit(normals(40))
+    assert detector.config.inference_dtype in ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize("gain, chosen", [(2.0, "bfloat16"), (1.05, "float32"), (0.3, "float32")])
@@ -310,6 +319,17 @@ def test_bfloat16_only_where_it_is_faster(monkeypatch, gain, chosen):
 
 def test_the_gain_of_bfloat16_is_measured():
     assert inference._gain(daf.denoisers.create("unet-tiny", 16), torch.zeros(1, 16, 8, 8)) > 0
+
+
+@pytest.mark.parametrize("isa, chosen", [("amx", "bfloat16"), ("avx512_bf16", "float32")])
+def test_tokens_are_scored_in_bfloat16_where_matrix_units_are(monkeypatch, isa, chosen):
+    monkeypatch.setattr(daf.native, "cpu_isa", lambda: isa)
+    images = normals(40)
+    options = {**OPTIONS, "denoiser": "token-mlp", "token_width": 32, "train_steps": 2}
+    detector = daf.Detector(**{**options, "inference_dtype": "auto"}, device="cpu").fit(images)
+    assert detector.config.inference_dtype == chosen
+    exact = daf.Detector(**options, device="cpu").fit(images).score(images).score
+    np.testing.assert_allclose(detector.score(images).score, exact, rtol=2e-2, atol=2e-2)
 
 
 def test_own_denoisers_choose_their_dtype_themselves():

@@ -93,7 +93,8 @@ class ReverseLoop:
 
     def _noise(self, x: torch.Tensor, step: int) -> torch.Tensor:
         """(1,...): the field of a step, made once: every batch gets the same."""
-        key = step, x.shape[1:], x.device
+        # Backends differ by rounding.
+        key = step, x.shape[1:], x.device, ops.dispatch.selected()
         if key not in self._fields:
             with torch.inference_mode(False):
                 shape = (1, *x.shape[1:])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from .. import ops
+from .. import native, ops
 from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
 from ..diffusion import Graphed, NoiseSchedule, ReverseStep
@@ -103,9 +103,9 @@ class TokenModel(nn.Module):
                 self.distances.append(distance)
         config = self.config = config.replace(train_compile=training.train_compile)
         if config.inference_dtype == "auto":
-            # The tensor cores' dtype is what the CUDA kernel is made for.
-            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-            self.config = config.replace(inference_dtype=dtype)
+            # Where matrix units are, bfloat16 is what they are made for, and no trial is needed.
+            units = self.device.type == "cuda" or native.cpu_isa() == "amx"
+            self.config = config.replace(inference_dtype="bfloat16" if units else "float32")
         self.use(None)
         return History.joined(histories)
 
@@ -278,8 +278,8 @@ class TokenModel(nn.Module):
         """Of the inversion of raw inputs: mean square of the latent (N,) and, of every step, the
         mean square of the way (N,S), means over tokens and sources. In mode invert only."""
         latents, ways = [], []
-        loops = [self._loop(denoiser) for denoiser in self.denoisers]
-        for tokens, loop in zip(self.representation.encode(x.to(self.device)), loops, strict=True):
+        sources = self.representation.encode(x.to(self.device))
+        for tokens, loop in zip(sources, self._prepared(), strict=True):
             rows = tokens.flatten(0, 2) * self._steps[0].alpha_t ** 0.5
             z, way = ops.token_mlp_loop(rows, *loop)
             n = len(tokens)
@@ -358,11 +358,11 @@ class TokenModel(nn.Module):
 
     def _noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
         """The field of a shape, made once: in an exported program it is a constant."""
-        if (shape, device) not in self._fields:
+        key = (shape, device, ops.dispatch.selected())  # backends differ by rounding
+        if key not in self._fields:
             with torch.inference_mode(False):
-                field = ops.philox_normal(shape, self.config.seed, device=device)
-            self._fields[shape, device] = field
-        return self._fields[shape, device]
+                self._fields[key] = ops.philox_normal(shape, self.config.seed, device=device)
+        return self._fields[key]
 
     # --------------------------------------------------------- checkpoint
 

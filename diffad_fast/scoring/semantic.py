@@ -44,24 +44,29 @@ class FeatureDistance(nn.Module):
             chosen = torch.randperm(len(rows), generator=generator)[:LARGEST_SAMPLE]
             scale = moments.covariance.trace().clamp(min=1e-12).sqrt().float()
             self.whitening.matrix = torch.eye(rows.shape[1], device=rows.device) / scale
-            self.sample = self.whitening(rows[chosen.to(rows.device)])
+            self.sample = self._scaled(rows[chosen.to(rows.device)])
+
+    def _scaled(self, features: torch.Tensor) -> torch.Tensor:
+        """What whitening by a diagonal comes to, without the rounding of a matrix product."""
+        return (features - self.whitening.mean) * self.whitening.matrix.diagonal()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(...,C) to (...)."""
-        x = self.whitening(features)
         if self.kind == "mahalanobis":
-            return x.square().mean(dim=-1)
+            return self.whitening(features).square().mean(dim=-1)
+        x = self._scaled(features)
         rows = x.reshape(-1, x.shape[-1])
         # A few million distances at a time; a program that is exported takes batches of any length.
         parts = [rows] if torch.compiler.is_exporting() else rows.split(1024)
         count = min(NEIGHBOURS, len(self.sample))
-        # As one matrix product, in float64: |a|^2 - 2 ab + |b|^2 cancels where a point is near, and
-        # in float32 what is left would depend on how many rows the product has.
-        way, sample = "use_mm_for_euclid_dist", self.sample.double()
-        nearest = [
-            torch.cdist(part.double(), sample, compute_mode=way)
-            .topk(count, largest=False)
-            .values.mean(dim=1)
-            for part in parts
-        ]
-        return torch.cat(nearest).to(x.dtype).reshape(x.shape[:-1])
+        sample = self.sample.double()
+        distances = []
+        for part in parts:
+            # A matrix product finds the nearest. It leaves |a|^2 - 2 ab + |b|^2, which cancels where
+            # a point is near, and what is left depends on how many rows the product has: the
+            # distances are those of the differences.
+            rough = torch.cdist(part.double(), sample, compute_mode="use_mm_for_euclid_dist")
+            nearest = rough.topk(count, largest=False).indices
+            exact = (part.double()[:, None] - sample[nearest]).square().sum(dim=-1).sqrt()
+            distances.append(exact.sort(dim=1).values.mean(dim=1))
+        return torch.cat(distances).to(x.dtype).reshape(x.shape[:-1])
