@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ..case import Case, on, operator_case, random
+from diffad_fast import native
+
+from ..case import Case, Contender, map_tensors, on, operator_case, random
 
 # Tokens, token size, width, blocks, steps.
 ON_CPU = (
@@ -22,26 +24,41 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     gpu = device_type != "cpu"
     dtype, tolerance = (torch.bfloat16, 3e-2) if gpu else (torch.float32, 1e-4)
     for sizes in (ON_GPU if gpu else ON_CPU)[: 1 if quick else None]:
-        tokens, d, width, blocks, steps = sizes
-        products = 2 * d * width + 2 * blocks * width**2
-        parameters = products + 2 * width + blocks * width + d
-        yield operator_case(
-            "token_mlp_loop",
-            f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {steps} steps",
-            lambda device, sizes=sizes: on(device, *_inputs(*sizes, dtype)),
-            lambda functions, *inputs: functions.token_mlp_loop(*inputs),
-            formats=False,
-            bytes=4 * (2 * tokens * d + tokens * steps + steps * blocks * width)
-            + dtype.itemsize * parameters,
-            flops=2 * steps * tokens * products,
-            rate=str(dtype).removeprefix("torch."),
-            tolerance=tolerance,  # rounding grows through steps * blocks layers
-            batch=tokens,
-            unit="token",
-        )
+        yield _loop_case(sizes, dtype, tolerance)
+    if not gpu and native.cpu_isa() in ("avx512_bf16", "amx"):
+        for sizes in ON_CPU[: 1 if quick else None]:
+            yield _loop_case(sizes, torch.bfloat16, 3e-2, ", bfloat16 weights")
 
     for tokens in (1024,) if quick else (1024, 8192):
         yield _loss_case(tokens, 64, 256, 3, 32, dtype, tolerance)
+
+
+def _loop_case(sizes, dtype, tolerance, name="") -> Case:
+    """All steps of the loop. Narrow weights on a CPU are compared with wide ones too."""
+    from diffad_fast import reference
+
+    def wide(inputs):
+        return map_tensors(lambda x: x.float(), inputs)
+
+    tokens, d, width, blocks, steps = sizes
+    products = 2 * d * width + 2 * blocks * width**2
+    parameters = products + 2 * width + blocks * width + d
+    in_float32 = Contender(lambda *inputs: reference.token_mlp_loop(*inputs), wide)
+    return operator_case(
+        "token_mlp_loop",
+        f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {steps} steps{name}",
+        lambda device: on(device, *_inputs(*sizes, dtype)),
+        lambda functions, *inputs: functions.token_mlp_loop(*inputs),
+        formats=False,
+        peers={"reference, float32 weights": in_float32} if name else {},
+        bytes=4 * (2 * tokens * d + tokens * steps + steps * blocks * width)
+        + dtype.itemsize * parameters,
+        flops=2 * steps * tokens * products,
+        rate=str(dtype).removeprefix("torch."),
+        tolerance=tolerance,  # rounding grows through steps * blocks layers
+        batch=tokens,
+        unit="token",
+    )
 
 
 def _loss_case(tokens, d, width, blocks, levels, dtype, tolerance) -> Case:
