@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from diffad_fast import Detector, metrics
-from diffad_fast.data.audio import labelled_clips, training_clips
+from diffad_fast.data.audio import groups_by_recording, labelled_clips, training_clips
 from diffad_fast.errors import InputError
 from diffad_fast.representations import LogMel
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
             for seed in args.seeds:
                 detector = Detector(kind="audio", preset=args.preset, seed=seed)
                 start = time.perf_counter()
-                detector.fit(train)
+                detector.fit([clip.path for clip in train], groups=groups_by_recording(train))
                 fit_seconds = time.perf_counter() - start
                 found = detector.evaluate(test)
                 runs.append({**where, "seed": seed, "fit_seconds": fit_seconds, **found})
@@ -92,19 +92,19 @@ def both_kinds(clips: list, normal: str, folds: list[int]) -> list:
     return clips
 
 
-def nearest(detector: Detector, train: list[str], test: list) -> float:
+def nearest(detector: Detector, train: list, test: list) -> float:
     """AUROC of the distance to the nearest training clips."""
     config = detector.config
     logmel = LogMel(config.sample_rate, config.n_fft, config.hop, config.n_mels)
 
-    def features(paths: list[str]) -> np.ndarray:
+    def features(clips: list) -> np.ndarray:
         rows = []
-        for batch in detector.open(paths).batches(32):
+        for batch in detector.open([clip.path for clip in clips]).batches(32):
             mel = logmel(batch.x)
             rows.append(torch.cat([mel.mean(dim=2), mel.std(dim=2)], dim=1))
         return torch.cat(rows).double().numpy()
 
-    known, new = features(train), features([clip.path for clip in test])
+    known, new = features(train), features(test)
     mean, deviation = known.mean(axis=0), known.std(axis=0)
     deviation[deviation == 0] = 1.0
     known, new = (known - mean) / deviation, (new - mean) / deviation

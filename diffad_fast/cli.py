@@ -86,7 +86,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 def _fit(args: argparse.Namespace) -> None:
     from .config import read_options
-    from .data.audio import training_clips
+    from .data.audio import groups_by_recording, training_clips
     from .data.images import mvtec_train
     from .detector import Detector, groups_by_regex
     from .scoring import split_by_group
@@ -105,13 +105,16 @@ def _fit(args: argparse.Namespace) -> None:
         raise InputError(
             f"there is no unfinished training to resume: {state} does not exist; leave out --resume"
         )
+    groups = None
     if detector.config.kind == "audio":
-        source = training_clips(args.data, args.layout, args.normal, args.folds)
+        clips = training_clips(args.data, args.layout, args.normal, args.folds)
+        source, groups = [clip.path for clip in clips], groups_by_recording(clips)
     else:
         _audio_only(args)
         source = mvtec_train(args.data)
     images = detector.open(source, strict=args.strict)
-    groups = groups_by_regex(images.paths, args.group_regex) if args.group_regex else None
+    if args.group_regex:
+        groups = groups_by_regex(images.paths, args.group_regex)
     kept = TrainingCheckpoint(
         state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv",
         pictures_every=args.pictures_every,

@@ -18,7 +18,7 @@ from diffad_fast.errors import InputError
 from diffad_fast.evaluation import evaluate_audio
 from diffad_fast.scoring import Score
 
-pytest.importorskip("soundfile")
+soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
 RATE = 8000
@@ -47,8 +47,6 @@ def detector() -> daf.Detector:
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> list[LabelledClip]:
     """Test clips on disk, in the layout of plain folders."""
-    import soundfile
-
     root, found = tmp_path_factory.mktemp("machine"), []
     for kind, extra in (("normal", 0.0), ("whistle", 0.2)):
         for i in range(4):
@@ -249,8 +247,6 @@ def test_picture_and_report(detector, clips, tmp_path):
 def test_command_line(clips, tmp_path, capsys):
     from pathlib import Path
 
-    import soundfile
-
     root = Path(clips[0].path).parents[2]
     for i in range(12):
         (root / "train" / "normal").mkdir(parents=True, exist_ok=True)
@@ -281,6 +277,35 @@ def test_command_line(clips, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert cli.main(["fit", str(root), "--out", model, "--folds", "1"]) == 2
     assert "are for audio" in capsys.readouterr().err
+
+
+def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):
+    lines = ["slice_file_name,fsID,fold,classID,class"]
+    for recording in range(5):
+        for piece in range(2):
+            name = f"{recording}-8-0-{piece}.wav"
+            file = tmp_path / "audio" / "fold1" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(file, np.zeros(800), 8000)
+            lines.append(f"{name},{recording},1,8,siren")
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "UrbanSound8K.csv").write_text("\n".join(lines) + "\n")
+    found = []
+
+    class Stop(Exception):
+        pass
+
+    def fit(self, images, groups, **_):
+        found.append(groups)
+        raise Stop
+
+    monkeypatch.setattr(daf.Detector, "fit", fit)
+    argv = ["fit", str(tmp_path), "--kind", "audio", "--normal", "siren", "--out", "m.diffad"]
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--group-regex", r"-(\d)\.wav"]):
+        with pytest.raises(Stop):
+            cli.main([*argv, *more])
+    assert found == [list("0011223344"), list("01" * 5)]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ pytest.importorskip("soxr")
 
 RATE = 8000
 PITCH = {"siren": 900.0, "drilling": 300.0, "street_music": 2200.0}
-CLIPS = 2  # of a class in a fold
+CLIPS = 2  # of a class in a fold, cut from one recording
 TINY = {
     "sample_rate": RATE, "n_fft": 256, "hop": 128, "n_mels": 16, "window_frames": 16,
     "window_step": 8, "train_steps": 3, "token_width": 16, "token_blocks": 1,
@@ -39,8 +39,8 @@ def root(tmp_path_factory):
             (root / "audio" / f"fold{fold}").mkdir(parents=True)
             for number, (name, pitch) in enumerate(PITCH.items()):
                 for i in range(CLIPS):
-                    source = 1000 * fold + 10 * number + i
-                    file_name = f"{source}-{number}-0-0.wav"
+                    source = 1000 * fold + 10 * number
+                    file_name = f"{source}-{number}-0-{i}.wav"
                     t = np.arange(RATE // 2) / RATE
                     wave = 0.2 * np.sin(2 * np.pi * pitch * rng.uniform(0.9, 1.1) * t)
                     wave += 0.05 * rng.standard_normal(len(t))
@@ -63,9 +63,11 @@ class Spy(Detector):
     def __init__(self, preset, **options):
         super().__init__(**options, **TINY)
 
-    def fit(self, source):
+    def fit(self, source, groups):
+        # Clips of one recording are held out together.
+        assert groups == [re.search(r"(\d+)-\d+-0-", path)[1] for path in source]
         self.trained = source
-        return super().fit(source)
+        return super().fit(source, groups=groups)
 
     def evaluate(self, clips):
         Spy.seen.append((self.trained, clips))

@@ -52,7 +52,8 @@ class LabelledClip(NamedTuple):
 
     `kind` names what it is: its class, its folder, "normal" or "anomaly"; `anomaly`: False for a
     normal one. `section`: the part of the test that is judged by itself, such as "00" of DCASE;
-    "" where there is one. `domain`: "source" or "target" in DCASE, else "".
+    "" where there is one. `domain`: "source" or "target" in DCASE, else "". `recording`: what the
+    clip was cut from, by its number in UrbanSound8K; "" where every clip is a recording of its own.
     """
 
     path: str
@@ -60,6 +61,7 @@ class LabelledClip(NamedTuple):
     anomaly: bool
     section: str = ""
     domain: str = ""
+    recording: str = ""
 
 
 class Clips(Images):
@@ -312,22 +314,28 @@ def _mono(wave: np.ndarray, name: str) -> np.ndarray:
 
 def training_clips(
     root: str, layout: str = "auto", normal: str | None = None, folds: Sequence[int] | None = None
-) -> list[str]:
-    """The normal recordings to train on; arguments and errors as in `labelled_clips`.
+) -> list[LabelledClip]:
+    """The normal clips to train on; arguments and errors as in `labelled_clips`.
 
     A plain folder gives root/train/good or root/train/normal, or all that it holds.
     """
     root = os.fspath(root)
     layout = _layout(root, layout)
     if layout == "urbansound8k":
-        return [c.path for c in _urbansound8k(root, normal, folds) if not c.anomaly]
+        return [c for c in _urbansound8k(root, normal, folds) if not c.anomaly]
     _check_plain(layout, normal, folds)
     if layout == "dcase":
-        return [c.path for c in _dcase(root, "train") if not c.anomaly]
-    for name in _NORMAL_FOLDERS:
-        if os.path.isdir(os.path.join(root, "train", name)):
-            return _audio_files(os.path.join(root, "train", name))
-    return _audio_files(root)
+        return [c for c in _dcase(root, "train") if not c.anomaly]
+    parts = [os.path.join(root, "train", name) for name in _NORMAL_FOLDERS]
+    folder = next(filter(os.path.isdir, parts), root)
+    return [LabelledClip(path, "normal", False) for path in _audio_files(folder)]
+
+
+def groups_by_recording(clips: Sequence[LabelledClip]) -> list[str] | None:
+    """The ``groups`` of ``Detector.fit``: clips cut from one recording resemble each other, and are
+    to be held out together. None where every clip is a recording of its own."""
+    groups = [clip.recording or clip.path for clip in clips]
+    return groups if len(set(groups)) < len(groups) else None
 
 
 def labelled_clips(
@@ -385,7 +393,7 @@ def _urbansound8k(root: str, normal: str | None, folds: Sequence[int] | None) ->
         raise InputError(f"{root} has no metadata/*.csv: it is not in the UrbanSound8K layout.")
     with open(tables[0], newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    needed = {"slice_file_name", "fold", "classID", "class"}
+    needed = {"slice_file_name", "fsID", "fold", "classID", "class"}
     if not rows or not needed <= set(rows[0]):
         raise InputError(f"{tables[0]} lacks one of the columns {', '.join(sorted(needed))}.")
     names = {row["classID"]: row["class"] for row in rows}
@@ -405,6 +413,7 @@ def _urbansound8k(root: str, normal: str | None, folds: Sequence[int] | None) ->
             os.path.join(root, "audio", f"fold{row['fold']}", row["slice_file_name"]),
             row["class"],
             row["class"] != normal,
+            recording=row["fsID"],
         )
         for row in rows
         if row["fold"] in wanted

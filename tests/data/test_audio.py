@@ -11,6 +11,7 @@ import torch
 
 from diffad_fast.data import audio as module
 from diffad_fast.data.audio import (
+    groups_by_recording,
     labelled_clips,
     open_audio,
     read_audio,
@@ -243,8 +244,9 @@ def test_urbansound8k(urban):
         assert [(c.kind, c.anomaly) for c in clips] == [("siren", False), ("dog", True)]
         assert all(os.path.isfile(clip.path) for clip in clips)
     assert len(labelled_clips(urban, "urbansound8k", "siren")) == 4
-    (path,) = training_clips(urban, normal="siren", folds=[1])
-    assert path.endswith(os.path.join("fold1", "1-8-0-0.wav"))
+    (clip,) = training_clips(urban, normal="siren", folds=[1])
+    assert clip.path.endswith(os.path.join("fold1", "1-8-0-0.wav"))
+    assert clip.recording == "1" and not clip.anomaly
     for options, message in (
         ({}, "the normal class is None: choose one of dog, drilling, siren"),
         ({"normal": "cat"}, "the normal class is 'cat'"),
@@ -258,6 +260,12 @@ def test_urbansound8k(urban):
         labelled_clips(urban, normal="siren")
 
 
+def test_clips_of_one_recording_are_one_group(urban):
+    clips = labelled_clips(urban, normal="siren")
+    assert groups_by_recording(clips) == ["1", "1", "2", "2"]
+    assert groups_by_recording(clips[::2]) is None  # one of each
+
+
 def test_dcase(tmp_path):
     for part, name in (
         ("train", "section_00_source_train_normal_0000_x.wav"),
@@ -267,13 +275,13 @@ def test_dcase(tmp_path):
     ):
         save(tmp_path / part / name, tone(0.1))
     (tmp_path / "test" / "readme.wav").write_bytes(b"")
-    found = [clip[1:] for clip in labelled_clips(tmp_path)]
+    found = [clip[1:5] for clip in labelled_clips(tmp_path)]
     assert found == [
         ("normal", False, "00", "source"),
         ("anomaly", True, "00", "target"),
         ("normal", False, "01", "target"),
     ]
-    assert [os.path.basename(p) for p in training_clips(tmp_path)] == [
+    assert [os.path.basename(c.path) for c in training_clips(tmp_path)] == [
         "section_00_source_train_normal_0000_x.wav"
     ]
     with pytest.raises(InputError, match="this is dcase"):
@@ -285,8 +293,10 @@ def test_plain_folders(tmp_path):
         save(tmp_path / f"{name}.wav", tone(0.1))
     found = [(clip.kind, clip.anomaly) for clip in labelled_clips(tmp_path)]
     assert found == [("hiss", True), ("knock", True), ("normal", False)]
-    assert training_clips(tmp_path) == [str(tmp_path / "train" / "normal" / "0.wav")]
-    assert training_clips(tmp_path / "test" / "hiss") == [str(tmp_path / "test" / "hiss" / "3.wav")]
+    for folder, path in ((tmp_path, "train/normal/0.wav"), (tmp_path / "test/hiss", "test/hiss/3.wav")):
+        clips = training_clips(folder)
+        assert [clip.path for clip in clips] == [str(tmp_path / path)]
+        assert groups_by_recording(clips) is None
     with pytest.raises(InputError, match="has no folder test"):
         labelled_clips(tmp_path / "train")
     with pytest.raises(InputError, match="is not a folder"):
