@@ -100,7 +100,11 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    return output(["git", "describe", "--always", "--dirty", "--abbrev=12"])
+    """The commit, with "-dirty" where more than results was changed since."""
+    commit = output(["git", "describe", "--always", "--abbrev=12"])
+    paths = [":/", ":(top,exclude)benchmarks/results"]
+    changed = output(["git", "status", "--porcelain", "--untracked-files=no", "--", *paths])
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def output(command: list[str]) -> str | None:

@@ -174,10 +174,11 @@ class DetectorConfig:
     guidance: float = 0.0
     """Weight of the pull towards the input (DDAD)."""
     inference_dtype: str = "auto"
-    """Of a U-Net's convolutions, or the token MLP's matrix products, when scoring. `auto` is settled
-    by `fit` and what it finds stands in the checkpoint: for the token MLP bfloat16 where a GPU or
-    AMX has matrix units for it; for U-Nets what a trial finds faster, on a CPU with instructions for
-    bfloat16. A U-Net's scores in bfloat16 vary in the third digit with the size of a batch."""
+    """Of a U-Net's convolutions, or the token MLP's matrix products, when scoring. `auto` is
+    settled by `fit`, and what it finds stands in the checkpoint: for the token MLP bfloat16 where a
+    GPU or AMX has matrix units for it; for U-Nets what a trial finds faster, on a CPU with
+    instructions for bfloat16. In bfloat16 a U-Net's scores vary in the third digit with the size of
+    a batch."""
 
     # Score
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)

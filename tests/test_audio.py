@@ -302,7 +302,7 @@ def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):
     monkeypatch.setattr(daf.Detector, "fit", fit)
     argv = ["fit", str(tmp_path), "--kind", "audio", "--normal", "siren", "--out", "m.diffad"]
     monkeypatch.chdir(tmp_path)
-    for more in ([], ["--group-regex", r"-(\d)\.wav"]):
+    for more in ([], ["--group-regex", r"(\d)\.wav"]):
         with pytest.raises(Stop):
             cli.main([*argv, *more])
     assert found == [list("0011223344"), list("01" * 5)]

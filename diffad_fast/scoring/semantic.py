@@ -62,9 +62,9 @@ class FeatureDistance(nn.Module):
         sample = self.sample.double()
         distances = []
         for part in parts:
-            # A matrix product finds the nearest. It leaves |a|^2 - 2 ab + |b|^2, which cancels where
-            # a point is near, and what is left depends on how many rows the product has: the
-            # distances are those of the differences.
+            # A matrix product finds the nearest. It leaves |a|^2 - 2 ab + |b|^2, which cancels
+            # where a point is near, and what is left depends on how many rows the product has:
+            # the distances are those of the differences.
             rough = torch.cdist(part.double(), sample, compute_mode="use_mm_for_euclid_dist")
             nearest = rough.topk(count, largest=False).indices
             exact = (part.double()[:, None] - sample[nearest]).square().sum(dim=-1).sqrt()

@@ -293,9 +293,9 @@ def test_plain_folders(tmp_path):
         save(tmp_path / f"{name}.wav", tone(0.1))
     found = [(clip.kind, clip.anomaly) for clip in labelled_clips(tmp_path)]
     assert found == [("hiss", True), ("knock", True), ("normal", False)]
-    for folder, path in ((tmp_path, "train/normal/0.wav"), (tmp_path / "test/hiss", "test/hiss/3.wav")):
-        clips = training_clips(folder)
-        assert [clip.path for clip in clips] == [str(tmp_path / path)]
+    for folder, name in (("", "train/normal/0.wav"), ("test/hiss", "test/hiss/3.wav")):
+        clips = training_clips(tmp_path / folder)
+        assert [clip.path for clip in clips] == [str(tmp_path / name)]
         assert groups_by_recording(clips) is None
     with pytest.raises(InputError, match="has no folder test"):
         labelled_clips(tmp_path / "train")
