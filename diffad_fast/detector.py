@@ -499,21 +499,63 @@ class Detector:
 
         return detector_from_diffusers(pipeline, **options)
 
-    def save_pretrained(self, folder: str | os.PathLike, *, data: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        data: str | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        **options,
+    ) -> str | None:
         """Write a folder as model hubs expect it: model.safetensors, config.json, README.md.
 
-        data: a sentence for the model card on what the detector was fitted on.
+        data: a sentence for the model card on what the detector was fitted on. push_to_hub: upload
+        it too, to ``repo_id`` (default: the folder's name) and with the options of
+        :meth:`push_to_hub`, whose answer is returned.
         """
         from .integrations.hub import save_pretrained
 
+        if options and not push_to_hub:
+            raise TypeError(f"{', '.join(options)}: only for push_to_hub=True")
         save_pretrained(self, folder, data)
+        if push_to_hub:
+            return self.push_to_hub(repo_id or Path(folder).name, data=data, **options)
+        return None
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        data: str | None = None,
+        commit_message: str = "Push an anomaly detector of diffad_fast",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes to a repository of the Hugging Face Hub, which
+        is made if it is not there; return the address of the commit.
+
+        repo_id: owner/name, or a name among one's own. data: as in :meth:`save_pretrained`. The
+        others are those of huggingface_hub: who sees a new repository, the token of one's account
+        (default: that of ``hf auth login``), a branch that is there, and whether to ask for the
+        change instead of making it.
+
+        Raises InputError for a detector that is not fitted, ImportError without huggingface_hub,
+        and huggingface_hub's own errors.
+        """
+        from .integrations.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, data, commit_message, private, token, branch, create_pr)
 
     @staticmethod
     def from_pretrained(name: str | os.PathLike, **options) -> Detector:
         """Read what :meth:`save_pretrained` wrote: a folder, or a repository of the Hugging Face
         Hub, which needs huggingface_hub.
 
-        options: revision, token, cache_dir of the download, and those of :func:`load`.
+        options: revision, token, cache_dir, force_download and local_files_only of the download,
+        and those of :func:`load`.
         """
         from .integrations.hub import from_pretrained
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from ..detector import Detector, load
@@ -14,6 +15,8 @@ from ..version import __version__
 from ._host import require
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+# Options of from_pretrained that are for the download.
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def save_pretrained(detector: Detector, folder: str | os.PathLike, data: str | None) -> None:
@@ -31,24 +34,36 @@ def save_pretrained(detector: Detector, folder: str | os.PathLike, data: str | N
     write_atomically(folder / CARD, card(detector, data).encode())
 
 
-def from_pretrained(
-    name: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    **options,
-) -> Detector:
+def push_to_hub(
+    detector: Detector,
+    repo_id: str,
+    data: str | None,
+    commit_message: str,
+    private: bool | None,
+    token: str | None,
+    branch: str | None,
+    create_pr: bool | None,
+) -> str:
+    """See :meth:`diffad_fast.Detector.push_to_hub`."""
+    api = require("huggingface_hub").HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(detector, folder, data)  # it may raise: nothing is made on the hub before
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=branch,
+            create_pr=create_pr,
+        )  # fmt: skip
+
+
+def from_pretrained(name: str | os.PathLike, **options) -> Detector:
     """See :meth:`diffad_fast.Detector.from_pretrained`."""
+    download = {key: options.pop(key) for key in DOWNLOAD if key in options}
     if Path(name).is_dir():
         return load(Path(name) / WEIGHTS, **options)
     name = os.fspath(name)
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise InputError(f"{name} is neither a folder nor the name of a repository, owner/name")
-    path = require("huggingface_hub").hf_hub_download(
-        name, WEIGHTS, revision=revision, token=token, cache_dir=cache_dir
-    )
-    return load(path, **options)
+    return load(require("huggingface_hub").hf_hub_download(name, WEIGHTS, **download), **options)
 
 
 def card(detector: Detector, data: str | None) -> str:

@@ -104,4 +104,8 @@ def _evaluate(x, weights, biases):
 
 
 def _linear(x, weight):
-    return as_dtype(F.linear(as_dtype(x, weight.dtype), weight), x.dtype)
+    rounded = as_dtype(x, weight.dtype)
+    if torch.compiler.is_exporting():
+        # As the native kernels: what is rounded goes into the product, not what comes out.
+        return F.linear(as_dtype(rounded, x.dtype), as_dtype(weight, x.dtype))
+    return as_dtype(F.linear(rounded, weight), x.dtype)

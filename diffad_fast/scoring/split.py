@@ -29,7 +29,9 @@ def split_by_group(
     """Split ``indices`` by the shares of the configuration, shuffled by its seed.
 
     groups: one label for every sample of the data set (indexed by ``indices``), None where every
-    sample is an object of its own. Every part gets at least one group.
+    sample is an object of its own. Every part gets at least one group. Groups with more samples
+    than the share of the largest held-out part are held out last: where a few of them are most of a
+    data set, most of it would be lost to training.
     Raises InputError with fewer than 8 samples or 4 groups.
     """
     label = (lambda i: i) if groups is None else (lambda i: groups[i])
@@ -51,12 +53,11 @@ def split_by_group(
     def position(group: Hashable) -> bytes:
         return hashlib.sha256(f"{config.seed} {group}".encode()).digest()
 
-    order = sorted(members, key=position)
+    shares = (config.validation_share, config.statistics_share, config.conformal_share)
+    largest = max(1, max(shares) * len(indices))
+    order = sorted(members, key=lambda g: (len(members[g]) > largest, position(g)))
     n = len(order)
-    sizes = [
-        max(1, round(n * share))
-        for share in (config.validation_share, config.statistics_share, config.conformal_share)
-    ]
+    sizes = [max(1, round(n * share)) for share in shares]
     while sum(sizes) > n - 1:
         sizes[sizes.index(max(sizes))] -= 1
     parts, start = [], 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -237,13 +239,52 @@ def test_from_a_hub(fitted, tmp_path, monkeypatch):
     asked = []
 
     def download(name, file, **options):
-        asked.append((name, file, options["revision"]))
+        asked.append((name, file, options))
         return tmp_path / file
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     again = daf.Detector.from_pretrained("someone/tiles", revision="v1", device="cpu")
-    assert asked == [("someone/tiles", "model.safetensors", "v1")]
+    assert asked == [("someone/tiles", "model.safetensors", {"revision": "v1"})]
     np.testing.assert_array_equal(again.score(rows(5, 1)).score, fitted.score(rows(5, 1)).score)
+
+
+def test_to_a_hub(fitted, tmp_path, monkeypatch):
+    """Against a hub that keeps files in a folder; its methods are called as their signatures say."""
+    hub = pytest.importorskip("huggingface_hub")
+    kept = tmp_path / "hub"
+    calls = []
+
+    def create_repo(self, *args, **options):
+        real["create_repo"].bind(self, *args, **options)
+        calls.append((self.token, args, options))
+        return hub.RepoUrl(f"https://huggingface.co/me/{args[0].split('/')[-1]}")
+
+    def upload_folder(self, **options):
+        real["upload_folder"].bind(self, **options)
+        shutil.copytree(options.pop("folder_path"), kept / options["repo_id"])
+        calls.append(options)
+        return "https://huggingface.co/me/tiles/commit/1"
+
+    real = {name: signature(getattr(hub.HfApi, name)) for name in ("create_repo", "upload_folder")}
+    monkeypatch.setattr(hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(hub.HfApi, "upload_folder", upload_folder)
+    address = fitted.push_to_hub("tiles", data="Noise.", private=True, token="hf_1", branch="dev")
+    assert address == "https://huggingface.co/me/tiles/commit/1"
+    assert calls[0] == ("hf_1", ("tiles",), {"private": True, "exist_ok": True})
+    assert calls[1]["repo_id"] == "me/tiles" and calls[1]["revision"] == "dev"
+    again = daf.Detector.from_pretrained(kept / "me" / "tiles", device="cpu")
+    np.testing.assert_array_equal(again.score(rows(5, 1)).score, fitted.score(rows(5, 1)).score)
+    assert "Noise." in (kept / "me" / "tiles" / "README.md").read_text()
+
+    # As PyTorchModelHubMixin: saved and pushed in one call, named after the folder.
+    assert fitted.save_pretrained(tmp_path / "mine", push_to_hub=True, create_pr=True) == address
+    assert calls[3]["repo_id"] == "me/mine" and calls[3]["create_pr"] is True
+    assert (tmp_path / "mine" / "config.json").is_file()
+    with pytest.raises(TypeError, match="private: only for push_to_hub=True"):
+        fitted.save_pretrained(tmp_path / "mine", private=True)
+    with pytest.raises(InputError, match="not fitted"):
+        daf.Detector(device="cpu", **VECTORS).push_to_hub("me/none")
+    assert len(calls) == 4
 
 
 def test_errors_of_hub_folders(fitted, tmp_path):

@@ -28,6 +28,19 @@ def test_groups_stay_together():
     assert split.conformal_groups == len(sets[3]) == 6
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_large_groups_stay_in_training(seed):
+    """Recordings as they are: a few make most of the clips."""
+    sizes = [79, 22, 11, 7, 1]
+    groups = [name for name, size in zip("abcde", sizes, strict=True) for _ in range(size)]
+    split = split_by_group(range(120), groups, CONFIG.replace(seed=seed))
+    assert {groups[i] for i in split.fit} == {"a", "b"}
+    # Unless there is nothing else.
+    groups = [name for name in "abcd" for _ in range(30)]
+    split = split_by_group(range(120), groups, CONFIG.replace(seed=seed))
+    assert [len(part) for part in split[:4]] == [30, 30, 30, 30]
+
+
 def test_seed_decides():
     a, b, c = (split_by_group(range(100), None, CONFIG.replace(seed=s)) for s in (0, 0, 1))
     assert a == b != c
