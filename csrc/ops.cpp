@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "idwt2d(Tensor a, Tensor h, Tensor v, Tensor d, Tensor filters, int border, SymInt "
       "height, SymInt width) -> Tensor");
   m.def(
+      "noised_velocity(Tensor x0, Tensor t, Tensor noise, Tensor alphas_cumprod, float snr_limit) "
+      "-> (Tensor x_t, Tensor velocity, Tensor weight)");
+  m.def(
       "philox_normal_(Tensor(a!) out, int seed, int draw, int step, Tensor? draws, Tensor? "
       "steps) -> ()");
   m.def("q_sample(Tensor x0, Tensor t, Tensor noise, Tensor alphas_cumprod) -> Tensor");

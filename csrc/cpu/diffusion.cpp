@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "../common/diffusion_tensor.h"
@@ -162,43 +163,80 @@ Tensor ddim_step(const Tensor& x_t, const Tensor& model_output, std::optional<Te
   return out;
 }
 
-Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& noise, const Tensor& table) {
+// ᾱ of every sample: the entries t of the table.
+std::vector<double> alphas_at(const Tensor& t, const Tensor& table, int64_t samples) {
   using torch::headeronly::ScalarType;
-  check_operand(noise, x0, true, "q_sample: noise");
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == x0.size(0),
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.dim() == 1 && t.size(0) == samples,
                   "q_sample: t must be int64, one a sample");
   STD_TORCH_CHECK(table.dim() == 1, "q_sample: the table must have one axis");
-  if (x0.numel() == 0) return torch::stable::empty_like(x0);
-  const Tensor x = dense_samples(x0);
-  const Tensor out = torch::stable::empty_like(x);
+  const Tensor times = torch::stable::contiguous(t);
+  const auto* time = static_cast<const int64_t*>(times.const_data_ptr());
+  const int64_t length = table.size(0), stride = table.stride(0);
+  std::vector<double> found(samples);
+  for_floating_dtype(table, "q_sample", [&](auto entry) {
+    const auto* alphas = static_cast<const decltype(entry)*>(table.const_data_ptr());
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t k = time[i] < 0 ? time[i] + length : time[i];
+      STD_TORCH_CHECK(0 <= k && k < length, "q_sample: t[", i, "] = ", time[i],
+                      " is not an index into the table of ", length);
+      found[i] = static_cast<double>(alphas[k * stride]);
+    }
+  });
+  return found;
+}
+
+// `x`, dense and not empty, noised to `out`; and where there is a `target`, its velocity
+// sqrt(abar) noise - sqrt(1 - abar) x.
+void noise_samples(const Tensor& x, const Tensor& noise, const std::vector<double>& alphas,
+                   const Tensor& out, const Tensor* target) {
   Tensor keep;
   DdimArgs args{x.size(0), x.numel() / x.size(0)};
   args.x = operand(x);
   args.m = operand_like(noise, x, keep);
   args.out = out.mutable_data_ptr();
-  const Tensor times = torch::stable::contiguous(t);
-  const auto* time = static_cast<const int64_t*>(times.const_data_ptr());
-  const int64_t length = table.size(0), stride = table.stride(0);
+  if (target) args.target = target->mutable_data_ptr();
   const auto go = [&](auto zero) {
     using C = decltype(zero);
     std::vector<DdimCoefficients<C>> coefficients(args.samples);
-    for_floating_dtype(table, "q_sample", [&](auto entry) {
-      const auto* alphas = static_cast<const decltype(entry)*>(table.const_data_ptr());
-      for (int64_t i = 0; i < args.samples; ++i) {
-        const int64_t k = time[i] < 0 ? time[i] + length : time[i];
-        STD_TORCH_CHECK(0 <= k && k < length, "q_sample: t[", i, "] = ", time[i],
-                        " is not an index into the table of ", length);
-        const double a = static_cast<double>(alphas[k * stride]);
-        coefficients[i].s_x = static_cast<C>(std::sqrt(a));
-        coefficients[i].s_m = static_cast<C>(std::sqrt(1 - a));
-      }
-    });
+    for (int64_t i = 0; i < args.samples; ++i) {
+      const C signal = static_cast<C>(std::sqrt(alphas[i]));
+      const C spread = static_cast<C>(std::sqrt(1 - alphas[i]));
+      coefficients[i].s_x = signal, coefficients[i].s_m = spread;
+      coefficients[i].x0_x = -spread, coefficients[i].x0_m = signal;
+    }
     args.coefficients = coefficients.data();
     merge_samples(args);
-    run(args, ddim_update_kernel());
+    run(args, target ? noised_velocity_kernel() : ddim_update_kernel());
   };
   args.x.dtype == DType::kDouble ? go(double{}) : go(float{});
+}
+
+Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& noise, const Tensor& table) {
+  check_operand(noise, x0, true, "q_sample: noise");
+  const std::vector<double> alphas = alphas_at(t, table, x0.size(0));
+  if (x0.numel() == 0) return torch::stable::empty_like(x0);
+  const Tensor x = dense_samples(x0);
+  const Tensor out = torch::stable::empty_like(x);
+  noise_samples(x, noise, alphas, out, nullptr);
   return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> noised_velocity(const Tensor& x0, const Tensor& t,
+                                                   const Tensor& noise, const Tensor& table,
+                                                   double snr_limit) {
+  check_operand(noise, x0, true, "noised_velocity: noise");
+  const std::vector<double> alphas = alphas_at(t, table, x0.size(0));
+  const Tensor weight = torch::stable::new_empty(x0, {x0.size(0)},
+                                                 torch::headeronly::ScalarType::Float);
+  auto* weights = static_cast<float*>(weight.mutable_data_ptr());
+  for (size_t i = 0; i < alphas.size(); ++i) {
+    const double snr = alphas[i] / (1 - alphas[i]);
+    weights[i] = static_cast<float>(std::min(snr, snr_limit) / (snr + 1));
+  }
+  const Tensor x = x0.numel() == 0 ? x0 : dense_samples(x0);
+  const Tensor out = torch::stable::empty_like(x), velocity = torch::stable::empty_like(x);
+  if (x0.numel() != 0) noise_samples(x, noise, alphas, out, &velocity);
+  return {out, velocity, weight};
 }
 
 // A row of coefficients for each pair of levels, for the kernels of a captured loop.
@@ -226,6 +264,7 @@ Tensor ddim_table(const Tensor& alphas, int64_t prediction, double eta, double g
 
 STABLE_TORCH_LIBRARY_IMPL(diffad_fast, CPU, m) {
   m.impl("ddim_table", TORCH_BOX(&ddim_table));
+  m.impl("noised_velocity", TORCH_BOX(&noised_velocity));
   m.impl("q_sample", TORCH_BOX(&q_sample));
   m.impl("ddim_step", TORCH_BOX(&ddim_step));
 }

@@ -262,32 +262,41 @@ def has_dense_samples(x):
     return len(x) == 1 or x.stride(0) == run
 
 
-def _fake(x, *_):
+def fake_step(x, *_):
+    """Of what has the strides of ``x`` where its samples are dense."""
     if x.numel() == 0 or has_dense_samples(x):
         return torch.empty_like(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _keep_q_sample(ctx, inputs, output):
-    x0, t, noise, alphas_cumprod = inputs
+def keep_noising(ctx, inputs, output):
+    """Of operators with the arguments of :func:`q_sample` first."""
+    x0, t, noise, alphas_cumprod, *options = inputs
     ctx.save_for_backward(t, alphas_cumprod)
     ctx.x0, ctx.noise = x0.dtype, (noise.dtype, len(noise) < len(x0))
+    ctx.options = len(options)
 
 
-def _q_sample_backward(ctx, grad):
-    """The sum is linear in x0 and noise, with the factors of the forward pass."""
+def noising_backward(ctx, grad, grad_velocity=None, _=None):
+    """x_t and the velocity are linear in x0 and noise, with the factors of the forward pass."""
     t, alphas_cumprod = ctx.saved_tensors
     compute = torch.promote_types(grad.dtype, torch.float32)
     alpha = alphas_cumprod.double()[t].reshape(-1, *[1] * (grad.ndim - 1))
+    signal, spread = alpha.sqrt().to(compute), (1 - alpha).sqrt().to(compute)
     grad = grad.to(compute)
     grad_x0 = grad_noise = None
     if ctx.needs_input_grad[0]:
-        grad_x0 = (alpha.sqrt().to(compute) * grad).to(ctx.x0)
+        grad_x0 = signal * grad
+        if grad_velocity is not None:
+            grad_x0 = grad_x0 - spread * grad_velocity.to(compute)
+        grad_x0 = grad_x0.to(ctx.x0)
     if ctx.needs_input_grad[2]:
         dtype, shared = ctx.noise
-        grad_noise = (1 - alpha).sqrt().to(compute) * grad
+        grad_noise = spread * grad
+        if grad_velocity is not None:
+            grad_noise = grad_noise + signal * grad_velocity.to(compute)
         grad_noise = (grad_noise.sum(0, keepdim=True) if shared else grad_noise).to(dtype)
-    return grad_x0, None, grad_noise, None
+    return grad_x0, None, grad_noise, None, *[None] * ctx.options
 
 
 def _keep_ddim_step(ctx, inputs, output):
@@ -329,8 +338,8 @@ def _ddim_step_backward(ctx, grad):
 
 if native.loaded():
     for _name, _backward, _setup in (
-        ("diffad_fast::q_sample", _q_sample_backward, _keep_q_sample),
+        ("diffad_fast::q_sample", noising_backward, keep_noising),
         ("diffad_fast::ddim_step", _ddim_step_backward, _keep_ddim_step),
     ):
-        torch.library.register_fake(_name, _fake)
+        torch.library.register_fake(_name, fake_step)
         torch.library.register_autograd(_name, _backward, setup_context=_setup)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from .. import reference
+import torch
+
+from .. import native, reference
 from . import checks
-from .diffusion import PREDICTION_TYPES, check_forward
+from .diffusion import (
+    PREDICTION_TYPES,
+    check_forward,
+    fake_step,
+    keep_noising,
+    noising_backward,
+)
 from .dispatch import Operator
 
 
@@ -20,7 +28,23 @@ def _triton_weighted_mse(*arguments):
     return weighted_mse(*arguments)
 
 
-_noised_target = Operator("noised_target", reference.noised_target, triton=_triton_noised_target)
+def _native_noised_target(velocity):
+    """C++ for the velocity, which is a second sum of the same two tensors."""
+
+    def noised_target(x0, t, noise, alphas_cumprod, prediction_type, snr_limit):
+        if prediction_type != "v_prediction":
+            return reference.noised_target(x0, t, noise, alphas_cumprod, prediction_type, snr_limit)
+        return velocity(x0, t, noise, alphas_cumprod, snr_limit)
+
+    return noised_target
+
+
+_noised_target = Operator(
+    "noised_target",
+    reference.noised_target,
+    triton=_triton_noised_target,
+    **{k: _native_noised_target(f) for k, f in native.implementations("noised_velocity").items()},
+)
 _weighted_mse = Operator("weighted_mse", reference.weighted_mse, triton=_triton_weighted_mse)
 
 
@@ -69,3 +93,14 @@ def weighted_mse(prediction, target, weight):
     checks.shaped("target", target, prediction.shape, prediction.device)
     checks.shaped("weight", weight, (len(prediction),), prediction.device)
     return _weighted_mse(prediction, target, weight)
+
+
+def _fake(x0, t, *_):
+    return fake_step(x0), fake_step(x0), x0.new_empty(len(t), dtype=torch.float32)
+
+
+if native.loaded():
+    torch.library.register_fake("diffad_fast::noised_velocity", _fake)
+    torch.library.register_autograd(
+        "diffad_fast::noised_velocity", noising_backward, setup_context=keep_noising
+    )

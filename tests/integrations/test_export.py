@@ -249,7 +249,7 @@ def test_from_a_hub(fitted, tmp_path, monkeypatch):
 
 
 def test_to_a_hub(fitted, tmp_path, monkeypatch):
-    """Against a hub that keeps files in a folder; its methods are called as their signatures say."""
+    """Against a hub that keeps files in a folder, called as its methods' signatures say."""
     hub = pytest.importorskip("huggingface_hub")
     kept = tmp_path / "hub"
     calls = []

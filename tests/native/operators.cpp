@@ -195,6 +195,7 @@ void diffusion() {
     for (const Tensor& x : {plain, last(plain), plain.transpose(2, 3)}) {
       const Tensor noise = random(x.sizes());
       call("q_sample", {x, at::tensor({0, 49, -1}, at::kLong), noise, table});
+      call("noised_velocity", {x, at::tensor({0, 49, -1}, at::kLong), noise, table, 5.0});
       for (int64_t prediction = 0; prediction < 3; ++prediction) {
         for (const double eta : {0.0, 0.5}) {
           for (const bool own : {false, true}) {
@@ -333,7 +334,7 @@ int main(int argc, char** argv) {
       {"dwt2d idwt2d", dwt},
       {"group_norm_silu group_norm_silu_backward", norm},
       {"wavelet_attention wavelet_attention_backward", attention},
-      {"q_sample ddim_step ddim_table", diffusion},
+      {"q_sample noised_velocity ddim_step ddim_table", diffusion},
       {"ddim_finish", finish},
       {"philox_normal_", noise},
       {"token_mlp_loop token_mlp_loss", token_mlp},

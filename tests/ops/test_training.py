@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffad_fast import ops
+from diffad_fast import native, ops, reference, use_backend
 
 ALPHAS = torch.tensor([0.9999, 0.9, 0.5, 0.01], dtype=torch.float64)
 
@@ -84,3 +84,104 @@ X = torch.zeros(2, 3)
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# ------------------------------------------------------------------ the native operator
+
+needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
+# Of results of size 1; the sums are computed in float32 and rounded once.
+CLOSE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+SHAPES = [(1, 1), (4, 7), (2, 3, 17, 5), (1, 1, 1, 13), (2, 4100), (0, 3), (3, 0, 2)]
+
+
+def on_cpu(*arguments):
+    with use_backend("cpu"):
+        return ops.noised_target(*arguments)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_native_is_the_reference_in_float64(cpu_isa, shape):
+    """All pairs of dtypes, noise of its own and shared; 4100 elements are three tiles."""
+    t = torch.arange(shape[0]) - 2  # from the end of the table too
+    for dtype, close in CLOSE.items():
+        for other in CLOSE:
+            x0, noise = torch.randn(shape).to(dtype), torch.randn(shape).to(other)
+            for z in (noise, noise[:1]) if shape[0] else (noise,):
+                for kind in ("v_prediction", "epsilon", "sample"):
+                    found = on_cpu(x0, t, z, ALPHAS, kind, 3.0)
+                    exact = reference.noised_target(x0.double(), t, z.double(), ALPHAS, kind, 3.0)
+                    assert [y.dtype for y in found] == [dtype, dtype, torch.float32]
+                    # A target that is the noise is rounded to the dtype of x0 as it is.
+                    for a, b in zip(found, exact, strict=True):
+                        torch.testing.assert_close(a.double(), b.double(), rtol=close, atol=close)
+
+
+@needs_native
+def test_native_weights_at_the_ends_of_the_schedule():
+    alphas = torch.tensor([1.0, 1 - 1e-12, 1e-12, 0.0], dtype=torch.float64)
+    x, t = torch.randn(4, 3), torch.arange(4)
+    *_, weight = on_cpu(x, t, x, alphas)
+    assert torch.equal(weight, reference.noised_target(x, t, x, alphas)[2])
+
+
+@needs_native
+def test_native_keeps_layouts_and_takes_any_strides():
+    x0, noise = torch.randn(2, 4, 3, 5, 6)
+    t = torch.tensor([0, 1, 2, 3])
+    expected = on_cpu(x0, t, noise, ALPHAS)
+    turned = x0.transpose(1, 3).contiguous().transpose(1, 3)
+    for x in (x0.to(memory_format=torch.channels_last), turned):
+        for z in (noise, noise.to(memory_format=torch.channels_last)):
+            found = on_cpu(x, t, z, ALPHAS)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert found[0].stride() == found[1].stride() == x.stride()
+    wide = torch.full((8, 3, 5, 12), torch.nan)
+    wide[::2, :, :, ::2] = x0
+    found = on_cpu(wide[::2, :, :, ::2], t, noise, ALPHAS)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_native
+def test_native_outputs_are_written_whole_and_nan_stays():
+    torch.use_deterministic_algorithms(True)  # what is allocated is full of NaN
+    try:
+        for size in (1, 7, 2049, 5000):
+            x = torch.randn(2, size)
+            assert all(y.isfinite().all() for y in on_cpu(x, torch.tensor([0, 1]), x, ALPHAS))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    x[1, 3] = torch.nan
+    for y in on_cpu(x, torch.tensor([0, 1]), torch.randn_like(x), ALPHAS)[:2]:
+        assert y.isnan().sum() == 1 and y[1, 3].isnan()
+
+
+@needs_native
+def test_native_gradients():
+    x, z = (torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    shared = z.detach()[:1].requires_grad_()
+    t = torch.tensor([0, 2, 1])
+    for noise in (z, shared):
+        assert torch.autograd.gradcheck(lambda x, z: on_cpu(x, t, z, ALPHAS)[:2], (x, noise))
+    on_cpu(x, t, z, ALPHAS)[1].sum().backward()  # one of the results alone
+    expected = (ALPHAS[t].sqrt(), (1 - ALPHAS[t]).sqrt())
+    torch.testing.assert_close(z.grad, expected[0][:, None, None].expand(3, 2, 2))
+    torch.testing.assert_close(x.grad, -expected[1][:, None, None].expand(3, 2, 2))
+
+
+@needs_native
+def test_native_opcheck_and_compile():
+    x, z = torch.randn(2, 2, 3, 4, 5)
+    t = torch.tensor([0, 2])
+    operator = torch.ops.diffad_fast.noised_velocity.default
+    for x_ in (x.clone().requires_grad_(), x.to(memory_format=torch.channels_last), x[:, ::2]):
+        torch.library.opcheck(operator, (x_, t, z[:, : x_.shape[1]], ALPHAS, 5.0))
+    compiled = torch.compile(on_cpu, fullgraph=True, backend="aot_eager")
+    for found, wanted in zip(compiled(x, t, z, ALPHAS), on_cpu(x, t, z, ALPHAS), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@needs_native
+def test_native_refuses_times_beyond_the_table():
+    with pytest.raises(RuntimeError, match=r"t\[1\] = 4 is not an index into the table of 4"):
+        on_cpu(X, torch.tensor([0, 4]), X, ALPHAS)

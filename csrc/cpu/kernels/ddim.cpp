@@ -100,7 +100,35 @@ DIFFAD_SIMD void for_tiles(const DdimArgs& args, int64_t begin, int64_t end, F&&
   }
 }
 
+template <class T, class C>
+void velocity(const DdimCoefficients<C>& c, const Tile<C>& in, T* out, T* target, int64_t n) {
+  constexpr int lanes = kLanes<C>;
+  const auto both = [&](Vec<C> x, Vec<C> m, auto&& put) {
+    put(out, ddim_update<false, false, false>(c, x, m, x, x));
+    put(target, ddim_x0<false>(c, x, m, x));
+  };
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    both(load(in.x + i), load(in.m + i), [&](T* to, Vec<C> y) { store(to + i, y); });
+  }
+  if (i < n) {
+    both(load_partial(in.x + i, n - i), load_partial(in.m + i, n - i),
+         [&](T* to, Vec<C> y) { store_partial(to + i, y, n - i); });
+  }
+}
+
 }  // namespace
+
+void noised_velocity(const DdimArgs& args, int64_t begin, int64_t end) {
+  for_dtype(args.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using C = compute_t<T>;
+    T *out = static_cast<T*>(args.out), *target = static_cast<T*>(args.target);
+    for_tiles<C>(args, begin, end, [&](const auto& c, const Tile<C>& in, int64_t at, int64_t n) {
+      velocity(c, in, out + at, target + at, n);
+    });
+  });
+}
 
 void ddim_update(const DdimArgs& args, int64_t begin, int64_t end) {
   const bool guided = args.y.data != nullptr, noisy = args.z.data != nullptr;
