@@ -25,13 +25,7 @@ from diffad_fast.data import demo
 from diffad_fast.errors import InputError
 
 # Enough held-out normals for labels, and little else.
-OPTIONS = {
-    "conformal_share": 0.5,
-    "reverse_steps": 2,
-    "warmup_steps": 2,
-    # In bfloat16, which "auto" takes on some processors, scores vary with the size of a batch.
-    "inference_dtype": "float32",
-}
+OPTIONS = {"conformal_share": 0.5, "reverse_steps": 2, "warmup_steps": 2}
 FAST = ("--image-size", "32", "--denoiser", "unet-tiny", "--batch-size", "8", "--device", "cpu")
 
 
