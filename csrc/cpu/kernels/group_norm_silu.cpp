@@ -270,7 +270,7 @@ template <class Acc, bool kActivation>
 DIFFAD_SIMD Vec<Acc> gradient_of_z(Vec<Acc> dy, Vec<Acc> z) {
   if (!kActivation) return dy;
   const Vec<Acc> limited = max(Vec<Acc>{} - 87, z);  // as in silu
-  const Vec<Acc> s = 1 / one_plus_exp_minus(limited);
+  const Vec<Acc> s = sigmoid(z);
   return dy * s * fma(limited, 1 - s, splat(Acc(1)));
 }
 

@@ -41,14 +41,6 @@ DIFFAD_SIMD void store_pairs(Pair* p, Vec<float> even, Vec<float> odd) {
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
 }
 
-// x / (1 + e^-x), within a few units in the last place: the reciprocal's 14 bits are doubled by a step
-// of Newton's method, for half of a division's time.
-DIFFAD_SIMD Vec<float> fast_silu(Vec<float> x) {
-  const Vec<float> d = one_plus_exp_minus(max(splat(-87.0f), x));
-  const Vec<float> r = Vec<float>(_mm512_rcp14_ps(d));
-  return x * fma(r, fma(-d, r, splat(1.0f)), r);
-}
-
 // -------------------------------------------------------------------- products
 
 #if defined(__AMX_BF16__)
@@ -264,9 +256,9 @@ struct PairPanels : Panels<float> {
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
           const float* sum = sums + (r * V + v) * L;
-          const Vec<float> even = fast_silu(load(sum) + splat(bias[o + r]));
+          const Vec<float> even = silu(load(sum) + splat(bias[o + r]));
           Vec<float> odd = {};
-          if (r + 1 < n) odd = fast_silu(load(sum + V * L) + splat(bias[o + r + 1]));
+          if (r + 1 < n) odd = silu(load(sum + V * L) + splat(bias[o + r + 1]));
           store_pairs(to + (r / 2 * V + v) * L, even, odd);
         }
       }
@@ -319,7 +311,7 @@ struct PairPanels : Panels<float> {
       const auto normalised = [&](Vec<float> y) { return (y - mean) * scale; };
       if (with_silu) {
         pack(features, h + offset, to, next,
-             [&](Vec<float> y) { return fast_silu(normalised(y)); });
+             [&](Vec<float> y) { return silu(normalised(y)); });
       } else {
         pack(features, h + offset, to, next, normalised);
       }
@@ -371,7 +363,7 @@ struct PairSingle : Single<float> {
                    const float* bias, Pair* out, const bf16*) const {
     bf16* to = reinterpret_cast<bf16*>(out);
     for_products(w, out_features, row, in, [&](int64_t o, int64_t left, Vec<float> sum) {
-      store(to + o, fast_silu(sum + bias_of(bias + o, left)));
+      store(to + o, silu(sum + bias_of(bias + o, left)));
     });
     fill(out_features, to);
   }
@@ -392,7 +384,7 @@ struct PairSingle : Single<float> {
     const auto [mean, scale] = moments(h, features);
     for (int64_t f = 0; f < features; f += L) {
       const Vec<float> y = (load(h + f) - mean) * scale;
-      store(to + f, with_silu ? fast_silu(y) : y);
+      store(to + f, with_silu ? silu(y) : y);
     }
     fill(features, to);
   }

@@ -20,11 +20,6 @@ constexpr double kEps = 1e-5;  // of LayerNorm
 // What happens to an output after its bias was added.
 enum class After { kNothing, kSilu, kAddToOutput };
 
-template <class C>
-DIFFAD_SIMD Vec<C> silu(Vec<C> x) {
-  return x / (splat(C(1)) + exp(-x));
-}
-
 // Rounds n numbers, whole vectors, to the dtype of the weights.
 template <class C>
 void round_to(DType dtype, C* p, int64_t n) {
@@ -88,7 +83,7 @@ void outputs(const C* w, int64_t inputs, const C* in, const C* bias, After after
     }
   }
   if (after == After::kSilu) {
-    for (int i = 0; i < R * V * L; i += L) store(out + i, silu<C>(load(out + i)));
+    for (int i = 0; i < R * V * L; i += L) store(out + i, silu(load(out + i)));
   }
 }
 
@@ -199,7 +194,7 @@ struct Panels {
       const auto [mean, scale] = moments(from, features, next);
       for (int64_t f = 0; f < features; ++f) {
         const Vec<C> y = (load(from + f * next) - mean) * scale;
-        store(out + offset + f * next, with_silu ? silu<C>(y) : y);
+        store(out + offset + f * next, with_silu ? silu(y) : y);
       }
     });
   }
@@ -376,7 +371,7 @@ struct Single {
       Vec<C> y = sum[n] + (rest < L ? load_partial(bias + o + n * L, rest)
                                     : load(bias + o + n * L));
       if (after == After::kAddToOutput) y += load(to);
-      store(to, after == After::kSilu ? silu<C>(y) : y);
+      store(to, after == After::kSilu ? silu(y) : y);
     }
   }
 
@@ -441,7 +436,7 @@ struct Single {
     const auto [mean, scale] = moments(h, features);
     for (int64_t f = 0; f < features; f += L) {
       const Vec<C> y = (load(h + f) - mean) * scale;
-      store(out + f, with_silu ? silu<C>(y) : y);
+      store(out + f, with_silu ? silu(y) : y);
     }
   }
 
