@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffad_fast import native
+
 from ..case import OURS, REFERENCE, Case, Contender, map_tensors, random
 
 SIDE, STEPS = 128, 3
@@ -28,8 +30,11 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     for (n, side, count), sweep in points.items():
         yield score_case(device_type, "unet-tiny", n, side, count, sweep)
     if device_type == "cpu":
+        narrow = "avx512bf16" in native.cpu_features()
         for n in () if quick else (1, 16):
-            yield score_case(device_type, "unet-small", n, 256, 5, {}, compiled=True)
+            yield score_case(
+                device_type, "unet-small", n, 256, 5, {}, compiled=True, bfloat16=narrow
+            )
         return
     for n in (1,) if quick else (1, 64):
         yield score_case(device_type, "unet-small", n, 256, 10, {}, compiled=True, bfloat16=True)
