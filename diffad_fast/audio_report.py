@@ -1,7 +1,8 @@
 """What an evaluation of clips looks like: pictures of single clips, and one HTML page with players.
 
 A clip's picture has its spectrogram, what each band has in the score over time, and the score over
-time itself, on one axis. Colours mean the same for every clip of one detector.
+time itself, on one axis. Colours mean the same for every clip of one detector, unless one is so far
+from normal that it would be all of the strongest: its own largest value is the end of its scale.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def clip_figure(detector: Detector, wave: torch.Tensor, map_: np.ndarray) -> Fig
     figure.colorbar(shown, ax=above, label="dB")
     shown = middle.imshow(
         map_, origin="lower", aspect="auto", extent=extent, vmin=0,
-        vmax=(high - low) * _STRONGEST, cmap="inferno", interpolation="nearest",
+        vmax=max((high - low) * _STRONGEST, map_.max()), cmap="inferno", interpolation="nearest",
     )  # fmt: skip
     figure.colorbar(shown, ax=middle, label="share of the score")
     for axes, title in ((above, "log-mel spectrogram"), (middle, "anomaly map")):
