@@ -26,7 +26,6 @@ std::vector<std::string> cpu_features() {
       {"avx512vl", __builtin_cpu_supports("avx512vl")},
       {"avx512vnni", __builtin_cpu_supports("avx512vnni")},
       {"avx512bf16", __builtin_cpu_supports("avx512bf16")},
-      {"amx-bf16", __builtin_cpu_supports("amx-bf16")},
   };
   for (const auto& [name, here] : known) {
     if (here) found.emplace_back(name);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -13,10 +14,15 @@
 namespace diffad {
 namespace {
 
-// Tiles are 8 KiB of state a thread, which Linux saves for processes that have asked for it: for all
-// of their threads, and more than once does no harm.
-bool tiles_allowed() {
+// Has the processor AMX with bfloat16, and may we use it? Tiles are 8 KiB of state a thread, which
+// Linux saves for processes that have asked for it: for all of their threads, and more than once does
+// no harm.
+bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
+  // Not every compiler that has the instructions knows their names in __builtin_cpu_supports.
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kBf16)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, since Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -31,8 +37,7 @@ Isa best_isa() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = __builtin_cpu_supports("avx512bf16");
-  const bool amx = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
-  if (avx2 && avx512 && bf16 && amx && tiles_allowed()) return Isa::kAmx;
+  if (avx2 && avx512 && bf16 && has_amx()) return Isa::kAmx;
   if (avx2 && avx512 && bf16) return Isa::kAvx512Bf16;
   if (avx2 && avx512) return Isa::kAvx512;
   if (avx2) return Isa::kAvx2;

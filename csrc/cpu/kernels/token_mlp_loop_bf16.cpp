@@ -59,7 +59,6 @@ struct Session {
       const bool weights = tile >= 4 && tile < 7;
       config.row_bytes[tile] = static_cast<uint16_t>(weights ? 64 : 4 * columns);
     }
-    config.rows[7] = 16;
     _tile_loadconfig(&config);
   }
   ~Session() { _tile_release(); }
