@@ -248,7 +248,7 @@ void transform(bool analysis, void* image_data, const Tensor& image,
   const int64_t work = (analysis ? 2 : 1) * width * lanes;
   const int64_t grain = std::max<int64_t>(1, kGrain / work);
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<double[]> scratch(new double[dwt_scratch(args)]);
+    const Scratch scratch = scratch_of(dwt_scratch(args) * sizeof(double));
     (analysis ? dwt_analysis_kernel() : dwt_synthesis_kernel())(args, scratch.get(), begin, end);
   });
 }

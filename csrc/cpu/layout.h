@@ -1,6 +1,9 @@
 // Memory of the inputs and outputs of CPU operators.
 #pragma once
 
+#include <cstdlib>
+#include <memory>
+
 #include "../common/tensor.h"
 
 #if defined(__linux__)
@@ -33,6 +36,15 @@ inline void huge_pages(const Tensor& x) {
   const uintptr_t first = (begin + page - 1) / page * page;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
+}
+
+// Memory of a thread's own. Rows of vectors in it begin with lines of the cache: what is stored across
+// two lines is slow to be read again.
+using Scratch = std::unique_ptr<char, decltype(&std::free)>;
+inline Scratch scratch_of(int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  const int64_t whole = (bytes + kLine - 1) / kLine * kLine;
+  return Scratch(static_cast<char*>(std::aligned_alloc(kLine, whole)), std::free);
 }
 
 // An operator that reads and writes more than this finds little of it in the caches: half of the 32

@@ -6,12 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 
 #include "../common/token_mlp.h"
 #include "dtype_of.h"
+#include "layout.h"
 
 namespace diffad {
 namespace {
@@ -20,9 +19,6 @@ using torch::headeronly::ScalarType;
 
 // Multiply-adds below which a thread is not worth its start.
 constexpr int64_t kGrain = 1 << 19;
-
-// Rows of vectors begin with lines of the cache.
-using Scratch = std::unique_ptr<char, decltype(&std::free)>;
 
 // `x` itself where it is contiguous and of that dtype already.
 Tensor as(const Tensor& x, ScalarType dtype) {
@@ -100,8 +96,7 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   const int64_t tiles = (a.tokens + kTokenTile - 1) / kTokenTile;
   const int64_t grain = std::max<int64_t>(1, kGrain / (kTokenTile * products * a.steps + 1));
   const auto run = [&](int64_t begin, int64_t end) {
-    const Scratch scratch(static_cast<char*>(std::aligned_alloc(64, up_to(64, token_mlp_scratch(a)))),
-                          std::free);
+    const Scratch scratch = scratch_of(token_mlp_scratch(a));
     kernel(a, scratch.get(), begin, end);
   };
   if (tiles == 1) {

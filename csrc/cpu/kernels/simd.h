@@ -316,14 +316,23 @@ DIFFAD_SIMD void finish_streams() {
 #endif
 }
 
-// One element, by the same conversions.
+// One element, by the same conversions. Where there is none, without a vector: compilers take it
+// through memory in pieces of other sizes, which costs more than all that is done with a number.
 template <class T>
 DIFFAD_SIMD compute_t<T> load_one(const T* p) {
-  return load_partial(p, 1)[0];
+  if constexpr (std::is_same_v<T, compute_t<T>>) {
+    return *p;
+  } else {
+    return load_partial(p, 1)[0];
+  }
 }
 template <class T>
 DIFFAD_SIMD void store_one(T* p, compute_t<T> value) {
-  store_partial(p, splat(value), 1);
+  if constexpr (std::is_same_v<T, compute_t<T>>) {
+    *p = value;
+  } else {
+    store_partial(p, splat(value), 1);
+  }
 }
 
 // --------------------------------------------------------- even and odd elements
