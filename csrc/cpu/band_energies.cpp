@@ -7,9 +7,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
 
 #include "dtype_of.h"
+#include "layout.h"
 
 namespace diffad {
 namespace {
@@ -48,7 +48,7 @@ Tensor band_energies(const Tensor& x, int64_t cell, int64_t levels) {
   torch::stable::parallel_for(
       0, n * a.channels * a.blocks(), grain, [&](int64_t begin, int64_t end) {
         const size_t bytes = a.scratch() * (wide ? sizeof(double) : sizeof(float));
-        const std::unique_ptr<char[]> scratch(new char[bytes]);
+        const Scratch scratch = scratch_of(bytes);
         band_energies_kernel()(a, scratch.get(), begin, end);
       });
   return out;

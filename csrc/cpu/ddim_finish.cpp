@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 
 #include "../common/haar_tensor.h"
@@ -94,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ddim_finish(
   torch::stable::parallel_for(
       0, x.size(0) * rows, std::max<int64_t>(1, kGrain / strip), [&](int64_t begin, int64_t end) {
         // Standardised coefficients, pixels, and what the kernels need.
-        const std::unique_ptr<char[]> memory(
-            new char[(3 * strip + kHaarPadding + anomaly_scratch(maps)) * bytes]);
+        const Scratch memory =
+            scratch_of((3 * strip + kHaarPadding + anomaly_scratch(maps)) * bytes);
         char* const pixels = memory.get() + strip * bytes;
         char* const scratch = pixels + strip * bytes;
         DdimArgs s = step;

@@ -5,12 +5,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <tuple>
 
 #include "../common/tensor.h"
 #include "dtype_of.h"
+#include "layout.h"
 
 namespace diffad {
 namespace {
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups,
   a.y = strided(y, last);
   a.stats = stats.mutable_data_ptr();
   const int64_t floats = n * c * 2 * (a.tiles + 1);
-  const std::unique_ptr<char[]> scratch(new char[floats * (a.dtype == DType::kDouble ? 8 : 4)]);
+  const Scratch scratch = scratch_of(floats * (a.dtype == DType::kDouble ? 8 : 4));
   a.partial = scratch.get();
   a.coefficients = scratch.get() + n * c * 2 * a.tiles * (a.dtype == DType::kDouble ? 8 : 4);
   run(a, n, norm_moments_kernel(), norm_fold_kernel(), norm_apply_kernel());
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   a.dscale = target(dscale, true), a.dshift = target(dshift, true);
   a.stats = const_cast<void*>(stats.const_data_ptr());
   const int64_t size = a.dtype == DType::kDouble ? 8 : 4;
-  const std::unique_ptr<char[]> scratch(new char[n * c * (2 * a.tiles + 5) * size]);
+  const Scratch scratch = scratch_of(n * c * (2 * a.tiles + 5) * size);
   a.partial = scratch.get();
   a.coefficients = scratch.get() + n * c * 2 * a.tiles * size;
   norm_prepare_gradient_kernel()(a, 0, n);

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "../common/tensor.h"
 
@@ -43,8 +44,9 @@ inline void huge_pages(const Tensor& x) {
 using Scratch = std::unique_ptr<char, decltype(&std::free)>;
 inline Scratch scratch_of(int64_t bytes) {
   constexpr int64_t kLine = 64;
-  const int64_t whole = (bytes + kLine - 1) / kLine * kLine;
-  return Scratch(static_cast<char*>(std::aligned_alloc(kLine, whole)), std::free);
+  auto* memory = static_cast<char*>(std::aligned_alloc(kLine, (bytes / kLine + 1) * kLine));
+  if (memory == nullptr) throw std::bad_alloc();
+  return Scratch(memory, std::free);
 }
 
 // An operator that reads and writes more than this finds little of it in the caches: half of the 32

@@ -104,7 +104,8 @@ class TokenModel(nn.Module):
         config = self.config = config.replace(train_compile=training.train_compile)
         if config.inference_dtype == "auto":
             # Where matrix units are, bfloat16 is what they are made for, and no trial is needed.
-            units = self.device.type == "cuda" or native.cpu_isa() == "amx"
+            device = self.device.type
+            units = device == "cuda" or (device == "cpu" and native.cpu_isa() == "amx")
             self.config = config.replace(inference_dtype="bfloat16" if units else "float32")
         self.use(None)
         return History.joined(histories)

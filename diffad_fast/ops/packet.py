@@ -18,11 +18,13 @@ from .training import check_target, noised_target
 def _composed_packet(x, mean, deviation, level):
     """By the operators of whatever backend is chosen."""
     y = channels_last(x.to(torch.promote_types(x.dtype, torch.float32)))
-    if not level or _refuses(x, mean, deviation):
-        return standardised(haar_pack(y, level) if level else y, mean, deviation).to(x.dtype)
-    # In place: memory that is there already costs less than new.
-    y = haar_pack(y, level).sub_(mean[:, None, None]).div_(deviation[:, None, None])
-    return y.to(x.dtype)
+    packet = haar_pack(y, level) if level else y
+    if level and not _refuses(x, mean, deviation):
+        # In place: memory that is there already costs less than new.
+        packet.sub_(mean[:, None, None]).div_(deviation[:, None, None])
+    else:
+        packet = standardised(packet, mean, deviation)
+    return packet.to(x.dtype)
 
 
 def _composed_noised(x, mean, deviation, t, noise, alphas, level, prediction_type, snr_limit):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import native, reference
+from ..reference.training import min_snr_weight
 from . import checks
 from .diffusion import (
     PREDICTION_TYPES,
@@ -29,12 +30,15 @@ def _triton_weighted_mse(*arguments):
 
 
 def _native_noised_target(velocity):
-    """C++ for the velocity, which is a second sum of the same two tensors."""
+    """C++ for the samples and, a second sum of the same two tensors, their velocity."""
 
     def noised_target(x0, t, noise, alphas_cumprod, prediction_type, snr_limit):
-        if prediction_type != "v_prediction":
-            return reference.noised_target(x0, t, noise, alphas_cumprod, prediction_type, snr_limit)
-        return velocity(x0, t, noise, alphas_cumprod, snr_limit)
+        if prediction_type == "v_prediction":
+            return velocity(x0, t, noise, alphas_cumprod, snr_limit)
+        x_t = torch.ops.diffad_fast.q_sample(x0, t, noise, alphas_cumprod)
+        target = noise.expand_as(x0).to(x0.dtype) if prediction_type == "epsilon" else x0
+        weight = min_snr_weight(alphas_cumprod.double()[t], prediction_type, snr_limit)
+        return x_t, target, weight
 
     return noised_target
 

@@ -22,17 +22,27 @@ def noised_target(x0, t, noise, alphas_cumprod, prediction_type="v_prediction", 
     """
     compute = torch.promote_types(x0.dtype, torch.float32)
     alpha = alphas_cumprod.double()[t]
-    snr = alpha / (1 - alpha)
-    weight = snr.clamp(max=snr_limit)
+    weight = min_snr_weight(alpha, prediction_type, snr_limit)
     column = alpha.reshape(-1, *[1] * (x0.ndim - 1))
     signal, spread = column.sqrt().to(compute), (1 - column).sqrt().to(compute)
     x, z = x0.to(compute), noise.to(compute)
     x_t = (signal * x + spread * z).to(x0.dtype)
     if prediction_type == "epsilon":
-        return x_t, noise.expand_as(x0).to(x0.dtype), (weight / snr).float()
+        return x_t, noise.expand_as(x0).to(x0.dtype), weight
     if prediction_type == "sample":
-        return x_t, x0, weight.float()
-    return x_t, (signal * z - spread * x).to(x0.dtype), (weight / (snr + 1)).float()
+        return x_t, x0, weight
+    return x_t, (signal * z - spread * x).to(x0.dtype), weight
+
+
+def min_snr_weight(alpha, prediction_type, snr_limit):
+    """The weight of :func:`noised_target`, float32, for abar in float64."""
+    snr = alpha / (1 - alpha)
+    weight = snr.clamp(max=snr_limit)
+    if prediction_type == "epsilon":
+        weight = weight / snr
+    elif prediction_type == "v_prediction":
+        weight = weight / (snr + 1)
+    return weight.float()
 
 
 def weighted_mse(prediction, target, weight):
