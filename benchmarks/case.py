@@ -61,7 +61,7 @@ class Case:
     """Sizes and options; with ``operator`` it names the case for good."""
     inputs: Callable[[torch.device], tuple]
     exact: Callable[[tuple], object]
-    """The result in float64, from ``inputs`` on the CPU."""
+    """The result in float64, from ``inputs``."""
     contenders: Mapping[str, Contender]
     """OURS first."""
     bytes: int = 0
@@ -170,9 +170,10 @@ def map_tensors(function: Callable, value):
     return value
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Standard normal float32 on the CPU, the same on every machine."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def random(*shape: int, seed: int = 0, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Standard normal float32; drawn on the CPU, the same on every machine."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device)
 
 
 def on(device: torch.device, *values) -> tuple:
@@ -187,4 +188,4 @@ def finite(output) -> str | None:
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
-    return x.cpu().double() if x.is_floating_point() else x.cpu()
+    return x.double() if x.is_floating_point() else x

@@ -56,7 +56,9 @@ class Run:
         for case in cases:
             if re.search(pattern, case.key):
                 print(f"  {case.key}", file=sys.stderr, flush=True)
-                measured.append((case, self._row(case)))
+                row = self._row(case)
+                print(f"    {_in_short(row)}", file=sys.stderr, flush=True)
+                measured.append((case, row))
         self.ceilings = ceilings.higher(before, ceilings.measure(self.device, self.quick))
         for case, row in measured:
             if bounded := ceilings.bound(case, self.ceilings):
@@ -184,6 +186,19 @@ class Run:
 
     def _cache(self) -> int:
         return 0 if self.device.type == "cuda" else machine.cache_bytes()
+
+
+def _in_short(row: dict) -> str:
+    """A line on a measured case, for whoever waits."""
+    parts = []
+    for name, entry in row["contenders"].items():
+        if "p50" not in entry:
+            parts.append(f"{name}: {entry.get('wrong') or entry.get('failed') or 'left out'}")
+        elif name == OURS or "ratio" not in entry:
+            parts.append(f"{name} {entry['p50']:.4g} ms")
+        else:
+            parts.append(f"{name} {entry['ratio']['value']:.3g} times ours")
+    return "; ".join(parts)
 
 
 def _captured(run: Callable) -> Callable:

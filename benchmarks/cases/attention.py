@@ -81,7 +81,7 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
 
     def inputs(device):
         # Views of one channels_last projection, as the denoiser has them.
-        qkv = random(batch, side, side, 3, 8, 64).to(device, torch.bfloat16)
+        qkv = random(batch, side, side, 3, 8, 64, device=device).to(torch.bfloat16)
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5)
         gains = (1 + 0.1 * random(8, 4, seed=s).to(device) for s in (1, 2))
         return (q, k, v, *gains)
@@ -120,9 +120,10 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
         # Image after image: the scores of all of them in float64 are 17 GB.
         from diffad_fast import reference
 
-        q, k, v, *gains = (x.cpu().double() for x in given)
+        q, k, v, *gains = given
+        gains = [gain.double() for gain in gains]
         run = _step(reference.wavelet_attention, gradients)
-        images = [run(*(x[i : i + 1] for x in (q, k, v)), *gains) for i in range(batch)]
+        images = [run(*(x[i : i + 1].double() for x in (q, k, v)), *gains) for i in range(batch)]
         if not gradients:
             return torch.cat(images)
         columns = list(zip(*images, strict=True))

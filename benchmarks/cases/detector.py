@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffad_fast import native
 
-from ..case import OURS, REFERENCE, Case, Contender, map_tensors, random
+from ..case import OURS, REFERENCE, Case, Contender, random
 
 SIDE, STEPS = 128, 3
 
@@ -57,36 +59,42 @@ def score_case(
 ) -> Case:
     """Ours as it is used; the same weights as a researcher would run them: eager, on the reference
     operators, in contiguous tensors."""
-    from diffad_fast import use_backend
-
     device = torch.device(device_type)
     detector = _detector(device, denoiser, side, steps, mode)
 
     def plain(images):
-        with use_backend("reference"):
+        with as_written():
             return contiguous(detector).score_batch(images)
 
     def channels_last(images):
-        with use_backend("reference"):
+        with as_written():
             return detector.score_batch(images)
 
+    def in_tf32(images):
+        with patch.object(torch.backends.cudnn, "allow_tf32", True):
+            return channels_last(images)
+
     def by_compiler(images):
-        with use_backend("reference"):
+        with as_written():
             return compiled_denoiser(detector).score_batch(images)
 
     def narrow(images):
         return in_bfloat16(detector).score_batch(images)
 
     def narrow_reference(images):
-        with use_backend("reference"):
+        with as_written():
             return in_bfloat16(detector).score_batch(images)
 
+    def narrow_by_compiler(images):
+        with as_written():
+            return compiled_denoiser(in_bfloat16(detector)).score_batch(images)
+
     def exact(inputs):
-        with use_backend("reference"):
+        with as_written():
             return in_float64(detector).score_batch(inputs[0].double())
 
     images = (random(n, 1, side, side) / 8 + 0.5).clamp(0, 1)
-    with FlopCounterMode(display=False) as counter, use_backend("reference"), torch.no_grad():
+    with FlopCounterMode(display=False) as counter, as_written(), torch.no_grad():
         detector.score_batch(images[:1])
     contenders = {
         OURS: Contender(detector.score_batch, memory_format="channels_last"),
@@ -101,6 +109,14 @@ def score_case(
         options = {"dtype": "bfloat16", "memory_format": "channels_last", "tolerance": 5e-2}
         contenders[f"{OURS}, bfloat16"] = Contender(narrow, **options)
         contenders[f"{REFERENCE}, bfloat16, channels_last"] = Contender(narrow_reference, **options)
+        if device_type == "cuda":
+            contenders[f"{REFERENCE}, TF32, channels_last"] = Contender(
+                in_tf32, **{**options, "dtype": "float32"}
+            )
+            if compiled:
+                contenders[f"{REFERENCE}, bfloat16, channels_last, denoiser by torch.compile"] = (
+                    Contender(narrow_by_compiler, **options)
+                )
     return Case(
         "detector.score",
         f"{denoiser}, batch {n}, {side}×{side}, "
@@ -115,6 +131,16 @@ def score_case(
         host=True,
         sweep=sweep,
     )
+
+
+@contextmanager
+def as_written():
+    """Eagerly and on the reference operators."""
+    from diffad_fast import use_backend
+    from diffad_fast.diffusion.graphs import Graphed
+
+    with use_backend("reference"), patch.object(Graphed, "_graph", lambda self, x: None):
+        yield
 
 
 def _detector(device: torch.device, denoiser: str, side: int, steps: int, mode: str):
@@ -170,10 +196,12 @@ def contiguous(detector):
 
 def compiled_denoiser(detector):
     def make(copied):
-        denoiser = copied.model.denoiser
+        denoiser = copied.model.scoring_denoiser
         graphs = next(denoiser.parameters()).is_cuda
         options = {"dynamic": False, "mode": "reduce-overhead" if graphs else None}
         denoiser.compile(**options)
+        # What a reverse process calls.
+        denoiser.denoise = torch.compile(denoiser.denoise, **options)
         features = torch.compile(denoiser.features, **options)
         # A replay overwrites what the one before it gave, and both images' features are needed.
         denoiser.features = lambda *x: [f.clone() if graphs else f for f in features(*x)]
@@ -194,10 +222,8 @@ def in_bfloat16(detector):
 
 def in_float64(detector):
     def make(copied):
-        model = copied.model
-        model.device = copied.device = torch.device("cpu")
-        model.to("cpu").double()
-        model.use(map_tensors(torch.Tensor.cpu, model.statistics))
+        copied.model.double()
+        copied.model.use(copied.model.statistics)
         return copied
 
     return _variant(detector, "float64", make)

@@ -73,7 +73,7 @@ inline Tensor empty_like_in(const Tensor& x, torch::headeronly::ScalarType dtype
       from(x),           from(std::optional<torch::headeronly::ScalarType>(dtype)),
       from(std::nullopt), from(std::nullopt),
       from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -138,7 +138,7 @@ void check_and_run(AnomalyMapArgs& a, const Tensor& x, const std::vector<Tensor>
     const Tensor &f = features[i], &g = features_hat[i];
     const bool wide = dtype_of(f, "anomaly_map") == DType::kDouble;
     STD_TORCH_CHECK(f.dim() == 4 && f.size(0) == x.size(0) && f.size(2) > 0 && f.size(3) > 0 &&
-                        f.sizes() == g.sizes(),
+                        f.sizes().equals(g.sizes()),
                     "anomaly_map: features ", i, " must be (N, C, h, w), as their counterparts");
     STD_TORCH_CHECK(f.scalar_type() == g.scalar_type() && wide == (a.dtype == DType::kDouble),
                     "anomaly_map: features ", i, " differ in dtype");
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
                                        std::vector<double> weights, int64_t levels,
                                        std::vector<Tensor> stats, double sigma, double top,
                                        std::optional<Tensor> base) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.sizes() == x_hat.sizes(),
+  STD_TORCH_CHECK(x.dim() == 4 && x.sizes().equals(x_hat.sizes()),
                   "anomaly_map: x and x_hat must be (N, C, H, W)");
   STD_TORCH_CHECK(x.scalar_type() == x_hat.scalar_type(), "anomaly_map: x_hat differs in dtype");
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);

@@ -26,7 +26,7 @@ constexpr int64_t kGrain = 1 << 14;
 
 // out = beta out + a b.
 void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1)
           : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }

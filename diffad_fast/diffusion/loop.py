@@ -64,7 +64,7 @@ class ReverseLoop:
         if modules is None:
             modules = [denoiser] if isinstance(denoiser, nn.Module) else []
         self.graphed = Graphed(self.eager, modules, graphs)
-        self._constants: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+        self._constants: dict[Hashable, tuple[torch.Tensor, ...]] = {}
         self._fields: dict[Hashable, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor):
@@ -152,9 +152,11 @@ class ReverseLoop:
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The first level, the levels' log sigma and, for CUDA's kernels, the table of steps.
 
-        Made once a device: a capture must not copy from the host.
+        Made once a device and backend: a capture must not copy from the host.
         """
-        if device not in self._constants:
+        # Which kernels take the steps is the backend's choice.
+        key = device, ops.dispatch.selected()
+        if key not in self._constants:
             first = torch.tensor([self.steps[0].alpha_t], dtype=torch.float64, device=device)
             log_sigma = torch.tensor([s.log_sigma for s in self.steps], device=device)
             table = None
@@ -162,8 +164,8 @@ class ReverseLoop:
                 table = ops.diffusion.step_table(
                     self.steps, self.prediction_type, self.eta, self.clip, self.guidance
                 ).to(device)
-            self._constants[device] = first, log_sigma, table
-        return self._constants[device]
+            self._constants[key] = first, log_sigma, table
+        return self._constants[key]
 
 
 def _is_state_of_the_kernels(x: torch.Tensor) -> bool:
