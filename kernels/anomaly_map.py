@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registration import dense, launch, operator, source
+from .registration import cdiv, dense, launch, operator, source
 
 MAX_LEVELS = 4
 MAX_FEATURES = 4
@@ -285,7 +285,7 @@ def weighted_map(
         distance = f.new_empty((n, pixels), dtype=torch.float32)
         launch(
             _cosines, _cosine_configs(f.shape[1]),
-            lambda meta, pixels=pixels: (n * triton.cdiv(pixels, meta["BLOCK_P"]),),
+            lambda meta, pixels=pixels: (n * cdiv(pixels, meta["BLOCK_P"]),),
             f, dense(f_hat, f), distance, pixels,
             CHANNELS_LAST=not f.is_contiguous(), CHANNELS=f.shape[1], EPS=EPS,
         )  # fmt: skip
@@ -299,7 +299,7 @@ def weighted_map(
     launch(
         _weighted, _weighted_configs(levels),
         lambda meta: (
-            n * triton.cdiv(height, meta["BLOCK_H"]) * triton.cdiv(width, meta["BLOCK_W"]),
+            n * cdiv(height, meta["BLOCK_H"]) * cdiv(width, meta["BLOCK_W"]),
         ),
         x, x_hat, *cosines, *means, *deviations, result if base is None else base, result,
         height, width,
@@ -328,7 +328,7 @@ def blurred_map(x: Tensor, sigma: float) -> Tensor:
         launch(
             _blur, _BLUR_CONFIGS,
             lambda meta: (
-                n * triton.cdiv(height, meta["SIDE"]) * triton.cdiv(width, meta["SIDE"]),
+                n * cdiv(height, meta["SIDE"]) * cdiv(width, meta["SIDE"]),
             ),
             values, target, height, width, radius, -0.5 / sigma**2, norm, ALONG_ROWS=along_rows,
         )  # fmt: skip
@@ -366,13 +366,12 @@ def anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma,
                 mean, deviation = (y.expand(height, width).contiguous() for y in (mean, deviation))
             means.append(mean)
             deviations.append(deviation)
-    namespace = torch.ops.diffad_fast_triton
-    result = namespace.weighted_map(
+    result = weighted_map(
         x, x_hat, list(features), list(features_hat), list(weights), levels, pixel, means,
         deviations, None if base is None else base.contiguous(),
     )  # fmt: skip
     if sigma > 0:
-        result = namespace.blurred_map(result, sigma)
+        result = blurred_map(result, sigma)
     count = max(1, round(top * height * width))
     return result, result.flatten(1).topk(count, dim=1).values.mean(dim=1)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..ops.layout import empty_4d, is_channels_last
 from ..reference import wavelet as rules
-from .registration import launch, operator, source, wide, widened
+from .registration import cdiv, launch, operator, source, wide, widened
 
 LONGEST = 16
 ZERO, CONSTANT, SYMMETRIC, PERIODIC, _, PERIODIZATION, REFLECT, ANTISYMMETRIC, _ = range(9)
@@ -212,7 +212,7 @@ def _configs(length: int) -> list[triton.Config]:
 
 
 def _grid(lanes: int, rows: int):
-    return lambda meta: (triton.cdiv(lanes, meta["BLOCK"]) * triton.cdiv(rows, meta["ROWS"]),)
+    return lambda meta: (cdiv(lanes, meta["BLOCK"]) * cdiv(rows, meta["ROWS"]),)
 
 
 def _fake_dwt2d(x, filters, border, rows, columns):
@@ -308,7 +308,7 @@ def _setup_dwt2d(ctx, inputs, output):
 
 def _backward_dwt2d(ctx, *grads):
     (filters,) = ctx.saved_tensors
-    grad = torch.ops.diffad_fast_triton.idwt2d(*grads, filters, ctx.border, *ctx.size)
+    grad = idwt2d(*grads, filters, ctx.border, *ctx.size)
     return grad, None, None, None, None
 
 
@@ -320,7 +320,7 @@ def _setup_idwt2d(ctx, inputs, output):
 
 def _backward_idwt2d(ctx, grad):
     (filters,) = ctx.saved_tensors
-    grads = torch.ops.diffad_fast_triton.dwt2d(grad, filters, ctx.border, *ctx.size)
+    grads = dwt2d(grad, filters, ctx.border, *ctx.size)
     return *grads, None, None, None, None
 
 

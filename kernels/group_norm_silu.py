@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.layout import empty_4d, is_channels_last
-from .registration import dense, launch, operator, source, wide, widened
+from .registration import cdiv, dense, launch, operator, source, wide, widened
 
 # Chunks of pixels an image; a constant of the kernels, which merge this many at once.
 SPLITS = 64
@@ -346,10 +346,10 @@ class _Plan:
             if channels_last:
                 block_g = min(triton.next_power_of_2(num_groups), max(1, 1024 // block_j))
         block_p = max(1, size // (block_j * block_g))
-        tiles = triton.cdiv(self.pixels, block_p)
-        self.chunk = triton.cdiv(tiles, SPLITS) * block_p
-        self.splits = triton.cdiv(self.pixels, self.chunk)
-        blocks = triton.cdiv(num_groups, block_g)
+        tiles = cdiv(self.pixels, block_p)
+        self.chunk = cdiv(tiles, SPLITS) * block_p
+        self.splits = cdiv(self.pixels, self.chunk)
+        blocks = cdiv(num_groups, block_g)
         self.by_tile = (n * tiles * blocks,)
         self.by_chunk = (n * self.splits * blocks,)
         self.constants = {
@@ -446,7 +446,7 @@ def group_norm_silu_backward(
         channels = x.shape[1]
         launch(
             _parameter_gradients, _PARAMETER_CONFIGS[plan.resident],
-            lambda meta: (triton.cdiv(channels, meta["BLOCK_C"]),),
+            lambda meta: (cdiv(channels, meta["BLOCK_C"]),),
             sums, *tensors[:3], *gradients, len(x), splits, CHANNELS=channels, **given,
         )  # fmt: skip
     return (dx, *gradients)
@@ -466,7 +466,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dy, _):
     x, statistics, *given = ctx.saved_tensors
-    gradients = torch.ops.diffad_fast_triton.group_norm_silu_backward(
+    gradients = group_norm_silu_backward(
         dy, x, statistics, *given, ctx.num_groups, ctx.activation, any(ctx.needs_input_grad[1:5])
     )
     wanted = (g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False))
@@ -480,7 +480,7 @@ def group_norm_silu(
     x, num_groups, weight=None, bias=None, eps=1e-5, scale=None, shift=None, activation=True
 ):
     """See ``ops.group_norm_silu``; parameters may have another dtype than ``x``."""
-    return torch.ops.diffad_fast_triton.group_norm_silu_forward(
+    return group_norm_silu_forward(
         x, weight, bias, scale, shift, num_groups, eps, activation
     )[0]
 

@@ -32,7 +32,7 @@ from ..ops.diffusion import PREDICTION_TYPES
 from ..ops.haar import empty_packed, empty_unpacked, keep_level
 from ..ops.layout import is_channels_last
 from .q_sample import min_snr
-from .registration import launch, operator, source, widened
+from .registration import cdiv, launch, operator, source, widened
 
 
 @triton.jit
@@ -157,8 +157,8 @@ def _run(
     launch(
         _haar, _configs(level, channels, is_channels_last(filled)),
         lambda meta: (
-            n * triton.cdiv(channels, meta["LANES"]) * triton.cdiv(rows, meta["ROWS"])
-            * triton.cdiv(columns, meta["BLOCKS"]),
+            n * cdiv(channels, meta["LANES"]) * cdiv(rows, meta["ROWS"])
+            * cdiv(columns, meta["BLOCKS"]),
         ),
         image, packed, *standard, *noising, rows, columns, *image.stride(), *packed.stride(),
         *strides, snr_limit, CHANNELS=channels, LEVEL=level, PACK=pack, KIND=kind,
@@ -183,11 +183,11 @@ def haar_unpack(y: Tensor, level: int) -> Tensor:
 
 # The transform is orthonormal: its adjoint is its inverse.
 def _backward_pack(ctx, grad):
-    return torch.ops.diffad_fast_triton.haar_unpack(grad, ctx.level), None
+    return haar_unpack(grad, ctx.level), None
 
 
 def _backward_unpack(ctx, grad):
-    return torch.ops.diffad_fast_triton.haar_pack(grad, ctx.level), None
+    return haar_pack(grad, ctx.level), None
 
 
 haar_pack.register_autograd(_backward_pack, setup_context=keep_level)

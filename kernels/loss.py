@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registration import dense, launch, operator, source, wide, widened
+from .registration import cdiv, dense, launch, operator, source, wide, widened
 
 # Chunks a sample: a constant, so that a sample's sum does not depend on its neighbours.
 SPLITS = 64
@@ -105,11 +105,11 @@ def weighted_mse_forward(
     n, size = len(prediction), prediction[0].numel()
     configs = _configs(size)
     block = configs[0].kwargs["BLOCK_M"]
-    chunk = triton.cdiv(triton.cdiv(size, block), SPLITS) * block
-    splits = triton.cdiv(size, chunk)
+    chunk = cdiv(cdiv(size, block), SPLITS) * block
+    splits = cdiv(size, chunk)
     sums = prediction.new_empty((n, SPLITS), dtype=loss.dtype)
     launch(
-        _square_sums, configs, lambda meta: (triton.cdiv(n, meta["BLOCK_N"]) * splits,),
+        _square_sums, configs, lambda meta: (cdiv(n, meta["BLOCK_N"]) * splits,),
         prediction, target, sums, n, size, chunk, SPLITS=SPLITS,
     )  # fmt: skip
     launch(
@@ -133,7 +133,7 @@ def weighted_mse_backward(
     n, size = len(prediction), prediction[0].numel()
     launch(
         _gradient, _configs(size),
-        lambda meta: (triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(size, meta["BLOCK_M"]),),
+        lambda meta: (cdiv(n, meta["BLOCK_N"]) * cdiv(size, meta["BLOCK_M"]),),
         prediction, target, weight.contiguous(), grad, result, n, size,
     )  # fmt: skip
     return result
@@ -150,7 +150,7 @@ def _backward(ctx, grad, _):
     needed = ctx.needs_input_grad
     grad_prediction = grad_target = grad_weight = None
     if needed[0] or needed[1]:
-        grad_prediction = torch.ops.diffad_fast_triton.weighted_mse_backward(
+        grad_prediction = weighted_mse_backward(
             grad, prediction, target, weight
         )
         grad_target = -grad_prediction.to(target.dtype) if needed[1] else None
@@ -164,7 +164,7 @@ weighted_mse_forward.register_autograd(_backward, setup_context=_setup)
 
 def weighted_mse(prediction, target, weight):
     """See ``ops.weighted_mse``."""
-    return torch.ops.diffad_fast_triton.weighted_mse_forward(prediction, target, weight)[0]
+    return weighted_mse_forward(prediction, target, weight)[0]
 
 
 def _variant(kernel, configs, capability: int):

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.diffusion import PREDICTION_TYPES
-from .registration import dense, launch, operator, source, widened
+from .registration import cdiv, dense, launch, operator, source, widened
 
 TILE = 2048
 
@@ -106,7 +106,7 @@ def rotation(
     launch(
         _rotate, _configs(size),
         lambda meta: (
-            triton.cdiv(len(a), meta["BLOCK_N"]) * triton.cdiv(size, meta["BLOCK_M"]),
+            cdiv(len(a), meta["BLOCK_N"]) * cdiv(size, meta["BLOCK_M"]),
         ),
         a, a if b is None else dense(b, a), t.contiguous(), alphas_cumprod.contiguous(), first,
         second, weights, len(a), size, b_stride, snr_limit,
@@ -124,7 +124,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad_first, grad_second, _):
     t, alphas_cumprod = ctx.saved_tensors
-    grad_a, grad_b, _ = torch.ops.diffad_fast_triton.rotation(
+    grad_a, grad_b, _ = rotation(
         grad_first, grad_second if ctx.both else None, t, alphas_cumprod, not ctx.inverse,
         ctx.needs_input_grad[1], None, 0.0,
     )  # fmt: skip
@@ -141,7 +141,7 @@ rotation.register_autograd(_backward, setup_context=_setup)
 
 def q_sample(x0, t, noise, alphas_cumprod):
     """See ``ops.q_sample``."""
-    return torch.ops.diffad_fast_triton.rotation(
+    return rotation(
         x0, noise, t, alphas_cumprod, False, False, None, 0.0
     )[0]
 
@@ -150,7 +150,7 @@ def noised_target(x0, t, noise, alphas_cumprod, prediction_type, snr_limit):
     """See ``ops.noised_target``; a target that is an input is returned as it is."""
     velocity = prediction_type == "v_prediction"
     number = PREDICTION_TYPES.index(prediction_type)
-    x_t, target, weight = torch.ops.diffad_fast_triton.rotation(
+    x_t, target, weight = rotation(
         x0, noise, t, alphas_cumprod, False, velocity, number, snr_limit
     )
     if not velocity:

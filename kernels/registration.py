@@ -2,7 +2,9 @@
 
 On a GPU operators are registered with ``torch.library.triton_op``, so that torch.compile sees the
 kernels. Where Triton's interpreter runs them (``TRITON_INTERPRET=1`` before the first import of
-triton) nothing can trace them: there they are opaque custom operators with a fake.
+triton) nothing can trace them: there they are opaque custom operators with a fake. A plain call
+does not go through PyTorch's dispatcher, whose way to an operator in Python takes the host longer
+than most of the kernels take the GPU; it does where anything but autograd has to see the call.
 
 **Configurations.** A plain function gives an operator's configurations from the head size (or the
 like), dtype and architecture; the first is the default. Nothing is timed unless
@@ -15,12 +17,12 @@ configurations, GPU architecture and version of Triton.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 import triton
@@ -41,24 +43,73 @@ LEAST_SHARED_MEMORY = 99 << 10
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def operator(fake: Callable) -> Callable[[Callable], torch.library.CustomOpDef]:
+def operator(fake: Callable) -> Callable[[Callable], Callable]:
     """Register the decorated function, whose annotations give the schema, under its own name as
     ``torch.ops.diffad_fast_triton.<name>``. It may allocate tensors, call PyTorch and
     :func:`launch`; no argument is written to.
 
-    ``fake`` takes the same arguments and gives results of the right shapes, dtypes and strides.
+    ``fake`` takes the same arguments and gives results of the right shapes, dtypes and strides. The
+    result is called with positional arguments; its ``register_autograd(backward, setup_context=)``
+    is that of ``torch.library``.
     """
 
-    def register(function: Callable) -> torch.library.CustomOpDef:
+    def register(function: Callable) -> Callable:
         name = f"{NAMESPACE}::{function.__name__}"
-        if not INTERPRETED:
-            # Its own trace, without data, is its fake.
-            return torch.library.triton_op(name, function, mutates_args=())
-        definition = torch.library.custom_op(name, function, mutates_args=())
-        definition.register_fake(fake)
-        return definition
+        if INTERPRETED:
+            definition = torch.library.custom_op(name, function, mutates_args=())
+            definition.register_fake(fake)
+        else:  # its own trace, without data, is its fake
+            definition = torch.library.triton_op(name, function, mutates_args=())
+        dispatched = getattr(getattr(torch.ops, NAMESPACE), function.__name__)
+        differentiable: list[type[torch.autograd.Function]] = []
+
+        def call(*args):
+            if torch.compiler.is_compiling() or not _plain(args):
+                return dispatched(*args)
+            if not torch.is_grad_enabled() or not any(map(_requires_grad, args)):
+                return function(*args)
+            # Without a gradient of its own the operator says so when one is asked for.
+            return differentiable[0].apply(*args) if differentiable else dispatched(*args)
+
+        def register_autograd(backward: Callable, *, setup_context: Callable) -> None:
+            definition.register_autograd(backward, setup_context=setup_context)
+
+            def forward(ctx, *args):
+                # A setup_context of its own would make PyTorch inspect the signature at each call.
+                output = function(*args)
+                setup_context(ctx, args, output)
+                return output
+
+            methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+            differentiable.append(type(function.__name__, (torch.autograd.Function,), methods))
+
+        call.register_autograd = register_autograd
+        return functools.update_wrapper(call, function)
 
     return register
+
+
+def _plain(args: tuple) -> bool:
+    """Are these tensors of no special kind, in a call that nobody traces or transforms?"""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and all(map(_is_plain, args))
+    )
+
+
+def _is_plain(arg) -> bool:
+    if isinstance(arg, list):
+        return all(map(_is_plain, arg))
+    return not isinstance(arg, torch.Tensor) or type(arg) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _requires_grad(arg) -> bool:
+    if isinstance(arg, list):
+        return any(map(_requires_grad, arg))
+    return isinstance(arg, torch.Tensor) and arg.requires_grad
 
 
 def launch(kernel, configs: Sequence[triton.Config], grid: Callable, *args, **constants) -> None:
@@ -69,7 +120,7 @@ def launch(kernel, configs: Sequence[triton.Config], grid: Callable, *args, **co
         kernel = _autotuned(kernel, tuple(constants), tuple(map(_Hashable, configs)))
     else:
         settings = _settings(configs[0])
-    if not INTERPRETED:
+    if not INTERPRETED and torch._C._len_torch_dispatch_stack():  # traced
         kernel = torch.library.wrap_triton(kernel)
     kernel[grid](*args, **constants, **settings)
 
@@ -80,6 +131,11 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own is made for kernels and takes the host microseconds."""
+    return -(-a // b)
 
 
 def shared_memory(capability: int) -> int:
@@ -129,7 +185,7 @@ def wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@cache
+@functools.cache
 def _autotuned(kernel, key: tuple[str, ...], configs: tuple[_Hashable, ...]):
     return _Autotuner(
         kernel, kernel.arg_names, [c.config for c in configs], list(key), None, None,

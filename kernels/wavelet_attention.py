@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 
 from . import registration
-from .registration import DTYPES, capability, launch, operator, shared_memory, source
+from .registration import DTYPES, capability, cdiv, launch, operator, shared_memory, source
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # No kernel is compiled again for another size. Strides, of images, heads, rows and columns of the
@@ -455,7 +455,7 @@ def _launch(kernel, block: str, level: int, strided: dict[str, torch.Tensor], *a
     launch(
         kernel,
         configurations(kernel.__name__, dp << (2 * level), q.dtype, capability(q.device)),
-        lambda meta: (n * heads * triton.cdiv(tokens, meta[block]),),
+        lambda meta: (n * heads * cdiv(tokens, meta[block]),),
         *args,
         heads,
         height,
@@ -544,7 +544,7 @@ def wavelet_attention_backward(
         delta = torch.empty_like(lse)
         strided = {"q": q, "k": k, "v": v, "o": dq, "g": grad}
         n, heads, height, width, _ = q.shape
-        groups = triton.cdiv((height >> level) * (width >> level), GROUP.value)
+        groups = cdiv((height >> level) * (width >> level), GROUP.value)
         parts = [
             None if g is None else lse.new_empty(n, heads, groups, 4**level)
             for g in (logit_gain, value_gain)

@@ -1,8 +1,20 @@
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 
 from diffad_fast.ops import dispatch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _registered():
+    """The operators of all kernels are there, whichever test comes first."""
+    if "triton" not in dispatch.unavailable():
+        kernels = importlib.import_module("diffad_fast.kernels")
+        for module in pkgutil.iter_modules(kernels.__path__, "diffad_fast.kernels."):
+            importlib.import_module(module.name)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffad_fast.ops import dispatch
 
@@ -222,3 +223,36 @@ print(done.asm["ptx"].count("{instruction}"), done.metadata.shared)
 """
     count, shared = map(int, run(code).split())
     assert count >= 16 and shared <= {80: 163, 90: 227}[capability] << 10
+
+
+def names_of(call) -> set[str]:
+    """The operators that PyTorch's dispatcher sees during ``call``."""
+    with torch.autograd.profiler.profile() as profile:
+        call()
+    return {event.name for event in profile.function_events}
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_plain_call_does_not_go_through_the_dispatcher():
+    from diffad_fast.kernels.haar import haar_pack, standardise_packet
+
+    x = torch.randn(1, 1, 4, 4)
+    name = "diffad_fast_triton::haar_pack"
+    assert name not in names_of(lambda: haar_pack(x, 1))
+    assert name not in names_of(lambda: haar_pack(x.clone().requires_grad_(), 1).sum().backward())
+    with Seen():
+        assert name in names_of(lambda: haar_pack(x, 1))
+    gradients = []
+    for pack in (haar_pack, torch.ops.diffad_fast_triton.haar_pack):
+        leaf = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(pack(leaf, 1).square().sum(), leaf)
+    assert torch.equal(*gradients)
+    # An operator without a gradient says so instead of giving a constant.
+    statistics = torch.ones(4)
+    result = standardise_packet(x.clone().requires_grad_(), 0 * statistics, statistics, 1)
+    with pytest.raises(RuntimeError, match="standardise_packet"):
+        result.sum().backward()
