@@ -100,7 +100,7 @@ def operator_case(
     formats: bool = True,
     peers: Mapping[str, Contender] | None = None,
     compiled: bool = True,
-    graph: bool = False,
+    graph: bool = True,
     **options,
 ) -> Case:
     """The case of a library operator, with the baselines that every operator has.
@@ -108,7 +108,8 @@ def operator_case(
     ``call(functions, *inputs)`` computes the result from ``diffad_fast.ops`` or from
     ``diffad_fast.reference``. ``memory_format`` is that of our inputs; the reference runs on
     contiguous inputs, as most code gives them, and where ``formats`` on channels_last too. With
-    ``graph`` all of them are captured, so that the time is the GPU's alone.
+    ``graph`` these are captured on a GPU, as detectors and trainers run them, so that the time is
+    the GPU's alone; peers say themselves whether they can be.
     """
     from diffad_fast import ops, reference
     from diffad_fast.ops.dispatch import OPERATORS
@@ -123,9 +124,9 @@ def operator_case(
         contenders[f"{REFERENCE}, torch.compile"] = in_format(
             memory_format, partial(call, reference), compiled=True
         )
-    contenders |= peers or {}
     if graph:
         contenders = {k: c if c.compiled else replace(c, graph=True) for k, c in contenders.items()}
+    contenders |= peers or {}
     return Case(
         operator,
         name,

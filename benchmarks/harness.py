@@ -50,7 +50,11 @@ class Run:
     compiled_seconds: float = 0.0
 
     def measure(self, cases: Iterable[Case], pattern: str = "") -> None:
-        """Measure the cases whose key matches the regular expression."""
+        """Measure the cases whose key matches the regular expression.
+
+        float32 is float32: without TF32, which convolutions would use on a GPU.
+        """
+        torch.backends.cudnn.allow_tf32 = False
         before = ceilings.measure(self.device, self.quick)
         measured = []
         for case in cases:

@@ -57,11 +57,13 @@ def _case(shape: tuple[int, ...], level: int, gradients: bool) -> Case:
             "SDPA over raw blocks": Contender(
                 _step(lambda q, k, v: _over_blocks(q, k, v, level), gradients),
                 note="the same values while all gains are 1; no gains",
+                graph=True,
             ),
             "SDPA over pixels": Contender(
                 _step(_over_pixels, gradients),
                 check=finite,
                 note=f"another function, {4**level}× the tokens",
+                graph=True,
             ),
         },
         # Forward: q, k, v in, the output out. Backward: those and the gradient in, three out.
@@ -86,7 +88,7 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
         gains = (1 + 0.1 * random(8, 4, seed=s).to(device) for s in (1, 2))
         return (q, k, v, *gains)
 
-    two_bytes = {"dtype": "bfloat16", "compiled": not gradients}
+    two_bytes = {"dtype": "bfloat16", "compiled": not gradients, "graph": gradients}
     tokens, passes = side**2 // 4, 3.5 if gradients else 1  # backward: five products for two
     case = operator_case(
         "wavelet_attention",
@@ -101,6 +103,7 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
                 check=finite,
                 dtype="bfloat16",
                 note="another function, 4× the tokens",
+                graph=True,
             ),
             "pack + SDPA + unpack": Contender(
                 lambda *given: _step(_packed, gradients)(*given),

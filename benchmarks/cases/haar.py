@@ -12,7 +12,7 @@ from ..case import Case, Contender, in_format, numpy_inputs, on, operator_case, 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
     n = 16 if device_type == "cpu" else 64
-    yield from _packet_cases(device_type, n if device_type == "cpu" else 256)
+    yield from _packet_cases(n if device_type == "cpu" else 256)
     # (shape, level, memory format): images at the input, features inside the U-Net, one large
     # image, one small one where only the overhead of a call counts.
     table = [
@@ -55,7 +55,7 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         )
 
 
-def _packet_cases(device_type: str, n: int) -> Iterator[Case]:
+def _packet_cases(n: int) -> Iterator[Case]:
     """What a detector computes before its network does, on its images of 256²."""
     level, shape = 2, (n, 1, 256, 256)
     packed = (n, 4**level, 64, 64)
@@ -85,7 +85,7 @@ def _packet_cases(device_type: str, n: int) -> Iterator[Case]:
     for operator, call, traffic, flops, peers_ in (
         ("standardised_packet", encode, 8, 2 * level + 3, {}),
         ("noised_packet", noise, 16, 2 * level + 9,
-         {"one operator after the other": Contender(one_after_the_other)}),
+         {"one operator after the other": Contender(one_after_the_other, graph=True)}),
     ):  # fmt: skip
         yield operator_case(
             operator,
@@ -97,7 +97,6 @@ def _packet_cases(device_type: str, n: int) -> Iterator[Case]:
             flops=flops * numel,
             rate=None,
             batch=n,
-            graph=device_type == "cuda",  # as a detector runs them
         )
 
 
@@ -106,6 +105,7 @@ def _peers(by_pywavelets, by_conv, level: int, bank: torch.Tensor) -> dict[str, 
         "conv2d with fixed filters": Contender(
             lambda x, filters: by_conv(x, filters, level),
             lambda inputs: (inputs[0], bank.to(inputs[0].device)),
+            graph=True,
         )
     }
     if peers.get("pywt"):
@@ -126,7 +126,7 @@ def _by_triton(
         with use_backend("triton"):
             return getattr(ops, operator)(x, level)
 
-    return {"diffad_fast, Triton": in_format(memory_format, run)}
+    return {"diffad_fast, Triton": in_format(memory_format, run, graph=True)}
 
 
 def _bank(level: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def _loop_case(sizes, dtype, tolerance, name="") -> Case:
     tokens, d, width, blocks, steps = sizes
     products = 2 * d * width + 2 * blocks * width**2
     parameters = products + 2 * width + blocks * width + d
-    in_float32 = Contender(lambda *inputs: reference.token_mlp_loop(*inputs), wide)
+    in_float32 = Contender(lambda *inputs: reference.token_mlp_loop(*inputs), wide, graph=True)
     return operator_case(
         "token_mlp_loop",
         f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {steps} steps{name}",

@@ -86,6 +86,7 @@ def _forward_peers(wavelet: str, mode: str) -> dict[str, Contender]:
                     pytorch_wavelets.DWTForward, inputs[0].device, wave=wavelet, mode=mode, J=1
                 ),
             ),
+            graph=True,
         )
     return result
 
@@ -110,7 +111,7 @@ def _inverse_peers(wavelet: str, mode: str) -> dict[str, Contender]:
             return low, torch.stack(high, dim=2), module
 
         result["pytorch_wavelets"] = Contender(
-            lambda low, high, transform: transform((low, [high])), prepare
+            lambda low, high, transform: transform((low, [high])), prepare, graph=True
         )
     return result
 
