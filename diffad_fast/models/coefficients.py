@@ -287,7 +287,7 @@ class CoefficientModel(nn.Module):
             return map_, score
         own = features[0] if self.backbone is None else ()
         share = sum(config.map_weights)
-        standard = MapStatistics(score.new_zeros(()), score.new_tensor(share))
+        standard = MapStatistics(score.new_zeros(()), score.new_full((), share))
         return fuse(
             [map_, self._semantic(images, x0, own)], [standard, self.statistics[3]],
             [share, config.semantic_weight], 0.0, config.top_fraction,
@@ -308,7 +308,8 @@ class CoefficientModel(nn.Module):
         """mean over channels of (D(x0, sigma) - x0)^2 at each of the levels (N,h,w)."""
         sigmas = self.config.sigmas
         n = x0.shape[0]
-        sigma = torch.tensor(sigmas, device=x0.device).repeat_interleave(n)
+        # Filled on the device: a capture must not copy from the host.
+        sigma = torch.cat([x0.new_full((n,), s, dtype=torch.float32) for s in sigmas])
         alpha = (1 / (1 + sigma**2))[:, None, None, None]
         x = x0.repeat(len(sigmas), 1, 1, 1)
         x_in = (x * alpha.sqrt()).contiguous(memory_format=torch.channels_last)

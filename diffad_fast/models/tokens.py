@@ -340,7 +340,7 @@ class TokenModel(nn.Module):
             weights, step_bias, table = loop
             # The residual p x + q m as the update of a loop of one step.
             update = torch.zeros_like(table)
-            update[:, :3] = table[:, [0, 3, 4]]
+            update[:, 0], update[:, 1:3] = table[:, 0], table[:, 3:5]
             return [
                 ops.token_mlp_loop(rows, weights, step_bias[i : i + 1], update[i : i + 1])[0]
                 for i in range(len(table))

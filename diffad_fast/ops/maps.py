@@ -35,10 +35,11 @@ def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, 
         for f, g in zip(features, features_hat, strict=True)
     ]  # fmt: skip
     flat = [
-        torch.as_tensor(value, dtype=compute, device=x.device).expand(x.shape[2:])
+        (value.to(x.device, compute) if isinstance(value, torch.Tensor)
+         else torch.full((), value, dtype=compute, device=x.device)).expand(x.shape[2:])
         for entry in stats or ()
         for value in entry or (0.0, 1.0)
-    ]
+    ]  # fmt: skip
     return operator(
         x,
         x_hat,
