@@ -34,15 +34,16 @@ class FeatureDenoiser(Denoiser, Protocol):
 
 
 @runtime_checkable
-class EmbeddingDenoiser(Denoiser, Protocol):
-    """A :class:`Denoiser` whose levels a ``ReverseLoop`` embeds at once, in front of its loop."""
+class ConditionedDenoiser(Denoiser, Protocol):
+    """A :class:`Denoiser` that a ``ReverseLoop`` conditions on all its levels at once, in front of
+    its loop."""
 
-    def embedding(self, log_sigma: torch.Tensor) -> torch.Tensor:
+    def conditioning(self, log_sigma: torch.Tensor) -> torch.Tensor:
         """Of levels (S,): (S, ...), whatever :meth:`denoise` takes."""
         ...
 
-    def denoise(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """The call, from an embedding (N, ...)."""
+    def denoise(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """The call, from what :meth:`conditioning` gives (N, ...)."""
         ...
 
 

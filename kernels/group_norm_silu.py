@@ -71,10 +71,13 @@ def _tile(start, stop, first_group, pixels, CHANNELS_LAST: tl.constexpr,
 
 
 @triton.jit
-def _affine(weight, bias, scale, shift, n, like, channel, exists,
-            CHANNELS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-            SCALE: tl.constexpr, SHIFT: tl.constexpr):  # fmt: skip
-    """a and b of u = a h + b (G,J), in the dtype of ``like``; zero where there is no channel."""
+def _affine(weight, bias, scale, shift, scale_n, shift_n, n, like, channel, exists,
+            WEIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
+            SHIFT: tl.constexpr):  # fmt: skip
+    """a and b of u = a h + b (G,J), in the dtype of ``like``; zero where there is no channel.
+
+    A row of ``scale`` (``shift``) is ``scale_n`` (``shift_n``) elements behind the one before it.
+    """
     a = exists.to(like.dtype)
     b = tl.zeros_like(a)
     if WEIGHT:
@@ -82,11 +85,11 @@ def _affine(weight, bias, scale, shift, n, like, channel, exists,
     if BIAS:
         b = tl.load(bias + channel, exists, 0.0).to(like.dtype)
     if SCALE:
-        factor = 1.0 + tl.load(scale + n * CHANNELS + channel, exists, 0.0).to(like.dtype)
+        factor = 1.0 + tl.load(scale + n * scale_n + channel, exists, 0.0).to(like.dtype)
         a *= factor
         b *= factor
     if SHIFT:
-        b += tl.load(shift + n * CHANNELS + channel, exists, 0.0).to(like.dtype)
+        b += tl.load(shift + n * shift_n + channel, exists, 0.0).to(like.dtype)
     return a, b
 
 
@@ -150,6 +153,7 @@ def _moments(x, partial, pixels: tl.int64, chunk: tl.int64,
 
 @triton.jit
 def _normalise(x, y, partial, statistics, weight, bias, scale, shift,
+               scale_n: tl.int64, shift_n: tl.int64,
                pixels: tl.int64, chunk: tl.int64, EPS: tl.constexpr, ACTIVATION: tl.constexpr,
                WEIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
                CHANNELS_LAST: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
@@ -183,7 +187,7 @@ def _normalise(x, y, partial, statistics, weight, bias, scale, shift,
     place = statistics + n * 2 * NUM_GROUPS + g
     tl.store(place, mean, (block == 0) & (g < NUM_GROUPS))
     tl.store(place + NUM_GROUPS, inverse, (block == 0) & (g < NUM_GROUPS))
-    a, b = _affine(weight, bias, scale, shift, n, value, channel, exists, NUM_GROUPS * GROUP_SIZE,
+    a, b = _affine(weight, bias, scale, shift, scale_n, shift_n, n, value, channel, exists,
                    WEIGHT, BIAS, SCALE, SHIFT)  # fmt: skip
     u = (value - mean[None, :, None]) * inverse[None, :, None] * a[None, :, :] + b[None, :, :]
     if ACTIVATION:
@@ -211,6 +215,7 @@ def _pulled(dy, x, statistics, base, offset, mask, a, b, n, g, ACTIVATION: tl.co
 
 @triton.jit
 def _gradient_sums(dy, x, statistics, sums, partial, weight, bias, scale, shift,
+                   scale_n: tl.int64, shift_n: tl.int64,
                    pixels: tl.int64, chunk: tl.int64, ACTIVATION: tl.constexpr,
                    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
                    SHIFT: tl.constexpr, CHANNELS_LAST: tl.constexpr, NUM_GROUPS: tl.constexpr,
@@ -229,7 +234,7 @@ def _gradient_sums(dy, x, statistics, sums, partial, weight, bias, scale, shift,
     channel, exists, base, offset, mask = _tile(
         first, last, first_group, pixels, CHANNELS_LAST, NUM_GROUPS, GROUP_SIZE,
         BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
-    a, b = _affine(weight, bias, scale, shift, n, sum0, channel, exists, CHANNELS,
+    a, b = _affine(weight, bias, scale, shift, scale_n, shift_n, n, sum0, channel, exists,
                    WEIGHT, BIAS, SCALE, SHIFT)  # fmt: skip
     for start in range(first, last, BLOCK_P):
         channel, exists, base, offset, mask = _tile(
@@ -251,6 +256,7 @@ def _gradient_sums(dy, x, statistics, sums, partial, weight, bias, scale, shift,
 
 @triton.jit
 def _gradient(dy, x, dx, statistics, sums, partial, weight, bias, scale, shift,
+              scale_n: tl.int64, shift_n: tl.int64,
               pixels: tl.int64, chunk: tl.int64, ACTIVATION: tl.constexpr,
               WEIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
               CHANNELS_LAST: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
@@ -265,7 +271,7 @@ def _gradient(dy, x, dx, statistics, sums, partial, weight, bias, scale, shift,
         GROUP_SIZE, BLOCK_P, BLOCK_G, BLOCK_J)  # fmt: skip
     g = first_group + tl.arange(0, BLOCK_G)
     like = widened(tl.zeros((1,), x.dtype.element_ty))
-    a, b = _affine(weight, bias, scale, shift, n, like, channel, exists, CHANNELS,
+    a, b = _affine(weight, bias, scale, shift, scale_n, shift_n, n, like, channel, exists,
                    WEIGHT, BIAS, SCALE, SHIFT)  # fmt: skip
     h, v, inverse = _pulled(
         dy, x, statistics, image + base, offset, mask, a, b, n, g, ACTIVATION,
@@ -288,8 +294,8 @@ def _gradient(dy, x, dx, statistics, sums, partial, weight, bias, scale, shift,
 
 
 @triton.jit
-def _parameter_gradients(sums, weight, bias, scale, dweight, dbias, dscale, dshift,
-                         samples: tl.int64, splits, CHANNELS: tl.constexpr,
+def _parameter_gradients(sums, weight, bias, scale, scale_n: tl.int64, dweight, dbias, dscale,
+                         dshift, samples: tl.int64, splits, CHANNELS: tl.constexpr,
                          WEIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
                          SHIFT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
                          BLOCK_C: tl.constexpr):  # fmt: skip
@@ -317,7 +323,8 @@ def _parameter_gradients(sums, weight, bias, scale, dweight, dbias, dscale, dshi
             tl.store(dshift + row, s0.to(dshift.dtype.element_ty), there)
         if SCALE:
             tl.store(dscale + row, (g * s1 + b * s0).to(dscale.dtype.element_ty), there)
-            factor = 1.0 + tl.load(scale + row, there, 0.0).to(zero.dtype)
+            given = scale + n[:, None] * scale_n + c[None, :]
+            factor = 1.0 + tl.load(given, there, 0.0).to(zero.dtype)
             s0 *= factor
             s1 *= factor
         total0 += tl.sum(s0, 0)
@@ -366,9 +373,15 @@ class _Plan:
 
 
 def _parameters(x: Tensor, **given: Tensor | None):
-    """Pointers, with ``x`` in place of what is missing, and the constants that tell which are."""
-    tensors = [x if y is None else y.contiguous() for y in given.values()]
-    return tensors, {name.upper(): y is not None for name, y in given.items()}
+    """Pointers, with ``x`` in place of what is missing, the strides of scale and shift from image
+    to image, and the constants that tell what is there."""
+    tensors = []
+    for y in given.values():
+        if y is not None and y.stride(-1) != 1:
+            y = y.contiguous()  # else rows may lie anywhere: slices of one matrix, or all in one
+        tensors.append(x if y is None else y)
+    strides = [y.stride(0) for y in tensors[2:]]
+    return tensors, strides, {name.upper(): y is not None for name, y in given.items()}
 
 
 def _fake_forward(x, weight, bias, scale, shift, num_groups, eps, activation):
@@ -392,10 +405,10 @@ def group_norm_silu_forward(
             _moments, plan.configs, lambda meta: plan.by_chunk,
             x, partial, plan.pixels, plan.chunk, **plan.constants,
         )  # fmt: skip
-    tensors, given = _parameters(x, weight=weight, bias=bias, scale=scale, shift=shift)
+    tensors, strides, given = _parameters(x, weight=weight, bias=bias, scale=scale, shift=shift)
     launch(
         _normalise, plan.configs, lambda meta: plan.by_tile,
-        x, y, partial, statistics, *tensors, plan.pixels, plan.chunk,
+        x, y, partial, statistics, *tensors, *strides, plan.pixels, plan.chunk,
         EPS=eps, ACTIVATION=activation, RESIDENT=plan.resident, **given, **plan.constants,
     )  # fmt: skip
     return y, statistics
@@ -430,16 +443,17 @@ def group_norm_silu_backward(
     partial = plan.workspace(x)
     splits = 1 if plan.resident else plan.splits
     sums = x.new_empty((len(x), splits, 2, x.shape[1]), dtype=wide(x))
-    tensors, given = _parameters(x, weight=weight, bias=bias, scale=scale, shift=shift)
+    tensors, strides, given = _parameters(x, weight=weight, bias=bias, scale=scale, shift=shift)
     constants = plan.constants | given | {"ACTIVATION": activation}
     if not plan.resident:
         launch(
             _gradient_sums, plan.configs, lambda meta: plan.by_chunk,
-            dy, x, statistics, sums, partial, *tensors, plan.pixels, plan.chunk, **constants,
+            dy, x, statistics, sums, partial, *tensors, *strides, plan.pixels, plan.chunk,
+            **constants,
         )  # fmt: skip
     launch(
         _gradient, plan.configs, lambda meta: plan.by_tile,
-        dy, x, dx, statistics, sums, partial, *tensors, plan.pixels, plan.chunk,
+        dy, x, dx, statistics, sums, partial, *tensors, *strides, plan.pixels, plan.chunk,
         RESIDENT=plan.resident, **constants,
     )  # fmt: skip
     if parameters and any(given.values()):
@@ -447,7 +461,7 @@ def group_norm_silu_backward(
         launch(
             _parameter_gradients, _PARAMETER_CONFIGS[plan.resident],
             lambda meta: (cdiv(channels, meta["BLOCK_C"]),),
-            sums, *tensors[:3], *gradients, len(x), splits, CHANNELS=channels, **given,
+            sums, *tensors[:3], strides[0], *gradients, len(x), splits, CHANNELS=channels, **given,
         )  # fmt: skip
     return (dx, *gradients)
 
@@ -499,7 +513,8 @@ def _variant(kernel, channels_last: bool, size: int | None, capability: int):
     }  # fmt: skip
     types = {p.name: "*fp32" for p in kernel.params if not p.is_constexpr}
     special = dict.fromkeys(("x", "y", "dy", "dx"), "*bf16")
-    special |= {"pixels": "i64", "chunk": "i64", "samples": "i64", "splits": "i32"}
+    special |= dict.fromkeys(("pixels", "chunk", "samples", "scale_n", "shift_n"), "i64")
+    special |= {"splits": "i32"}
     types |= {name: kind for name, kind in special.items() if name in types}
     constants = {p.name: constants[p.name] for p in kernel.params if p.name in constants}
     return source(kernel, config, types, **constants)

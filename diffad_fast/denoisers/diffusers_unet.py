@@ -26,9 +26,9 @@ class DiffusersUNet(nn.Module):
         self.register_buffer("borders", ((log_sigma[1:] + log_sigma[:-1]) / 2).float())
 
     def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
-        return self.denoise(x, self.embedding(log_sigma))
+        return self.denoise(x, self.conditioning(log_sigma))
 
-    def embedding(self, log_sigma: torch.Tensor) -> torch.Tensor:
+    def conditioning(self, log_sigma: torch.Tensor) -> torch.Tensor:
         """Levels to timesteps, int64."""
         return torch.searchsorted(self.borders, log_sigma.float().contiguous())
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
@@ -49,7 +51,7 @@ class WaveletUNet(nn.Module):
                 previous = width
             self.encoder.append(stage)
             if level < len(widths) - 1:
-                self.down.append(nn.Conv2d(4 * width, width, 1))
+                self.down.append(Conv1x1(4 * width, width))
 
         self.middle = Stage(previous, previous, embedding, attention=True)
 
@@ -62,21 +64,41 @@ class WaveletUNet(nn.Module):
                 previous = width
             self.decoder.append(stage)
             if level > 0:
-                self.up.append(nn.Conv2d(width, 4 * width, 1))
+                self.up.append(Conv1x1(width, 4 * width))
 
         self.norm_out = NormSiLU(previous)
         self.conv_out = zero_init(Conv3x3(previous, channels))
 
     def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
-        return self.denoise(x, self.embedding(log_sigma))
+        return self.denoise(x, self.conditioning(log_sigma))
 
-    def denoise(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        """:meth:`forward` from the levels' embedding e (N,width)."""
-        h, skips = self._encode(x, e)
-        h = self.middle(h, e)
+    def conditioning(self, log_sigma: torch.Tensor) -> torch.Tensor:
+        """(N,M): what modulates the residual blocks, one after another in the order of their use,
+        by one product of matrices."""
+        layers = [stage.residual.modulation for stage in self._stages()]
+        weight, bias = (torch.cat([getattr(m, p) for m in layers]) for p in ("weight", "bias"))
+        return F.linear(self.embedding(log_sigma), weight, bias)
+
+    def _stages(self) -> Iterator[Stage]:
+        for stages in self.encoder:
+            yield from stages
+        yield self.middle
+        for stages in self.decoder:
+            yield from stages
+
+    def _of_stages(self, conditioning: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What of it (N,M) is each stage's."""
+        sizes = [stage.residual.modulation.out_features for stage in self._stages()]
+        return iter(conditioning.split(sizes, dim=1))
+
+    def denoise(self, x: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` from what :meth:`conditioning` gives."""
+        parts = self._of_stages(conditioning)
+        h, skips = self._encode(x, parts)
+        h = self.middle(h, next(parts))
         for level, stage in enumerate(self.decoder):
             for block in stage:
-                h = block(torch.cat([h, skips.pop()], dim=1), e)
+                h = block(torch.cat([h, skips.pop()], dim=1), next(parts))
             if level < len(self.up):
                 h = ops.haar_unpack(self.up[level](h))
         return recomputed(self.conv_out, self.norm_out, h).to(x.dtype)
@@ -86,18 +108,20 @@ class WaveletUNet(nn.Module):
 
         Half the cost of :meth:`forward`: the decoder does not run.
         """
-        e = self.embedding(log_sigma)
-        h, skips = self._encode(x, e)
+        parts = self._of_stages(self.conditioning(log_sigma))
+        h, skips = self._encode(x, parts)
         blocks = len(self.encoder[0])
-        maps = [*skips[blocks - 1 : -1 : blocks], self.middle(h, e)]
+        maps = [*skips[blocks - 1 : -1 : blocks], self.middle(h, next(parts))]
         return [h.to(x.dtype) for h in maps]
 
-    def _encode(self, x: torch.Tensor, e: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _encode(
+        self, x: torch.Tensor, parts: Iterator[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips = []
         for level, stage in enumerate(self.encoder):
             for block in stage:
-                h = block(h, e)
+                h = block(h, next(parts))
                 skips.append(h)
             if level < len(self.down):
                 h = self.down[level](ops.haar_pack(h))
@@ -112,13 +136,14 @@ class Stage(nn.Module):
         self.residual = ResidualBlock(channels, width, embedding)
         self.attention = WaveletAttention(width) if attention else None
 
-    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        x = self.residual(x, e)
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        x = self.residual(x, modulation)
         return x if self.attention is None else self.attention(x)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(norm-silu(conv(norm-silu(x)); scale and shift from the noise level))."""
+    """x + conv(norm-silu(conv(norm-silu(x)); scale and shift)), these (N, 2 width) from the noise
+    level by ``modulation``, which the U-Net applies for all its blocks at once."""
 
     def __init__(self, channels: int, width: int, embedding: int):
         super().__init__()
@@ -127,10 +152,10 @@ class ResidualBlock(nn.Module):
         self.modulation = nn.Linear(embedding, 2 * width)
         self.norm2 = NormSiLU(width)
         self.conv2 = zero_init(Conv3x3(width, width))
-        self.skip = nn.Conv2d(channels, width, 1) if channels != width else nn.Identity()
+        self.skip = Conv1x1(channels, width) if channels != width else nn.Identity()
 
-    def forward(self, x: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.modulation(e).chunk(2, dim=1)
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        scale, shift = modulation.chunk(2, dim=1)
         h = recomputed(self.conv1, self.norm1, x)
         skip = self.skip(x)
         return recomputed(lambda y: self.conv2(y, skip), self.norm2, h, scale, shift)
@@ -145,10 +170,10 @@ class WaveletAttention(nn.Module):
         while width % self.heads:
             self.heads -= 1
         self.norm = NormSiLU(width, activation=False)
-        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.qkv = Conv1x1(width, 3 * width)
         self.logit_gain = nn.Parameter(torch.ones(self.heads, 4))
         self.value_gain = nn.Parameter(torch.ones(self.heads, 4))
-        self.projection = zero_init(nn.Conv2d(width, width, 1))
+        self.projection = zero_init(Conv1x1(width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, c, h, w = x.shape
@@ -167,6 +192,20 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return ops.conv3x3(x, self.weight, self.bias, residual)
+
+
+class Conv1x1(nn.Conv2d):
+    """A 1x1 convolution: on a GPU, in channels_last, as the product of matrices that it is. Their
+    library adds the bias while it writes; a convolution leaves that to a kernel of its own."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)):
+            return super().forward(x)
+        y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return y.permute(0, 3, 1, 2)
 
 
 class NormSiLU(nn.Module):

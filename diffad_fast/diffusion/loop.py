@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..protocols import ConditionedDenoiser
 from .graphs import Graphed
 from .schedule import ReverseStep
 
@@ -17,8 +18,8 @@ class ReverseLoop:
     """DDIM over a table of steps (Song, Meng, Ermon 2021, eq. 12), and what stands around it.
 
     ``denoiser(x_t, log_sigma)`` with log_sigma (N,) float32 gives the prediction, of x_t's shape. A
-    module that has ``embedding(log_sigma)`` and ``denoise(x_t, embedding)`` has all the levels
-    embedded at once, in front of the loop. steps: as from :class:`NoiseSchedule`; with
+    module that has ``conditioning(log_sigma)`` and ``denoise(x_t, conditioning)`` is conditioned on
+    all the levels at once, in front of the loop. steps: as from :class:`NoiseSchedule`; with
     alpha_s < alpha_t they are an inversion. prediction_type, eta, clip: as in ``ops.ddim_step``.
     guidance: weight of the pull towards the input (DDAD, Mousakhan et al. 2023).
     seed: of the noise, which is the same field for every sample, so that a sample's result does
@@ -105,9 +106,9 @@ class ReverseLoop:
         """From x_t, which may be overwritten; to the end of ``finish``, if there is one and x."""
         _, log_sigma, table = self._on(x_t.device)
         n, dtype = x_t.shape[0], self._network_dtype(x_t)
-        embeds = hasattr(self.denoiser, "embedding") and hasattr(self.denoiser, "denoise")
-        levels = self.denoiser.embedding(log_sigma) if embeds else log_sigma
-        denoise = self.denoiser.denoise if embeds else self.denoiser
+        apart = isinstance(self.denoiser, ConditionedDenoiser)
+        levels = self.denoiser.conditioning(log_sigma) if apart else log_sigma
+        denoise = self.denoiser.denoise if apart else self.denoiser
         guide = guide if self.guidance > 0 else None
         # In one kernel a step: the state, the network's next input, and the counter moved on.
         fused = table is not None and _is_state_of_the_kernels(x_t)

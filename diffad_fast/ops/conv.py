@@ -94,8 +94,19 @@ def _pack(weight):
     return known[1]
 
 
+def _triton(*arguments):
+    if torch.compiler.is_compiling():  # it adds bias and residual in a kernel of its own making
+        return reference.conv3x3(*arguments)
+    from ..kernels.conv3x3 import conv3x3
+
+    return conv3x3(*arguments)
+
+
 _conv3x3 = Operator(
-    "conv3x3", reference.conv3x3, **dict.fromkeys(native.implementations("conv3x3"), _native)
+    "conv3x3",
+    reference.conv3x3,
+    triton=_triton,
+    **dict.fromkeys(native.implementations("conv3x3"), _native),
 )
 
 
@@ -110,7 +121,8 @@ def conv3x3(x, weight, bias=None, residual=None):
     goes to Winograd's F(4x4,3x3), which takes a fourth of the multiplications (Lavin & Gray 2016).
     Its error is up to twice that of the direct sum: 1e-6 of the largest value for 128 channels. A
     NaN or infinity in x reaches the up to 6x6 outputs around it. Bits depend neither on the number
-    of threads nor on the rest of the batch. Everything else goes to PyTorch's convolution.
+    of threads nor on the rest of the batch. Everything else goes to PyTorch's convolution; on a GPU
+    bias and residual are then added together, in float32.
 
     Without gradients, what is made of ``weight`` is kept as long as that lives, in four times its
     memory, and made anew when its version or place in memory changes: as everywhere in PyTorch,

@@ -208,7 +208,7 @@ def test_run_leaves_its_state_alone():
 
 
 def test_levels_embedded_at_once_are_the_levels():
-    """The U-Net's embedding is taken out of the loop; without it the result is the same."""
+    """What conditions the U-Net is taken out of the loop; the result is the same."""
     torch.manual_seed(0)
     unet = denoisers.create("unet-tiny", 16).eval()
     nn.init.normal_(unet.conv_out.weight, std=0.02)  # starts at 0

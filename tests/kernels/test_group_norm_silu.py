@@ -110,6 +110,15 @@ def test_views(path):
     check(x[:, 3:9, ::2, ::2], dy[:1, :1, :1, :1].expand(2, 6, 3, 3), parameters, 3, 1e-12)
 
 
+def test_rows_of_scale_and_shift_lie_anywhere(path):
+    """Parts of one matrix, or one row for all images."""
+    x, dy, parameters = inputs((3, 6, 5, 5), memory_format=torch.channels_last)
+    both = torch.cat(parameters[2:], dim=1)
+    scale, shift = both.chunk(2, dim=1)
+    check(x, dy, [*parameters[:2], scale, shift], 3, 1e-12)
+    check(x, dy, [*parameters[:2], scale[:1].expand(3, 6), shift], 3, 1e-12)
+
+
 def test_empty_batch():
     x, dy, parameters = inputs((0, 4, 3, 3))
     with daf.use_backend("triton"):
