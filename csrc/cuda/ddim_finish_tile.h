@@ -12,12 +12,14 @@
 //   3. level by level, each 2 x 2 block of the residual gives the magnitudes of its three details,
 //      added up in `details`, and its low band, in its first element's place.
 // The coefficients of a block lie R^2 channels apart (or side by side in channels_last): both
-// layouts touch every byte of the lines that they read.
+// layouts touch every byte of the lines that they read. Neighbouring threads of pass 1 have
+// neighbouring blocks (or coefficients), which lie together.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/diffusion.h"
+#include "../common/divide.h"
 #include "../common/haar.h"
 
 namespace diffad {
@@ -59,22 +61,24 @@ __device__ __forceinline__ int details_before(int l) {
 
 template <int R, int kLevel, class M>
 __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
-  // A word of padding a block, see haar.cu.
-  constexpr int kPitch = kFinishColumns + kFinishColumns / R;
+  // A word of padding a block, see haar.cu, and one a row: with threads along v, those of a row's
+  // coefficients hit different banks too.
+  constexpr int kPitch = kFinishColumns + kFinishColumns / R + 1;
   __shared__ float shared[R * kPitch];
   __shared__ float details[R * kFinishColumns / 3 + 1];  // 1/4 + 1/16 + ...
 
   const HaarGeometry& g = args.g;
   const int thread = threadIdx.x, width = args.blocks * R;
   const int column = thread, column_block = thread / R;
-  const int block = thread % args.blocks, v = thread / args.blocks;  // in pass 1
+  // In pass 1.
+  const int block = g.channels_last ? thread / R : thread % args.blocks;
+  const int v = g.channels_last ? thread % R : thread / args.blocks;
   const int height = static_cast<int>(g.rows) * R;
   const int64_t image_width = g.cols * R, plane = height * image_width;
 
   for (int64_t i = blockIdx.x; i < args.count; i += gridDim.x) {
-    const int64_t block0 = i % args.across * args.blocks;
-    const int64_t row = i / args.across % g.rows;
-    const int64_t n = i / args.across / g.rows;
+    const int64_t line = quotient(i, args.across), block0 = (i - line * args.across) * args.blocks;
+    const int64_t n = quotient(line, g.rows), row = line - n * g.rows;
     const bool packed_active = thread < width && block0 + block < g.cols;
     const bool active = thread < width && block0 + column_block < g.cols;
     const int64_t pixel = row * R * image_width + block0 * R + column;  // of the output's planes

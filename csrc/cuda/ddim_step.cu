@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "../common/diffusion_tensor.h"
+#include "../common/divide.h"
 #include "../common/haar.h"
 #include "../common/philox.h"
 #include "launch.h"
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs<C, X, M> 
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < args.samples * groups;
        i += stride) {
-    const int64_t sample = args.samples == 1 ? 0 : i / groups;
+    const int64_t sample = args.samples == 1 ? 0 : quotient(i, groups);
     const int64_t in_sample = (i - sample * groups) * N, at = sample * args.size + in_sample;
     DdimCoefficients<C> c = args.one;
     if (args.coefficients) c = args.coefficients[args.counter ? step : sample];

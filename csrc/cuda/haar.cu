@@ -1,6 +1,7 @@
 // haar_pack and haar_unpack on CUDA. See common/haar.h for the maths.
 //
-// A thread block takes a tile: R rows of up to 256 columns, which are `blocks` R x R blocks of
+// Where a thread can hold whole blocks of pixels it does, see haar_block.h. Elsewhere, for larger
+// blocks, and for strides and channels that allow no runs, a thread block takes a tile: R rows of up to 256 columns, which are `blocks` R x R blocks of
 // `lanes` neighbouring channels (one channel in NCHW, several in channels_last). Each thread
 // transforms one column of R values along y, in registers, with loads that are consecutive across
 // threads. Through shared memory the tile is then cut the other way: each thread takes the R
@@ -11,8 +12,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "../common/haar_tensor.h"
+#include "haar_block.h"
 #include "launch.h"
 
 namespace diffad {
@@ -22,9 +25,8 @@ constexpr int kColumns = 256;
 
 // How the columns of a tile are laid out: column ((block * R) + sample) * lanes + lane.
 struct Tile {
-  int blocks, lanes;      // per tile; fewer at the right edge and in the last group of channels
-  int64_t across, groups; // tiles along x, groups of channels
-  int64_t count;          // all tiles
+  int blocks, lanes;  // per tile; fewer at the right edge and in the last group of channels
+  uint32_t across;    // tiles along x
 };
 
 template <class scalar_t, int R, bool kPack>
@@ -47,11 +49,11 @@ haar_kernel(HaarGeometry g, Tile tile, const scalar_t* __restrict__ in,
   const int x_v = thread / (tile.lanes * tile.blocks);
   const int x_slot = x_v * kPitch + x_block * (R * tile.lanes + 1) + x_lane;
 
-  for (int64_t i = blockIdx.x; i < tile.count; i += gridDim.x) {
-    const int64_t block0 = i % tile.across * tile.blocks;
-    const int64_t y = i / tile.across % g.rows;
-    const int64_t c0 = i / tile.across / g.rows % tile.groups * tile.lanes;
-    const int64_t n = i / tile.across / g.rows / tile.groups;
+  // A sample's tiles are counted in 32 bits: divisions in 64 take longer than the transform.
+  const uint32_t line = blockIdx.x / tile.across, rows = static_cast<uint32_t>(g.rows);
+  const int64_t block0 = static_cast<int64_t>(blockIdx.x % tile.across) * tile.blocks;
+  const int64_t y = line % rows, c0 = static_cast<int64_t>(line / rows) * tile.lanes;
+  for (int64_t n = blockIdx.y; n < g.batch; n += gridDim.y) {
     const bool y_active = thread < width && block0 + y_x / R < g.cols && c0 + y_lane < g.channels;
     const bool x_active = thread < width && block0 + x_block < g.cols && c0 + x_lane < g.channels;
     const int64_t image = n * g.image.n + (c0 + y_lane) * g.image.c + y * R * g.image.y +
@@ -96,23 +98,61 @@ haar_kernel(HaarGeometry g, Tile tile, const scalar_t* __restrict__ in,
         }
       }
     }
-    __syncthreads();  // the next tile overwrites the shared memory
+    __syncthreads();  // the next sample's tile overwrites the shared memory
   }
+}
+
+constexpr int kBlockThreads = 128;
+
+template <class scalar_t, int R, bool kLast, bool kPack>
+__global__ void __launch_bounds__(kBlockThreads)
+haar_block_kernel(HaarGeometry g, uint32_t threads, const scalar_t* __restrict__ in,
+                  scalar_t* __restrict__ out) {
+  const uint32_t i = blockIdx.x * kBlockThreads + threadIdx.x;
+  for (int64_t n = blockIdx.y; i < threads && n < g.batch; n += gridDim.y) {
+    haar_block<scalar_t, R, kLast, kPack>(g, n, i, in, out);
+  }
+}
+
+// Whether it was done so.
+template <class scalar_t, int R, bool kLast, bool kPack>
+bool launch_blocks(const HaarGeometry& g, const scalar_t* in, scalar_t* out, cudaStream_t stream) {
+  if constexpr (HaarBlocks<scalar_t, R, kLast>::kFits) {
+    const void *image = in, *packed = out;
+    if (!kPack) std::swap(image, packed);
+    const int64_t threads = haar_threads<scalar_t, R, kLast>(g, image, packed);
+    if (threads == 0 || threads > int64_t{1} << 31) return false;
+    const dim3 grid(static_cast<unsigned>((threads + kBlockThreads - 1) / kBlockThreads),
+                    static_cast<unsigned>(std::min<int64_t>(g.batch, 65535)));
+    haar_block_kernel<scalar_t, R, kLast, kPack>
+        <<<grid, kBlockThreads, 0, stream>>>(g, static_cast<uint32_t>(threads), in, out);
+    check_launch(kPack ? "haar_pack" : "haar_unpack");
+    return true;
+  }
+  return false;
 }
 
 template <class scalar_t, int R, bool kPack>
 void haar_launch(const HaarGeometry& g, const Tensor& in, const Tensor& out, cudaStream_t stream) {
+  const auto* from = static_cast<const scalar_t*>(in.const_data_ptr());
+  auto* to = static_cast<scalar_t*>(out.mutable_data_ptr());
+  if (g.channels_last ? launch_blocks<scalar_t, R, true, kPack>(g, from, to, stream)
+                      : launch_blocks<scalar_t, R, false, kPack>(g, from, to, stream)) {
+    return;
+  }
   Tile tile;
   tile.lanes = g.channels_last ? static_cast<int>(std::min<int64_t>(g.channels, kColumns / R)) : 1;
   tile.blocks = static_cast<int>(std::min<int64_t>(g.cols, kColumns / (R * tile.lanes)));
-  tile.across = (g.cols + tile.blocks - 1) / tile.blocks;
-  tile.groups = (g.channels + tile.lanes - 1) / tile.lanes;
-  tile.count = g.batch * tile.groups * g.rows * tile.across;
+  const int64_t across = (g.cols + tile.blocks - 1) / tile.blocks;
+  const int64_t groups = (g.channels + tile.lanes - 1) / tile.lanes;
+  const int64_t count = groups * g.rows * across;
+  STD_TORCH_CHECK(count < int64_t{1} << 31, "haar: a sample of ", count, " tiles of ",
+                  tile.blocks * R * tile.lanes * R, " values is more than a launch can have");
+  tile.across = static_cast<uint32_t>(across);
   const int threads = (tile.blocks * R * tile.lanes + 31) / 32 * 32;
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(tile.count, 0x7fffffff));
-  haar_kernel<scalar_t, R, kPack><<<grid, threads, 0, stream>>>(
-      g, tile, static_cast<const scalar_t*>(in.const_data_ptr()),
-      static_cast<scalar_t*>(out.mutable_data_ptr()));
+  const dim3 grid(static_cast<unsigned>(count),
+                  static_cast<unsigned>(std::min<int64_t>(g.batch, 65535)));
+  haar_kernel<scalar_t, R, kPack><<<grid, threads, 0, stream>>>(g, tile, from, to);
   check_launch(kPack ? "haar_pack" : "haar_unpack");
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "../common/divide.h"
 #include "../common/philox.h"
 #include "launch.h"
 
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
 philox_kernel(Keys keys, int64_t fields, int64_t size, float* __restrict__ out) {
   const int64_t blocks = (size + 3) / 4, stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < fields * blocks; i += stride) {
-    const int64_t field = fields == 1 ? 0 : i / blocks, block = i - field * blocks;
+    const int64_t field = fields == 1 ? 0 : quotient(i, blocks), block = i - field * blocks;
     const uint64_t draw = keys.draws ? static_cast<uint64_t>(keys.draws[field]) : keys.draw;
     const uint64_t step = keys.steps ? static_cast<uint64_t>(keys.steps[field]) : keys.step;
     uint64_t w[4] = {static_cast<uint64_t>(block), draw & 0xffffffffu, step, draw >> 32};

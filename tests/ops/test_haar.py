@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import shutil
+import subprocess
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,3 +334,52 @@ def test_cuda_agrees_with_the_reference_in_float64(level, dtype):
             (strided, reference.haar_pack(x.double().transpose(2, 3), level)),
         ):
             torch.testing.assert_close(ours.double(), expected, **close)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The code of a CUDA thread that holds whole blocks, run for every thread on the CPU."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path_factory.mktemp("native") / "haar_block"
+    source = Path(__file__).parents[1] / "native" / "haar_block.cpp"
+    subprocess.run([compiler, "-O1", "-std=c++17", source, "-o", program], check=True)
+
+    def run(x, level, pack):
+        last = not x.is_contiguous()
+        axes = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+        n, c, h, w = x.shape
+        r = 2**level
+        shape = (n, c * r * r, h // r, w // r) if pack else (n, c // (r * r), h * r, w * r)
+        blocks = (h // r, w // r) if pack else (h, w)
+        channels = c if pack else c // (r * r)
+        numbers = [pack, level, last, x.dtype == torch.float64, n, channels, *blocks]
+        given = np.array(numbers, np.int32).tobytes()
+        given += x.permute(axes).contiguous().numpy().tobytes()
+        found = subprocess.run([program], input=given, stdout=subprocess.PIPE, check=True).stdout
+        if not found:
+            return None
+        y = torch.frombuffer(bytearray(found), dtype=x.dtype)
+        y = y.view([shape[a] for a in axes])
+        return y.permute(0, 3, 1, 2) if last else y
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_cuda_thread_with_whole_blocks(emulator, level, layout, dtype):
+    served = 0
+    for channels, rows, columns in ((1, 1, 4), (8, 3, 2), (12, 2, 6), (3, 2, 5)):
+        x = image(2, channels, rows << level, columns << level, dtype, layout)
+        packed = reference.haar_pack(x, level)
+        for given, pack, expected in ((x, True, packed), (packed, False, x)):
+            if channels == 1:  # is both layouts
+                given = given.contiguous()
+            found = emulator(given, level, pack)
+            if found is not None:
+                served += 1
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+    assert served >= 4, served  # all of them, or those that come in runs
