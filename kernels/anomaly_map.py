@@ -373,7 +373,8 @@ def anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma,
     if sigma > 0:
         result = blurred_map(result, sigma)
     count = max(1, round(top * height * width))
-    return result, result.flatten(1).topk(count, dim=1).values.mean(dim=1)
+    highest = result.flatten(1).topk(count, dim=1, sorted=False).values
+    return result, highest.mean(dim=1)
 
 
 def _statistic(value, device) -> Tensor:

@@ -23,14 +23,22 @@ class Graphed:
 
     There a shape that comes a second time is captured as one CUDA graph, which then replays: no
     Python, no synchronisation, no allocation. The last ``graphs`` of them are kept, one for each
-    shape, dtype, layout and version of the tensors of ``modules``: whatever the function reads
-    beside them has to stay the same. Where capture is impossible the function runs eagerly, after a
-    warning that says why; where a trial shows no gain, too, and always on a CPU. Results are
-    tensors in tuples, lists or dicts.
+    shape, dtype, layout and version of the tensors of ``modules``: these modules' parts, and
+    whatever the function reads beside them, have to stay the same. Where capture is impossible the
+    function runs eagerly, after a warning that says why; where a trial shows no gain, too, and
+    always on a CPU. Results are tensors in tuples, lists or dicts.
     """
 
     def __init__(self, function: Callable, modules: Iterable[nn.Module], graphs: int = 4):
-        self.function, self.modules, self.graphs = function, list(modules), graphs
+        self.function, self.graphs = function, graphs
+        # Where the tensors stand; finding these places takes longer than a small graph.
+        self._places = [
+            place
+            for module in modules
+            for part in module.modules()
+            for place in (part._parameters, part._buffers)
+            if place
+        ]
         self._captured: OrderedDict[Hashable, CapturedCall | str | None] = OrderedDict()
 
     @torch.inference_mode()
@@ -72,12 +80,11 @@ class Graphed:
                 found.append(elapsed(call, x))
         return statistics.median(times[captured]) < statistics.median(times[self.function])
 
-    def _versions(self) -> Iterable[tuple[int, int]]:
+    def _versions(self) -> Iterable[int]:
         """What changes when a weight is replaced or updated in place."""
-        for module in self.modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                version = 0 if tensor.is_inference() else tensor._version
-                yield tensor.data_ptr(), version
+        tensors = [t for place in self._places for t in place.values() if t is not None]
+        yield from [t.data_ptr() for t in tensors]
+        yield from [0 if t.is_inference() else t._version for t in tensors]
 
 
 class CapturedCall:
