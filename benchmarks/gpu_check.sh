@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Build with CUDA, gpu tests, compute-sanitizer, gpu suite: `make gpu-check`, in under 10 minutes, with
-# the Python that has torch and without network. Leaves one JSON and one Markdown file, and the
-# plots, in the folder $1. Each part runs even if one before it failed; the exit status tells.
+# the Python that has torch and without network. Leaves one JSON and one Markdown file, the plots,
+# and a log of each part in the folder $1. Each part runs even if one before it failed; the exit
+# status tells. SKIP_BUILD=1: the library is there already.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-out/gpu-check}
 python=${PYTHON:-python3}
-export PYTHONPATH=. DIFFAD_FAST_CUDA=1
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} DIFFAD_FAST_CUDA=1
 
 if ! arch=$("$python" -c "
 import torch
@@ -18,22 +19,20 @@ print('%d.%d' % torch.cuda.get_device_capability())"); then
 fi
 
 rm -rf "$out"
-mkdir -p "$out"
-summary=()
-status=0
+mkdir -p "$out/logs"
 # part NAME SECONDS COMMAND...: 124 is the status of a command that timeout ended.
 part() {
-    local name=$1 limit=$2 began=$SECONDS code=0
+    local name=$1 limit=$2 began=$SECONDS code=0 log="$out/logs/${1// /-}"
     shift 2
     echo "== gpu-check: $name" >&2
-    timeout "$limit" "$@" || code=$?
+    timeout "$limit" "$@" > "$log.log" 2>&1 || code=$?
     case $code in
         0) verdict=passed ;;
         124) verdict="FAILED: not done after $limit s" ;;
         *) verdict="FAILED with exit status $code" ;;
     esac
-    [ "$code" = 0 ] || status=1
-    summary+=("| $name | $verdict | $((SECONDS - began)) s |")
+    [ "$code" = 0 ] || tail -n 40 "$log.log" >&2
+    echo "| $name | $verdict | $((SECONDS - began)) s |" > "$log.row"
 }
 
 # Installed, the package finds the Triton kernels in its own folder; in place it needs a link.
@@ -41,30 +40,38 @@ if [ ! -e diffad_fast/kernels ]; then
     ln -s ../kernels diffad_fast/kernels
     trap 'rm -f diffad_fast/kernels' EXIT
 fi
-part "build for sm_${arch/./}" 120 env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" \
-    "$python" setup.py -q build_ext --inplace
-tests=$(grep -rlE "mark\.gpu" tests)
-part "gpu tests" 80 "$python" -m pytest -q -m gpu $tests
+if [ -z "${SKIP_BUILD:-}" ]; then
+    part "1 build for sm_${arch/./}" 150 \
+        env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$arch}" \
+        "$python" setup.py -q build_ext --inplace
+fi
+# What only looks for errors runs side by side: compiling and sanitizing keep several cores busy.
+workers=()
+"$python" -c "import xdist" 2> /dev/null && workers=(-n 6)
+part "2 gpu tests" 150 env OMP_NUM_THREADS=2 "$python" -m pytest -q -m gpu "${workers[@]}" \
+    $(grep -rlE "mark\.gpu" tests) &
 # The extension's kernels: those of the operators and of the loop, which the Triton ones are not.
 # Fewer tokens: the tools run a kernel up to a hundred times slower.
-own=(tests/ops tests/diffusion)
-if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck racecheck; do
-        part "compute-sanitizer $tool" 80 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$python" -m pytest -q -m gpu -x "${own[@]}" -k "not 70000"
-    done
-else
-    summary+=("| compute-sanitizer | FAILED: not installed | |")
-    status=1
-fi
-part "gpu suite" 220 "$python" -m benchmarks gpu --quick --out "$out"
+for tool in memcheck racecheck; do
+    if command -v compute-sanitizer > /dev/null; then
+        part "3 compute-sanitizer $tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -m pytest -q -m gpu -x tests/ops tests/diffusion -k "not 70000" &
+    else
+        echo "| compute-sanitizer $tool | FAILED: not installed | |" \
+            > "$out/logs/3-compute-sanitizer-$tool.row"
+    fi
+done
+wait
+part "4 gpu suite" 280 "$python" -m benchmarks gpu --quick --out "$out"
 
 report=$(ls "$out"/*.md 2> /dev/null | head -1)
 report=${report:-$out/gpu-check.md}
 {
     printf '\n## gpu-check\n\n| part | result | time |\n| --- | --- | --- |\n'
-    printf '%s\n' "${summary[@]}"
+    cat "$out"/logs/*.row
 } >> "$report"
-tail -n "$((${#summary[@]} + 4))" "$report"
-[ "$status" = 0 ] || echo "gpu-check: FAILED, see above and $report" >&2
-exit "$status"
+tail -n 6 "$report"
+if grep -q FAILED "$out"/logs/*.row; then
+    echo "gpu-check: FAILED, see above and $report" >&2
+    exit 1
+fi

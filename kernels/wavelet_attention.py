@@ -394,7 +394,7 @@ def _backward_keys(
 # sm_80 and sm_90 (1 in 25 in _backward_keys at 128 channels on sm_80), at most 1 in 18 on sm_100
 # (python -m benchmarks compile-report).
 TILES = {
-    "_forward": {64: (128, 64, 4), 128: (128, 64, 8), 256: (128, 64, 8), 512: (64, 32, 8)},
+    "_forward": {64: (128, 64, 4), 128: (128, 64, 8), 256: (128, 32, 8), 512: (64, 32, 8)},
     "_backward_queries": {64: (64, 64, 4), 128: (128, 64, 8), 256: (128, 32, 8), 512: (64, 16, 8)},
     "_backward_keys": {64: (64, 64, 4), 128: (64, 128, 8), 256: (64, 64, 8), 512: (32, 32, 8)},
 }
