@@ -18,22 +18,23 @@ def recomputed(consumer: Callable, function: Callable, *inputs: torch.Tensor) ->
     y = function(*inputs)
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return consumer(y)
-    place, shape, strides = y.data_ptr(), y.shape, y.stride()
+    place, size = y.data_ptr(), (y.numel(), y.dtype)
     inputs = tuple(t.detach() for t in inputs)
     device = y.device.type
     mixed = torch.autocast(
         device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     )
 
-    def pack(kept: torch.Tensor) -> torch.Tensor | None:
-        same = kept.data_ptr() == place and kept.shape == shape and kept.stride() == strides
-        return None if same else kept
+    def pack(kept: torch.Tensor) -> torch.Tensor | tuple:
+        """Of y itself, or a view of all of it, no more than how it is seen."""
+        same = kept.data_ptr() == place and (kept.numel(), kept.dtype) == size
+        return (kept.shape, kept.stride()) if same else kept
 
-    def unpack(kept: torch.Tensor | None) -> torch.Tensor:
-        if kept is not None:
+    def unpack(kept: torch.Tensor | tuple) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
             return kept
         with torch.no_grad(), mixed:
-            return function(*inputs)
+            return function(*inputs).as_strided(*kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return consumer(y)

@@ -202,8 +202,12 @@ class Conv1x1(nn.Conv2d):
         super().__init__(channels, width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)):
-            return super().forward(x)
+        if x.is_cuda and x.is_contiguous(memory_format=torch.channels_last):
+            return self.product(x)
+        return super().forward(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for x in channels_last, as a product of matrices."""
         y = F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
         return y.permute(0, 3, 1, 2)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffad_fast.denoisers import UNET_SIZES, create
-from diffad_fast.denoisers.wavelet_unet import WaveletAttention
+from diffad_fast.denoisers.wavelet_unet import Conv1x1, WaveletAttention
 from diffad_fast.errors import InputError
 
 
@@ -95,3 +95,24 @@ def test_attention_is_attention_between_blocks():
 def test_unknown_name():
     with pytest.raises(InputError, match="'unet-huge'.*unet-tiny"):
         create("unet-huge", 4)
+
+
+def test_a_1x1_convolution_is_a_product_of_matrices():
+    torch.manual_seed(0)
+    layer = Conv1x1(12, 20).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 12, 5, 7).contiguous(memory_format=torch.channels_last)
+    y = layer.product(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(x, layer.weight, layer.bias))
+
+
+def test_one_product_conditions_all_blocks():
+    """As every block's own layer would have it."""
+    model = randomised("unet-tiny", 4)
+    level = torch.tensor([-1.0, 0.5])
+    together = list(model._of_stages(model.conditioning(level)))
+    e = model.embedding(level)
+    stages = list(model._stages())
+    assert len(together) == len(stages)
+    for found, stage in zip(together, stages, strict=True):
+        torch.testing.assert_close(found, stage.residual.modulation(e))
