@@ -58,4 +58,4 @@ def anomaly_scores(detector: Detector, X: np.ndarray) -> np.ndarray:
         parts = (torch.from_numpy(np.array(X[i : i + size], order="C")) for i in starts)
     else:
         parts = (batch.x for batch in detector.open(X).batches(size))
-    return np.concatenate([detector.score_batch(x)[1] for x in parts])
+    return np.concatenate([detector.score_batch(x, maps=False)[1] for x in parts])
