@@ -47,7 +47,10 @@ __device__ __forceinline__ float bf16_to_float(uint16_t x) {
   return __uint_as_float(static_cast<uint32_t>(x) << 16);
 }
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+// x / (1 + exp(-x)). Where 2^.. is infinite the quotient is 0, as it should be.
+__device__ __forceinline__ float silu(float x) {
+  return x * reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f));
+}
 
 // W: width. kTiles: groups of 16 tokens of a warp.
 template <int W, int kTiles>

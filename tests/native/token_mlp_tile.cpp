@@ -41,13 +41,14 @@ static float __uint_as_float(uint32_t x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
-static float __fdividef(float a, float b) { return a / b; }
-#define __expf(x) std::exp(x)  // the C library has taken the name
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 namespace diffad {
 
 static int lane_of_thread() { return threadIdx.x % 32; }
+
+static float exp2_approx(float x) { return std::exp2(x); }
+static float reciprocal_approx(float x) { return 1 / x; }
 
 static uint32_t pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
