@@ -1,14 +1,14 @@
 // haar_pack and haar_unpack on CUDA. See common/haar.h for the maths.
 //
 // Where a thread can hold whole blocks of pixels it does, see haar_block.h. Elsewhere, for larger
-// blocks, and for strides and channels that allow no runs, a thread block takes a tile: R rows of up to 256 columns, which are `blocks` R x R blocks of
-// `lanes` neighbouring channels (one channel in NCHW, several in channels_last). Each thread
-// transforms one column of R values along y, in registers, with loads that are consecutive across
-// threads. Through shared memory the tile is then cut the other way: each thread takes the R
-// samples of one block in one row, transforms them along x and stores them to R bands, where
-// threads run along x (NCHW) or along the channels (channels_last). No thread holds more than R
-// values, so four levels need no more registers than one, and memory is read and written once.
-// Unpacking runs the same two passes backwards.
+// blocks, and for strides and channels that allow no runs, a thread block takes a tile: R rows of up
+// to 256 columns, which are `blocks` R x R blocks of `lanes` neighbouring channels (one channel in
+// NCHW, several in channels_last). Each thread transforms one column of R values along y, in
+// registers, with loads that are consecutive across threads. Through shared memory the tile is then
+// cut the other way: each thread takes the R samples of one block in one row, transforms them along
+// x and stores them to R bands, where threads run along x (NCHW) or along the channels
+// (channels_last). No thread holds more than R values, so four levels need no more registers than
+// one, and memory is read and written once. Unpacking runs the same two passes backwards.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
