@@ -104,7 +104,9 @@ class Detector:
         self.device = device
         self._given = denoiser, features
         if features is None and config.features is not None:
-            features = timm_features(config.features, config.channels)
+            from .integrations.timm import TimmFeatures
+
+            features = TimmFeatures(config.features, config.channels)
         self.model = models.create(config, device, denoiser, features)
         self.calibrations: dict[str, Calibration] = {}
         self.history = History()
@@ -648,21 +650,6 @@ def _unpickled(tensors: dict | None, texts: dict, options: dict) -> Detector:
     config, device = DetectorConfig.from_json(texts["config"]), resolve_device(options["device"])
     detector._set_up(config, device, options["denoiser"], options["features"])
     return detector
-
-
-def timm_features(name: str, channels: int) -> nn.Module:
-    """A pretrained timm model as a list of feature maps. Raises BackendError without timm."""
-    try:
-        import timm
-    except ImportError:
-        raise BackendError(
-            f"features={name!r} names a timm model and timm is not installed: pip install timm, or "
-            "pass a module"
-        ) from None
-    try:
-        return timm.create_model(name, pretrained=True, features_only=True, in_chans=channels)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"timm cannot make features={name!r}: {error}") from None
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
