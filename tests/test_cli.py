@@ -382,11 +382,11 @@ def test_an_error_in_the_middle_leaves_no_scores(model, root, tmp_path, monkeypa
     whole = daf.Detector.score_batch
     calls = []
 
-    def break_down(self, images):
+    def break_down(self, images, **options):
         calls.append(len(images))
         if len(calls) == 2:
             raise InputError("the second batch is broken")
-        return whole(self, images)
+        return whole(self, images, **options)
 
     monkeypatch.setattr(daf.Detector, "score_batch", break_down)
     argv = ["score", model, root / "test", "--out", tmp_path / "a" / "out", "--batch-size", 8]
