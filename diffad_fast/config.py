@@ -176,9 +176,9 @@ class DetectorConfig:
     inference_dtype: str = "auto"
     """Of a U-Net's convolutions, or the token MLP's matrix products, when scoring. `auto` is
     settled by `fit`, and what it finds stands in the checkpoint: for the token MLP bfloat16 where a
-    GPU or AMX has matrix units for it; for U-Nets what a trial finds faster, on a CPU with
+    GPU or AMX has matrix units for it; for U-Nets what a trial finds faster, on a GPU or a CPU with
     instructions for bfloat16. In bfloat16 a U-Net's scores vary in the third digit with the size of
-    a batch."""
+    a batch; loaded on a CPU without these instructions it scores in float32, after a warning."""
 
     # Score
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)

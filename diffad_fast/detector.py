@@ -20,6 +20,7 @@ from .config import MODES, DetectorConfig
 from .data.audio import Clips, labelled_clips, open_audio
 from .data.images import Images, open_images
 from .data.vectors import Vectors, open_vectors
+from .denoisers.inference import has_bfloat16
 from .errors import BackendError, CheckpointError, InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
@@ -608,12 +609,20 @@ def from_state(
     features: nn.Module | None = None,
 ) -> Detector:
     """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
-    config = DetectorConfig.from_json(texts["config"])
+    config, device = DetectorConfig.from_json(texts["config"]), resolve_device(device)
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
             raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")
+    if config.inference_dtype == "bfloat16" and not config.on_tokens and not has_bfloat16(device):
+        warnings.warn(
+            f"{path} was fitted to score in bfloat16, and {device.type} has no instructions for it "
+            "here: it scores in float32, which changes scores in the third digit",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        config = config.replace(inference_dtype="float32")
     detector = Detector.__new__(Detector)
-    detector._set_up(config, resolve_device(device), denoiser, features)
+    detector._set_up(config, device, denoiser, features)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -280,7 +280,9 @@ def test_evaluate_on_a_folder(fitted, tmp_path):
     assert result["true_positive_rate"] == score.label[kinds != "good"].mean()
 
 
-def test_bfloat16_convolutions(fitted, tmp_path):
+def test_bfloat16_convolutions(fitted, tmp_path, monkeypatch):
+    # Whether this processor has instructions for it or not.
+    monkeypatch.setattr("diffad_fast.detector.has_bfloat16", lambda device: True)
     fitted.save(tmp_path / "float32.diffad")
     detector = daf.load(tmp_path / "float32.diffad")
     detector.model.config = detector.config.replace(inference_dtype="bfloat16")
@@ -294,6 +296,12 @@ def test_bfloat16_convolutions(fitted, tmp_path):
     loaded = daf.load(tmp_path / "bfloat16.diffad")
     assert loaded.config.inference_dtype == "bfloat16"
     np.testing.assert_array_equal(loaded.score(images).score, score.score)
+    # Fitted on a GPU, say, and loaded where bfloat16 is far slower than float32.
+    monkeypatch.setattr("diffad_fast.detector.has_bfloat16", lambda device: False)
+    with pytest.warns(RuntimeWarning, match="bfloat16.diffad was fitted to score in bfloat16, and"):
+        elsewhere = daf.load(tmp_path / "bfloat16.diffad")
+    assert elsewhere.config.inference_dtype == "float32"
+    np.testing.assert_array_equal(elsewhere.score(images).score, exact.score)
 
 
 def test_inference_dtype_is_settled_by_fit():

@@ -35,16 +35,21 @@ def in_dtype(denoiser: nn.Module, dtype: str) -> nn.Module:
     return copied
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Has ``device`` instructions for bfloat16? Without them it is far slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and "avx512bf16" in native.cpu_features()
+
+
 def faster_dtype(denoiser: nn.Module, x: torch.Tensor) -> str:
     """The dtype in which ``denoiser`` takes less time for inputs like ``x``.
 
-    "float32" without a trial where the processor has no instructions for bfloat16.
+    "float32" without a trial where there are no instructions for bfloat16.
     """
-    if x.is_cuda:
-        able = torch.cuda.get_device_capability(x.device) >= (8, 0)
-    else:
-        able = x.device.type == "cpu" and "avx512bf16" in native.cpu_features()
-    return "bfloat16" if able and _gain(denoiser, x) >= SMALLEST_GAIN else "float32"
+    if not has_bfloat16(x.device):
+        return "float32"
+    return "bfloat16" if _gain(denoiser, x) >= SMALLEST_GAIN else "float32"
 
 
 @torch.inference_mode()
