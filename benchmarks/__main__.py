@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", type=Path, metavar="JSON", help="compare with it at the end")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="few cases and rounds")
+    parser.add_argument("--seconds", type=float, help="for the rounds of a case (default: 2)")
+    parser.add_argument(
+        "--compile-seconds", type=float, metavar="SECONDS",
+        help="leave out compiled baselines after so much torch.compile (default: never)",
+    )  # fmt: skip
     end_to_end = parser.add_argument_group("end-to-end")
     end_to_end.add_argument("--data", type=Path, help="MVTec AD layout; default: the demo's images")
     end_to_end.add_argument("--size", type=int, default=128, help="side in pixels (%(default)s)")

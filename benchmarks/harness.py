@@ -52,17 +52,21 @@ class Run:
     def measure(self, cases: Iterable[Case], pattern: str = "") -> None:
         """Measure the cases whose key matches the regular expression.
 
-        float32 is float32: without TF32, which convolutions would use on a GPU.
+        float32 is float32: without TF32, which convolutions would use on a GPU. An interrupt
+        (Ctrl-C) ends the measuring, and what was measured is kept.
         """
         torch.backends.cudnn.allow_tf32 = False
         before = ceilings.measure(self.device, self.quick)
         measured = []
-        for case in cases:
-            if re.search(pattern, case.key):
-                print(f"  {case.key}", file=sys.stderr, flush=True)
-                row = self._row(case)
-                print(f"    {_in_short(row)}", file=sys.stderr, flush=True)
-                measured.append((case, row))
+        try:
+            for case in cases:
+                if re.search(pattern, case.key):
+                    print(f"  {case.key}", file=sys.stderr, flush=True)
+                    row = self._row(case)
+                    print(f"    {_in_short(row)}", file=sys.stderr, flush=True)
+                    measured.append((case, row))
+        except KeyboardInterrupt:
+            self.wrong.append(f"interrupted in {case.key}: nothing from there on was measured")
         self.ceilings = ceilings.higher(before, ceilings.measure(self.device, self.quick))
         for case, row in measured:
             if bounded := ceilings.bound(case, self.ceilings):

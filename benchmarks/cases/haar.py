@@ -11,17 +11,17 @@ from ..case import Case, Contender, in_format, numpy_inputs, on, operator_case, 
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
-    n = 16 if device_type == "cpu" else 64
-    yield from _packet_cases(n if device_type == "cpu" else 256)
+    n, many = (16, 64) if device_type == "cpu" else (256, 256)
+    yield from _packet_cases(n)
     # (shape, level, memory format): images at the input, features inside the U-Net, one large
     # image, one small one where only the overhead of a call counts.
     table = [
         ((n, 3, 256, 256), 3, "contiguous"),
-        ((4 * n, 64, 64, 64), 1, "channels_last"),
+        ((many, 64, 64, 64), 1, "channels_last"),
         ((n, 3, 256, 256), 1, "contiguous"),
         ((n, 3, 256, 256), 2, "contiguous"),
         ((n, 3, 256, 256), 2, "channels_last"),
-        ((4 * n, 64, 64, 64), 3, "contiguous"),
+        ((many, 64, 64, 64), 3, "contiguous"),
         ((1, 3, 2048, 2048), 3, "contiguous"),
         ((1, 3, 2048, 2048), 1, "contiguous"),
         ((1, 1, 64, 64), 1, "contiguous"),

@@ -11,10 +11,10 @@ from ..case import Case, Contender, map_tensors, numpy_inputs, on, operator_case
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
-    n = 16 if device_type == "cpu" else 64
+    n, many = (16, 64) if device_type == "cpu" else (256, 256)
     # Images at the input, features inside the U-Net, one large image, one small one where only the
     # overhead of a call counts.
-    shapes = [(n, 3, 256, 256), (4 * n, 64, 64, 64), (1, 3, 2048, 2048), (1, 1, 64, 64)]
+    shapes = [(n, 3, 256, 256), (many, 64, 64, 64), (1, 3, 2048, 2048), (1, 1, 64, 64)]
     wavelets = [
         ("db4", "symmetric", 8),
         ("haar", "periodization", 2),
