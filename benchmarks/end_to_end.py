@@ -14,7 +14,7 @@ import torch
 
 from . import peers, stats
 from .case import OURS, REFERENCE, Case, Contender
-from .cases.detector import contiguous, in_float64
+from .cases.detector import as_written, contiguous, in_float64
 from .detectors import (
     DiffusersReconstruction,
     PatchNeighbours,
@@ -132,11 +132,10 @@ def _ours(runner: Run, args: argparse.Namespace, steps: int, train: torch.Tensor
 def _references(detector):
     """The same weights on the reference operators, as a researcher would run them, and in
     channels_last."""
-    from diffad_fast import use_backend
 
     def on_reference(variant):
         def score(images):
-            with use_backend("reference"):
+            with as_written():
                 return variant.score_batch(images)
 
         return score
@@ -179,10 +178,8 @@ def _repeated(images: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _case(n: int, scorers: dict, notes: dict, images: torch.Tensor, exact) -> Case:
-    from diffad_fast import use_backend
-
     def exactly(inputs):
-        with use_backend("reference"):
+        with as_written():
             return exact.score_batch(inputs[0].double())
 
     contenders = {}
