@@ -415,7 +415,10 @@ def configurations(
 
     def bytes_of(m: int, n: int, stages: int) -> int:
         own, streamed = (n, m) if keys else (m, n)
-        return (stay * own + 2 * stages * streamed) * channels * dtype.itemsize
+        tiles = (stay * own + 2 * stages * streamed) * channels
+        if capability >= 100 and kernel == "_backward_queries":  # tcgen05 reads ds from there too
+            tiles += max(m, 128) * max(n, 64)
+        return tiles * dtype.itemsize
 
     if keys and capability >= 100:  # tcgen05 has p and ds in shared memory too
         m = min(m, 8192 // channels)

@@ -256,3 +256,19 @@ def test_a_plain_call_does_not_go_through_the_dispatcher():
     result = standardise_packet(x.clone().requires_grad_(), 0 * statistics, statistics, 1)
     with pytest.raises(RuntimeError, match="standardise_packet"):
         result.sum().backward()
+
+
+@pytest.mark.slow
+def test_tiles_fit_into_shared_memory():
+    """As compiled: matrix units of sm_100 have intermediate tiles there, too."""
+    code = """
+from diffad_fast.kernels import registration
+from triton.backends.compiler import GPUTarget
+for name, make in wa.COMPILE.items():
+    for arch in (80, 90, 100):
+        source, options = make(arch)
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        if done.metadata.shared > registration.shared_memory(arch):
+            print(name, arch, done.metadata.shared)
+"""
+    assert run(code) == ""
