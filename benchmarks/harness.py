@@ -66,7 +66,7 @@ class Run:
                     print(f"    {_in_short(row)}", file=sys.stderr, flush=True)
                     measured.append((case, row))
         except KeyboardInterrupt:
-            self.wrong.append(f"interrupted in {case.key}: nothing from there on was measured")
+            self.wrong.append(f"interrupted: only the first {len(measured)} cases are measured")
         self.ceilings = ceilings.higher(before, ceilings.measure(self.device, self.quick))
         for case, row in measured:
             if bounded := ceilings.bound(case, self.ceilings):

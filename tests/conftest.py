@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,23 @@ def data_dir() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"no real data: {folder} is not there, set DIFFAD_DATA")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def native_program(tmp_path_factory):
+    """Compiles ``tests/native/<name>.cpp``, which runs a CUDA kernel's own code on the CPU."""
+
+    def build(name: str) -> Path:
+        compiler = shutil.which("c++")
+        if compiler is None:
+            pytest.skip("no C++ compiler")
+        program = tmp_path_factory.mktemp("native") / name
+        source = Path(__file__).parent / "native" / f"{name}.cpp"
+        flags = ["-O2", "-std=c++17", "-Wno-unknown-pragmas"]
+        subprocess.run([compiler, *flags, source, "-o", program], check=True)
+        return program
+
+    return build
 
 
 def _selected(isa: str):

@@ -577,4 +577,4 @@ def test_an_interrupted_suite_keeps_what_it_measured():
     runner = harness.Run(CPU, harness.QUICK, quick=True)
     runner.measure([case("first", torch.clone), case("second", interrupt)])
     assert [row["name"] for row in runner.rows] == ["first"]
-    assert runner.wrong == ["interrupted in op second: nothing from there on was measured"]
+    assert runner.wrong == ["interrupted: only the first 1 cases are measured"]

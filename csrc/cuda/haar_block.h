@@ -44,7 +44,7 @@ int64_t haar_threads(const HaarGeometry& g, const void* image, const void* packe
     return good;
   };
   const int64_t count = kLast ? g.channels : g.cols;
-  if (!Blocks::kFits || count % Blocks::L != 0 ||
+  if (count % Blocks::L != 0 ||
       !runs_of(g.image, {g.batch, g.channels, g.rows * R, g.cols * R}, image, Blocks::kImageRun) ||
       // A packet has more channels than one wherever it has bands.
       !runs_of(g.packed, {g.batch, g.channels * R * R, g.rows, g.cols}, packed, Blocks::L)) {

@@ -37,7 +37,6 @@ class Graphed:
             for module in modules
             for part in module.modules()
             for place in (part._parameters, part._buffers)
-            if place
         ]
         self._captured: OrderedDict[Hashable, CapturedCall | str | None] = OrderedDict()
 

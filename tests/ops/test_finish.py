@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,14 +231,9 @@ def test_the_bare_operator_guards_its_memory():
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
+def emulator(native_program):
     """The CUDA kernel's own code, run thread by thread on the CPU."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("native") / "ddim_finish_tile"
-    source = Path(__file__).parents[1] / "native" / "ddim_finish_tile.cpp"
-    subprocess.run([compiler, "-O1", "-std=c++17", source, "-o", program], check=True)
+    program = native_program("ddim_finish_tile")
 
     def run(arguments, guide, last, grid, clip, clamp):
         x, m, alpha, images, mean, deviation, level = arguments

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import shutil
 import subprocess
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -337,14 +335,9 @@ def test_cuda_agrees_with_the_reference_in_float64(level, dtype):
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
+def emulator(native_program):
     """The code of a CUDA thread that holds whole blocks, run for every thread on the CPU."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("native") / "haar_block"
-    source = Path(__file__).parents[1] / "native" / "haar_block.cpp"
-    subprocess.run([compiler, "-O1", "-std=c++17", source, "-o", program], check=True)
+    program = native_program("haar_block")
 
     def run(x, level, pack):
         last = not x.is_contiguous()

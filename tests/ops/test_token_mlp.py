@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -450,15 +448,9 @@ def test_native_refuses_what_does_not_fit(argument):
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
+def emulator(native_program):
     """The CUDA kernel's own code, run lane by lane on the CPU."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    program = tmp_path_factory.mktemp("native") / "token_mlp_tile"
-    source = Path(__file__).parents[1] / "native" / "token_mlp_tile.cpp"
-    flags = ["-O2", "-std=c++17", "-Wno-unknown-pragmas"]
-    subprocess.run([compiler, *flags, source, "-o", program], check=True)
+    program = native_program("token_mlp_tile")
 
     def run(arguments, tiles, warps, grid):
         x, weights, bias, table = arguments
