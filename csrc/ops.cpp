@@ -65,4 +65,10 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "wavelet_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? "
       "logit_gain, Tensor? value_gain, Tensor out, Tensor lse, int level, float scale) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "weighted_mse(Tensor prediction, Tensor target, Tensor weight) -> (Tensor loss, Tensor "
+      "errors)");
+  m.def(
+      "weighted_mse_backward(Tensor grad, Tensor prediction, Tensor target, Tensor weight) -> "
+      "Tensor");
 }

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .registration import cdiv, dense, launch, operator, source, wide, widened
+from ..ops.training import errors_backward, fake_errors, keep_errors
+from .registration import cdiv, dense, launch, operator, source, widened
 
 # Chunks a sample: a constant, so that a sample's sum does not depend on its neighbours.
 SPLITS = 64
@@ -90,17 +91,12 @@ def _configs(size: int) -> list[triton.Config]:
 _MERGE_CONFIGS = [triton.Config({"BLOCK_N": 64}, num_warps=4)]
 
 
-def _fake_forward(prediction, target, weight):
-    dtype = wide(prediction)
-    return prediction.new_empty((), dtype=dtype), prediction.new_empty(len(weight), dtype=dtype)
-
-
-@operator(_fake_forward)
+@operator(fake_errors)
 def weighted_mse_forward(
     prediction: Tensor, target: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The loss and every sample's mean squared error (N,), both in float32 at least."""
-    loss, errors = _fake_forward(prediction, target, weight)
+    loss, errors = fake_errors(prediction, target, weight)
     prediction, target = dense(prediction, prediction), dense(target, prediction)
     n, size = len(prediction), prediction[0].numel()
     configs = _configs(size)
@@ -139,27 +135,9 @@ def weighted_mse_backward(
     return result
 
 
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, grad, _):
-    prediction, target, weight, errors = ctx.saved_tensors
-    needed = ctx.needs_input_grad
-    grad_prediction = grad_target = grad_weight = None
-    if needed[0] or needed[1]:
-        grad_prediction = weighted_mse_backward(
-            grad, prediction, target, weight
-        )
-        grad_target = -grad_prediction.to(target.dtype) if needed[1] else None
-    if needed[2]:
-        grad_weight = (grad * errors / len(errors)).to(weight.dtype)
-    return grad_prediction if needed[0] else None, grad_target, grad_weight
-
-
-weighted_mse_forward.register_autograd(_backward, setup_context=_setup)
+weighted_mse_forward.register_autograd(
+    errors_backward(weighted_mse_backward), setup_context=keep_errors
+)
 
 
 def weighted_mse(prediction, target, weight):

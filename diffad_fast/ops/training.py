@@ -29,6 +29,10 @@ def _triton_weighted_mse(*arguments):
     return weighted_mse(*arguments)
 
 
+def _native_weighted_mse(forward):
+    return lambda *arguments: forward(*arguments)[0]
+
+
 def _native_noised_target(velocity):
     """C++ for the samples and, a second sum of the same two tensors, their velocity."""
 
@@ -49,7 +53,12 @@ _noised_target = Operator(
     triton=_triton_noised_target,
     **{k: _native_noised_target(f) for k, f in native.implementations("noised_velocity").items()},
 )
-_weighted_mse = Operator("weighted_mse", reference.weighted_mse, triton=_triton_weighted_mse)
+_weighted_mse = Operator(
+    "weighted_mse",
+    reference.weighted_mse,
+    triton=_triton_weighted_mse,
+    **{k: _native_weighted_mse(f) for k, f in native.implementations("weighted_mse").items()},
+)
 
 
 def noised_target(x0, t, noise, alphas_cumprod, prediction_type="v_prediction", snr_limit=5.0):
@@ -103,8 +112,50 @@ def _fake(x0, t, *_):
     return fake_step(x0), fake_step(x0), x0.new_empty(len(t), dtype=torch.float32)
 
 
+def fake_errors(prediction, target, weight):
+    """The loss and every sample's mean squared error (N,), in float32 at least."""
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return prediction.new_empty((), dtype=dtype), prediction.new_empty(len(weight), dtype=dtype)
+
+
+def keep_errors(ctx, inputs, output):
+    """Of operators with the arguments of :func:`weighted_mse` and the results of
+    :func:`fake_errors`."""
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+
+
+def errors_backward(gradient):
+    """Their backward pass; ``gradient`` computes that of the prediction from that of the loss."""
+
+    def backward(ctx, grad, _):
+        if grad is None:
+            return None, None, None
+        prediction, target, weight, errors = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad_prediction = grad_target = grad_weight = None
+        if needed[0] or needed[1]:
+            grad_prediction = gradient(grad, prediction, target, weight)
+            grad_target = -grad_prediction.to(target.dtype) if needed[1] else None
+        if needed[2]:
+            grad_weight = (grad * errors / len(errors)).to(weight.dtype)
+        return grad_prediction if needed[0] else None, grad_target, grad_weight
+
+    return backward
+
+
 if native.loaded():
     torch.library.register_fake("diffad_fast::noised_velocity", _fake)
     torch.library.register_autograd(
         "diffad_fast::noised_velocity", noising_backward, setup_context=keep_noising
+    )
+    torch.library.register_fake("diffad_fast::weighted_mse", fake_errors)
+    torch.library.register_fake(
+        "diffad_fast::weighted_mse_backward", lambda grad, prediction, *_: fake_step(prediction)
+    )
+    torch.library.register_autograd(
+        "diffad_fast::weighted_mse",
+        errors_backward(lambda *given: torch.ops.diffad_fast.weighted_mse_backward(*given)),
+        setup_context=keep_errors,
     )

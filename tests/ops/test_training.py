@@ -185,3 +185,100 @@ def test_native_opcheck_and_compile():
 def test_native_refuses_times_beyond_the_table():
     with pytest.raises(RuntimeError, match=r"t\[1\] = 4 is not an index into the table of 4"):
         on_cpu(X, torch.tensor([0, 4]), X, ALPHAS)
+
+
+def loss_on_cpu(*arguments):
+    with use_backend("cpu"):
+        return ops.weighted_mse(*arguments)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s] + [(2, 3, 8195)], ids=str)
+def test_native_loss_is_the_reference_in_float64(cpu_isa, shape):
+    """All pairs of dtypes; 8195 elements a row are seven tiles a sample, the last one short."""
+    weight = torch.rand(shape[0])
+    for dtype, close in CLOSE.items():
+        for other in CLOSE:
+            x = torch.randn(shape).to(dtype).requires_grad_()
+            z = torch.randn(shape).to(other).requires_grad_()
+            w = weight.clone().requires_grad_()
+            loss = loss_on_cpu(x, z, w)
+            assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss.shape == ()
+            (3 * loss).backward()
+            exact = [y.detach().double().requires_grad_() for y in (x, z, w)]
+            expected = reference.weighted_mse(*exact)
+            (3 * expected).backward()
+            # A float64 target of a float32 prediction is rounded first.
+            close_sum = 1e-14 if dtype == torch.float64 else 1e-6
+            torch.testing.assert_close(loss.double(), expected, rtol=close_sum, atol=0)
+            torch.testing.assert_close(w.grad.double(), exact[2].grad, rtol=1e-6, atol=1e-12)
+            # A difference is as exact as the larger of its terms.
+            size = float(6 * weight.max()) / x.numel() * 8
+            for y, e, kind in ((x, exact[0], dtype), (z, exact[1], other)):
+                assert y.grad.dtype == kind
+                bound = max(close, CLOSE[kind]) * size
+                torch.testing.assert_close(y.grad.double(), e.grad, rtol=0, atol=bound)
+
+
+@needs_native
+def test_native_loss_takes_any_strides_and_repeats_for_any_number_of_threads():
+    x, z = torch.randn(2, 4, 33, 50, 60)
+    w = torch.rand(4)
+    loss = loss_on_cpu(x, z, w)
+
+    def gradient(x, z):
+        x = x.detach().requires_grad_()
+        loss_on_cpu(x, z, w).backward()
+        return x.grad
+
+    expected = gradient(x, z)
+    wide = torch.full((8, 33, 50, 120), torch.nan)
+    wide[::2, :, :, ::2] = x
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for a in (x, x.to(memory_format=torch.channels_last), wide[::2, :, :, ::2]):
+            b = z.to(memory_format=layout)
+            torch.testing.assert_close(loss_on_cpu(a, b, w), loss, rtol=1e-6, atol=0)
+            assert torch.equal(gradient(a, b), expected)
+            assert gradient(a, b).stride() == torch.empty_like(a).stride()
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(loss_on_cpu(x, z, w), loss) and torch.equal(gradient(x, z), expected)
+    finally:
+        torch.set_num_threads(threads)
+    shared = x[:1].expand_as(x)  # stride 0
+    torch.testing.assert_close(
+        loss_on_cpu(shared, z, w), loss_on_cpu(shared.contiguous(), z, w), rtol=0, atol=0
+    )
+
+
+@needs_native
+def test_native_loss_gradients_opcheck_and_compile():
+    x, z = torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_().unbind()
+    w = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss_on_cpu, (x, z, w))
+    names = torch.ops.diffad_fast
+    x, z = torch.randn(2, 2, 3, 4, 5)
+    w = torch.rand(2)
+    for x_ in (x.clone().requires_grad_(), x.to(memory_format=torch.channels_last), x[:, ::2]):
+        z_ = z[:, : x_.shape[1]]
+        torch.library.opcheck(names.weighted_mse.default, (x_, z_, w))
+        torch.library.opcheck(
+            names.weighted_mse_backward.default, (torch.tensor(2.0), x_.detach(), z_, w)
+        )
+    x.requires_grad_()
+    compiled = torch.compile(loss_on_cpu, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, z, w), loss_on_cpu(x, z, w))
+    grads = [torch.autograd.grad(f(x, z, w), x)[0] for f in (compiled, loss_on_cpu)]
+    assert torch.equal(*grads)
+
+
+@needs_native
+def test_native_loss_of_values_that_are_not_finite():
+    x, z, w = torch.zeros(2, 5000), torch.zeros(2, 5000), torch.ones(2)
+    x[1, 4999] = torch.nan
+    assert loss_on_cpu(x, z, w).isnan()
+    x[1, 4999] = torch.inf
+    assert loss_on_cpu(x, z, w).isinf()
+    assert loss_on_cpu(x, z, torch.tensor([1.0, 0.0])).isnan()  # as in the reference: 0 inf
