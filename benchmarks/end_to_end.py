@@ -24,17 +24,24 @@ from .detectors import (
 )
 from .harness import Run
 from .quality.data import part_of
+from .verify import difference
 
-# The first is the one that is timed against its own weights in plain PyTorch.
-DENOISERS = ("unet-tiny", "unet-small", "token-mlp")
+# Detectors that are fitted, and the modes in which each is scored, its own first.
+DETECTORS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "balanced": ({}, ("one_step", "invert", "reconstruct")),
+    "fast": ({"preset": "fast"}, ("one_step",)),
+    "unet-small": ({"denoiser": "unet-small"}, ("reconstruct", "one_step")),
+}
+UNET_STEPS = 500
 PUBLISHED_STEPS = (50, 250)
+# Standardised maps: float32 errors divided by small deviations; bfloat16 where `fit` chose it.
+TOLERANCE = {"float32": 5e-3, "bfloat16": 5e-2}
 
 
 def run(runner: Run, args: argparse.Namespace) -> dict:
     """Fit, evaluate and time all detectors; the result to write."""
     from diffad_fast.data.images import mvtec_test, mvtec_train, open_images
 
-    steps = args.train_steps or (20 if runner.quick else 500)
     root, text = _data(args, runner.quick)
     # What was chosen on a real data set was chosen on the other part of it.
     tests = [t for t in mvtec_test(root) if not args.data or part_of(t.path) == "report"]
@@ -43,20 +50,18 @@ def run(runner: Run, args: argparse.Namespace) -> dict:
         "train": _all(open_images(mvtec_train(root), size, 1, strict=True)),
         "test": _all(open_images([test.path for test in tests], size, 1, strict=True)),
     }
-    scorers, notes = _ours(runner, args, steps, images["train"])
-    references = dict(_references(scorers[OURS].detector))
-    scorers |= references
-    scorers |= _simple(images["train"])
+    scorers = _ours(runner, args, images["train"])
+    references = dict(_references(scorers))
+    simple = _simple(images["train"])
     quality = {}
-    for name, scorer in scorers.items():
-        if name not in references:  # the same weights have the same quality
-            print(f"  evaluating {name}", file=sys.stderr, flush=True)
-            quality[name] = _quality(scorer, tests, images["test"])
-    quality |= {name: quality[OURS] for name in references}
+    for name, scorer in {**scorers, **simple}.items():
+        print(f"  evaluating {name}", file=sys.stderr, flush=True)
+        quality[name] = _quality(scorer, tests, images["test"])
+    # The same weights have the same quality.
+    quality |= {name: quality[one.of] for name, one in references.items()}
 
-    exact = in_float64(scorers[OURS].detector)
-    cases = [_case(n, scorers, notes, _repeated(images["test"], n), exact) for n in (1, 32)]
-    runner.measure(cases)
+    scorers |= references | simple
+    runner.measure([_case(n, scorers, _repeated(images["test"], n)) for n in (1, 32)])
     published = _published(runner, images["test"][: 2 if runner.quick else 8])
     ours = runner.rows[0]["contenders"][OURS]
     for name, entry in published.items():
@@ -67,13 +72,19 @@ def run(runner: Run, args: argparse.Namespace) -> dict:
         runner.rows[0]["contenders"][name] = entry
     result = runner.result("end-to-end")
     result["quality"] = quality
+    steps = _unet_steps(runner, args)
     result["data"] = {
-        "name": root.name, "size": args.size, "train_steps": steps,
+        "name": root.name, "size": args.size, "unet_steps": steps,
         "text": f"{text} {len(images['train'])} normal training images, {len(tests)} test images, "
-        f"{args.size}×{args.size}, grey. Our detectors trained {steps} steps, one seed"
+        f"{args.size}×{args.size}, grey. Our token detectors as their presets train them, the "
+        f"U-Net {steps} steps, one seed"
         + (": far too few for the quality that they reach." if runner.quick else "."),
     }  # fmt: skip
     return result
+
+
+def _unet_steps(runner: Run, args: argparse.Namespace) -> int:
+    return args.train_steps or (20 if runner.quick else UNET_STEPS)
 
 
 def _data(args: argparse.Namespace, quick: bool) -> tuple[Path, str]:
@@ -95,53 +106,82 @@ def _all(source) -> torch.Tensor:
 
 
 class _Ours:
-    """A fitted detector in one of its modes; all modes share one model."""
+    """A fitted detector in one of its modes, as its users have it."""
+
+    memory_format = "channels_last"
 
     def __init__(self, detector, mode: str):
         # The mode belongs to the model, which the copies must not share.
         self.detector = copy.deepcopy(detector)
         self.detector.mode = mode
+        config = self.detector.config
+        self.dtype = config.inference_dtype
+        count = sum(p.numel() for p in self.detector.model.parameters())
+        steps = f", {config.reverse_steps} steps" if mode == "reconstruct" else ""
+        self.note = f"{config.denoiser}, mode {mode}{steps}, {count / 1e6:.1f} M parameters"
 
     def __call__(self, images: torch.Tensor):
         return self.detector.score_batch(images)
 
+    def exactly(self, images: torch.Tensor):
+        with as_written():
+            return in_float64(self.in_float32()).score_batch(images.double())
 
-def _ours(runner: Run, args: argparse.Namespace, steps: int, train: torch.Tensor):
-    """Each denoiser in each mode; the first is OURS."""
+    def in_float32(self):
+        """The same weights without the choice of a dtype that ``fit`` made."""
+        if self.dtype == "float32":
+            return self.detector
+        plain = copy.deepcopy(self.detector)
+        plain.model.config = plain.config.replace(inference_dtype="float32")
+        plain.model.use(plain.model.statistics)
+        return plain
+
+
+class _Reference:
+    """The weights of ``ours`` on the reference operators, eager and in float32, as a researcher
+    would run them."""
+
+    dtype = "float32"
+
+    def __init__(self, of: str, ours: _Ours, memory_format: str):
+        self.of, self.ours, self.memory_format = of, ours, memory_format
+        self.note = f"the weights of {of}, plain PyTorch, eager"
+        plain = ours.in_float32()
+        as_images = memory_format == "contiguous" and not plain.config.on_tokens
+        self.variant = contiguous(plain) if as_images else plain
+        self.exactly = ours.exactly
+
+    def __call__(self, images: torch.Tensor):
+        with as_written():
+            return self.variant.score_batch(images)
+
+
+def _ours(runner: Run, args: argparse.Namespace, train: torch.Tensor) -> dict[str, _Ours]:
+    """Each detector in each of its modes; the first is OURS."""
     from diffad_fast import Detector
-    from diffad_fast.config import MODES
 
-    scorers, notes = {}, {}
-    for denoiser in DENOISERS:
-        print(f"  fitting {denoiser}, {steps} steps", file=sys.stderr, flush=True)
+    scorers: dict[str, _Ours] = {}
+    for name, (options, modes) in DETECTORS.items():
+        print(f"  fitting {name}", file=sys.stderr, flush=True)
+        if "denoiser" in options:
+            options = {**options, "train_steps": _unet_steps(runner, args)}
+        elif runner.quick:
+            options = {**options, "train_steps": 20}
         detector = Detector(
-            image_size=args.size, channels=1, denoiser=denoiser, train_steps=steps,
-            device=runner.device,
+            image_size=args.size, channels=1, device=runner.device, **options
         ).fit(train)  # fmt: skip
-        for mode in MODES:
-            name = f"{OURS} {denoiser}, {mode}" if scorers else OURS
-            scorers[name] = _Ours(detector, mode)
-            count = sum(p.numel() for p in detector.model.parameters())
-            notes[name] = (
-                f"{denoiser}, mode {mode}, {detector.config.reverse_steps} steps, "
-                f"{count / 1e6:.1f} M parameters"
-            )
-    return scorers, notes
+        for mode in modes:
+            scorers[f"{OURS} {name}, {mode}" if scorers else OURS] = _Ours(detector, mode)
+    return scorers
 
 
-def _references(detector):
-    """The same weights on the reference operators, as a researcher would run them, and in
-    channels_last."""
-
-    def on_reference(variant):
-        def score(images):
-            with as_written():
-                return variant.score_batch(images)
-
-        return score
-
-    yield REFERENCE, on_reference(contiguous(detector))
-    yield f"{REFERENCE}, channels_last", on_reference(detector)
+def _references(scorers: dict[str, _Ours]):
+    """Of the default, and of what the paper describes: reconstruction by a U-Net."""
+    yield REFERENCE, _Reference(OURS, scorers[OURS], "contiguous")
+    unet = f"{OURS} unet-small, reconstruct"
+    for memory_format in ("contiguous", "channels_last"):
+        name = f"{REFERENCE} of unet-small, reconstruct, {memory_format}"
+        yield name, _Reference(unet, scorers[unet], memory_format)
 
 
 def _simple(train: torch.Tensor) -> dict[str, Callable]:
@@ -177,33 +217,33 @@ def _repeated(images: torch.Tensor, n: int) -> torch.Tensor:
     return images.repeat(-(-n // len(images)), 1, 1, 1)[:n]
 
 
-def _case(n: int, scorers: dict, notes: dict, images: torch.Tensor, exact) -> Case:
-    def exactly(inputs):
-        with as_written():
-            return exact.score_batch(inputs[0].double())
-
+def _case(n: int, scorers: dict, images: torch.Tensor) -> Case:
     contenders = {}
     for name, scorer in scorers.items():
-        checked = name == OURS or name.startswith(REFERENCE)
-        neural = checked or name.startswith(OURS)
         contenders[name] = Contender(
             scorer,
-            memory_format="contiguous" if name == REFERENCE or not neural else "channels_last",
-            dtype="float32" if neural else "",
-            check=None if checked else _finite,
-            note=notes.get(name, getattr(scorer, "note", "the weights of ours, eager")),
+            memory_format=getattr(scorer, "memory_format", "contiguous"),
+            dtype=getattr(scorer, "dtype", ""),
+            check=_check(scorer, images),
+            note=scorer.note,
         )
     return Case(
         "end to end",
         f"batch {n}, {images.shape[2]}×{images.shape[3]}",
         lambda device: (images,),
-        exactly,
+        lambda inputs: None,  # every contender is another detector and has its own check
         contenders,
         batch=n,
         unit="image",
-        tolerance=5e-3,  # standardised maps: float32 errors divided by small deviations
         host=True,
     )
+
+
+def _check(scorer, images: torch.Tensor) -> Callable:
+    """Ours are held against the same weights in float64, others must be finite."""
+    if not isinstance(scorer, (_Ours, _Reference)):
+        return _finite
+    return lambda output: difference(scorer.exactly(images), output, TOLERANCE[scorer.dtype])
 
 
 def _finite(output) -> str | None:

@@ -12,6 +12,12 @@ def wrong(case: Case, contender: Contender, exact, output) -> str | None:
     if contender.check:
         return contender.check(output)
     tolerance = case.tolerance if contender.tolerance is None else contender.tolerance
+    return difference(exact, output, tolerance)
+
+
+def difference(exact, output, tolerance: float) -> str | None:
+    """How ``output`` differs from ``exact`` by more than ``tolerance`` of the largest value, or
+    None."""
     expected, found = list(_arrays(exact)), list(_arrays(output))
     if len(expected) != len(found):
         return f"{len(found)} results instead of {len(expected)}"

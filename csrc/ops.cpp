@@ -51,6 +51,7 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "philox_normal_(Tensor(a!) out, int seed, int draw, int step, Tensor? draws, Tensor? "
       "steps) -> ()");
   m.def("q_sample(Tensor x0, Tensor t, Tensor noise, Tensor alphas_cumprod) -> Tensor");
+  m.def("standardised_packet(Tensor x, Tensor mean, Tensor deviation, int level) -> Tensor");
   m.def(
       "token_mlp_loop(Tensor x, Tensor W_in, Tensor b_in, Tensor W1, Tensor W2, Tensor b2, "
       "Tensor W_out, Tensor b_out, Tensor step_bias, Tensor table) -> (Tensor, Tensor)");

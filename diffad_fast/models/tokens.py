@@ -310,7 +310,7 @@ class TokenModel(nn.Module):
         else:
             log_sigma = [step.log_sigma for step in self._steps]
             table = [ddim_row(step) for step in self._steps]
-        dtype = torch.bfloat16 if config.inference_dtype == "bfloat16" else torch.float32
+        dtype = torch.bfloat16 if config.inference_dtype == "bfloat16" else None
         with torch.inference_mode():
             levels = torch.tensor(log_sigma, device=self.device)
             return (

@@ -7,7 +7,7 @@ import pytest
 import pywt
 import torch
 
-from diffad_fast import native, ops, use_backend
+from diffad_fast import native, ops, reference, use_backend
 from diffad_fast.diffusion import NoiseSchedule
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
@@ -77,6 +77,63 @@ def test_dtypes(backend, dtype):
         for a, b in zip(got, expected, strict=True):
             assert a.dtype == dtype
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=2 * tolerance)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_native_is_the_reference_in_float64(cpu_isa, level, channels, dtype):
+    """Rows of blocks that leave part of a vector; of several tiles at the higher levels."""
+    torch.manual_seed(level)
+    close = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+    mean = torch.randn(channels * 4**level)
+    deviation = mean.abs() + 0.3
+    for blocks in (1, 3, 16, 21, 48):
+        x = torch.rand(2, channels, 3 << level, blocks << level, dtype=torch.float64).to(dtype)
+        wide = torch.full((4, channels, *x.shape[2:]), torch.nan, dtype=dtype)
+        wide[::2] = x
+        expected = reference.standardised_packet(x.double(), mean, deviation, level)
+        with use_backend("cpu"):
+            for given in (x, x.contiguous(memory_format=torch.channels_last), wide[::2]):
+                found = ops.standardised_packet(given, mean, deviation, level)
+                assert found.dtype == dtype and found.stride(1) == 1
+                bound = close[dtype]
+                torch.testing.assert_close(found.double(), expected, rtol=bound, atol=bound)
+
+
+@needs_native
+def test_native_opcheck_and_threads():
+    x = torch.randn(3, 3, 64, 96).contiguous(memory_format=torch.channels_last)
+    mean, deviation = torch.randn(48), torch.rand(48) + 1
+    operator = torch.ops.diffad_fast.standardised_packet.default
+    torch.library.opcheck(operator, (x, mean, deviation, 2))
+    found, threads = operator(x, mean, deviation, 2), torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(operator(x, mean, deviation, 2), found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"x": torch.zeros(1, 3, 8, 8)}, "channels_last images of 1 or 3 channels"),
+        ({"x": torch.zeros(1, 2, 8, 8)}, "channels_last images of 1 or 3 channels"),
+        ({"mean": torch.zeros(4)}, "mean must have 16 entries"),
+        ({"deviation": torch.zeros(16, 1)}, "deviation must have 16 entries"),
+        ({"level": 5}, "level must be 1 to 4"),
+        ({"x": torch.zeros(1, 6, 8, 1).permute(0, 3, 1, 2)}, "6 x 8 does not divide by 4"),
+    ],
+)
+def test_the_bare_operator_guards_its_memory(change, words):
+    good = {"x": torch.zeros(1, 8, 8, 1).permute(0, 3, 1, 2), "mean": torch.zeros(16),
+            "deviation": torch.ones(16), "level": 2}  # fmt: skip
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.diffad_fast.standardised_packet(*(good | change).values())
 
 
 def test_gradients(backend):

@@ -272,6 +272,148 @@ DIFFAD_SIMD void one_level_by_channels(T* image, int64_t pitch, int64_t lanes, T
   }
 }
 
+// What a coefficient is standardised by, see HaarArgs; null: by nothing.
+template <class C>
+struct Standard {
+  const C *mean, *inverse;
+  DIFFAD_SIMD Vec<C> operator()(Vec<C> y, int k) const {
+    return mean ? (y - splat(mean[k])) * splat(inverse[k]) : y;
+  }
+  DIFFAD_SIMD Standard from(int k) const {
+    return mean ? Standard{mean + k, inverse + k} : Standard{nullptr, nullptr};
+  }
+};
+
+// Some of the coefficients of up to a vector of blocks: number k of block i at bands[k pitch + i], to
+// pixels[i step + k], or (kPack false) back. N numbers, at most a vector of them.
+template <class T, int N, bool kPack>
+DIFFAD_SIMD void turn(compute_t<T>* bands, int64_t pitch, T* pixels, int64_t step, int64_t blocks,
+                      Standard<compute_t<T>> standard) {
+  constexpr int lanes = kLanes<compute_t<T>>;
+  Vec<compute_t<T>> v[lanes] = {};
+  if constexpr (kPack) {
+    DIFFAD_UNROLL
+    for (int k = 0; k < N; ++k) v[k] = standard(load(bands + k * pitch), k);
+  } else if (blocks >= lanes) {
+    DIFFAD_UNROLL
+    for (int i = 0; i < lanes; ++i) v[i] = load_first<N>(pixels + i * step);
+  } else {
+    for (int i = 0; i < blocks; ++i) v[i] = load_first<N>(pixels + i * step);
+  }
+  transpose(v);
+  if constexpr (!kPack) {
+    DIFFAD_UNROLL
+    for (int k = 0; k < N; ++k) store(bands + k * pitch, v[k]);
+  } else if (blocks >= lanes) {
+    DIFFAD_UNROLL
+    for (int i = 0; i < lanes; ++i) store_first<N>(pixels + i * step, v[i]);
+  } else {
+    for (int i = 0; i < blocks; ++i) store_first<N>(pixels + i * step, v[i]);
+  }
+}
+
+// The same for the four coefficients of a vector of blocks, which four vectors hold.
+template <class T, bool kPack>
+DIFFAD_SIMD void turn_fours(compute_t<T>* bands, int64_t pitch, T* pixels,
+                            Standard<compute_t<T>> standard) {
+  constexpr int lanes = kLanes<compute_t<T>>;
+  Vec<compute_t<T>> band[4], pairs[4], block[4];
+  if constexpr (kPack) {
+    for (int k = 0; k < 4; ++k) band[k] = standard(load(bands + k * pitch), k);
+    interleave(band[0], band[2], pairs[0], pairs[2]);
+    interleave(band[1], band[3], pairs[1], pairs[3]);
+    interleave(pairs[0], pairs[1], block[0], block[1]);
+    interleave(pairs[2], pairs[3], block[2], block[3]);
+    for (int k = 0; k < 4; ++k) store(pixels + k * lanes, block[k]);
+  } else {
+    for (int k = 0; k < 4; ++k) block[k] = load(pixels + k * lanes);
+    deinterleave(block[0], block[1], pairs[0], pairs[1]);
+    deinterleave(block[2], block[3], pairs[2], pairs[3]);
+    deinterleave(pairs[0], pairs[2], band[0], band[2]);
+    deinterleave(pairs[1], pairs[3], band[1], band[3]);
+    for (int k = 0; k < 4; ++k) store(bands + k * pitch, band[k]);
+  }
+}
+
+// The same for all numbers of `blocks` blocks in a row.
+template <class T, int Numbers, bool kPack>
+DIFFAD_SIMD void turn_row(compute_t<T>* bands, int64_t pitch, T* pixels, int64_t blocks,
+                          Standard<compute_t<T>> standard) {
+  constexpr int lanes = kLanes<compute_t<T>>;
+  constexpr int rest = Numbers % lanes;
+  for (int64_t i = 0; i < blocks; i += lanes) {
+    T* const to = pixels + i * Numbers;
+    if constexpr (Numbers == 4) {
+      if (blocks - i >= lanes) {
+        turn_fours<T, kPack>(bands + i, pitch, to, standard);
+        continue;
+      }
+    }
+    for (int k = 0; k + lanes <= Numbers; k += lanes) {
+      turn<T, lanes, kPack>(bands + k * pitch + i, pitch, to + k, Numbers, blocks - i,
+                            standard.from(k));
+    }
+    if constexpr (rest != 0) {
+      constexpr int k = Numbers - rest;
+      turn<T, rest, kPack>(bands + k * pitch + i, pitch, to + k, Numbers, blocks - i,
+                           standard.from(k));
+    }
+  }
+}
+
+// A row of blocks of Lanes channels that lie next to each other, from the image to the blocks' own
+// coefficients, or back.
+template <class T, int R, int Lanes, bool kPack>
+DIFFAD_SIMD void row_by_pixels(T* image, int64_t image_pitch, T* pixels, int64_t blocks,
+                               int64_t tile_cols, Standard<compute_t<T>> standard,
+                               compute_t<T>* scratch) {
+  using C = compute_t<T>;
+  constexpr int lanes = kLanes<C>;
+  const int64_t width = blocks * R * Lanes;
+  C* const line = scratch;
+  C* const planes = line + R * R * Lanes * tile_cols + kHaarPadding;
+  const int64_t plane = tile_cols * R + kHaarPadding;
+  C* const bands = planes + Lanes * plane;
+  const int64_t pitch = tile_cols + 32;  // vectors of the last blocks end beyond them
+  if constexpr (kPack) {
+    along_y<R>(image, image_pitch, line, width, width);
+  } else {
+    turn_row<T, R * R * Lanes, false>(bands, pitch, pixels, blocks, standard);
+  }
+  for (int v = 0; v < R; ++v) {
+    C* const row = line + v * width;
+    if constexpr (Lanes == 3 && kPack) {
+      for (int64_t i = 0; i < blocks * R; i += lanes) {
+        Vec<C> triples[3];
+        for (int k = 0; k < 3; ++k) triples[k] = load(row + 3 * i + k * lanes);
+        deinterleave(triples);
+        for (int c = 0; c < 3; ++c) store(planes + c * plane + i, triples[c]);
+      }
+    }
+    for (int c = 0; c < Lanes; ++c) {
+      C* band[R];
+      for (int h = 0; h < R; ++h) {
+        band[h] = bands + ((spread(v) + 2 * spread(h)) * Lanes + c) * pitch;
+      }
+      along_x<C, R, kPack>(Lanes == 1 ? row : planes + c * plane, band, blocks);
+    }
+    if constexpr (Lanes == 3 && !kPack) {
+      // What is written beyond the row is the next one's, which follows.
+      for (int64_t i = 0; i < blocks * R; i += lanes) {
+        Vec<C> triples[3];
+        for (int c = 0; c < 3; ++c) triples[c] = load(planes + c * plane + i);
+        interleave(triples);
+        for (int k = 0; k < 3; ++k) store(row + 3 * i + k * lanes, triples[k]);
+      }
+    }
+  }
+  if constexpr (kPack) {
+    turn_row<T, R * R * Lanes, true>(bands, pitch, pixels, blocks, standard);
+  } else {
+    along_y<R>(line, width, image, image_pitch, width);
+  }
+}
+
 // Copies rows that follow each other in `from` to rows that lie `pitch` apart, past the caches.
 template <class T>
 void stream_rows(T* to, int64_t pitch, const T* from, int64_t rows, int64_t width) {
@@ -287,6 +429,8 @@ void tiles(const HaarArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end)
   const Strides& is = a.image_strides;
   const Strides& bs = a.band_strides;
   const bool planar = a.lanes == 1 && bs.x == 1;
+  using C = compute_t<T>;
+  const Standard<C> standard{static_cast<const C*>(a.mean), static_cast<const C*>(a.inverse)};
   const int64_t down = (a.rows + a.tile_rows - 1) / a.tile_rows;
   const int64_t across = (a.cols + a.tile_cols - 1) / a.tile_cols;
   for (int64_t i = begin; i < end; ++i) {
@@ -299,7 +443,17 @@ void tiles(const HaarArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end)
     T* const image =
         static_cast<T*>(a.image) + n * is.n + c * is.c + y * R * is.y + x * R * a.lanes;
     const int64_t offset = n * bs.n + c * bs.c + y * bs.y + x * bs.x;
-    if constexpr (R == 2) {
+    if (a.by_pixels) {
+      for (int64_t r = 0; r < rows; ++r) {
+        T* const from = image + r * R * is.y;
+        T* const to = static_cast<T*>(a.bands[0]) + offset + r * bs.y;
+        const auto of = [&](auto channels) {
+          row_by_pixels<T, R, channels(), kPack>(from, is.y, to, blocks, a.tile_cols, standard,
+                                                 scratch);
+        };
+        a.lanes == 1 ? of(std::integral_constant<int, 1>{}) : of(std::integral_constant<int, 3>{});
+      }
+    } else if constexpr (R == 2) {
       for (int64_t r = 0; r < rows; ++r) {
         T* band[4];
         for (int k = 0; k < 4; ++k) band[k] = static_cast<T*>(a.bands[k]) + offset + r * bs.y;

@@ -15,6 +15,12 @@ struct HaarArgs {
   int level;
   bool pack;  // from the image to the bands, or back
   bool past_cache;  // the result is more than the caches hold: write around them
+  // Grey or colour images in channels_last whose bands are one tensor: a block's coefficients follow
+  // each other in memory.
+  bool by_pixels = false;
+  // With these, of the type computed in, one each for a block's coefficients: (y - mean) inverse is
+  // written. When packing by pixels alone.
+  const void *mean = nullptr, *inverse = nullptr;
   int64_t channels, lanes, rows, cols, tile_rows, tile_cols;
   void* image;
   Strides image_strides;  // x is `lanes`: rows have no gaps
@@ -22,9 +28,21 @@ struct HaarArgs {
   Strides band_strides;  // of a block, in any band
 };
 
-// `scratch` has room for R R lanes tile_rows tile_cols + kHaarPadding elements of the dtype computed
-// in, twice that where results go past the caches.
+// `scratch` has room for haar_scratch(args) elements of the dtype computed in.
 constexpr int kHaarPadding = 256;
+
+inline int64_t haar_scratch(const HaarArgs& args) {
+  const int64_t numbers = args.lanes << 2 * args.level;  // of a block
+  if (args.by_pixels) {
+    // A row of blocks, the planes of one row of pixels, and the coefficients band by band.
+    const int64_t bands = numbers < 16 ? 16 : numbers;
+    return numbers * args.tile_cols + kHaarPadding +
+           args.lanes * ((args.tile_cols << args.level) + kHaarPadding) +
+           bands * (args.tile_cols + 32);
+  }
+  if (args.level == 1) return 0;  // one level is done in registers
+  return (numbers * args.tile_rows * args.tile_cols + kHaarPadding) << args.past_cache;
+}
 DIFFAD_KERNEL(haar, const HaarArgs& args, void* scratch, int64_t begin, int64_t end)
 
 }  // namespace diffad

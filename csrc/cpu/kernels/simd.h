@@ -285,6 +285,18 @@ DIFFAD_SIMD void store_partial(T* p, Vec<compute_t<T>> v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+// The same for a number that is known.
+template <int N, class T>
+DIFFAD_SIMD Vec<compute_t<T>> load_first(const T* p) {
+  if constexpr (N == kLanes<compute_t<T>>) return load(p);
+  return load_partial(p, N);
+}
+template <int N, class T>
+DIFFAD_SIMD void store_first(T* p, Vec<compute_t<T>> v) {
+  if constexpr (N == kLanes<compute_t<T>>) return store(p, v);
+  store_partial(p, v, N);
+}
+
 // Copies n elements past the caches: for results that the caches cannot hold, since memory that is
 // stored to the usual way is read before it is written. Only from a vector's boundary on; in whole
 // lines it is fastest. finish_streams() before another thread may read.
@@ -360,6 +372,42 @@ template <class V>
 DIFFAD_SIMD void interleave(V even, V odd, V& a, V& b) {
   constexpr int lanes = sizeof(V) / sizeof(lane_t<V>);
   interleave(even, odd, a, b, std::make_integer_sequence<int, lanes>{});
+}
+
+// Lane I of the result is element 3 I + K of the 3 lanes long sequence a, b, c.
+template <int K, class V, int... I>
+DIFFAD_SIMD V every_third(V a, V b, V c, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  const V ab = __builtin_shufflevector(a, b, (3 * I + K < 2 * lanes ? 3 * I + K : 0)...);
+  return __builtin_shufflevector(ab, c, (3 * I + K < 2 * lanes ? I : 3 * I + K - lanes)...);
+}
+// Parts triples: v holds 3 lanes elements in order, then the first of each, the second, the third.
+template <class V>
+DIFFAD_SIMD void deinterleave(V (&v)[3]) {
+  constexpr auto all = std::make_integer_sequence<int, sizeof(V) / sizeof(lane_t<V>)>{};
+  const V a = v[0], b = v[1], c = v[2];
+  v[0] = every_third<0>(a, b, c, all);
+  v[1] = every_third<1>(a, b, c, all);
+  v[2] = every_third<2>(a, b, c, all);
+}
+
+// Lanes [M lanes, (M + 1) lanes) of the sequence a0 b0 c0 a1 b1 c1 ...
+template <int M, class V, int... I>
+DIFFAD_SIMD V third_of_triples(V a, V b, V c, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I), first = M * lanes;
+  const V ab = __builtin_shufflevector(
+      a, b, ((first + I) / 3 + ((first + I) % 3 == 1 ? lanes : 0))...);
+  return __builtin_shufflevector(
+      ab, c, ((first + I) % 3 == 2 ? lanes + (first + I) / 3 : I)...);
+}
+// And back.
+template <class V>
+DIFFAD_SIMD void interleave(V (&v)[3]) {
+  constexpr auto all = std::make_integer_sequence<int, sizeof(V) / sizeof(lane_t<V>)>{};
+  const V a = v[0], b = v[1], c = v[2];
+  v[0] = third_of_triples<0>(a, b, c, all);
+  v[1] = third_of_triples<1>(a, b, c, all);
+  v[2] = third_of_triples<2>(a, b, c, all);
 }
 
 // Runs of Half lanes: (a0, b0, a2, b2, ...) or, of the odd ones, (a1, b1, a3, b3, ...).
