@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     end_to_end = parser.add_argument_group("end-to-end")
     end_to_end.add_argument("--data", type=Path, help="MVTec AD layout; default: the demo's images")
     end_to_end.add_argument("--size", type=int, default=128, help="side in pixels (%(default)s)")
-    end_to_end.add_argument("--train-steps", type=int, help="of the U-Net; default: 500, with --quick 20")
+    end_to_end.add_argument(
+        "--train-steps", type=int, help="of the U-Net; default: 500, with --quick 20"
+    )
     return parser
 
 

@@ -26,10 +26,8 @@ from .errors import DiffadError, InputError, SkippedInput
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .data.images import Images
     from .detector import Detector
     from .scoring import Score
-    from .scoring.split import Split
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +87,6 @@ def _fit(args: argparse.Namespace) -> None:
     from .data.audio import groups_by_recording, training_clips
     from .data.images import mvtec_train
     from .detector import Detector, groups_by_regex
-    from .scoring import split_by_group
     from .training.checkpoint import check_writable
     from .training.distributed import processes
     from .training.loop import TrainingCheckpoint
@@ -131,17 +128,23 @@ def _fit(args: argparse.Namespace) -> None:
         ) from None
     if first:
         kept.remove()
-        split = split_by_group(images.load(), groups, detector.config)
-        print(_fit_summary(detector, images, split, args.out), file=sys.stderr)
+        print(_fit_summary(detector, images, args.out), file=sys.stderr)
 
 
-def _fit_summary(detector: Detector, images: Images, split: Split, out: str) -> str:
-    left_out = f" ({len(images.skipped)} left out)" if images.skipped else ""
-    loss = detector.history.validation_loss
+def _fit_summary(detector: Detector, samples, out: str) -> str:
+    left_out = f" ({len(samples.skipped)} left out)" if samples.skipped else ""
+    total, loss = len(samples.load()), detector.history.validation_loss
+    split = detector.parts[0].split
+    if len(detector.parts) > 1:
+        trained = f"trained on all {total} {samples.unit}s{left_out}"
+    else:
+        trained = (
+            f"trained on {len(split.fit)} of {total} {samples.unit}s{left_out}, held out "
+            f"{len(split.validation)} for validation, {len(split.statistics)} for statistics, "
+            f"{len(split.conformal)} for p-values"
+        )
     return (
-        f"trained on {len(split.fit)} of {len(images.load())} {images.unit}s{left_out}, held out "
-        f"{len(split.validation)} for validation, {len(split.statistics)} for statistics, "
-        f"{len(split.conformal)} for p-values; {detector.history.seconds:.1f} s"
+        f"{trained}; {detector.history.seconds:.1f} s"
         + (f", final validation loss {loss[-1][1]:.4f}" if loss else "")
         + "".join(f"; {note}" for note in detector.history.notes)
         + f"; saved as {out}"

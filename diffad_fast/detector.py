@@ -24,7 +24,16 @@ from .denoisers.inference import has_bfloat16
 from .errors import BackendError, CheckpointError, InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
-from .scoring import Conformal, MapStatistics, Score, fit_statistics, split_by_group
+from .scoring import (
+    SMALLEST_CALIBRATION,
+    Conformal,
+    MapStatistics,
+    Score,
+    Split,
+    cross_splits,
+    fit_statistics,
+    split_by_group,
+)
 from .streaming import Stream
 from .training import checkpoint
 from .training.distributed import processes
@@ -33,6 +42,8 @@ from .training.loop import History, TrainingCheckpoint
 KIND = "diffad"
 CUSTOM = "custom"
 _OPENED = (Images, Vectors)
+# Of a cross-fitted calibration, unless told otherwise: each model sees four fifths of the normals.
+FOLDS = 5
 
 
 class Calibration(NamedTuple):
@@ -40,6 +51,13 @@ class Calibration(NamedTuple):
 
     statistics: list[MapStatistics | None]
     conformal: Conformal
+
+
+class Part(NamedTuple):
+    """Normals that were held out, and a model that has not seen them."""
+
+    model: models.TokenModel | models.CoefficientModel
+    split: Split
 
 
 class Trajectory(NamedTuple):
@@ -108,8 +126,10 @@ class Detector:
             from .integrations.timm import TimmFeatures
 
             features = TimmFeatures(config.features, config.channels)
+        self._features = features
         self.model = models.create(config, device, denoiser, features)
         self.calibrations: dict[str, Calibration] = {}
+        self.parts: list[Part] = []
         self.history = History()
 
     @property
@@ -179,42 +199,95 @@ class Detector:
         usable = samples.load()
         if groups is not None and len(groups) != len(samples):
             raise InputError(f"groups has {len(groups)} labels for {len(samples)} samples")
-        split = split_by_group(usable, groups, self.config)
-        self.calibrations = {}
-        self.history = self.model.learn(samples, split, training_checkpoint)
-        wanted = self.mode
-        for mode in MODES:
-            self.mode = mode
-            self._calibrate(samples, split.statistics, split.conformal, split.conformal_groups)
-        self.mode = wanted
+        split, folds = split_by_group(usable, groups, self.config), []
+        if count := self._folds(split):
+            folds = cross_splits(usable, groups, count, self.config.seed)
+            split = Split(list(usable), [], [], [], 0)
+        self.calibrations, self.parts = {}, []
+        self._learn(samples, split, folds, training_checkpoint)
+        self.calibrate(samples)
         return self
 
-    @torch.inference_mode()
-    def _calibrate(
-        self, samples, statistics: list[int], conformal: list[int], conformal_groups: int
+    def _folds(self, split: Split) -> int:
+        """Of a cross-fitted calibration; 0 where parts are held out instead."""
+        wanted, few = self.config.cross_fit, split.conformal_groups < SMALLEST_CALIBRATION
+        if wanted is None:
+            worth_it = self.config.on_tokens and self.config.kind != "vector"
+            return FOLDS if few and worth_it else 0
+        return wanted
+
+    def _learn(
+        self, samples, split: Split, folds: list[Split], kept: TrainingCheckpoint | None
     ) -> None:
-        config, model = self.config, self.model
-        bar = progress(None, len(statistics) + len(conformal), "calibrating", samples.unit)
+        """Train this detector's model, and one for each fold with what that one has settled."""
+        model, budget = self.model, self.config.train_budget
+        if budget is not None:
+            model.config = self.config.replace(train_budget=budget / (1 + len(folds)))
+        self.history = model.learn(samples, split, kept)
+        self.parts = [] if folds else [Part(model, split)]
+        for number, fold in enumerate(folds, 1):
+            other = models.create(self.config, self.device, None, self._features)
+            part_of_kept = None if kept is None else kept.fold(number)
+            self.history.seconds += other.learn(samples, fold, part_of_kept).seconds
+            self.parts.append(Part(other, fold))
+        if folds:
+            self.history.notes.append(
+                f"cross-fitted: {len(folds)} models, each without a part of the normals, gave "
+                "statistics and p-values"
+            )
+        if budget is not None:
+            model.config = self.config.replace(train_budget=budget)
+
+    def calibrate(self, source, modes: Sequence[str] = MODES) -> None:
+        """Calibrate modes anew, as ``fit`` does, after options of scoring were changed in
+        ``model.config``. source: what the detector was fitted on, in the same process.
+
+        Raises InputError for a detector that comes from a file, which knows no held-out parts.
+        """
+        if not self.parts:
+            raise InputError(
+                "which normals were held out is not kept in files: fit anew, or calibrate in the "
+                "process that has fitted"
+            )
+        samples, wanted = self.open(source), self.mode
+        for mode in modes:
+            self.mode = mode
+            self._calibrate(samples)
+        self.mode = wanted
+
+    @torch.inference_mode()
+    def _calibrate(self, samples) -> None:
+        """The mode's statistics on held-out normals, and with these the scores of others."""
+        config, audio = self.config, self.config.kind == "audio"
+        for model, _ in self.parts:
+            model.config = config
+        total = sum(len(s.statistics) + len(s.conformal) for _, s in self.parts)
+        bar = progress(None, total, "calibrating", samples.unit)
+
+        def batches(part: str) -> Iterator[tuple]:
+            for model, split in self.parts:
+                for batch in samples.batches(config.batch_size, indices=getattr(split, part)):
+                    yield model, batch.x
+                    bar.update(len(batch.index))
 
         def maps() -> Iterator[list[torch.Tensor | None]]:
-            for batch in samples.batches(config.batch_size, indices=statistics):
-                found = model.raw_maps(batch.x)
+            for model, x in batches("statistics"):
+                found = model.raw_maps(x)
                 # Clips have no positions in common, and not even a length: a window is a sample.
-                audio = config.kind == "audio"
                 yield [m.reshape(-1, 1, 1) for m in found] if audio else found
-                bar.update(len(batch.index))
 
         with bar:
-            found = fit_statistics(maps(), config.statistics, model.statistics_smoothing)
-            model.use(found)
-            scores = []
-            for batch in samples.batches(config.batch_size, indices=conformal):
-                scores.append(self.score_batch(batch.x, maps=False)[1])
-                bar.update(len(batch.index))
-        held_out = np.sort(np.concatenate(scores))
+            for model, _ in self.parts:
+                model.use(None)
+            found = fit_statistics(maps(), config.statistics, self.model.statistics_smoothing)
+            for model in {id(m): m for m in (self.model, *(p.model for p in self.parts))}.values():
+                model.use(found)
+            scores = [model.score(x)[1].cpu().double() for model, x in batches("conformal")]
+        held_out = torch.cat(scores).sort().values.numpy()
         normal = held_out[: len(held_out) - int(config.contamination * len(held_out))]
+        groups = sum(split.conformal_groups for _, split in self.parts)
         self.calibrations[self.mode] = Calibration(
-            found, Conformal(normal, conformal_groups, config.false_positive_rate)
+            found, Conformal(normal, groups, config.false_positive_rate)
         )
 
     def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:

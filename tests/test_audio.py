@@ -255,7 +255,7 @@ def test_command_line(clips, tmp_path, capsys):
     model, out = str(tmp_path / "m.diffad"), tmp_path / "out"
     fit = ["fit", str(root), "--kind", "audio", "--config", str(tmp_path / "c.json")]
     assert cli.main([*fit, "--out", model]) == 0
-    assert "of 12 clips" in capsys.readouterr().err
+    assert "trained on all 12 clips" in capsys.readouterr().err
     assert (
         cli.main(
             ["score", model, str(root / "test" / "whistle"), "--out", str(out), "--batch-size", "3"]

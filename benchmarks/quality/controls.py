@@ -12,30 +12,43 @@ import torch
 from torch import nn
 
 from diffad_fast import Detector
+from diffad_fast.detector import Part
 from diffad_fast.representations import VectorTokens
-from diffad_fast.scoring import FeatureDistance, split_by_group
+from diffad_fast.scoring import FeatureDistance
 
 CONTROLS = ("Gaussian", "PCA residual", "kNN")
 # Share of the variance that the principal components keep.
 PCA_SHARE = 0.95
 
 
-def controls(detector: Detector, samples, groups) -> Iterator[tuple[str, Detector]]:
-    """(name, calibrated detector) of each control, for a detector on tokens."""
+def controls(detector: Detector, samples) -> Iterator[tuple[str, Detector]]:
+    """(name, calibrated detector) of each control, for a detector on tokens, fitted on
+    ``samples``."""
     samples = detector.open(samples)
-    split = split_by_group(samples.load(), groups, detector.config)
-    banks = detector.model._banks(samples, split.fit)
     for name in CONTROLS:
         control = copy.copy(detector)
-        control.model = model = copy.deepcopy(detector.model)
-        control.calibrations = {}
-        model.distances = nn.ModuleList()
-        forms = dict(zip(model.denoisers, _forms(name, model, banks), strict=True))
-        model._loop = forms.get
-        model._evaluate = lambda tokens, rows, form: [form(rows)]
-        model.use(None)
-        control._calibrate(samples, split.statistics, split.conformal, split.conformal_groups)
+        control.calibrations, control.parts = {}, []
+        for model, split in detector.parts:
+            control.parts.append(Part(_control(name, model, samples, split.fit), split))
+        if len(detector.parts) == 1:
+            control.model = control.parts[0].model
+        else:
+            control.model = _control(name, detector.model, samples, samples.load())
+        control.calibrate(samples, [detector.mode])
         yield name, control
+
+
+def _control(name: str, model, samples, indices):
+    """A copy of ``model`` whose denoisers are closed forms, fitted on the normals ``indices``."""
+    banks = model._banks(samples, indices)
+    # Statistics are attributes of the mode that is in use, and the copy gets its own.
+    copied = copy.deepcopy(model)
+    copied.distances = nn.ModuleList()
+    forms = dict(zip(copied.denoisers, _forms(name, copied, banks), strict=True))
+    copied._loop = forms.get
+    copied._evaluate = lambda tokens, rows, form: [form(rows)]
+    copied.use(None)
+    return copied
 
 
 def _forms(name: str, model, banks: list[torch.Tensor]) -> list[Callable]:

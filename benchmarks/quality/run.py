@@ -19,7 +19,7 @@ from diffad_fast import Detector, metrics
 from diffad_fast.config import MODES
 from diffad_fast.denoisers.wavelet_unet import Stage
 from diffad_fast.evaluation import figures, latency
-from diffad_fast.scoring import Score, split_by_group
+from diffad_fast.scoring import Score
 
 from ..machine import describe
 from ..results import write_quality
@@ -132,7 +132,7 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
             put(f"{OURS}, {mode}", detector)
             detector.mode = usual
         if detector.config.on_tokens and not args.without_controls:
-            for name, control in controls(detector, data.train, data.groups):
+            for name, control in controls(detector, data.train):
                 put(name, control)
         if args.robustness:
             found = _polluted(detector, data, args, seed, rows) | _shifted(detector, data, rows)
@@ -205,10 +205,8 @@ def _scored_by(detector: Detector, data: DataSet, options: dict) -> Iterator[Non
     if not options.pop("multi_scale", True):
         model._features = lambda x0: type(model)._features(model, x0)[-1:]
     model.config, detector.calibrations = detector.config.replace(**options), {}
-    samples = detector.open(data.train)
-    split = split_by_group(samples.load(), data.groups, detector.config)
     try:
-        detector._calibrate(samples, split.statistics, split.conformal, split.conformal_groups)
+        detector.calibrate(data.train, [detector.mode])
         yield
     finally:
         model.__dict__.pop("_features", None)

@@ -141,6 +141,8 @@ class TokenModel(nn.Module):
                     chosen = torch.randperm(tokens.shape[1], generator=generator)[:share]
                     tokens = tokens[:, chosen.to(tokens.device)]
                 bank.append(tokens.flatten(0, 1).clone())
+        if not len(indices):
+            return [torch.zeros(0, dim) for dim in self.representation.dims]
         return [torch.cat(bank) for bank in banks]
 
     def _seen(self, x: torch.Tensor) -> torch.Tensor:

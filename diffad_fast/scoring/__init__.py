@@ -1,18 +1,20 @@
 """From an input and its reconstruction to a map, a score, a p-value and a label."""
 
-from .calibration import Conformal
+from .calibration import SMALLEST_CALIBRATION, Conformal
 from .maps import MAPS, MapStatistics, fit_statistics
 from .score import Score, own_part
 from .semantic import FeatureDistance
-from .split import Split, split_by_group
+from .split import Split, cross_splits, split_by_group
 
 __all__ = [
     "MAPS",
+    "SMALLEST_CALIBRATION",
     "Conformal",
     "FeatureDistance",
     "MapStatistics",
     "Score",
     "Split",
+    "cross_splits",
     "fit_statistics",
     "own_part",
     "split_by_group",

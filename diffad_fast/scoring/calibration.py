@@ -12,7 +12,10 @@ SMALLEST_CALIBRATION = 20
 class Conformal:
     """p = (1 + #{calibration scores >= s}) / (n + 1) (Vovk et al. 2005; Bates et al. 2023).
 
-    scores: (n,) of normals that neither the model nor the statistics have seen.
+    scores: (n,) of normals that neither the model nor the statistics have seen: then p is valid,
+    p <= u with a probability of at most u for u in [0, 1]. Or each by a model that has not seen it
+    while the one in use has seen all (cross-conformal, Vovk 2015): the guarantee is lost to the
+    difference between the models, which in practice makes p a little too large.
     groups: how many independent objects these scores come from; below 20 there is no label.
     """
 

@@ -85,6 +85,11 @@ class TrainingCheckpoint:
         log = None if self.log is None else Path(self.log).with_suffix(f".{number}.csv")
         return replace(self, path=f"{os.fspath(self.path)}.{number}", log=log)
 
+    def fold(self, number: int) -> TrainingCheckpoint:
+        """The same for one of the folds of a cross-fitted calibration, counted from 1."""
+        log = None if self.log is None else Path(self.log).with_suffix(f".fold{number}.csv")
+        return replace(self, path=f"{os.fspath(self.path)}.{number}-fold", log=log)
+
     def remove(self) -> None:
         """Remove the states of all parts, if they are there."""
         path = Path(self.path)

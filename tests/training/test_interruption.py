@@ -132,13 +132,14 @@ class Pulled(Exception):
     pass
 
 
-@pytest.mark.parametrize("stopped_in", [0, 1])
+@pytest.mark.parametrize("stopped_in", [0, 1, 4])
 def test_a_detector_of_several_networks_resumes(stopped_in, tmp_path, monkeypatch):
-    """Interrupted in the first or in the second of two networks, each with a state of its own."""
+    """Interrupted in one of six networks, each with a state of its own: two sources of tokens, for
+    the detector and for each of two folds."""
     images = (np.random.default_rng(0).random((24, 32, 32)) * 255).astype(np.uint8)
     options = {
         "image_size": 32, "denoiser": "token-mlp", "tokens": ("energy-8", "energy-16"),
-        "token_width": 32, "token_blocks": 1, "token_batch": 64, "device": "cpu",
+        "token_width": 32, "token_blocks": 1, "token_batch": 64, "device": "cpu", "cross_fit": 2,
     }  # fmt: skip
     state = tmp_path / "state"
     inputs, calls = TokenTrainer.inputs, []
@@ -160,10 +161,11 @@ def test_a_detector_of_several_networks_resumes(stopped_in, tmp_path, monkeypatc
     kept = TrainingCheckpoint(state, resume=True)
     resumed = daf.Detector(**options).fit(images, steps=20, training_checkpoint=kept)
     # Nothing is computed twice.
-    assert calls == [*range(11, 20), *([] if stopped_in else range(20))]
+    assert calls == [*range(11, 20), *list(range(20)) * (5 - stopped_in)]
     worker.assert_same(resumed.model.state_dict(), whole.model.state_dict())
     np.testing.assert_array_equal(resumed.score(images).score, whole.score(images).score)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["state", "state.1"]
+    states = ["", ".1", ".1-fold", ".1-fold.1", ".2-fold", ".2-fold.1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"state{name}" for name in states]
     kept.remove()
     assert not list(tmp_path.iterdir())
 
