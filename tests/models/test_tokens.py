@@ -154,6 +154,7 @@ def test_augmentation_reaches_the_tokens():
     share = {}
     for augment in ((), ("noise",)):
         options = {"tokens": ["energy-8"], "train_steps": 150, "augment": augment, **SMALL}
+        options["cross_fit"] = 0
         detector = daf.Detector("image", 64, denoiser="token-mlp", **options)
         detector.fit(textures(120, 0))
         clean, noisy, anomalous = (
