@@ -36,6 +36,7 @@ UNET_STEPS = 500
 PUBLISHED_STEPS = (50, 250)
 # Standardised maps: float32 errors divided by small deviations; bfloat16 where `fit` chose it.
 TOLERANCE = {"float32": 5e-3, "bfloat16": 5e-2}
+CHECKED = 4  # images of a batch
 
 
 def run(runner: Run, args: argparse.Namespace) -> dict:
@@ -240,10 +241,17 @@ def _case(n: int, scorers: dict, images: torch.Tensor) -> Case:
 
 
 def _check(scorer, images: torch.Tensor) -> Callable:
-    """Ours are held against the same weights in float64, others must be finite."""
+    """Ours are held against the same weights in float64 on the first images, which is enough as a
+    score does not depend on its neighbours; others must be finite."""
     if not isinstance(scorer, (_Ours, _Reference)):
         return _finite
-    return lambda output: difference(scorer.exactly(images), output, TOLERANCE[scorer.dtype])
+    some = images[:CHECKED]
+
+    def check(output) -> str | None:
+        found = [part[: len(some)] for part in output]
+        return difference(scorer.exactly(some), found, TOLERANCE[scorer.dtype])
+
+    return check
 
 
 def _finite(output) -> str | None:

@@ -33,7 +33,7 @@ from benchmarks.compile_report import parse, spills_in_loops
 from benchmarks.quality import run as quality
 from benchmarks.quality import tables as quality_tables
 from benchmarks.quality.data import DataSet
-from benchmarks.timing import DeviceClock, rounds
+from benchmarks.timing import DeviceClock, HostClock, rounds
 from benchmarks.verify import wrong
 from diffad_fast import native, ops
 from diffad_fast.ops import dispatch
@@ -224,16 +224,32 @@ def test_compare_tells_what_got_slower_beyond_noise():
 
 
 def test_a_slow_operator_shows_in_compare(tmp_path, monkeypatch):
+    """By a clock that tells what the operator says it has done, within a hundredth."""
+    noise, work = np.random.default_rng(0), [1.0]
+
+    def start(clock, run):
+        work[0] = 1.0
+        run()
+        elapsed = work[0] * noise.uniform(1.0, 1.01)
+        return lambda: elapsed
+
+    monkeypatch.setattr(HostClock, "start", start)
     arguments = ("cpu", "--filter", "^q_sample")
     _, before, _ = suite(tmp_path / "before", *arguments)
     operator = dispatch.OPERATORS["q_sample"]
     right = operator.implementations["reference"]
-    monkeypatch.setitem(operator.implementations, operator.backend("cpu"),
-                        lambda *args: [right(*args) for _ in range(5)][0])  # fmt: skip
+
+    def slow(*given):
+        work[0] = 5.0
+        return right(*given)
+
+    monkeypatch.setitem(operator.implementations, operator.backend("cpu"), slow)
     path = next((tmp_path / "before").glob("*.json"))
     status, after, _ = suite(tmp_path / "after", *arguments, "--baseline", str(path))
     assert not after["wrong"] and status == 1
     assert compare.report(before, after)[1] == [before["rows"][0]["case"]]
+    # Baselines that are as slow as before show that the machine has not changed.
+    assert before["rows"][0]["contenders"][REFERENCE]["p50"] < 1.1
 
 
 def test_faster_only_if_the_interval_excludes_one():
