@@ -49,6 +49,11 @@ def test_splits_hold_every_group_out_once(sizes, folds):
     assert cross_splits(indices, groups, folds, seed=3) == splits
 
 
+def test_large_groups_are_spread_over_the_folds():
+    groups = [name for name, size in zip("abcde", (6, 3, 3, 1, 1), strict=True) for _ in range(size)]
+    assert [len(s.conformal) for s in cross_splits(range(14), groups, 2, seed=0)] == [7, 7]
+
+
 def test_the_model_sees_all_normals_and_folds_change_statistics_alone():
     a, b = fitted(cross_fit=2), fitted(cross_fit=6)
     for x, y in zip(a.model.state().values(), b.model.state().values(), strict=True):
