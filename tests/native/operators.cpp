@@ -112,12 +112,23 @@ double rounding() {
 void haar() {
   for (int64_t level = 1; level <= 4; ++level) {
     for (const auto& [channels, rows, columns] :
-         std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {3, 3, 17}, {9, 2, 5}}) {
+         std::vector<std::array<int64_t, 3>>{{1, 1, 1}, {1, 2, 19}, {3, 3, 17}, {9, 2, 5}}) {
       const Tensor x = random({2, channels, rows << level, columns << level});
-      for (const Tensor& image : {x, last(x), x.transpose(2, 3), x.slice(3, 0, 1 << level)}) {
+      // One channel has the bytes of both layouts, and the strides of the other by hand alone.
+      const int64_t width = columns << level, size = (rows << level) * width;
+      const Tensor turned =
+          channels == 1 ? x.as_strided(x.sizes(), {size, 1, width, 1}) : last(x);
+      for (const Tensor& image : {x, turned, x.transpose(2, 3), x.slice(3, 0, 1 << level)}) {
         const Tensor y = call("haar_pack", {image, level})[0];
         expect(call("haar_unpack", {y, level})[0], image, rounding(), "haar_unpack: not inverse");
       }
+      if (channels == 9) continue;
+      const Tensor mean = random_wide({channels << 2 * level}), deviation = mean.abs() + 0.5;
+      const Tensor y = call("standardised_packet", {turned, mean, deviation, level})[0];
+      const auto by_channel = [&](const Tensor& t) { return t.unsqueeze(1).unsqueeze(2); };
+      const Tensor packet = y.to(wide()) * by_channel(deviation) + by_channel(mean);
+      expect(call("haar_pack", {turned, level})[0], packet, 10 * rounding(),
+             "standardised_packet: not haar_pack");
     }
   }
 }
@@ -208,6 +219,14 @@ void diffusion() {
           }
         }
       }
+    }
+  }
+  for (const auto& [samples, size] :
+       std::vector<std::array<int64_t, 2>>{{1, 1}, {3, 67}, {2, 9001}}) {
+    const Tensor x = random({samples, size}), y = random({samples, size}), w = at::rand({samples});
+    for (const Tensor& target : {y, random_wide({samples, size})}) {
+      call("weighted_mse", {x, target, w});
+      call("weighted_mse_backward", {at::ones({}), x, target, w});
     }
   }
   call("ddim_table", {at::rand({4, 2}, at::kDouble) * 0.5 + 0.1, int64_t{2}, 0.0, 0.5, 1.0});
@@ -330,11 +349,11 @@ int main(int argc, char** argv) {
   }
   at::manual_seed(0);
   const std::map<std::string, std::function<void()>> cases = {
-      {"haar_pack haar_unpack", haar},
+      {"haar_pack haar_unpack standardised_packet", haar},
       {"dwt2d idwt2d", dwt},
       {"group_norm_silu group_norm_silu_backward", norm},
       {"wavelet_attention wavelet_attention_backward", attention},
-      {"q_sample noised_velocity ddim_step ddim_table", diffusion},
+      {"q_sample noised_velocity ddim_step ddim_table weighted_mse weighted_mse_backward", diffusion},
       {"ddim_finish", finish},
       {"philox_normal_", noise},
       {"token_mlp_loop token_mlp_loss", token_mlp},

@@ -35,10 +35,9 @@ inline int64_t haar_scratch(const HaarArgs& args) {
   const int64_t numbers = args.lanes << 2 * args.level;  // of a block
   if (args.by_pixels) {
     // A row of blocks, the planes of one row of pixels, and the coefficients band by band.
-    const int64_t bands = numbers < 16 ? 16 : numbers;
     return numbers * args.tile_cols + kHaarPadding +
            args.lanes * ((args.tile_cols << args.level) + kHaarPadding) +
-           bands * (args.tile_cols + 32);
+           numbers * (args.tile_cols + 32);
   }
   if (args.level == 1) return 0;  // one level is done in registers
   return (numbers * args.tile_rows * args.tile_cols + kHaarPadding) << args.past_cache;

@@ -12,9 +12,9 @@ struct MseArgs {
   int64_t size, tiles;
   DType dtype, target_dtype;
   const void *prediction, *target;
-  void* sums = nullptr;            // one a task, of the type computed in
-  const void* factors = nullptr;   // one a sample, of that type
-  void* gradient = nullptr;        // of `dtype`
+  void* sums = nullptr;           // one a task, of the type computed in
+  const void* factors = nullptr;  // one a sample, of that type
+  void* gradient = nullptr;       // of `dtype`
 };
 
 constexpr int64_t kMseTile = 4096;
