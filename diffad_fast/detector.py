@@ -174,8 +174,8 @@ class Detector:
         budget: float | str | None = None,
         training_checkpoint: TrainingCheckpoint | None = None,
     ) -> Detector:
-        """Train on normal data and calibrate every mode on held-out normals, or where these would be
-        few on all of them, each by a model that has not seen it (``DetectorConfig.cross_fit``).
+        """Train on normal data and calibrate every mode on held-out normals; where these would be
+        few, on all of them, each by a model that has not seen it (``DetectorConfig.cross_fit``).
 
         source: for images a folder (searched through), a list of files, an array or tensor
         (N,C,H,W) or (N,H,W) of uint8, uint16 or float in [0,1], or a DataLoader of such batches;
