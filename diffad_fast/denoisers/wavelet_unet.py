@@ -196,15 +196,16 @@ class Conv3x3(nn.Conv2d):
 
 class Conv1x1(nn.Conv2d):
     """A 1x1 convolution: in channels_last on a GPU, and for a single image on a CPU, as the product
-    of matrices that it is. On a GPU their library adds the bias while it writes, which a convolution
-    leaves to a kernel of its own; on a CPU PyTorch gives a single image to its oldest convolution.
-    """
+    of matrices that it is. On a GPU their library adds the bias while it writes, which a
+    convolution leaves to a kernel of its own; on a CPU PyTorch gives a single image to its oldest
+    convolution."""
 
     def __init__(self, channels: int, width: int):
         super().__init__(channels, width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        by_product = x.is_cuda or len(x) == 1
+        # A program that is traced takes batches of any length.
+        by_product = x.is_cuda or (not torch.compiler.is_compiling() and len(x) == 1)
         if by_product and x.is_contiguous(memory_format=torch.channels_last):
             return self.product(x)
         return super().forward(x)

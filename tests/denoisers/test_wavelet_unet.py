@@ -106,6 +106,21 @@ def test_a_1x1_convolution_is_a_product_of_matrices():
     torch.testing.assert_close(y, torch.nn.functional.conv2d(x, layer.weight, layer.bias))
 
 
+def test_a_single_image_is_a_product_on_a_cpu_but_not_while_a_program_is_traced(monkeypatch):
+    layer, products = Conv1x1(12, 20).to(memory_format=torch.channels_last), []
+    product = Conv1x1.product
+    monkeypatch.setattr(Conv1x1, "product", lambda *x: (products.append(1), product(*x))[1])
+    x = torch.randn(3, 12, 5, 7).contiguous(memory_format=torch.channels_last)
+    batch = layer(x)
+    assert not products
+    torch.testing.assert_close(layer(x[1:2]), batch[1:2])
+    assert len(products) == 1
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(layer, (x,), dynamic_shapes=dynamic).module()
+    assert len(products) == 1
+    torch.testing.assert_close(program(x[:1]), batch[:1])
+
+
 def test_one_product_conditions_all_blocks():
     """As every block's own layer would have it."""
     model = randomised("unet-tiny", 4)
