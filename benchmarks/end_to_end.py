@@ -7,6 +7,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -126,10 +127,11 @@ class _Ours:
 
     def exactly(self, images: torch.Tensor):
         with as_written():
-            return in_float64(self.in_float32()).score_batch(images.double())
+            return in_float64(self.plain).score_batch(images.double())
 
-    def in_float32(self):
-        """The same weights without the choice of a dtype that ``fit`` made."""
+    @cached_property
+    def plain(self):
+        """The same weights in float32, without the choice of a dtype that ``fit`` made."""
         if self.dtype == "float32":
             return self.detector
         plain = copy.deepcopy(self.detector)
@@ -147,7 +149,7 @@ class _Reference:
     def __init__(self, of: str, ours: _Ours, memory_format: str):
         self.of, self.ours, self.memory_format = of, ours, memory_format
         self.note = f"the weights of {of}, plain PyTorch, eager"
-        plain = ours.in_float32()
+        plain = ours.plain
         as_images = memory_format == "contiguous" and not plain.config.on_tokens
         self.variant = contiguous(plain) if as_images else plain
         self.exactly = ours.exactly

@@ -214,9 +214,9 @@ class DetectorConfig:
     """0: parts of the normals are held out, by the shares below. 2 and more, for the token MLP: it
     is trained on all normals, and again without each of so many parts, whose maps and scores, by
     the model that has not seen them, give statistics and p-values; nothing validates. Training
-    takes as many times longer, scoring does not. None: 5 for the token MLP on images and recordings
-    (not in the preset `fast`) where the shares would leave fewer than 20 groups for p-values, else
-    0."""
+    takes the time of one model more than that, scoring no more. None: 5 for the token MLP on images
+    and recordings (not in the preset `fast`) where the shares would leave fewer than 20 groups for
+    p-values, else 0."""
     # Held-out normals, as shares of the groups; the rest is fitted
     validation_share: float = 0.05
     statistics_share: float = 0.10

@@ -224,20 +224,21 @@ class Detector:
         model, budget = self.model, self.config.train_budget
         if budget is not None:
             model.config = self.config.replace(train_budget=budget / (1 + len(folds)))
-        self.history = model.learn(samples, split, kept)
-        self.parts = [] if folds else [Part(model, split)]
-        for number, fold in enumerate(folds, 1):
-            other = models.create(self.config, self.device, None, self._features)
-            part_of_kept = None if kept is None else kept.fold(number)
-            self.history.seconds += other.learn(samples, fold, part_of_kept).seconds
-            self.parts.append(Part(other, fold))
+        try:
+            self.history = model.learn(samples, split, kept)
+            self.parts = [] if folds else [Part(model, split)]
+            for number, fold in enumerate(folds, 1):
+                other = models.create(self.config, self.device, None, self._features)
+                part_of_kept = None if kept is None else kept.fold(number)
+                self.history.seconds += other.learn(samples, fold, part_of_kept).seconds
+                self.parts.append(Part(other, fold))
+        finally:
+            model.config = self.config.replace(train_budget=budget)
         if folds:
             self.history.notes.append(
                 f"cross-fitted: {len(folds)} models, each without a part of the normals, gave "
                 "statistics and p-values"
             )
-        if budget is not None:
-            model.config = self.config.replace(train_budget=budget)
 
     def calibrate(self, source, modes: Sequence[str] = MODES) -> None:
         """Calibrate modes anew, as ``fit`` does, after options of scoring were changed in

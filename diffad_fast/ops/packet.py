@@ -1,6 +1,6 @@
 """Images as standardised Haar coefficients, and the same noised: what a detector computes before
 its network does. In Triton each is one pass, where the operators that they consist of take three to
-five; in C++ the first is one and the second two."""
+five; in C++, for grey and colour images, the first is one and the second two."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ class Conformal:
 
     scores: (n,) of normals that neither the model nor the statistics have seen: then p is valid,
     p <= u with a probability of at most u for u in [0, 1]. Or each by a model that has not seen it
-    while the one in use has seen all (cross-conformal, Vovk 2015): the guarantee is lost to the
-    difference between the models, which in practice makes p a little too large.
+    while the one in use has seen all (after the cross-conformal predictors of Vovk 2015): then p is
+    as good as the models are alike, without a guarantee.
     groups: how many independent objects these scores come from; below 20 there is no label.
     """
 
