@@ -8,8 +8,10 @@
 //   x[i] = sum over k, b of c_b[k] g_b[i + F - 1 - s - 2 k] = sum over b of (M_b^T c_b)[i]
 // for f_b[j] = g_b[F - 1 - j] and an extension by zeros, or in the periodization by period. So there
 // are two operators, with M and with M^T, and each is the adjoint of the other. Far from the
-// borders both are plain filters. Near them a result has its own list of taps, made here in
-// double from E: that serves every border, and signals that are shorter than the filter.
+// borders both are plain filters. Near them E decides: its rows beyond the signal, made here in
+// double, are all that a pass along x needs. Down the columns, where the extension would be a copy
+// of the image, a result near a border has its own list of taps. That serves every border, and
+// signals that are shorter than the filter.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -84,7 +86,19 @@ struct Filters {
   int64_t length, shift;
 };
 
-// The taps of the results at the borders of one axis, a list after another.
+// E[e, i] for all e beyond the n samples that m coefficients reach, in the order of e.
+std::vector<DwtImage> images_of(Border border, int64_t n, int64_t m, const Filters& f) {
+  std::vector<DwtImage> images;
+  const auto beyond = [&](int64_t e) {
+    extension(border, n, m, e,
+              [&](int64_t i, double weight) { images.push_back({e, i, weight}); });
+  };
+  for (int64_t e = f.shift - f.length + 1; e < 0; ++e) beyond(e);
+  for (int64_t e = n; e <= 2 * (m - 1) + f.shift; ++e) beyond(e);
+  return images;
+}
+
+// The taps of the rows at the borders, a list after another.
 class Axis {
  public:
   // M: n samples to m coefficients.
@@ -101,29 +115,20 @@ class Axis {
     return axis;
   }
 
-  // M^T: m coefficients to n samples. The inner samples are an even number from an even one on.
+  // M^T: m coefficients to n samples. The inner ones are whole pairs, see dwt_before_pairs.
   static Axis synthesis(Border border, int64_t n, int64_t m, const Filters& f) {
-    struct Image {
-      int64_t e, i;
-      double weight;
-    };
-    std::vector<Image> images;  // of samples beyond the borders
+    const std::vector<DwtImage> images = images_of(border, n, m, f);
     int64_t begin = std::max<int64_t>(0, f.shift - 1);
     int64_t end = std::min(n, 2 * m - f.length + f.shift + 1);
-    const auto beyond = [&](int64_t e) {
-      extension(border, n, m, e, [&](int64_t i, double weight) {
-        images.push_back({e, i, weight});
-        if (2 * i < n) {
-          begin = std::max(begin, i + 1);
-        } else {
-          end = std::min(end, i);
-        }
-      });
-    };
-    for (int64_t e = f.shift - f.length + 1; e < 0; ++e) beyond(e);
-    for (int64_t e = n; e <= 2 * (m - 1) + f.shift; ++e) beyond(e);
+    for (const DwtImage& image : images) {
+      if (2 * image.sample < n) {
+        begin = std::max(begin, image.sample + 1);
+      } else {
+        end = std::min(end, image.sample);
+      }
+    }
     Axis axis;
-    axis.set_inner((begin + 1) / 2 * 2, end / 2 * 2, n);
+    axis.set_inner(begin + ((begin - f.shift + 1) & 1), end - ((end - f.shift + 1) & 1), n);
     axis.for_borders(n, [&](int64_t i) {
       const auto from = [&](int64_t e, double weight) {
         const int64_t last = std::min(m - 1, halved(e - f.shift + f.length - 1));
@@ -133,14 +138,20 @@ class Axis {
         }
       };
       from(i, 1.0);
-      for (const Image& image : images) {
-        if (image.i == i) from(image.e, image.weight);
+      for (const DwtImage& image : images) {
+        if (image.sample == i) from(image.extended, image.weight);
       }
     });
     return axis;
   }
 
   DwtAxis get() const { return {begin_, end_, starts_.data(), taps_.data()}; }
+
+  int longest() const {
+    int64_t most = 0;
+    for (size_t i = 1; i < starts_.size(); ++i) most = std::max(most, starts_[i] - starts_[i - 1]);
+    return static_cast<int>(most);
+  }
 
  private:
   void set_inner(int64_t begin, int64_t end, int64_t count) {
@@ -239,13 +250,21 @@ void transform(bool analysis, void* image_data, const Tensor& image,
       return haar_tiles(args, batch);
     }
   }
-  const auto make = analysis ? &Axis::analysis : &Axis::synthesis;
-  const Axis y = make(border, height, rows, f), x = make(border, width, cols, f);
-  DwtArgs args{dtype,  static_cast<int>(length), f.shift, f.low, f.high, planes, lanes, height,
-               width,  rows, cols, y.get(), x.get(), plane_of(image_data, image), {}};
+  const Axis y = (analysis ? &Axis::analysis : &Axis::synthesis)(border, height, rows, f);
+  const std::vector<DwtImage> images = images_of(border, width, cols, f);
+  DwtArgs args{};
+  args.dtype = dtype;
+  args.length = static_cast<int>(length), args.shift = f.shift;
+  args.low = f.low, args.high = f.high;
+  args.channels = planes, args.lanes = lanes;
+  args.height = height, args.width = width, args.rows = rows, args.cols = cols;
+  args.y = y.get(), args.longest = y.longest();
+  args.images = images.data(), args.image_count = static_cast<int64_t>(images.size());
+  args.extended_width = std::max(width, 2 * (cols - 1) + f.shift + 1);
+  args.image = plane_of(image_data, image);
   for (int b = 0; b < 4; ++b) args.bands[b] = plane_of(band_data[b], bands[b]);
-  const int64_t count = batch * planes * (analysis ? rows : height);
-  const int64_t work = (analysis ? 2 : 1) * width * lanes;
+  const int64_t count = batch * planes * (analysis ? rows : dwt_row_pairs(args));
+  const int64_t work = 2 * width * lanes;
   const int64_t grain = std::max<int64_t>(1, kGrain / work);
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     const Scratch scratch = scratch_of(dwt_scratch(args) * sizeof(double));

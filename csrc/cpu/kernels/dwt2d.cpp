@@ -5,6 +5,9 @@
 // whatever the layout. Down the columns these are the rows. Along x an image row is kept as its
 // even and its odd pixels, as sequences of pixels of `lanes` channels: coefficient o takes the
 // sample 2 o + shift - j from one of them at the distance floor((shift - j) / 2) from o.
+//
+// Along x there are no borders: analysis extends its row before the filters, synthesis runs the
+// filters over the extended row, with zeros around the coefficients, and folds its ends back.
 #include "dwt2d.h"
 
 #include "simd.h"
@@ -12,24 +15,27 @@
 namespace diffad::DIFFAD_ISA {
 namespace {
 
-template <class T, int kOut, int kTaps, int kVectors>
-DIFFAD_SIMD void sum_vectors(const T* const* p, const compute_t<T> (*w)[2], int taps, int64_t at,
-                             Vec<compute_t<T>> (&sum)[kOut][kVectors]) {
+// The sums of kVectors vectors, which follow each other from `at` on but for the last, at `last`.
+template <int kOut, int kTaps, int kVectors, class T, class Out>
+DIFFAD_SIMD void sum_vectors(const T* const* p, const compute_t<T> (*w)[2], int taps,
+                             Out* const (&out)[kOut], int64_t at, int64_t last) {
   using C = compute_t<T>;
-  DIFFAD_UNROLL
-  for (int b = 0; b < kOut; ++b) {
-    DIFFAD_UNROLL
-    for (int u = 0; u < kVectors; ++u) sum[b][u] = Vec<C>{};
-  }
+  const auto place = [&](int u) { return u + 1 < kVectors ? at + u * kLanes<C> : last; };
+  Vec<C> sum[kOut][kVectors] = {};
   const int count = kTaps ? kTaps : taps;
 #pragma GCC unroll 8
   for (int j = 0; j < count; ++j) {
     DIFFAD_UNROLL
     for (int u = 0; u < kVectors; ++u) {
-      const Vec<C> x = load(p[j] + at + u * kLanes<C>);
+      const Vec<C> x = load(p[j] + place(u));
       DIFFAD_UNROLL
       for (int b = 0; b < kOut; ++b) sum[b][u] = fma(x, splat(w[j][b]), sum[b][u]);
     }
+  }
+  DIFFAD_UNROLL
+  for (int b = 0; b < kOut; ++b) {
+    DIFFAD_UNROLL
+    for (int u = 0; u < kVectors; ++u) store(out[b] + place(u), sum[b][u]);
   }
 }
 
@@ -40,68 +46,33 @@ DIFFAD_SIMD void sum_taps(const T* const* p, const compute_t<T> (*w)[2], int tap
                           Out* const (&out)[kOut], int64_t n) {
   using C = compute_t<T>;
   constexpr int lanes = kLanes<C>;
-  constexpr int vectors = 4;
-  int64_t i = 0;
-  for (; i + vectors * lanes <= n; i += vectors * lanes) {
-    Vec<C> sum[kOut][vectors];
-    sum_vectors<T, kOut, kTaps>(p, w, taps, i, sum);
-    DIFFAD_UNROLL
-    for (int b = 0; b < kOut; ++b) {
-      DIFFAD_UNROLL
-      for (int u = 0; u < vectors; ++u) store(out[b] + i + u * lanes, sum[b][u]);
-    }
-  }
   if (n >= lanes) {
-    for (; i < n; i += lanes) {
-      const int64_t at = i + lanes <= n ? i : n - lanes;
-      Vec<C> sum[kOut][1];
-      sum_vectors<T, kOut, kTaps>(p, w, taps, at, sum);
-      DIFFAD_UNROLL
-      for (int b = 0; b < kOut; ++b) store(out[b] + at, sum[b][0]);
+    int64_t i = 0;
+    for (; i + 4 * lanes <= n; i += 4 * lanes) {
+      sum_vectors<kOut, kTaps, 4>(p, w, taps, out, i, i + 3 * lanes);
+    }
+    const int64_t left = n - i;
+    if (left > 3 * lanes) {
+      sum_vectors<kOut, kTaps, 4>(p, w, taps, out, i, n - lanes);
+    } else if (left > 2 * lanes) {
+      sum_vectors<kOut, kTaps, 3>(p, w, taps, out, i, n - lanes);
+    } else if (left > lanes) {
+      sum_vectors<kOut, kTaps, 2>(p, w, taps, out, i, n - lanes);
+    } else if (left > 0) {
+      sum_vectors<kOut, kTaps, 1>(p, w, taps, out, i, n - lanes);
     }
     return;
   }
+  if (n == 0) return;
+  Vec<C> sum[kOut] = {};
   const int count = kTaps ? kTaps : taps;
-  for (; i < n; ++i) {
-    C sum[kOut] = {};
-    for (int j = 0; j < count; ++j) {
-      const C x = load_one(p[j] + i);
-      DIFFAD_UNROLL
-      for (int b = 0; b < kOut; ++b) sum[b] = fma(x, w[j][b], sum[b]);
-    }
+  for (int j = 0; j < count; ++j) {
+    const Vec<C> x = load_partial(p[j], n);
     DIFFAD_UNROLL
-    for (int b = 0; b < kOut; ++b) store_one(out[b] + i, sum[b]);
+    for (int b = 0; b < kOut; ++b) sum[b] = fma(x, splat(w[j][b]), sum[b]);
   }
-}
-
-// The same at a border, whose taps take `low` times an element of a and `high` times one of d: into
-// one sum, or for kOut = 2 into one each. Sources lie a stride apart.
-template <int kOut, class T, class Out>
-DIFFAD_SIMD void sum_border(const T* a, int64_t a_stride, const T* d, int64_t d_stride,
-                            const DwtTap* tap, const DwtTap* end, Out* const (&out)[kOut],
-                            int64_t n) {
-  using C = compute_t<T>;
-  int64_t i = 0;
-  for (; i + kLanes<C> <= n; i += kLanes<C>) {
-    Vec<C> sum[kOut] = {};
-    for (const DwtTap* t = tap; t < end; ++t) {
-      const Vec<C> low = load(a + t->source * a_stride + i);
-      const Vec<C> high = load(d + t->source * d_stride + i);
-      sum[0] = fma(low, splat(static_cast<C>(t->low)), sum[0]);
-      sum[kOut - 1] = fma(high, splat(static_cast<C>(t->high)), sum[kOut - 1]);
-    }
-    for (int b = 0; b < kOut; ++b) store(out[b] + i, sum[b]);
-  }
-  for (; i < n; ++i) {
-    C sum[kOut] = {};
-    for (const DwtTap* t = tap; t < end; ++t) {
-      const C low = load_one(a + t->source * a_stride + i);
-      const C high = load_one(d + t->source * d_stride + i);
-      sum[0] = fma(low, static_cast<C>(t->low), sum[0]);
-      sum[kOut - 1] = fma(high, static_cast<C>(t->high), sum[kOut - 1]);
-    }
-    for (int b = 0; b < kOut; ++b) store_one(out[b] + i, sum[b]);
-  }
+  DIFFAD_UNROLL
+  for (int b = 0; b < kOut; ++b) store_partial(out[b], sum[b], n);
 }
 
 // Even and odd pixels of a row; may touch a vector past the end of each.
@@ -122,7 +93,7 @@ DIFFAD_SIMD void part(const C* row, int64_t pixels, int64_t lanes, C* even, C* o
   }
 }
 
-// And back, for an even number of pixels.
+// And back.
 template <class C, class T>
 DIFFAD_SIMD void join(const C* even, const C* odd, int64_t pixels, int64_t lanes, T* row) {
   if (lanes == 1) {
@@ -133,10 +104,7 @@ DIFFAD_SIMD void join(const C* even, const C* odd, int64_t pixels, int64_t lanes
       store(row + i, a);
       store(row + i + kLanes<C>, b);
     }
-    for (; i < pixels; i += 2) {
-      store_one(row + i, even[i / 2]);
-      store_one(row + i + 1, odd[i / 2]);
-    }
+    for (; i < pixels; ++i) store_one(row + i, (i % 2 ? odd : even)[i / 2]);
     return;
   }
   for (int64_t i = 0; i < pixels; ++i) {
@@ -156,125 +124,209 @@ DIFFAD_SIMD bool at_border(const DwtAxis& axis, int64_t i, const DwtTap*& tap, c
   return true;
 }
 
-// Calls f(i, taps, their end) for every result at a border.
-template <class F>
-DIFFAD_SIMD void for_borders(const DwtAxis& axis, int64_t count, F f) {
-  const DwtTap *tap, *end;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i == axis.inner_begin) i = axis.inner_end;
-    if (i < count && at_border(axis, i, tap, end)) f(i, tap, end);
-  }
-}
-
 template <class T>
 DIFFAD_SIMD T* row_of(const DwtPlane& plane, int64_t n, int64_t c, int64_t y) {
   return static_cast<T*>(plane.data) + n * plane.n + c * plane.c + y * plane.y;
+}
+
+// Where a row of pixels has its pixel 0 when at least `before` pixels precede it: their number is
+// even, and rows of one channel keep whole vectors before it, so that what is written by vectors
+// is read by the same ones.
+template <class C>
+DIFFAD_SIMD int64_t room(int64_t before, int64_t lanes) {
+  const int64_t step = lanes == 1 ? 2 * kLanes<C> : 2;
+  return (before + step - 1) / step * step;
+}
+
+// Lines of scratch of pixels of `lanes` channels, a vector's space after each.
+template <class C>
+struct Lines {
+  C* next;
+  int64_t lanes;
+  DIFFAD_SIMD C* take(int64_t pixels) {
+    C* const line = next;
+    const int64_t step = kLanes<C>;
+    next += (pixels * lanes + 3 * step - 1) / step * step;
+    return line;
+  }
+};
+
+// Calls f(image, whether it is the first of its e) for all of them.
+template <class F>
+DIFFAD_SIMD void for_images(const DwtArgs& a, F f) {
+  int64_t before = 0;  // which is no place of an image
+  for (const DwtImage* image = a.images; image < a.images + a.image_count; ++image) {
+    f(*image, image->extended != before);
+    before = image->extended;
+  }
+}
+
+// row[e] = sum of weight row[i] over the images (e, i, weight) of e.
+template <class C>
+DIFFAD_SIMD void extend(const DwtArgs& a, C* row) {
+  for_images(a, [&](const DwtImage& image, bool first) {
+    const C weight = static_cast<C>(image.weight);
+    if (a.lanes == 1) {
+      row[image.extended] = fma(weight, row[image.sample], first ? C{} : row[image.extended]);
+      return;
+    }
+    const C* const from = row + image.sample * a.lanes;
+    C* const to = row + image.extended * a.lanes;
+    for (int64_t c = 0; c < a.lanes; ++c) to[c] = fma(weight, from[c], first ? C{} : to[c]);
+  });
+}
+
+// The transpose, row[i] += weight row[e], for even and odd pixels that are kept from `first` on.
+template <class C>
+DIFFAD_SIMD void fold(const DwtArgs& a, C* const (&phase)[2], int64_t first) {
+  const auto pixel = [&](int64_t i) {
+    return phase[(i - first) & 1] + ((i - first) >> 1) * a.lanes;
+  };
+  for_images(a, [&](const DwtImage& image, bool) {
+    const C weight = static_cast<C>(image.weight);
+    const C* const from = pixel(image.extended);
+    C* const to = pixel(image.sample);
+    for (int64_t c = 0; c < a.lanes; ++c) to[c] = fma(weight, from[c], to[c]);
+  });
 }
 
 template <class T, int kTaps>
 void analysis(const DwtArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t lanes = a.lanes, width = a.width * lanes;
-  C* const rows[2] = {scratch, scratch + width + 64};
-  C* const even = rows[1] + width + 64;
-  C* const odd = even + (a.width + 1) / 2 * lanes + 64;
-  const int taps = a.length;
+  const int64_t before = room<C>(a.length - 1 - a.shift, lanes);
+  const int64_t pixels = before + a.extended_width;
+  Lines<C> lines{scratch, lanes};
+  C *rows[2], *even[2], *odd[2];
+  for (int high = 0; high < 2; ++high) {
+    // What the extension leaves out is zero, and stays so.
+    C* const line = lines.take(pixels);
+    for (int64_t i = 0; i < pixels * lanes; ++i) line[i] = 0;
+    rows[high] = line + before * lanes;
+    even[high] = lines.take(pixels / 2 + 1);
+    odd[high] = lines.take(pixels / 2 + 1);
+  }
+  const int taps = a.length, most = taps > a.longest ? taps : a.longest;
   const auto w = static_cast<C(*)[2]>(__builtin_alloca(taps * sizeof(C[2])));
-  const auto p = static_cast<const T**>(__builtin_alloca(taps * sizeof(T*)));
+  const auto v = static_cast<C(*)[2]>(__builtin_alloca(most * sizeof(C[2])));
+  const auto p = static_cast<const T**>(__builtin_alloca(most * sizeof(T*)));
   const auto q = static_cast<const C**>(__builtin_alloca(taps * sizeof(C*)));
-  const int64_t inner = a.x.inner_begin * lanes;
   for (int j = 0; j < taps; ++j) {
     w[j][0] = static_cast<C>(a.low[j]);
     w[j][1] = static_cast<C>(a.high[j]);
-    const int64_t distance = a.shift - j;
-    q[j] = (distance & 1 ? odd : even) + (distance >> 1) * lanes + inner;
   }
   for (int64_t r = begin; r < end; ++r) {
     const int64_t o = r % a.rows, c = r / a.rows % a.channels, n = r / a.rows / a.channels;
     const T* const image = row_of<T>(a.image, n, c, 0);
     const DwtTap *tap, *last;
     if (at_border(a.y, o, tap, last)) {
-      sum_border<2>(image, a.image.y, image, a.image.y, tap, last, rows, width);
+      const int count = static_cast<int>(last - tap);
+      for (int k = 0; k < count; ++k) {
+        p[k] = image + tap[k].source * a.image.y;
+        v[k][0] = static_cast<C>(tap[k].low);
+        v[k][1] = static_cast<C>(tap[k].high);
+      }
+      sum_taps<2, 0>(p, v, count, rows, width);
     } else {
       for (int j = 0; j < taps; ++j) p[j] = image + (2 * o + a.shift - j) * a.image.y;
       sum_taps<2, kTaps>(p, w, taps, rows, width);
     }
+    // Both rows go through each pass before the next one reads what it wrote.
+    for (C* row : rows) extend(a, row);
+    for (int high = 0; high < 2; ++high) {
+      part(rows[high] - before * lanes, pixels, lanes, even[high], odd[high]);
+    }
     for (int high = 0; high < 2; ++high) {  // along y
-      T* const low_x = row_of<T>(a.bands[high], n, c, o);
-      T* const high_x = row_of<T>(a.bands[2 + high], n, c, o);
-      const C* const row = rows[high];
-      part(row, a.width, lanes, even, odd);
-      T* const out[2] = {low_x + inner, high_x + inner};
-      sum_taps<2, kTaps>(q, w, taps, out, (a.x.inner_end - a.x.inner_begin) * lanes);
-      for_borders(a.x, a.cols, [&](int64_t x, const DwtTap* tap, const DwtTap* last) {
-        T* const out[2] = {low_x + x * lanes, high_x + x * lanes};
-        sum_border<2>(row, lanes, row, lanes, tap, last, out, lanes);
-      });
+      for (int j = 0; j < taps; ++j) {
+        const int64_t distance = before + a.shift - j;
+        q[j] = (distance & 1 ? odd : even)[high] + (distance >> 1) * lanes;
+      }
+      T* const out[2] = {row_of<T>(a.bands[high], n, c, o), row_of<T>(a.bands[2 + high], n, c, o)};
+      sum_taps<2, kTaps>(q, w, taps, out, a.cols * lanes);
     }
   }
 }
 
 // Sample i takes from coefficient o the tap 2 o + shift - i: every second tap, from its own parity
-// on, of both bands.
+// on, of both bands. Two neighbours that begin with i = shift - 1 (mod 2) take from the same
+// coefficients, the taps 2 k + 1 and 2 k of o = (i - shift + 1) / 2 + k.
 template <class T, int kTaps>
 void synthesis(const DwtArgs& a, compute_t<T>* scratch, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   const int64_t lanes = a.lanes, width = a.cols * lanes;
-  C* const low_x = scratch;
-  C* const high_x = low_x + width + 64;
-  C* const phase[2] = {high_x + width + 64, high_x + width + 64 + (a.width + 1) / 2 * lanes + 64};
-  const int most = a.length + 1;
-  C(*w[2])[2];
-  const C** q[2];
-  int taps[2];  // by the parity of the first tap
-  const int64_t inner = a.x.inner_begin;  // even
-  for (int first = 0; first < 2; ++first) {
-    w[first] = static_cast<C(*)[2]>(__builtin_alloca(most * sizeof(C[2])));
-    q[first] = static_cast<const C**>(__builtin_alloca(most * sizeof(C*)));
-    int k = 0;
-    for (int j = first; j < a.length; j += 2, k += 2) {
-      w[first][k][0] = static_cast<C>(a.low[j]);
-      w[first][k + 1][0] = static_cast<C>(a.high[j]);
-      // Of the even or the odd pixels, whichever begins with this tap.
-      const int64_t pixel = (a.shift - first) & 1;
-      const int64_t at = ((pixel - a.shift + j) / 2 + inner / 2) * lanes;
-      q[first][k] = low_x + at;
-      q[first][k + 1] = high_x + at;
+  // Pixels before the row that are wanted, for its images; a pair begins with the first of them.
+  const int64_t before = dwt_before_pairs(a) + room<C>(a.image_count ? a.length - 1 : 0, lanes);
+  const int64_t pixels = before + (a.image_count ? a.extended_width : a.width);
+  const int64_t pairs = (pixels + 1) / 2;
+  const int64_t around = room<C>((before + a.length) / 2 + 2, lanes);
+  Lines<C> lines{scratch, lanes};
+  C *coefficients[2][2], *phase[2];  // by band and row of a pair
+  for (int i = 0; i < 2; ++i) {
+    for (int high = 0; high < 2; ++high) {
+      const int64_t all = around + a.cols + around;
+      C* const line = lines.take(all);
+      for (int64_t k = 0; k < all * lanes; ++k) line[k] = 0;
+      coefficients[high][i] = line + around * lanes;
     }
-    taps[first] = k;
+    phase[i] = lines.take(pairs);
   }
+  const int taps = (a.length + 1) / 2 * 2;
+  const int most = taps > 2 * a.longest ? taps : 2 * a.longest;
+  const auto w = static_cast<C(*)[2]>(__builtin_alloca(taps * sizeof(C[2])));
+  const auto v = static_cast<C(*)[2]>(__builtin_alloca(most * sizeof(C[2])));
   const auto p = static_cast<const T**>(__builtin_alloca(most * sizeof(T*)));
+  const auto q = static_cast<const C**>(__builtin_alloca(taps * sizeof(C*)));
+  for (int k = 0; k < taps; k += 2) {
+    const bool both = k + 1 < a.length;
+    w[k][0] = both ? static_cast<C>(a.low[k + 1]) : C{};
+    w[k][1] = static_cast<C>(a.low[k]);
+    w[k + 1][0] = both ? static_cast<C>(a.high[k + 1]) : C{};
+    w[k + 1][1] = static_cast<C>(a.high[k]);
+  }
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t i = r % a.height, c = r / a.height % a.channels, n = r / a.height / a.channels;
-    T* const image = row_of<T>(a.image, n, c, i);
+    const int64_t down = dwt_row_pairs(a);
+    const int64_t y = r % down * 2 - dwt_before_pairs(a);
+    const int64_t c = r / down % a.channels, n = r / down / a.channels;
     for (int high = 0; high < 2; ++high) {  // along x
       const DwtPlane &ap = a.bands[2 * high], &dp = a.bands[2 * high + 1];
-      C* const out[1] = {high ? high_x : low_x};
       const DwtTap *tap, *last;
-      if (at_border(a.y, i, tap, last)) {
-        sum_border<1>(row_of<T>(ap, n, c, 0), ap.y, row_of<T>(dp, n, c, 0), dp.y, tap, last, out,
-                      width);
-      } else {
-        const int first = (a.shift - i) & 1;
-        const int64_t o = (i - a.shift + first) / 2;
-        for (int k = 0; k < taps[first]; k += 2) {
+      if (a.y.inner_begin <= y && y < a.y.inner_end) {
+        const int64_t o = (y - a.shift + 1) / 2;
+        for (int k = 0; k < taps; k += 2) {
           p[k] = row_of<T>(ap, n, c, o + k / 2);
           p[k + 1] = row_of<T>(dp, n, c, o + k / 2);
         }
-        sum_taps<1, kTaps>(p, w[first], taps[first], out, width);
+        sum_taps<2, kTaps>(p, w, taps, coefficients[high], width);
+        continue;
+      }
+      for (int i = 0; i < 2; ++i) {
+        if (y + i < 0 || y + i >= a.height) continue;
+        at_border(a.y, y + i, tap, last);
+        int count = 0;
+        for (; tap < last; ++tap, count += 2) {
+          p[count] = row_of<T>(ap, n, c, tap->source);
+          p[count + 1] = row_of<T>(dp, n, c, tap->source);
+          v[count][0] = static_cast<C>(tap->low);
+          v[count + 1][0] = static_cast<C>(tap->high);
+        }
+        C* const out[1] = {coefficients[high][i]};
+        sum_taps<1, 0>(p, v, count, out, width);
       }
     }
-    const int64_t pixels = a.x.inner_end - inner;
-    for (int pixel = 0; pixel < 2; ++pixel) {
-      const int first = (a.shift - pixel) & 1;
-      C* const out[1] = {phase[pixel]};
-      sum_taps<1, kTaps>(q[first], w[first], taps[first], out, pixels / 2 * lanes);
+    for (int i = 0; i < 2; ++i) {
+      if (y + i < 0 || y + i >= a.height) continue;
+      for (int k = 0; k < taps; k += 2) {
+        const int64_t at = ((1 - before - a.shift) / 2 + k / 2) * lanes;
+        q[k] = coefficients[0][i] + at;
+        q[k + 1] = coefficients[1][i] + at;
+      }
+      sum_taps<2, kTaps>(q, w, taps, phase, pairs * lanes);
+      fold(a, phase, -before);
+      const auto from = [&](int64_t x) {
+        return phase[(x + before) & 1] + ((x + before) >> 1) * lanes;
+      };
+      join(from(0), from(1), a.width, lanes, row_of<T>(a.image, n, c, y + i));
     }
-    join(phase[0], phase[1], pixels, lanes, image + inner * lanes);
-    for_borders(a.x, a.width, [&](int64_t x, const DwtTap* tap, const DwtTap* last) {
-      T* const out[1] = {image + x * lanes};
-      sum_border<1>(low_x, lanes, high_x, lanes, tap, last, out, lanes);
-    });
   }
 }
 
