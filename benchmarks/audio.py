@@ -4,7 +4,8 @@ By default the detector is trained on one class's clips of fold 1 and tested on 
 other classes are anomalous. `--ten-fold` is the protocol of the data set's authors: its ten folds
 as they are, each tested once by detectors trained on the other nine; mean and deviation over the
 folds, written after every fold. Beside it, on the same clips: the mean distance to the 5 nearest
-training clips, by mean and deviation of every log-mel band (standardised).
+training clips, by mean and deviation of every log-mel band (standardised). Intervals draw whole
+recordings of the test folds.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ import torch
 from diffad_fast import Detector, metrics
 from diffad_fast.data.audio import groups_by_recording, labelled_clips, training_clips
 from diffad_fast.errors import InputError
+from diffad_fast.evaluation import evaluate_audio
 from diffad_fast.representations import LogMel
 
+from . import stats
 from .machine import describe
 from .results import write_quality
 
 CLASSES = ["air_conditioner", "drilling", "engine_idling", "jackhammer", "siren"]
 NEIGHBOURS = 5
+RESAMPLES = 1000
 
 
 def main(argv: list[str]) -> int:
@@ -64,22 +68,65 @@ def main(argv: list[str]) -> int:
         }
     except InputError as error:
         parser.error(str(error))
+    draws = []
     for i, (_, test_folds) in enumerate(folds):
+        scores: dict[str, list[np.ndarray]] = {}
+        distances: dict[str, np.ndarray] = {}
         for normal in args.normal:
             train, test = parts[normal, i]
+            label = np.array([clip.anomaly for clip in test])
             where = {"normal": normal, "test_folds": test_folds}
             for seed in args.seeds:
                 detector = Detector(kind="audio", preset=args.preset, seed=seed)
                 start = time.perf_counter()
                 detector.fit([clip.path for clip in train], groups=groups_by_recording(train))
                 fit_seconds = time.perf_counter() - start
-                found = detector.evaluate(test)
+                evaluation = evaluate_audio(detector, test, strict=True)
+                scores.setdefault(normal, []).append(evaluation.score.score)
+                found = evaluation.metrics
                 runs.append({**where, "seed": seed, "fit_seconds": fit_seconds, **found})
                 print(f"{where} seed {seed}: {found['auroc']:.3f}", file=sys.stderr, flush=True)
-            baselines.append({**where, "auroc": nearest(detector, train, test)})
+            distances[normal] = nearest(detector, train, test)
+            auroc = metrics.auroc(label, distances[normal])
+            baselines.append({**where, "auroc": auroc})
+        draws.append(drawn(test, scores, distances))
+        result["intervals"] = intervals(draws)
         result.setdefault("speed", speed(detector))
         write_quality(args.name, dict(result), table(result))
     return 0
+
+
+def drawn(clips: list, scores: dict[str, list[np.ndarray]], distances: dict[str, np.ndarray]):
+    """AUROCs of the detector (mean over its seeds) and of the nearest neighbours for recordings of
+    one test that are drawn anew: (class or "mean", whose) -> an array. The clips are the same for
+    every class."""
+    kinds = np.array([clip.kind for clip in clips])
+
+    def measure(rows: np.ndarray) -> dict | None:
+        found = {}
+        for normal in scores:
+            label = kinds[rows] != normal
+            if label.all() or not label.any():
+                return None
+            ours = [metrics.auroc(label, score[rows]) for score in scores[normal]]
+            found[normal, "auroc"] = float(np.mean(ours))
+            found[normal, "nearest"] = metrics.auroc(label, distances[normal][rows])
+        for whose in ("auroc", "nearest"):
+            found["mean", whose] = float(np.mean([found[normal, whose] for normal in scores]))
+        return found
+
+    return stats.over_groups(groups_by_recording(clips) or range(len(clips)), measure, RESAMPLES)
+
+
+def intervals(draws: list[dict]) -> dict[str, dict[str, list[float]]]:
+    """Of the means over tests, whose recordings are drawn independently."""
+    result: dict[str, dict[str, list[float]]] = {}
+    mean = {key: np.mean([one[key] for one in draws], axis=0) for key in draws[0]}
+    for name, whose in mean:
+        result.setdefault(name, {})[whose] = stats.interval(mean[name, whose])
+    for name, found in result.items():
+        found["difference"] = stats.difference(mean[name, "auroc"], mean[name, "nearest"])
+    return result
 
 
 def both_kinds(clips: list, normal: str, folds: list[int]) -> list:
@@ -92,8 +139,8 @@ def both_kinds(clips: list, normal: str, folds: list[int]) -> list:
     return clips
 
 
-def nearest(detector: Detector, train: list, test: list) -> float:
-    """AUROC of the distance to the nearest training clips."""
+def nearest(detector: Detector, train: list, test: list) -> np.ndarray:
+    """Distances to the nearest training clips."""
     config = detector.config
     logmel = LogMel(config.sample_rate, config.n_fft, config.hop, config.n_mels)
 
@@ -109,7 +156,7 @@ def nearest(detector: Detector, train: list, test: list) -> float:
     deviation[deviation == 0] = 1.0
     known, new = (known - mean) / deviation, (new - mean) / deviation
     distance = np.sort(np.linalg.norm(new[:, None] - known[None], axis=2), axis=1)
-    return metrics.auroc([clip.anomaly for clip in test], distance[:, :NEIGHBOURS].mean(axis=1))
+    return distance[:, :NEIGHBOURS].mean(axis=1)
 
 
 def speed(detector: Detector, batch: int = 64, seconds: float = 4.0) -> dict[str, float]:
@@ -142,8 +189,8 @@ def table(result: dict) -> str:
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}.",
         f"Preset {result['preset']}, {len(seeds)} seeds: mean and standard deviation over "
-        f"{f'the {len(folds)} test folds' if len(folds) > 1 else 'them'}, in percent. Times real "
-        f"time: {speeds}.",
+        f"{f'the {len(folds)} test folds' if len(folds) > 1 else 'them'}, in percent; in brackets "
+        f"the 95% bootstrap interval over recordings. Times real time: {speeds}.",
         *([result["note"]] if result["note"] else []),
         "",
         "| normal class | AUROC | pAUC | nearest neighbours, AUROC | fit s | ms/clip |",
@@ -155,9 +202,18 @@ def table(result: dict) -> str:
         row = [name, *(_spread(chosen, over, key) for key in ("auroc", "pauc"))]
         peers = [b["auroc"] for b in result["nearest"] if name in (b["normal"], "mean")]
         row.append(f"{100 * statistics.mean(peers):.1f}")
+        for cell, whose in ((1, "auroc"), (3, "nearest")):
+            low, high = (100 * value for value in result["intervals"][name][whose])
+            row[cell] += f" ({low:.1f}–{high:.1f})"
         row.append(f"{statistics.median(one['fit_seconds'] for one in chosen):.0f}")
         row.append(f"{statistics.median(one['latency_ms'] for one in chosen):.1f}")
         lines.append("| " + " | ".join(row) + " |")
+    mean, low, high = (100 * value for value in result["intervals"]["mean"]["difference"])
+    lines += [
+        "",
+        f"- In the mean the detector {stats.compared(low, high)} the nearest neighbours: "
+        f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), paired.",
+    ]
     if len(folds) > 1:
         lines += ["", f"AUROC of each test fold, trained on the {len(folds) - 1} others:", ""]
         lines.append(f"| fold | {' | '.join(classes)} | mean |")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,6 +30,39 @@ def ratio(
     drawn = np.median(a[rows], axis=1) / np.median(b[other], axis=1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(np.median(a) / np.median(b)), float(low), float(high)
+
+
+def over_groups(
+    groups: Sequence, measure: Callable[[np.ndarray], dict[str, float] | None], resamples: int
+) -> dict[str, np.ndarray]:
+    """What ``measure`` gives for the rows of groups that are drawn with replacement, all of a
+    group's rows together: photographs of one object and clips of one recording are no independent
+    evidence. None is drawn again. One draw serves all figures, so that differences are paired."""
+    groups = np.asarray(groups)
+    rng = np.random.default_rng(0)
+    members = [np.flatnonzero(groups == name) for name in np.unique(groups)]
+    drawn: list[dict[str, float]] = []
+    while len(drawn) < resamples:
+        chosen = rng.integers(len(members), size=len(members))
+        found = measure(np.concatenate([members[i] for i in chosen]))
+        if found is not None:
+            drawn.append(found)
+    return {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
+
+
+def interval(drawn: np.ndarray) -> list[float]:
+    """95%, by percentiles."""
+    return np.quantile(drawn, [0.025, 0.975]).tolist()
+
+
+def difference(ours: np.ndarray, other: np.ndarray) -> list[float]:
+    """Mean and interval of the difference of paired draws."""
+    return [float((ours - other).mean()), *interval(ours - other)]
+
+
+def compared(low: float, high: float) -> str:
+    """In words, a difference of ours to another with this interval."""
+    return "beats" if low > 0 else "loses to" if high < 0 else "does not differ from"
 
 
 def verdict(low: float, high: float, margin: float = 0.0) -> str:

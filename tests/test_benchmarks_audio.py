@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import statistics
@@ -12,8 +13,9 @@ import pytest
 
 from benchmarks import audio, results
 from diffad_fast import Detector
-from diffad_fast.data.audio import labelled_clips
+from diffad_fast.data.audio import LabelledClip, labelled_clips
 from diffad_fast.errors import InputError
+from diffad_fast.evaluation import evaluate_audio
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
@@ -69,9 +71,10 @@ class Spy(Detector):
         self.trained = source
         return super().fit(source, groups=groups)
 
-    def evaluate(self, clips):
-        Spy.seen.append((self.trained, clips))
-        return super().evaluate(clips)
+
+def evaluated(detector, clips, strict):
+    Spy.seen.append((detector.trained, clips))
+    return evaluate_audio(detector, clips, strict)
 
 
 def fold_of(path):
@@ -80,6 +83,7 @@ def fold_of(path):
 
 def test_ten_folds_as_their_authors_made_them(root, tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "Detector", Spy)
+    monkeypatch.setattr(audio, "evaluate_audio", evaluated)
     monkeypatch.setattr(Spy, "seen", [])
     names = ["siren", "drilling"]
     options = ["--normal", *names, "--ten-fold", "--seeds", "0", "--name", "ten"]
@@ -99,10 +103,10 @@ def test_ten_folds_as_their_authors_made_them(root, tmp_path, monkeypatch):
     table = (tmp_path / "ten.md").read_text()
     for name in names:
         values = [found[name, fold] for fold in range(1, 11)]
-        expected = f"| {name} | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |"
+        expected = f"| {name} | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ("
         assert expected in table
     means = [statistics.mean(found[name, fold] for name in names) for fold in range(1, 11)]
-    assert f"| mean | {statistics.mean(means):.1f} ± {statistics.stdev(means):.1f} |" in table
+    assert f"| mean | {statistics.mean(means):.1f} ± {statistics.stdev(means):.1f} (" in table
     for fold, mean in enumerate(means, 1):
         cells = " | ".join(f"{found[name, fold]:.1f}" for name in names)
         assert f"\n| {fold} | {cells} | {mean:.1f} |\n" in table
@@ -117,8 +121,42 @@ def test_one_fold_has_the_deviation_of_its_seeds(root, tmp_path, monkeypatch):
     values = [100 * one["auroc"] for one in runs]
     assert [one["seed"] for one in runs] == [0, 1, 2] and len(runs[0]["test_folds"]) == 2
     table = (tmp_path / "one.md").read_text()
-    assert f"| siren | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} |" in table
+    assert f"| siren | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} (" in table
     assert "fold |" not in table
+
+
+def clips_of(recordings):
+    """Clips of (class, recording, how many)."""
+    return [
+        LabelledClip(f"{recording}-{i}.wav", kind, kind != "siren", recording=recording)
+        for kind, recording, count in recordings
+        for i in range(count)
+    ]
+
+
+def test_intervals_draw_recordings_and_not_clips():
+    """Many clips of few recordings say little: with one recording of two wrong, it can be 0."""
+    clips = clips_of([("siren", "a", 20), ("siren", "b", 20), ("dog", "c", 20), ("dog", "d", 20)])
+    score = np.array([0.0] * 20 + [2.0] * 20 + [1.0] * 40)
+    drawn = audio.drawn(clips, {"siren": [score, score]}, {"siren": -score})
+    assert set(drawn) == {(n, w) for n in ("siren", "mean") for w in ("auroc", "nearest")}
+    values = drawn["siren", "auroc"]
+    # Of the draws of four recordings with both kinds among them, by enumeration.
+    expected = [
+        np.mean([recording == "a" for recording in some if recording in "ab"])
+        for some in itertools.product("abcd", repeat=4)
+        if {"a", "b"} & set(some) and {"c", "d"} & set(some)
+    ]
+    assert set(values.round(9)) == set(np.round(expected, 9))
+    assert abs(values.mean() - np.mean(expected)) < 4 * np.std(expected) / audio.RESAMPLES**0.5
+    np.testing.assert_allclose(drawn["siren", "nearest"], 1 - values, atol=1e-12)
+    other = {key: np.random.default_rng(1).permutation(found) for key, found in drawn.items()}
+    one, two = audio.intervals([drawn])["mean"], audio.intervals([drawn, other])["mean"]
+    assert one["auroc"] == np.quantile(values, [0.025, 0.975]).tolist() == [0.0, 1.0]
+    both = (values + other["siren", "auroc"]) / 2
+    assert two["auroc"] == np.quantile(both, [0.025, 0.975]).tolist()
+    mean, low, high = one["difference"]
+    assert mean == pytest.approx((2 * values - 1).mean()) and [low, high] == [-1.0, 1.0]
 
 
 def test_a_fold_needs_normal_clips_and_others(root):

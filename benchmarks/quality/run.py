@@ -21,6 +21,7 @@ from diffad_fast.denoisers.wavelet_unet import Stage
 from diffad_fast.evaluation import figures, latency
 from diffad_fast.scoring import Score
 
+from .. import stats
 from ..machine import describe
 from ..results import write_quality
 from .controls import CONTROLS, controls
@@ -158,7 +159,7 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
         (name for name in CONTROLS if name in scores), default=None,
         key=lambda name: _mean_auroc(label, scores[name]),
     )  # fmt: skip
-    intervals, difference = _bootstrap(label, groups, scores, best)
+    intervals, difference = _intervals(label, groups, scores, best)
     return {
         "name": data.name,
         "kind": data.kind,
@@ -231,30 +232,22 @@ def _mean_auroc(label: np.ndarray, scores: Sequence[np.ndarray]) -> float:
     return float(np.mean([metrics.auroc(label, score) for score in scores]))
 
 
-def _bootstrap(
+def _intervals(
     label: np.ndarray, groups: np.ndarray, scores: dict[str, list[np.ndarray]], best: str | None
 ) -> tuple[dict, list[float] | None]:
-    """95% percentile intervals of the mean AUROC over seeds, and of ours less the best control.
+    """Of the mean AUROC over seeds, and of ours less the best control."""
 
-    Objects are drawn, with all their samples: photographs of one object are no independent
-    evidence. The same draws serve every method, so that differences are paired.
-    """
-    rng = np.random.default_rng(0)
-    names, members = np.unique(groups), {}
-    for name in names:
-        members[name] = np.flatnonzero(groups == name)
-    drawn: dict[str, list[float]] = {name: [] for name in scores}
-    while len(drawn[OURS]) < RESAMPLES:
-        rows = np.concatenate([members[n] for n in rng.choice(names, len(names))])
+    def measure(rows: np.ndarray) -> dict[str, float] | None:
         if label[rows].min() == label[rows].max():
-            continue
-        for name, found in scores.items():
-            drawn[name].append(_mean_auroc(label[rows], [score[rows] for score in found]))
-    interval = {n: np.quantile(v, [0.025, 0.975]).tolist() for n, v in drawn.items()}
-    if best is None:
-        return interval, None
-    difference = np.subtract(drawn[OURS], drawn[best])
-    return interval, [float(difference.mean()), *np.quantile(difference, [0.025, 0.975]).tolist()]
+            return None
+        return {
+            name: _mean_auroc(label[rows], [score[rows] for score in found])
+            for name, found in scores.items()
+        }
+
+    drawn = stats.over_groups(groups, measure, RESAMPLES)
+    interval = {name: stats.interval(values) for name, values in drawn.items()}
+    return interval, None if best is None else stats.difference(drawn[OURS], drawn[best])
 
 
 # ------------------------------------------------------------- robustness

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 
+from ..stats import compared
+
 FIGURES = {
     "image": {
         "image_auroc": "image AUROC",
@@ -88,10 +90,9 @@ def _verdict(one: dict) -> str:
     if one["difference_to_best_control"] is None:
         return ""
     mean, low, high = (100 * value for value in one["difference_to_best_control"])
-    word = "beats" if low > 0 else "loses to" if high < 0 else "does not differ from"
     return (
-        f"- {one['name']}: the learned model {word} its best control, {one['best_control']}: "
-        f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), paired."
+        f"- {one['name']}: the learned model {compared(low, high)} its best control, "
+        f"{one['best_control']}: {mean:+.1f} ({low:+.1f} to {high:+.1f}), paired."
     )
 
 
