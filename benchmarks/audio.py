@@ -25,6 +25,7 @@ from diffad_fast.evaluation import evaluate_audio
 from diffad_fast.representations import LogMel
 
 from . import stats
+from .grid import grid
 from .machine import describe
 from .results import write_quality
 
@@ -193,9 +194,8 @@ def table(result: dict) -> str:
         f"the 95% bootstrap interval over recordings. Times real time: {speeds}.",
         *([result["note"]] if result["note"] else []),
         "",
-        "| normal class | AUROC | pAUC | nearest neighbours, AUROC | fit s | ms/clip |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
+    rows = []
     classes = list(dict.fromkeys(one["normal"] for one in runs))
     for name in [*classes, "mean"]:
         chosen = [one for one in runs if name in (one["normal"], "mean")]
@@ -207,26 +207,26 @@ def table(result: dict) -> str:
             row[cell] += f" ({low:.1f}–{high:.1f})"
         row.append(f"{statistics.median(one['fit_seconds'] for one in chosen):.0f}")
         row.append(f"{statistics.median(one['latency_ms'] for one in chosen):.1f}")
-        lines.append("| " + " | ".join(row) + " |")
+        rows.append(row)
+    head = ["normal class", "AUROC", "pAUC", "nearest neighbours, AUROC", "fit s", "ms/clip"]
     mean, low, high = (100 * value for value in result["intervals"]["mean"]["difference"])
     lines += [
+        *grid(head, rows),
         "",
         f"- In the mean the detector {stats.compared(low, high)} the nearest neighbours: "
         f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), paired.",
     ]
     if len(folds) > 1:
         lines += ["", f"AUROC of each test fold, trained on the {len(folds) - 1} others:", ""]
-        lines.append(f"| fold | {' | '.join(classes)} | mean |")
-        lines.append("| --- |" + " --- |" * (len(classes) + 1))
+        rows = []
         for fold in folds:
             here = [one for one in runs if tuple(one["test_folds"]) == fold]
             means = [
-                100
-                * statistics.mean(one["auroc"] for one in here if name in (one["normal"], "mean"))
+                statistics.mean(one["auroc"] for one in here if name in (one["normal"], "mean"))
                 for name in [*classes, "mean"]
             ]
-            cells = " | ".join(f"{value:.1f}" for value in means)
-            lines.append(f"| {', '.join(map(str, fold))} | {cells} |")
+            rows.append([", ".join(map(str, fold)), *(f"{100 * value:.1f}" for value in means)])
+        lines += grid(["fold", *classes, "mean"], rows)
     return "\n".join(lines) + "\n"
 
 

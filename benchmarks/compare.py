@@ -10,7 +10,7 @@ import math
 
 from . import results, stats
 from .case import OURS
-from .tables import grid, number
+from .grid import grid, number
 
 MARGIN = 0.05
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .cases.training import image_step, token_step
-from .tables import grid, number
+from .grid import grid, number
 
 # (processes, threads in each)
 RUNS = ((1, 1), (1, 2), (2, 1))

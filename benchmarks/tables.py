@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .case import OURS, REFERENCE
+from .grid import grid, number
 from .timing import SELDOM, SLOW
 
 BASELINES = {
@@ -262,12 +263,6 @@ def _details(rows: Sequence[dict]) -> list[str]:
     return [legend, "", *grid(head, table)]
 
 
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = [list(head), ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines]
-
-
 def _why(entry: dict) -> str:
     for key in ("wrong", "failed", "left_out"):
         if key in entry:
@@ -276,14 +271,6 @@ def _why(entry: dict) -> str:
                 return "same code" if reason.startswith("the same code") else "left out"
             return f"{key.upper()}: {reason}"
     return ""
-
-
-def number(value: float) -> str:
-    """Three significant digits, no exponent."""
-    if value == 0:
-        return "0"
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.3g}"
 
 
 def _percent(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from ..grid import grid
 from ..stats import compared
 
 FIGURES = {
@@ -59,8 +60,7 @@ def summary(result: dict) -> str:
 
 def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
     first = next(iter(figures))
-    head = ["data set", "method", *figures.values(), "fit s", "ms each"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = []
     for one in sets:
         for method, runs in one["runs"].items():
             row = [f"{one['name']} ({one['n_normal']} + {one['n_anomalous']})", method]
@@ -73,7 +73,7 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
             for name, digits in (("fit_seconds", 0), ("latency_ms", 1)):
                 values = [cost[name] for cost in one["costs"][method]]
                 row.append("" if None in values else f"{statistics.median(values):.{digits}f}")
-            lines.append("| " + " | ".join(row) + " |")
+            rows.append(row)
     if len(sets) > 1:
         for method in sets[0]["runs"]:
             # The mean over the sets for each seed, then the spread over seeds.
@@ -81,8 +81,8 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
             for name in figures:
                 values = zip(*([run[name] for run in s["runs"][method]] for s in sets), strict=True)
                 row.append(_spread([statistics.mean(seed) for seed in values]))
-            lines.append("| " + " | ".join([*row, "", ""]) + " |")
-    return lines
+            rows.append([*row, "", ""])
+    return grid(["data set", "method", *figures.values(), "fit s", "ms each"], rows)
 
 
 def _verdict(one: dict) -> str:
@@ -101,23 +101,24 @@ def _defects(one: dict) -> list[str]:
     if "per_defect" not in runs[0]:
         return []
     figures = FIGURES["image"]
-    lines = ["", f"## {one['name']} by defect", ""]
-    lines += ["| method | defect | " + " | ".join(figures.values()) + " |"]
-    lines += ["|" + " --- |" * (2 + len(figures))]
-    for method, runs in one["runs"].items():
-        for defect in runs[0]["per_defect"]:
-            values = [_spread([r["per_defect"][defect][name] for r in runs]) for name in figures]
-            lines.append(f"| {method} | {defect} | " + " | ".join(values) + " |")
-    return lines
+    rows = [
+        [
+            method,
+            defect,
+            *(_spread([r["per_defect"][defect][name] for r in runs]) for name in figures),
+        ]
+        for method, runs in one["runs"].items()
+        for defect in runs[0]["per_defect"]
+    ]
+    table = grid(["method", "defect", *figures.values()], rows)
+    return ["", f"## {one['name']} by defect", "", *table]
 
 
 def _robustness(one: dict) -> list[str]:
     if not one["robustness"]:
         return []
     methods = one["robustness"]
-    lines = ["", f"Change of the AUROC on {one['name']}, in points:", ""]
-    lines.append("| what | " + " | ".join(methods) + " |")
-    lines.append("|" + " --- |" * (1 + len(methods)))
+    rows = []
     # The preset has the most: anomalies hidden from it, and shifts.
     for name in max((runs[0] for runs in methods.values()), key=len):
         row = [name]
@@ -125,8 +126,9 @@ def _robustness(one: dict) -> list[str]:
             values = [100 * run[name] for run in runs if name in run]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             row.append(f"{statistics.mean(values):+.1f}{spread}" if values else "")
-        lines.append("| " + " | ".join(row) + " |")
-    return lines
+        rows.append(row)
+    head = f"Change of the AUROC on {one['name']}, in points:"
+    return ["", head, "", *grid(["what", *methods], rows)]
 
 
 def _spread(values: list[float | None]) -> str:
