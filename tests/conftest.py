@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
@@ -87,3 +88,25 @@ def cpu_isa(request) -> str:
 def cpu_isa_bf16(request) -> str:
     """The same, and those with dot products of bfloat16 that some operators are compiled for."""
     yield from _selected(request.param)
+
+
+@pytest.fixture
+def written():
+    """Tells whether all numbers of a tensor were written: new memory is full of huge ones and NaN,
+    by M_PERTURB of glibc. (What ``use_deterministic_algorithms`` fills is only what PyTorch's own
+    operators allocate.)"""
+    perturb, huge = -6, 0x01  # filled with the complement, 0xfe: -1.7e38 in float32
+
+    def check(x: torch.Tensor) -> bool:
+        return bool((x.abs() < 1e30).all())
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        pytest.skip("this C library cannot fill new memory")
+    mallopt(perturb, huge)
+    try:
+        for numbers in (1000, 100_000):  # blocks of a few come back as they are
+            assert not check(torch.empty(numbers))
+        yield check
+    finally:
+        mallopt(perturb, 0)

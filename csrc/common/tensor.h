@@ -23,12 +23,20 @@ inline bool is_channels_last(const Tensor& x) {
   return x.stride(1) == 1 && x.stride(3) >= x.size(1);
 }
 
-// A new dense tensor of `like`'s dtype and device.
+// A new dense tensor of `like`'s dtype and device. The operator aten::empty would be looked up by its
+// name and called through boxes, which takes longer than many a small operator's work.
 inline Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> size, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty({size.data(), size.size()}, like.scalar_type(), std::nullopt,
-                              like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const auto [n, c, h, w] = size;
+  const std::array<int64_t, 4> stride = channels_last ? std::array{h * w * c, int64_t{1}, w * c, c}
+                                                      : std::array{c * h * w, h * w, w, int64_t{1}};
+  int32_t dtype, device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, size.data(), stride.data(), dtype, device, index, &made));
+  return Tensor(made);
 }
 
 // Calls f(scalar_t{}) for a tensor of float, double, bfloat16 or half.

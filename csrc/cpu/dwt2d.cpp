@@ -278,13 +278,14 @@ void* const_data(const Tensor& x) { return const_cast<void*>(x.const_data_ptr())
 Bands dwt2d(const Tensor& x, const Tensor& filters, int64_t border, int64_t rows, int64_t columns) {
   STD_TORCH_CHECK(x.dim() == 4, "dwt2d: expected a tensor (N, C, H, W), got ", x.dim(), " axes");
   const bool last = is_channels_last(x);
-  std::array<Tensor, 4> bands;
+  const auto band = [&] {
+    const Tensor made = empty_4d(x, {x.size(0), x.size(1), rows, columns}, last);
+    huge_pages(made);
+    return made;
+  };
+  const std::array<Tensor, 4> bands{band(), band(), band(), band()};
   std::array<void*, 4> data;
-  for (int b = 0; b < 4; ++b) {
-    bands[b] = empty_4d(x, {x.size(0), x.size(1), rows, columns}, last);
-    huge_pages(bands[b]);
-    data[b] = bands[b].mutable_data_ptr();
-  }
+  for (int b = 0; b < 4; ++b) data[b] = bands[b].mutable_data_ptr();
   if (bands[0].numel() > 0) {
     const Tensor in = with_dense_rows(x, last);
     transform(true, const_data(in), in, data, bands, last, filters, border);

@@ -136,14 +136,11 @@ def test_samples_and_threads_do_not_change_a_bit():
 
 
 @needs_native
-def test_nan_stays_where_it_is_and_empty_batches_pass(cpu_isa):
+def test_nan_stays_where_it_is_and_empty_batches_pass(cpu_isa, written):
     (x, *rest), _ = problem(2, 1)
     x[1, 3, 2, 4] = float("nan")
-    torch.use_deterministic_algorithms(True)  # memory that operators allocate is full of NaN
-    try:
-        end = ops.ddim_finish(x, *rest, clip=1.0, clamp=True)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    end = ops.ddim_finish(x, *rest, clip=1.0, clamp=True)
+    assert all(written(found.nan_to_num(0.0)) for found in end)
     assert int(end.x0.isnan().sum()) == 1
     block = torch.zeros(2, 12, 20, dtype=torch.bool)
     block[1, 8:12, 16:20] = True

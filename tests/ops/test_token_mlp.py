@@ -368,13 +368,11 @@ def test_native_takes_any_strides(cpu_isa_bf16, of_weights):
 
 @needs_native
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_native_writes_all_of_its_outputs(cpu_isa_bf16, weights):
+def test_native_writes_all_of_its_outputs(cpu_isa_bf16, weights, written):
     for size in SIZES:
         arguments = problem(*size, torch.float32, weights)
-        poison = [torch.full((n,), torch.nan) for n in (size[0] * size[1], size[0] * size[4])]
-        del poison  # the allocator hands the same memory out again
         x_end, stats = on_cpu(arguments)
-        assert torch.isfinite(x_end).all() and torch.isfinite(stats).all()
+        assert written(x_end) and written(stats)
         assert x_end.data_ptr() != arguments[0].data_ptr() or x_end.numel() == 0
 
 

@@ -104,7 +104,10 @@ DIFFAD_SIMD void join(const C* even, const C* odd, int64_t pixels, int64_t lanes
       store(row + i, a);
       store(row + i + kLanes<C>, b);
     }
-    for (; i < pixels; ++i) store_one(row + i, (i % 2 ? odd : even)[i / 2]);
+    for (; i < pixels; ++i) {
+      const C* const from = i % 2 ? odd : even;
+      store_one(row + i, from[i / 2]);
+    }
     return;
   }
   for (int64_t i = 0; i < pixels; ++i) {
@@ -138,7 +141,7 @@ DIFFAD_SIMD int64_t room(int64_t before, int64_t lanes) {
   return (before + step - 1) / step * step;
 }
 
-// Lines of scratch of pixels of `lanes` channels, a vector's space after each.
+// Lines of scratch, of pixels of `lanes` channels, with the space of two vectors after each.
 template <class C>
 struct Lines {
   C* next;
@@ -239,7 +242,7 @@ void analysis(const DwtArgs& a, compute_t<T>* scratch, int64_t begin, int64_t en
     for (int high = 0; high < 2; ++high) {  // along y
       for (int j = 0; j < taps; ++j) {
         const int64_t distance = before + a.shift - j;
-        q[j] = (distance & 1 ? odd : even)[high] + (distance >> 1) * lanes;
+        q[j] = (distance & 1 ? odd[high] : even[high]) + (distance >> 1) * lanes;
       }
       T* const out[2] = {row_of<T>(a.bands[high], n, c, o), row_of<T>(a.bands[2 + high], n, c, o)};
       sum_taps<2, kTaps>(q, w, taps, out, a.cols * lanes);
