@@ -11,6 +11,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 
 namespace diffad {
 
@@ -23,20 +24,41 @@ inline bool is_channels_last(const Tensor& x) {
   return x.stride(1) == 1 && x.stride(3) >= x.size(1);
 }
 
-// A new dense tensor of `like`'s dtype and device. The operator aten::empty would be looked up by its
-// name and called through boxes, which takes longer than many a small operator's work.
+using torch::headeronly::IntHeaderOnlyArrayRef;
+
+// A new tensor of `like`'s device and, without another, dtype. The operator aten::empty would be
+// looked up by its name and called through boxes, which takes longer than a small operator's work.
+inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef size,
+                            IntHeaderOnlyArrayRef stride,
+                            std::optional<torch::headeronly::ScalarType> other = std::nullopt) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  int32_t dtype, device, index;
+  if (other) {
+    dtype = to<int32_t>(from(*other));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(),
+                                                  stride.data(), dtype, device, index, &made));
+  return Tensor(made);
+}
+
+// Like x, which has neither gaps nor overlaps.
+inline Tensor empty_as(const Tensor& x) { return empty_strided(x, x.sizes(), x.strides()); }
+
+inline Tensor empty_rows(const Tensor& like, int64_t rows, int64_t columns,
+                         std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  return empty_strided(like, {rows, columns}, {columns, 1}, dtype);
+}
+
 inline Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> size, bool channels_last) {
   const auto [n, c, h, w] = size;
   const std::array<int64_t, 4> stride = channels_last ? std::array{h * w * c, int64_t{1}, w * c, c}
                                                       : std::array{c * h * w, h * w, w, int64_t{1}};
-  int32_t dtype, device, index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, size.data(), stride.data(), dtype, device, index, &made));
-  return Tensor(made);
+  return empty_strided(like, {size.data(), 4}, {stride.data(), 4});
 }
 
 // Calls f(scalar_t{}) for a tensor of float, double, bfloat16 or half.

@@ -128,7 +128,7 @@ Tensor ddim_step(const Tensor& x_t, const Tensor& model_output, std::optional<Te
   check_step(x_t, model_output, noise, guide, prediction, eta);
   if (x_t.numel() == 0) return torch::stable::empty_like(x_t);
   const Tensor x = dense_samples(x_t);
-  const Tensor out = torch::stable::empty_like(x);
+  const Tensor out = empty_as(x);
   Tensor keep[3];
   DdimArgs args{x.size(0), x.numel() / x.size(0)};
   args.x = operand(x);
@@ -216,7 +216,7 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& noise, const Te
   const std::vector<double> alphas = alphas_at(t, table, x0.size(0));
   if (x0.numel() == 0) return torch::stable::empty_like(x0);
   const Tensor x = dense_samples(x0);
-  const Tensor out = torch::stable::empty_like(x);
+  const Tensor out = empty_as(x);
   noise_samples(x, noise, alphas, out, nullptr);
   return out;
 }
@@ -233,8 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> noised_velocity(const Tensor& x0, const Tenso
     const double snr = alphas[i] / (1 - alphas[i]);
     weights[i] = static_cast<float>(std::min(snr, snr_limit) / (snr + 1));
   }
-  const Tensor x = x0.numel() == 0 ? x0 : dense_samples(x0);
-  const Tensor out = torch::stable::empty_like(x), velocity = torch::stable::empty_like(x);
+  const Tensor x = x0.numel() == 0 ? torch::stable::contiguous(x0) : dense_samples(x0);
+  const Tensor out = empty_as(x), velocity = empty_as(x);
   if (x0.numel() != 0) noise_samples(x, noise, alphas, out, &velocity);
   return {out, velocity, weight};
 }

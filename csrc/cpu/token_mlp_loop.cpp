@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   a.steps = table.size(0);
   a.dtype = dtype_of(in, "token_mlp_loop");
   a.weight_dtype = weight_dtype;
-  Tensor x_end = torch::stable::new_empty(in, {a.tokens, a.size});
-  Tensor stats = torch::stable::new_empty(in, {a.tokens, a.steps}, state);
+  Tensor x_end = empty_rows(in, a.tokens, a.size);
+  Tensor stats = empty_rows(in, a.tokens, a.steps, state);
   // Dot products of bfloat16 read the weights as they are; all others widen them first.
   auto* kernel = token_mlp_loop_bf16_kernel();
   const bool dots = kernel != nullptr && weight_dtype == DType::kBFloat16 && !wide;
