@@ -230,6 +230,21 @@ def table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def headlines(result: dict) -> list[list[str]]:
+    """A row of the data, our mean AUROC and the nearest neighbours'; none for other results."""
+    if "nearest" not in result:
+        return []
+    over = "test_folds" if len({str(run["test_folds"]) for run in result["runs"]}) > 1 else "seed"
+    nearest = statistics.mean(one["auroc"] for one in result["nearest"])
+    cells = []
+    for name, mean in (("auroc", _spread(result["runs"], over, "auroc")),
+                       ("nearest", f"{100 * nearest:.1f}")):  # fmt: skip
+        low, high = (100 * value for value in result["intervals"]["mean"][name])
+        cells.append(f"AUROC {mean} ({low:.1f}–{high:.1f})")
+    classes = len({one["normal"] for one in result["nearest"]})
+    return [[f"UrbanSound8K, mean of {classes} classes", cells[0], f"nearest clips: {cells[1]}"]]
+
+
 def _spread(runs: list[dict], over: str, key: str) -> str:
     """Of the means over all else of each value of ``over``."""
     parts: dict[object, list[float]] = {}

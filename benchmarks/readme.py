@@ -1,13 +1,18 @@
-"""`python -m benchmarks readme`: write the newest results into README.md, between two markers."""
+"""`python -m benchmarks readme`: the newest results, all of them as the page of their folder and
+in short in README.md, between two markers."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from . import results, tables
+from . import audio, results, tables
+from .case import OURS
+from .grid import grid
+from .quality import tables as quality
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = results.RESULTS / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 TITLES = {
     "cpu": "Operators on a CPU",
@@ -23,7 +28,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__)
     parser.parse_args(argv)
     README.write_text(replaced(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"{README} has the newest results")
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"{README} and {PAGE} have the newest results")
     return 0
 
 
@@ -33,57 +39,101 @@ def replaced(text: str, folder: Path = results.RESULTS) -> str:
         raise ValueError(f"README.md must have the lines {BEGIN} and {END} once each")
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    return f"{head}{BEGIN}\n{render(folder)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{headlines(folder)}\n{END}{tail}"
 
 
-def render(folder: Path = results.RESULTS) -> str:
-    """The newest result of each suite: the main case of each operator, and every case lost."""
+def headlines(folder: Path = results.RESULTS) -> str:
+    """The newest results in short: the main case of each operator and every case lost; and our
+    detectors beside the best closed form on the same tokens."""
     found = results.newest(folder)
-    parts = [_section(suite, *found[suite], folder) for suite in TITLES if suite in found] + [
-        _quality(path, folder) for path in sorted(folder.glob("*.json"))
-    ]
-    parts = [part for part in parts if part]
+    parts = []
+    for suite in ("cpu", "gpu"):
+        if suite in found:
+            parts += _speed(suite, *found[suite])
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        result = results.read(path)
+        rows += [*quality.headlines(result), *audio.headlines(result)]
+    if rows:
+        parts += [
+            "**Detection**, in percent: mean and standard deviation over three seeds, the 95% "
+            "bootstrap interval over objects or recordings in brackets.",
+            "\n".join(grid(["data", "diffad_fast", "the best control, a closed form"], rows)),
+        ]
     if not parts:
         return "No results yet: `python -m benchmarks cpu` writes the first ones."
-    if "cpu" in found or "gpu" in found:
-        parts.insert(0, tables.EXPLANATION)
-    return "\n\n".join(parts)
+    page_of = "benchmarks/results/README.md" if folder == results.RESULTS else "README.md"
+    return "\n\n".join([*parts, f"All results: [{page_of}]({page_of})."])
 
 
-def _section(suite: str, path: Path, result: dict, folder: Path) -> str:
-    link = _link(path.with_suffix(".md"), folder)
+def _speed(suite: str, path: Path, result: dict) -> list[str]:
+    rows = []
+    for row in _shown(result):
+        others = row["contenders"]
+        peers = {
+            name: entry for name, entry in others.items()
+            if name != OURS and name not in tables.BASELINES and "ratio" in entry
+        }  # fmt: skip
+        best = min(peers, key=lambda name: peers[name]["ratio"]["value"], default=None)
+        rows.append(
+            [
+                row["case"],
+                *(tables.ratio_in_short(others.get(name, {})) for name in tables.BASELINES),
+                f"{tables.ratio_in_short(peers[best])} {best}" if best else "",
+            ]
+        )
+    head = ["case", *tables.BASELINES.values(), "fastest peer"]
+    quick = ", a quick run" if result["quick"] else ""
+    text = (
+        f"**{TITLES[suite]}**{quick}: time of the other / time of ours, in float32. **Bold** is a "
+        f"loss, *italic* a difference within the noise. {tables.machine_line(result)}"
+    )
+    return [text, "\n".join(grid(head, rows)), _losses(result)]
+
+
+def page(folder: Path = results.RESULTS) -> str:
+    """The newest result of each suite: the main case of each operator, and every case lost."""
+    found = results.newest(folder)
+    parts = [_section(suite, *found[suite]) for suite in TITLES if suite in found]
+    parts += [_quality(path) for path in sorted(folder.glob("*.json"))]
+    text = "# Results\n\nWritten by `python -m benchmarks readme`."
+    return "\n\n".join([text, tables.EXPLANATION, *filter(None, parts)]) + "\n"
+
+
+def _shown(result: dict) -> list[dict]:
+    first = {row["operator"]: row["case"] for row in reversed(result["rows"])}
+    shown = {*first.values(), *(row["case"] for row in tables.losses(result["rows"]))}
+    return [row for row in result["rows"] if row["case"] in shown]
+
+
+def _losses(result: dict) -> str:
+    lost = len(tables.losses(result["rows"]))
+    text = (
+        f"Of {len(result['rows'])} cases a contender is faster than ours in {lost}; all of these "
+        "are shown."
+    )
+    served = [r["operator"] for r in result["rows"] if r["served_by"] == "reference"]
+    names = ", ".join(dict.fromkeys(served))
+    return text + (f" No native version yet: {names}." if names else "")
+
+
+def _section(suite: str, path: Path, result: dict) -> str:
     quick = " (a quick run, too few rounds for fine differences)" if result["quick"] else ""
-    lines = [f"**{TITLES[suite]}**{quick}", "", tables.machine_line(result), ""]
+    lines = [f"## {TITLES[suite]}{quick}", "", tables.machine_line(result), ""]
     if suite == "end-to-end":
         lines += tables.detectors(result)
         plot = path.with_name(f"{path.stem}-pareto.png")
         if plot.exists():
-            lines += ["", f"![Quality against latency]({_link(plot, folder)})"]
+            lines += ["", f"![Quality against latency]({plot.name})"]
     else:
-        first = {row["operator"]: row["case"] for row in reversed(result["rows"])}
-        lost = [row["case"] for row in tables.losses(result["rows"])]
-        shown = [r for r in result["rows"] if r["case"] in lost or r["case"] in first.values()]
-        lines += tables.summary(shown)
-        served = [r["operator"] for r in result["rows"] if r["served_by"] == "reference"]
-        names = ", ".join(dict.fromkeys(served))
-        text = f"Of {len(result['rows'])} cases a contender is faster than ours in {len(lost)}"
-        lines += ["", f"{text}; all of these are shown."]
-        if names:
-            lines[-1] += f" No native version yet: {names}."
-    return "\n".join([*lines, "", f"Every case and contender: [{path.stem}]({link})."])
+        lines += [*tables.summary(_shown(result)), "", _losses(result)]
+    return "\n".join([*lines, "", f"Every case and contender: [{path.stem}]({path.stem}.md)."])
 
 
-def _quality(path: Path, folder: Path) -> str:
+def _quality(path: Path) -> str:
     """What a result of the commands `quality` and `audio` says of itself in short."""
     text = results.read(path).get("summary")
     if text is None:
         return ""
     title, _, rest = text.partition("\n")
-    link = _link(path.with_suffix(".md"), folder)
-    return f"**{title.removeprefix('# ')}**\n{rest}\nAll of it: [{path.stem}]({link})."
-
-
-def _link(path: Path, folder: Path) -> str:
-    if folder == results.RESULTS:
-        return str(path.relative_to(README.parent))
-    return path.name
+    return f"## {title.removeprefix('# ')}\n{rest}\nAll of it: [{path.stem}]({path.stem}.md)."

@@ -195,6 +195,14 @@ def ratio_cell(entry: dict) -> str:
     return f"{marks[ratio['ours_is']]} ({number(ratio['low'])}–{number(ratio['high'])}){note}"
 
 
+def ratio_in_short(entry: dict) -> str:
+    """Without its interval."""
+    if "ratio" not in entry:
+        return ""
+    marks = {"slower": "**{}**", "even": "*{}*", "faster": "{}"}
+    return marks[entry["ratio"]["ours_is"]].format(f"{number(entry['ratio']['value'])}×")
+
+
 def share_cell(row: dict) -> str:
     ours = row["contenders"][OURS].get("p50")
     if not ours or "bound_ms" not in row:

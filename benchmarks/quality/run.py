@@ -22,13 +22,13 @@ from diffad_fast.evaluation import figures, latency
 from diffad_fast.scoring import Score
 
 from .. import stats
+from ..case import OURS
 from ..machine import describe
 from ..results import write_quality
 from .controls import CONTROLS, controls
 from .data import DataSet, find
 from .tables import markdown, summary
 
-OURS = "diffad_fast"
 RESAMPLES = 1000
 # Options of variants that share a training: they change what is made of the model alone.
 SCORING = (

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections.abc import Sequence
 
+from ..case import OURS
 from ..grid import grid
 from ..stats import compared
+from .controls import CONTROLS
 
 FIGURES = {
     "image": {
@@ -56,6 +60,36 @@ def summary(result: dict) -> str:
     for one in result["sets"]:
         lines += _robustness(one)
     return "\n".join(lines) + "\n"
+
+
+def headlines(result: dict) -> list[list[str]]:
+    """What a result without variants comes to: a row of the data, our figures and those of the best
+    control; over several sets the means. No row for other results."""
+    if result.get("variants") or not any(one["best_control"] for one in result.get("sets", [])):
+        return []
+    sets = result["sets"]
+    names = [name for name in sets[0]["runs"] if name in CONTROLS]
+    figures = {name: title for name, title in FIGURES[sets[0]["kind"]].items() if name != "f1_max"}
+    first = next(iter(figures))
+
+    def mean(method: str, figure: str) -> list[float]:
+        """Of the sets, for each seed."""
+        runs = zip(*(one["runs"][method] for one in sets), strict=True)
+        return [statistics.mean(run[figure] for run in seed) for seed in runs]
+
+    best = max(names, key=lambda name: statistics.mean(mean(name, first)))
+    cells = []
+    for method in (OURS, best):
+        parts = [f"{title} {_spread(mean(method, name))}" for name, title in figures.items()]
+        if len(sets) == 1:
+            parts[0] += f" ({_bounds(sets[0]['intervals'][method])})"
+        cells.append(", ".join(parts))
+    data = re.fullmatch("# Detection on (.*), preset .*", result["summary"].splitlines()[0])[1]
+    return [[data, cells[0], f"{best}: {cells[1]}"]]
+
+
+def _bounds(interval: Sequence[float]) -> str:
+    return "–".join(f"{100 * value:.1f}" for value in interval)
 
 
 def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
