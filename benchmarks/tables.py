@@ -137,7 +137,8 @@ def machine_lines(result: dict) -> list[str]:
         )
         lines.append(
             f"Ceilings: copying {number(ceilings['copy_gb_per_s'])} GB/s (read and written, "
-            f"{ceilings['copy_megabytes']} MiB), matrix products {rates} "
+            f"{ceilings['copy_megabytes']} MiB), into a new tensor, whose memory the system has to "
+            f"find first, {number(ceilings['clone_gb_per_s'])} GB/s; matrix products {rates} "
             f"({ceilings['matrix_side']}²)."
         )
     if m["absent_peers"]:
