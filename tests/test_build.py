@@ -84,6 +84,21 @@ def test_the_library_needs_no_cuda_to_load():
     assert not [name for name in strong if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch"))]
 
 
+@needs_native
+def test_the_instruction_set_of_the_environment():
+    ask = "from diffad_fast import native, ops; print(native.cpu_isa())"
+    for isa in native.CPU_ISAS:
+        done = python("-c", ask, DIFFAD_FAST_CPU=isa)
+        if done.returncode == 0:
+            assert done.stdout.strip() == isa
+        else:
+            assert f"this processor cannot run instruction set '{isa}'" in done.stderr
+    assert python("-c", ask, DIFFAD_FAST_CPU="default").stdout.strip() == "default"
+    done = python("-c", ask, DIFFAD_FAST_CPU="sse2")
+    assert done.returncode
+    assert "unknown instruction set 'sse2': set DIFFAD_FAST_CPU to default" in done.stderr
+
+
 def test_cuda_on_request_without_nvcc_fails():
     bare = str(Path(sys.executable).parent)
     if shutil.which("nvcc", path=bare):
