@@ -22,10 +22,10 @@ ${CXX:-c++} -std=c++20 -O0 -g -w -fsanitize=address tests/native/operators.cpp -
 # PyTorch's own threads and registries live until the end of the process.
 ASAN_OPTIONS=detect_leaks=0 ./operators diffad_fast/_C.abi3.so
 # Python is not instrumented: the runtime has to be there before it, and what Python keeps until
-# the end of the process is no leak of ours.
+# the end of the process is no leak of ours. New memory is filled as the tests expect it.
 run() {
     LD_PRELOAD="$(${CXX:-c++} -print-file-name=libasan.so) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
-        ASAN_OPTIONS=detect_leaks=0 "$python" "$@"
+        ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=254:max_malloc_fill_size=10000000 "$python" "$@"
 }
 run -c "from diffad_fast import native; assert native.loaded()"
 run -m pytest -q -n auto --maxprocesses 4 tests/ops tests/test_metrics.py
