@@ -31,7 +31,6 @@ from .results import write_quality
 
 CLASSES = ["air_conditioner", "drilling", "engine_idling", "jackhammer", "siren"]
 NEIGHBOURS = 5
-RESAMPLES = 1000
 
 
 def main(argv: list[str]) -> int:
@@ -75,7 +74,6 @@ def main(argv: list[str]) -> int:
         distances: dict[str, np.ndarray] = {}
         for normal in args.normal:
             train, test = parts[normal, i]
-            label = np.array([clip.anomaly for clip in test])
             where = {"normal": normal, "test_folds": test_folds}
             for seed in args.seeds:
                 detector = Detector(kind="audio", preset=args.preset, seed=seed)
@@ -88,7 +86,7 @@ def main(argv: list[str]) -> int:
                 runs.append({**where, "seed": seed, "fit_seconds": fit_seconds, **found})
                 print(f"{where} seed {seed}: {found['auroc']:.3f}", file=sys.stderr, flush=True)
             distances[normal] = nearest(detector, train, test)
-            auroc = metrics.auroc(label, distances[normal])
+            auroc = metrics.auroc([clip.anomaly for clip in test], distances[normal])
             baselines.append({**where, "auroc": auroc})
         draws.append(drawn(test, scores, distances))
         result["intervals"] = intervals(draws)
@@ -116,7 +114,7 @@ def drawn(clips: list, scores: dict[str, list[np.ndarray]], distances: dict[str,
             found["mean", whose] = float(np.mean([found[normal, whose] for normal in scores]))
         return found
 
-    return stats.over_groups(groups_by_recording(clips) or range(len(clips)), measure, RESAMPLES)
+    return stats.over_groups(groups_by_recording(clips) or range(len(clips)), measure)
 
 
 def intervals(draws: list[dict]) -> dict[str, dict[str, list[float]]]:
@@ -182,7 +180,7 @@ def table(result: dict) -> str:
     machine, runs = result["machine"], result["runs"]
     seeds = sorted({one["seed"] for one in runs})
     folds = sorted({tuple(one["test_folds"]) for one in runs})
-    over = "test_folds" if len(folds) > 1 else "seed"
+    over = _over(runs)
     speeds = ", ".join(f"{value:.0f} ({name})" for name, value in result["speed"].items())
     lines = [
         "# One class of UrbanSound8K against the others",
@@ -234,7 +232,7 @@ def headlines(result: dict) -> list[list[str]]:
     """A row of the data, our mean AUROC and the nearest neighbours'; none for other results."""
     if "nearest" not in result:
         return []
-    over = "test_folds" if len({str(run["test_folds"]) for run in result["runs"]}) > 1 else "seed"
+    over = _over(result["runs"])
     nearest = statistics.mean(one["auroc"] for one in result["nearest"])
     cells = []
     for name, mean in (("auroc", _spread(result["runs"], over, "auroc")),
@@ -243,6 +241,11 @@ def headlines(result: dict) -> list[list[str]]:
         cells.append(f"AUROC {mean} ({low:.1f}–{high:.1f})")
     classes = len({one["normal"] for one in result["nearest"]})
     return [[f"UrbanSound8K, mean of {classes} classes", cells[0], f"nearest clips: {cells[1]}"]]
+
+
+def _over(runs: list[dict]) -> str:
+    """What a deviation is taken over: the tests, or the seeds of the only one."""
+    return "test_folds" if len({str(run["test_folds"]) for run in runs}) > 1 else "seed"
 
 
 def _spread(runs: list[dict], over: str, key: str) -> str:

@@ -56,7 +56,7 @@ def headlines(folder: Path = results.RESULTS) -> str:
         rows += [*quality.headlines(result), *audio.headlines(result)]
     if rows:
         parts += [
-            "**Detection**, in percent: mean and standard deviation over three seeds, the 95% "
+            "**Detection**, in percent: mean and standard deviation over the seeds, the 95% "
             "bootstrap interval over objects or recordings in brackets.",
             "\n".join(grid(["data", "diffad_fast", "the best control, a closed form"], rows)),
         ]
@@ -85,8 +85,9 @@ def _speed(suite: str, path: Path, result: dict) -> list[str]:
     head = ["case", *tables.BASELINES.values(), "fastest peer"]
     quick = ", a quick run" if result["quick"] else ""
     text = (
-        f"**{TITLES[suite]}**{quick}: time of the other / time of ours, in float32. **Bold** is a "
-        f"loss, *italic* a difference within the noise. {tables.machine_line(result)}"
+        f"**{TITLES[suite]}**{quick}: time of the other / time of ours, in float32 unless a "
+        "case says otherwise. **Bold** is a loss, *italic* a difference within the noise. "
+        f"{tables.machine_line(result)}"
     )
     return [text, "\n".join(grid(head, rows)), _losses(result)]
 

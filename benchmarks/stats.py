@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 RESAMPLES = 2000
+GROUP_RESAMPLES = 1000
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
@@ -33,16 +34,16 @@ def ratio(
 
 
 def over_groups(
-    groups: Sequence, measure: Callable[[np.ndarray], dict[str, float] | None], resamples: int
-) -> dict[str, np.ndarray]:
+    groups: Sequence, measure: Callable[[np.ndarray], dict | None]
+) -> dict[object, np.ndarray]:
     """What ``measure`` gives for the rows of groups that are drawn with replacement, all of a
     group's rows together: photographs of one object and clips of one recording are no independent
     evidence. None is drawn again. One draw serves all figures, so that differences are paired."""
     groups = np.asarray(groups)
     rng = np.random.default_rng(0)
     members = [np.flatnonzero(groups == name) for name in np.unique(groups)]
-    drawn: list[dict[str, float]] = []
-    while len(drawn) < resamples:
+    drawn: list[dict] = []
+    while len(drawn) < GROUP_RESAMPLES:
         chosen = rng.integers(len(members), size=len(members))
         found = measure(np.concatenate([members[i] for i in chosen]))
         if found is not None:

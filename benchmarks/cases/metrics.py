@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -172,5 +173,7 @@ def _aupro_by_thresholds(masks, maps, limit=0.3):
 def _aupro_by_anomalib(anomalib, masks, maps):
     import torch
 
-    metric = anomalib.AUPRO(fields=None)
-    return float(metric(torch.from_numpy(maps), torch.from_numpy(masks)))
+    metric = anomalib.AUPRO(fields=["anomaly_map", "gt_mask"])
+    batch = {"anomaly_map": torch.from_numpy(maps), "gt_mask": torch.from_numpy(masks).int()}
+    metric.update(SimpleNamespace(**batch))
+    return float(metric.compute())

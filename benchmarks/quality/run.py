@@ -29,7 +29,6 @@ from .controls import CONTROLS, controls
 from .data import DataSet, find
 from .tables import markdown, summary
 
-RESAMPLES = 1000
 # Options of variants that share a training: they change what is made of the model alone.
 SCORING = (
     "mode", "map_weights", "smoothing", "top_fraction", "sigmas", "inversion_sigmas",
@@ -245,7 +244,7 @@ def _intervals(
             for name, found in scores.items()
         }
 
-    drawn = stats.over_groups(groups, measure, RESAMPLES)
+    drawn = stats.over_groups(groups, measure)
     interval = {name: stats.interval(values) for name, values in drawn.items()}
     return interval, None if best is None else stats.difference(drawn[OURS], drawn[best])
 

@@ -49,11 +49,13 @@ inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef size,
 // Like x, which has neither gaps nor overlaps.
 inline Tensor empty_as(const Tensor& x) { return empty_strided(x, x.sizes(), x.strides()); }
 
+// Dense rows.
 inline Tensor empty_rows(const Tensor& like, int64_t rows, int64_t columns,
                          std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
   return empty_strided(like, {rows, columns}, {columns, 1}, dtype);
 }
 
+// Dense, contiguous or in channels_last.
 inline Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> size, bool channels_last) {
   const auto [n, c, h, w] = size;
   const std::array<int64_t, 4> stride = channels_last ? std::array{h * w * c, int64_t{1}, w * c, c}

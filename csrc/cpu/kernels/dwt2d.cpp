@@ -154,29 +154,22 @@ struct Lines {
   }
 };
 
-// Calls f(image, whether it is the first of its e) for all of them.
-template <class F>
-DIFFAD_SIMD void for_images(const DwtArgs& a, F f) {
-  int64_t before = 0;  // which is no place of an image
-  for (const DwtImage* image = a.images; image < a.images + a.image_count; ++image) {
-    f(*image, image->extended != before);
-    before = image->extended;
-  }
-}
-
-// row[e] = sum of weight row[i] over the images (e, i, weight) of e.
+// row[e] = sum of weight row[i] over the images (e, i, weight) of e, which follow each other.
 template <class C>
 DIFFAD_SIMD void extend(const DwtArgs& a, C* row) {
-  for_images(a, [&](const DwtImage& image, bool first) {
-    const C weight = static_cast<C>(image.weight);
+  int64_t e = 0;  // which is no place of an image
+  for (const DwtImage* image = a.images; image < a.images + a.image_count; ++image) {
+    const bool first = image->extended != e;
+    e = image->extended;
+    const C weight = static_cast<C>(image->weight);
     if (a.lanes == 1) {
-      row[image.extended] = fma(weight, row[image.sample], first ? C{} : row[image.extended]);
-      return;
+      row[e] = fma(weight, row[image->sample], first ? C{} : row[e]);
+      continue;
     }
-    const C* const from = row + image.sample * a.lanes;
-    C* const to = row + image.extended * a.lanes;
+    const C* const from = row + image->sample * a.lanes;
+    C* const to = row + e * a.lanes;
     for (int64_t c = 0; c < a.lanes; ++c) to[c] = fma(weight, from[c], first ? C{} : to[c]);
-  });
+  }
 }
 
 // The transpose, row[i] += weight row[e], for even and odd pixels that are kept from `first` on.
@@ -185,12 +178,12 @@ DIFFAD_SIMD void fold(const DwtArgs& a, C* const (&phase)[2], int64_t first) {
   const auto pixel = [&](int64_t i) {
     return phase[(i - first) & 1] + ((i - first) >> 1) * a.lanes;
   };
-  for_images(a, [&](const DwtImage& image, bool) {
-    const C weight = static_cast<C>(image.weight);
-    const C* const from = pixel(image.extended);
-    C* const to = pixel(image.sample);
+  for (const DwtImage* image = a.images; image < a.images + a.image_count; ++image) {
+    const C weight = static_cast<C>(image->weight);
+    const C* const from = pixel(image->extended);
+    C* const to = pixel(image->sample);
     for (int64_t c = 0; c < a.lanes; ++c) to[c] = fma(weight, from[c], to[c]);
-  });
+  }
 }
 
 template <class T, int kTaps>
@@ -213,7 +206,14 @@ void analysis(const DwtArgs& a, compute_t<T>* scratch, int64_t begin, int64_t en
   const auto w = static_cast<C(*)[2]>(__builtin_alloca(taps * sizeof(C[2])));
   const auto v = static_cast<C(*)[2]>(__builtin_alloca(most * sizeof(C[2])));
   const auto p = static_cast<const T**>(__builtin_alloca(most * sizeof(T*)));
-  const auto q = static_cast<const C**>(__builtin_alloca(taps * sizeof(C*)));
+  const C** q[2];  // of the two rows
+  for (int high = 0; high < 2; ++high) {
+    q[high] = static_cast<const C**>(__builtin_alloca(taps * sizeof(C*)));
+    for (int j = 0; j < taps; ++j) {
+      const int64_t distance = before + a.shift - j;
+      q[high][j] = (distance & 1 ? odd[high] : even[high]) + (distance >> 1) * lanes;
+    }
+  }
   for (int j = 0; j < taps; ++j) {
     w[j][0] = static_cast<C>(a.low[j]);
     w[j][1] = static_cast<C>(a.high[j]);
@@ -240,12 +240,8 @@ void analysis(const DwtArgs& a, compute_t<T>* scratch, int64_t begin, int64_t en
       part(rows[high] - before * lanes, pixels, lanes, even[high], odd[high]);
     }
     for (int high = 0; high < 2; ++high) {  // along y
-      for (int j = 0; j < taps; ++j) {
-        const int64_t distance = before + a.shift - j;
-        q[j] = (distance & 1 ? odd[high] : even[high]) + (distance >> 1) * lanes;
-      }
       T* const out[2] = {row_of<T>(a.bands[high], n, c, o), row_of<T>(a.bands[2 + high], n, c, o)};
-      sum_taps<2, kTaps>(q, w, taps, out, a.cols * lanes);
+      sum_taps<2, kTaps>(q[high], w, taps, out, a.cols * lanes);
     }
   }
 }
@@ -278,7 +274,15 @@ void synthesis(const DwtArgs& a, compute_t<T>* scratch, int64_t begin, int64_t e
   const auto w = static_cast<C(*)[2]>(__builtin_alloca(taps * sizeof(C[2])));
   const auto v = static_cast<C(*)[2]>(__builtin_alloca(most * sizeof(C[2])));
   const auto p = static_cast<const T**>(__builtin_alloca(most * sizeof(T*)));
-  const auto q = static_cast<const C**>(__builtin_alloca(taps * sizeof(C*)));
+  const C** q[2];  // of the rows of a pair
+  for (int i = 0; i < 2; ++i) {
+    q[i] = static_cast<const C**>(__builtin_alloca(taps * sizeof(C*)));
+    for (int k = 0; k < taps; k += 2) {
+      const int64_t at = ((1 - before - a.shift) / 2 + k / 2) * lanes;
+      q[i][k] = coefficients[0][i] + at;
+      q[i][k + 1] = coefficients[1][i] + at;
+    }
+  }
   for (int k = 0; k < taps; k += 2) {
     const bool both = k + 1 < a.length;
     w[k][0] = both ? static_cast<C>(a.low[k + 1]) : C{};
@@ -286,8 +290,8 @@ void synthesis(const DwtArgs& a, compute_t<T>* scratch, int64_t begin, int64_t e
     w[k + 1][0] = both ? static_cast<C>(a.high[k + 1]) : C{};
     w[k + 1][1] = static_cast<C>(a.high[k]);
   }
+  const int64_t down = dwt_row_pairs(a);
   for (int64_t r = begin; r < end; ++r) {
-    const int64_t down = dwt_row_pairs(a);
     const int64_t y = r % down * 2 - dwt_before_pairs(a);
     const int64_t c = r / down % a.channels, n = r / down / a.channels;
     for (int high = 0; high < 2; ++high) {  // along x
@@ -318,12 +322,7 @@ void synthesis(const DwtArgs& a, compute_t<T>* scratch, int64_t begin, int64_t e
     }
     for (int i = 0; i < 2; ++i) {
       if (y + i < 0 || y + i >= a.height) continue;
-      for (int k = 0; k < taps; k += 2) {
-        const int64_t at = ((1 - before - a.shift) / 2 + k / 2) * lanes;
-        q[k] = coefficients[0][i] + at;
-        q[k + 1] = coefficients[1][i] + at;
-      }
-      sum_taps<2, kTaps>(q, w, taps, phase, pairs * lanes);
+      sum_taps<2, kTaps>(q[i], w, taps, phase, pairs * lanes);
       fold(a, phase, -before);
       const auto from = [&](int64_t x) {
         return phase[(x + before) & 1] + ((x + before) >> 1) * lanes;
