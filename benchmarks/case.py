@@ -138,6 +138,25 @@ def operator_case(
     )
 
 
+def by_triton(
+    device_type: str, call: Callable, memory_format: str = "contiguous"
+) -> dict[str, Contender]:
+    """The Triton kernels of an operator of which the CUDA ones serve where they were built.
+
+    ``call`` as of :func:`operator_case`.
+    """
+    if device_type != "cuda":
+        return {}
+
+    def run(*inputs):
+        from diffad_fast import ops, use_backend
+
+        with use_backend("triton"):
+            return call(ops, *inputs)
+
+    return {"diffad_fast, Triton": in_format(memory_format, run, graph=True)}
+
+
 def in_format(memory_format: str, run: Callable, **options) -> Contender:
     """A contender whose 4-D inputs are in ``memory_format``."""
     layout = getattr(torch, "contiguous_format" if memory_format == "contiguous" else memory_format)

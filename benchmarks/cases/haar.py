@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import peers
-from ..case import Case, Contender, in_format, numpy_inputs, on, operator_case, random
+from ..case import Case, Contender, by_triton, numpy_inputs, on, operator_case, random
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -35,24 +35,22 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         common = {"memory_format": memory_format, "batch": batch, **costs}
         fixed = _bank(level)
         packed = (batch, channels * 4**level, height >> level, width >> level)
-        yield operator_case(
-            "haar_pack",
-            name,
-            lambda device, shape=shape: on(device, random(*shape)),
-            lambda functions, x, level=level: functions.haar_pack(x, level),
-            peers=_peers(_pack_by_pywavelets, _pack_by_conv, level, fixed)
-            | _by_triton(device_type, "haar_pack", level, memory_format),
-            **common,
-        )
-        yield operator_case(
-            "haar_unpack",
-            name,
-            lambda device, shape=packed: on(device, random(*shape)),
-            lambda functions, y, level=level: functions.haar_unpack(y, level),
-            peers=_peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed)
-            | _by_triton(device_type, "haar_unpack", level, memory_format),
-            **common,
-        )
+        for operator, given, others in (
+            ("haar_pack", shape, _peers(_pack_by_pywavelets, _pack_by_conv, level, fixed)),
+            ("haar_unpack", packed, _peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed)),
+        ):
+
+            def call(functions, x, operator=operator, level=level):
+                return getattr(functions, operator)(x, level)
+
+            yield operator_case(
+                operator,
+                name,
+                lambda device, given=given: on(device, random(*given)),
+                call,
+                peers=others | by_triton(device_type, call, memory_format),
+                **common,
+            )
 
 
 def _packet_cases(n: int) -> Iterator[Case]:
@@ -111,22 +109,6 @@ def _peers(by_pywavelets, by_conv, level: int, bank: torch.Tensor) -> dict[str, 
     if peers.get("pywt"):
         result["PyWavelets"] = numpy_inputs(lambda x: by_pywavelets(x, level))
     return result
-
-
-def _by_triton(
-    device_type: str, operator: str, level: int, memory_format: str
-) -> dict[str, Contender]:
-    """The Triton kernel, which serves where the CUDA one was not built."""
-    if device_type != "cuda":
-        return {}
-
-    def run(x):
-        from diffad_fast import ops, use_backend
-
-        with use_backend("triton"):
-            return getattr(ops, operator)(x, level)
-
-    return {"diffad_fast, Triton": in_format(memory_format, run, graph=True)}
 
 
 def _bank(level: int) -> torch.Tensor:

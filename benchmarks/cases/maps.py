@@ -5,15 +5,15 @@ from collections.abc import Iterator
 import torch
 
 from .. import peers
-from ..case import Case, numpy_inputs, on, operator_case, random
+from ..case import Case, by_triton, numpy_inputs, on, operator_case, random
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
     n = 16 if device_type == "cpu" else 128
-    yield _three_maps(n)
+    yield _three_maps(device_type, n)
     if quick:
         return
-    yield _three_maps(1)
+    yield _three_maps(device_type, 1)
     numel = n * 256 * 256
     yield operator_case(
         "anomaly_map",
@@ -28,11 +28,15 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     )
 
 
-def _three_maps(n: int) -> Case:
+def _three_maps(device_type: str, n: int) -> Case:
     numel = n * 256 * 256
     features = [(48, 32), (64, 16), (64, 8)]  # channels and side: those of unet-tiny
     values = sum(c * side * side for c, side in features) * n
     stats = ((0.5, 0.1), (0.2, 0.1), (2.0, 0.5))
+
+    def call(functions, x, x_hat, f, f_hat):
+        return functions.anomaly_map(x, x_hat, f, f_hat, levels=3, stats=stats, sigma=4.0)
+
     return operator_case(
         "anomaly_map",
         f"three maps, {n}×1×256×256",
@@ -43,9 +47,8 @@ def _three_maps(n: int) -> Case:
             [random(n, c, side, side, seed=2) for c, side in features],
             [random(n, c, side, side, seed=3) for c, side in features],
         ),
-        lambda functions, x, x_hat, f, f_hat: functions.anomaly_map(
-            x, x_hat, f, f_hat, levels=3, stats=stats, sigma=4.0
-        ),
+        call,
+        peers=by_triton(device_type, call),
         bytes=4 * (3 * numel + 2 * values),
         # Cosines 6 a feature value; differences, sub-bands, sums 40 a pixel and the Gaussian's two
         # passes of 33 taps.

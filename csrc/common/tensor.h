@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 namespace diffad {
 
@@ -63,17 +64,23 @@ inline Tensor empty_4d(const Tensor& like, std::array<int64_t, 4> size, bool cha
   return empty_strided(like, {size.data(), 4}, {stride.data(), 4});
 }
 
-// Calls f(scalar_t{}) for a tensor of float, double, bfloat16 or half.
+// Calls f(scalar_t{}) for a tensor of float, bfloat16 or half.
 template <class F>
-void for_floating_dtype(const Tensor& x, const char* name, F&& f) {
+void for_narrow_dtype(const Tensor& x, const char* name, F&& f) {
   using torch::headeronly::ScalarType;
   switch (x.scalar_type()) {
     case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
     case ScalarType::BFloat16: return f(torch::headeronly::BFloat16{});
     case ScalarType::Half: return f(torch::headeronly::Half{});
     default: STD_TORCH_CHECK(false, name, ": not implemented for ", x.scalar_type());
   }
+}
+
+// The same, or double.
+template <class F>
+void for_floating_dtype(const Tensor& x, const char* name, F&& f) {
+  if (x.scalar_type() == torch::headeronly::ScalarType::Double) return f(double{});
+  for_narrow_dtype(x, name, std::forward<F>(f));
 }
 
 }  // namespace diffad

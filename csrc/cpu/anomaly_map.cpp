@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/anomaly_map.h"
 #include "dtype_of.h"
 
 namespace diffad {
@@ -46,21 +47,6 @@ void bilinear(int64_t source, int64_t size, std::vector<int32_t>& left, std::vec
   }
 }
 
-// Half of a Gaussian whose whole sum is 1.
-template <class A>
-std::vector<A> half_gaussian(int64_t radius, double sigma) {
-  std::vector<double> value(radius + 1, 1.0);
-  double sum = 1.0;
-  for (int64_t j = 1; j <= radius; ++j) {
-    const double z = static_cast<double>(j) / sigma;
-    value[j] = std::exp(-0.5 * z * z);
-    sum += 2 * value[j];
-  }
-  std::vector<A> kernel(radius + 1);
-  for (int64_t j = 0; j <= radius; ++j) kernel[j] = static_cast<A>(value[j] / sum);
-  return kernel;
-}
-
 // One scale of features, and how it is upsampled.
 template <class A>
 struct Scale {
@@ -70,10 +56,13 @@ struct Scale {
 };
 
 template <class A>
-void run(AnomalyMapArgs& a, const Tensor& x, std::vector<Scale<A>>& scales, double sigma) {
+void run(AnomalyMapArgs& a, const Tensor& x, const std::vector<Tensor>& of_x,
+         const std::vector<Tensor>& of_x_hat, double sigma) {
   const bool wide = a.dtype == DType::kDouble;
   const int64_t batch = x.size(0);
   const int64_t group = std::clamp<int64_t>(kGroup / (a.height * a.width), 1, batch);
+  std::vector<Scale<A>> scales;
+  for (size_t i = 0; i < of_x.size(); ++i) scales.push_back({of_x[i], of_x_hat[i], {}, {}, {}, {}});
   std::vector<FeatureScale> features;
   std::vector<Tensor> buffers;  // PyTorch's memory, which is not cleared first
   const auto buffer = [&](int64_t height) {
@@ -130,42 +119,14 @@ void run(AnomalyMapArgs& a, const Tensor& x, std::vector<Scale<A>>& scales, doub
   }
 }
 
-template <class A>
-void check_and_run(AnomalyMapArgs& a, const Tensor& x, const std::vector<Tensor>& features,
-                   const std::vector<Tensor>& features_hat, double sigma) {
-  std::vector<Scale<A>> scales;
-  for (size_t i = 0; i < features.size(); ++i) {
-    const Tensor &f = features[i], &g = features_hat[i];
-    const bool wide = dtype_of(f, "anomaly_map") == DType::kDouble;
-    STD_TORCH_CHECK(f.dim() == 4 && f.size(0) == x.size(0) && f.size(2) > 0 && f.size(3) > 0 &&
-                        f.sizes().equals(g.sizes()),
-                    "anomaly_map: features ", i, " must be (N, C, h, w), as their counterparts");
-    STD_TORCH_CHECK(f.scalar_type() == g.scalar_type() && wide == (a.dtype == DType::kDouble),
-                    "anomaly_map: features ", i, " differ in dtype");
-    scales.push_back({f, g, {}, {}, {}, {}});
-  }
-  run<A>(a, x, scales, sigma);
-}
-
 std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
                                        std::vector<Tensor> features,
                                        std::vector<Tensor> features_hat,
                                        std::vector<double> weights, int64_t levels,
                                        std::vector<Tensor> stats, double sigma, double top,
                                        std::optional<Tensor> base) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.sizes().equals(x_hat.sizes()),
-                  "anomaly_map: x and x_hat must be (N, C, H, W)");
-  STD_TORCH_CHECK(x.scalar_type() == x_hat.scalar_type(), "anomaly_map: x_hat differs in dtype");
+  check_anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma, top, base);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  STD_TORCH_CHECK(c > 0 && h > 0 && w > 0, "anomaly_map: x has no pixels");
-  STD_TORCH_CHECK(weights.size() == 3 && features.size() == features_hat.size() &&
-                      (stats.empty() || stats.size() == 6),
-                  "anomaly_map: three weights, as many features_hat as features, 0 or 6 stats");
-  STD_TORCH_CHECK(0 <= levels && levels <= 16 && h % (int64_t{1} << levels) == 0 &&
-                      w % (int64_t{1} << levels) == 0,
-                  "anomaly_map: ", h, " x ", w, " does not divide by 2^", levels);
-  STD_TORCH_CHECK(0 <= sigma && sigma <= 1e6 && 0 <= top && top <= 1,
-                  "anomaly_map: sigma or top out of range");
   const bool wide = dtype_of(x, "anomaly_map") == DType::kDouble;
   AnomalyMapArgs a{};
   a.dtype = dtype_of(x, "anomaly_map");
@@ -181,9 +142,6 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
   for (size_t i = 0; i < 3; ++i) a.weight[i] = weights[i];
   for (size_t i = 0; i < stats.size(); ++i) {
     Tensor& s = stats[i];
-    STD_TORCH_CHECK(s.dim() == 2 && s.size(0) == h && s.size(1) == w &&
-                        s.scalar_type() == map.scalar_type(),
-                    "anomaly_map: statistics must be (H, W), in the dtype of the map");
     if (s.stride(1) != 0 && s.stride(1) != 1) s = torch::stable::contiguous(s);
     Statistics& entry = a.stats[i / 2];
     entry.data[i % 2] = s.const_data_ptr();
@@ -192,21 +150,17 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
   }
   Tensor first;  // owns what is added to
   if (base) {
-    STD_TORCH_CHECK(base->dim() == 3 && base->size(0) == n && base->size(1) == h &&
-                        base->size(2) == w && base->scalar_type() == map.scalar_type(),
-                    "anomaly_map: base must be (N, H, W), in the dtype of the map");
     first = torch::stable::contiguous(*base);
     a.base = first.const_data_ptr();
   }
-  a.radius = static_cast<int64_t>(4 * sigma + 0.5);
+  a.radius = gaussian_radius(sigma);
   a.map = map.mutable_data_ptr();
   a.score = score.mutable_data_ptr();
-  const double count = std::nearbyint(top * static_cast<double>(h) * static_cast<double>(w));
-  a.top = std::max<int64_t>(1, static_cast<int64_t>(count));
+  a.top = top_count(top, h * w);
   if (wide) {
-    check_and_run<double>(a, x, features, features_hat, sigma);
+    run<double>(a, x, features, features_hat, sigma);
   } else {
-    check_and_run<float>(a, x, features, features_hat, sigma);
+    run<float>(a, x, features, features_hat, sigma);
   }
   return {map, score};
 }

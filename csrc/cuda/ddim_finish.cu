@@ -15,7 +15,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 template <int R, int kLevel, class M>
-__global__ void __launch_bounds__(kFinishColumns) finish_kernel(const FinishArgs<M> args) {
+__global__ void __launch_bounds__(kTileColumns) finish_kernel(const FinishArgs<M> args) {
   finish_tiles<R, kLevel>(args);
 }
 
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ddim_finish(
   Tensor y;
   if (guide) y = in_layout_of(out.x0, torch::stable::to(*guide, ScalarType::Float), false);
 
-  const auto go = [&](auto zero) {
+  for_narrow_dtype(m, "ddim_finish", [&](auto zero) {
     using M = decltype(zero);
     FinishArgs<M> args{};
     args.g = haar_geometry(images, out.x0, is_channels_last(out.x0));
@@ -68,13 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ddim_finish(
       case 3: return launch<8, 3>(args, stream);
       default: return launch<16, 4>(args, stream);
     }
-  };
-  switch (m.scalar_type()) {
-    case ScalarType::Float: go(float{}); break;
-    case ScalarType::BFloat16: go(torch::headeronly::BFloat16{}); break;
-    case ScalarType::Half: go(torch::headeronly::Half{}); break;
-    default: STD_TORCH_CHECK(false, "ddim_finish: not implemented for ", m.scalar_type());
-  }
+  });
   return {out.x0, out.x_hat, out.pixel, out.sub_band};
 }
 

@@ -9,8 +9,7 @@
 //      standardisation and transforms them along x (as haar.cu unpacks);
 //   2. each thread transforms one column along y, clamps, stores the pixels, and leaves the
 //      residual image - x_hat in the column's place;
-//   3. level by level, each 2 x 2 block of the residual gives the magnitudes of its three details,
-//      added up in `details`, and its low band, in its first element's place.
+//   3. level by level, the residual gives its sub-bands, see sub_band_tile.h.
 // The coefficients of a block lie R^2 channels apart (or side by side in channels_last): both
 // layouts touch every byte of the lines that they read. Neighbouring threads of pass 1 have
 // neighbouring blocks (or coefficients), which lie together.
@@ -21,10 +20,9 @@
 #include "../common/diffusion.h"
 #include "../common/divide.h"
 #include "../common/haar.h"
+#include "sub_band_tile.h"
 
 namespace diffad {
-
-constexpr int kFinishColumns = 256;
 
 template <class M>
 struct FinishArgs {
@@ -43,29 +41,17 @@ struct FinishArgs {
 // Sets the tiles of images whose blocks have R rows; returns the threads of a block.
 template <class M>
 inline unsigned finish_grid(FinishArgs<M>& args, int r) {
-  const int most = kFinishColumns / r;
+  const int most = kTileColumns / r;
   args.blocks = args.g.cols < most ? static_cast<int>(args.g.cols) : most;
   args.across = (args.g.cols + args.blocks - 1) / args.blocks;
   args.count = args.g.batch * args.g.rows * args.across;
   return static_cast<unsigned>((args.blocks * r + 31) / 32 * 32);
 }
 
-// Elements before those of level `l` (1, 2, ...) in the pyramid of a tile of R rows: 2 x 2 blocks
-// of level l number R / 2^l by columns / 2^l.
-template <int R>
-__device__ __forceinline__ int details_before(int l) {
-  int sum = 0;
-  for (int k = 1; k < l; ++k) sum += (R >> k) * (kFinishColumns >> k);
-  return sum;
-}
-
 template <int R, int kLevel, class M>
 __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
-  // A word of padding a block, see haar.cu, and one a row: with threads along v, those of a row's
-  // coefficients hit different banks too.
-  constexpr int kPitch = kFinishColumns + kFinishColumns / R + 1;
-  __shared__ float shared[R * kPitch];
-  __shared__ float details[R * kFinishColumns / 3 + 1];  // 1/4 + 1/16 + ...
+  constexpr int kPitch = SubBandTile<R, kLevel>::kPitch;
+  __shared__ SubBandTile<R, kLevel> tile;
 
   const HaarGeometry& g = args.g;
   const int thread = threadIdx.x, width = args.blocks * R;
@@ -83,12 +69,10 @@ __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
     const bool active = thread < width && block0 + column_block < g.cols;
     const int64_t pixel = row * R * image_width + block0 * R + column;  // of the output's planes
     float magnitude[R] = {};
-    for (int k = thread; k < static_cast<int>(sizeof(details) / sizeof(float)); k += blockDim.x) {
-      details[k] = 0;
-    }
+    tile.clear();
 
     for (int64_t channel = 0; channel < g.channels; ++channel) {
-      __syncthreads();  // the last channel is done with `shared`
+      __syncthreads();  // the last channel is done with the tile
       if (packed_active) {
         float w[R];
         DIFFAD_UNROLL
@@ -104,10 +88,10 @@ __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
         }
         walsh(w);
         DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) shared[v * kPitch + block * (R + 1) + k] = w[k];
+        for (int k = 0; k < R; ++k) tile.column(block * R)[v * kPitch + k] = w[k];
       }
       __syncthreads();
-      float* own = shared + column + column_block;
+      float* own = tile.column(column);
       if (active) {
         float w[R];
         DIFFAD_UNROLL
@@ -132,40 +116,15 @@ __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
         DIFFAD_UNROLL
         for (int k = 0; k < R; ++k) own[k * kPitch] = 0;
       }
-      DIFFAD_UNROLL
-      for (int l = 1; l <= kLevel; ++l) {
-        __syncthreads();
-        const int columns = width >> l, half = 1 << (l - 1);
-        for (int k = thread; k < (R >> l) * columns; k += blockDim.x) {
-          const int y = k / columns, x = k % columns;
-          // Elements of the low band before stand 2^(l-1) apart.
-          float* corner = shared + (y << l) * kPitch;
-          const int left = x << l, right = left + half;
-          const int left_slot = left + left / R, right_slot = right + right / R;
-          const float a = corner[left_slot], b = corner[right_slot];
-          const float d = corner[half * kPitch + left_slot];
-          const float e = corner[half * kPitch + right_slot];
-          const float high =
-              ::fabsf(a + b - d - e) + ::fabsf(a - b + d - e) + ::fabsf(a - b - d + e);
-          const float low = (a + b + d + e) * 0.5f;
-          corner[left_slot] = low;
-          details[details_before<R>(l) + y * (kFinishColumns >> l) + x] +=
-              high * 0.5f + (l == kLevel ? ::fabsf(low) : 0.0f);
-        }
-      }
+      tile.add(width);
     }
     __syncthreads();
     if (active) {
       const float share = 1.0f / static_cast<float>(g.channels);
       DIFFAD_UNROLL
       for (int k = 0; k < R; ++k) {
-        float sum = 0;
-        DIFFAD_UNROLL
-        for (int l = 1; l <= kLevel; ++l) {
-          sum += details[details_before<R>(l) + (k >> l) * (kFinishColumns >> l) + (column >> l)];
-        }
         args.pixel[n * plane + pixel + k * image_width] = magnitude[k] * share;
-        args.sub_band[n * plane + pixel + k * image_width] = sum * share;
+        args.sub_band[n * plane + pixel + k * image_width] = tile.sum(k, column) * share;
       }
     }
     __syncthreads();  // the next tile clears the details

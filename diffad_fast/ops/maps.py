@@ -36,7 +36,7 @@ def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, 
     ]  # fmt: skip
     flat = [
         (value.to(x.device, compute) if isinstance(value, torch.Tensor)
-         else torch.full((), value, dtype=compute, device=x.device)).expand(x.shape[2:])
+         else torch.full((), value, dtype=compute)).expand(x.shape[2:])  # numbers stay on the host
         for entry in stats or ()
         for value in entry or (0.0, 1.0)
     ]  # fmt: skip
@@ -45,13 +45,30 @@ def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, 
         x_hat,
         [f for f, _ in pairs],
         [g for _, g in pairs],
-        [float(weight) for weight in weights],
+        list(weights),
         levels if weights[2] != 0 else 0,
         flat,
-        float(sigma),
-        float(top),
+        sigma,
+        top,
         None if base is None else base.to(compute),
     )
+
+
+# What the CUDA kernels take, see csrc/cuda/anomaly_map.cu.
+CUDA_LEVELS, CUDA_FEATURES, CUDA_RADIUS = 4, 8, 44
+
+
+def _cuda_refuses(x, x_hat, features, features_hat, weights, levels, stats, sigma, top, base):
+    """Why the CUDA kernels cannot serve a call, or None."""
+    if x.dtype == torch.float64:
+        return "the CUDA kernels compute in float32, not float64"
+    if weights[2] != 0 and levels > CUDA_LEVELS:
+        return f"the CUDA kernels take up to {CUDA_LEVELS} levels, not {levels}"
+    if weights[1] != 0 and len(features) > CUDA_FEATURES:
+        return f"the CUDA kernels take up to {CUDA_FEATURES} feature maps, not {len(features)}"
+    if int(4 * sigma + 0.5) > CUDA_RADIUS:
+        return f"the CUDA kernels take a sigma up to {CUDA_RADIUS / 4:g} pixels, not {sigma:g}"
+    return None
 
 
 def _triton(*arguments):
@@ -67,15 +84,13 @@ def _triton_refuses(*arguments):
 
 
 _triton.refuses = _triton_refuses
-_anomaly_map = Operator(
-    "anomaly_map",
-    reference.anomaly_map,
-    triton=_triton,
-    **{
-        backend: partial(_native, operator)
-        for backend, operator in native.implementations("anomaly_map").items()
-    },
-)
+_natives = {
+    backend: partial(_native, operator)
+    for backend, operator in native.implementations("anomaly_map").items()
+}
+if "cuda" in _natives:
+    _natives["cuda"].refuses = _cuda_refuses
+_anomaly_map = Operator("anomaly_map", reference.anomaly_map, triton=_triton, **_natives)
 
 
 def anomaly_map(
@@ -130,9 +145,11 @@ def anomaly_map(
         checks.shaped(f"features_hat[{i}]", f_hat, f.shape, x.device)
     if len(weights) != 3:
         raise ValueError(f"weights must be three, for {', '.join(MAPS)}; got {len(weights)}")
-    for name, weight in zip(MAPS, weights, strict=True):
+    weights = tuple(
         checks.number(f"the {name} map's weight", weight, -float("inf"))
-    checks.integer("levels", levels, 0, 16)
+        for name, weight in zip(MAPS, weights, strict=True)
+    )
+    levels = checks.integer("levels", levels, 0, 16)
     height, width = x.shape[2:]
     if height % 2**levels or width % 2**levels:
         raise ValueError(
@@ -143,8 +160,8 @@ def anomaly_map(
         used[1] &= len(features) > 0
         used[2] &= levels > 0
         _check_stats(stats, used, (height, width), x.device)
-    checks.number("sigma", sigma, 0.0, 1e6)
-    checks.number("top", top, 0.0, 1.0)
+    sigma = checks.number("sigma", sigma, 0.0, 1e6)
+    top = checks.number("top", top, 0.0, 1.0)
     if base is not None:
         checks.shaped("base", base, (x.shape[0], height, width), x.device)
     return _anomaly_map(x, x_hat, features, features_hat, weights, levels, stats, sigma, top, base)

@@ -70,6 +70,18 @@ std::vector<T> read(size_t count) {
 
 }  // namespace
 
+static float __uint_as_float(uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+
+[[maybe_unused]] static uint32_t __float_as_uint(float x) {
+  uint32_t y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+
 // All fibers take turns in order: when a fiber is back from `yield`, all others have come as far.
 // A write, a yield, reads and a yield are thus an exchange without races.
 static void __syncthreads() { yield(); }

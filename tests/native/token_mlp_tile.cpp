@@ -36,11 +36,6 @@ std::vector<std::vector<Copy>> pending;  // by thread
 
 }  // namespace
 
-static float __uint_as_float(uint32_t x) {
-  float y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 namespace diffad {

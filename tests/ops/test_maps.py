@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import numpy as np
 import pytest
 import pywt
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffad_fast import native, ops, reference, use_backend
+from diffad_fast.errors import BackendError
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 
@@ -451,3 +454,165 @@ def test_native_guards_its_memory():
     both_double = [x, x, [f.double()], [f.double()], ones, 1, [], 1.0, 0.1]
     with pytest.raises(RuntimeError, match="differ in dtype"):
         op(*both_double)
+
+
+# ------------------------------------------------------------------------- CUDA
+
+
+@pytest.fixture(scope="module")
+def emulator(native_program):
+    """The CUDA kernels' own code, run thread by thread on the CPU."""
+    program = native_program("anomaly_map_tile")
+
+    def run(x, y, f, g, weights, levels, stats, sigma, top, base=None, last=False, blocks=3):
+        n, channels, height, width = x.shape
+        radius = int(4 * sigma + 0.5)
+        half = np.exp(-0.5 * (np.arange(radius + 1) / max(sigma, 1e-3)) ** 2)
+        half /= 2 * half.sum() - half[0]
+        numbers = [isinstance(v, float) for pair in stats or () for v in pair]
+        kind = 0 if stats is None else 1 if all(numbers) else 2
+        task = [n, channels, height, width, levels, len(f), last, kind, base is not None, radius]
+        task += [max(1, round(top * height * width)), blocks]
+        order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+        data = [np.array(task + [s for t in f for s in t.shape[1:]], np.int32)]
+        data += [np.array(weights, np.float32), half.astype(np.float32)]
+        pairs = [t for pair in zip(f, g, strict=True) for t in pair]
+        data += [t.permute(order).float().numpy() for t in (x, y, *pairs)]
+        shape = () if kind == 1 else (height, width)
+        data += [
+            np.broadcast_to(np.asarray(v, np.float32), shape) for pair in stats or () for v in pair
+        ]
+        data += [] if base is None else [base.float().numpy()]
+        found = subprocess.run(
+            [program],
+            input=b"".join(np.ascontiguousarray(d).tobytes() for d in data),
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        map_, score = np.split(np.frombuffer(found, np.float32), [n * height * width])
+        return torch.tensor(map_).view(n, height, width), torch.tensor(score)
+
+    return run
+
+
+def agrees(emulator, x, y, f=(), g=(), *options, last=False, blocks=3):
+    """With the reference in float64; options: weights, levels, stats, sigma, top, base."""
+    found = emulator(x, y, f, g, *options, last=last, blocks=blocks)
+    for got, want in zip(found, reference.anomaly_map(x, y, f, g, *options), strict=True):
+        scale = want.abs().max().clamp(min=1)
+        assert float((got.double() - want).abs().max() / scale) < 2e-6
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "shape, levels", [((2, 3, 16, 300), 0), ((2, 1, 6, 270), 1), ((1, 2, 8, 36), 2),
+                      ((3, 1, 24, 264), 3), ((1, 2, 32, 48), 4)]
+)  # fmt: skip
+def test_the_cuda_kernels_in_emulation(emulator, shape, levels, last):
+    """Tiles beside each other and cut off, several tiles of a thread block, all levels."""
+    scales = [(3, 5, 7), (40, 3, 2), (2, 1, 1), (17, 19, 11)]
+    x, y, f, g = inputs(shape, scales, torch.float64)
+    n, _, height, width = shape
+    base = random((n, height, width), 4)
+    positions = [
+        (random((height, width), i), random((height, width), i + 9).abs() + 0.5) for i in range(3)
+    ]
+    ones = (1.0, 1.0, 1.0)
+    agrees(emulator, x, y, (), (), ones, levels, None, 0.0, 0.01, None, last=last)
+    agrees(emulator, x, y, f, g, (0.5, 2.0, -1.0), levels, positions, 1.0, 0.1, base, last=last)
+    numbers = [(0.3, 1.7)] * 3
+    agrees(emulator, x, y, f[:2], g[:2], (0.0, 1.0, 0.0), 0, numbers, 0.0, 0.01, base, last=last)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0, 5.1, 11.0])
+@pytest.mark.parametrize("size", [(1, 1), (3, 130), (67, 70)])
+def test_the_cuda_gaussian_in_emulation(emulator, size, sigma):
+    x, y = random((2, 1, *size), 1), random((2, 1, *size), 2)
+    agrees(emulator, x, y, (), (), (1.0, 0.0, 0.0), 0, None, sigma, 0.3, blocks=2)
+
+
+@pytest.mark.parametrize("top", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("change", ["none", "round", "same", "infinite", "nan"])
+def test_the_cuda_score_in_emulation(emulator, change, top):
+    """Several thread blocks an image; both signs, equal values, values that are no numbers."""
+    base = random((2, 180, 190), 3)
+    if change == "round":
+        base = base.round()
+    if change == "same":
+        base = torch.full_like(base, -3.0)
+    if change in ("infinite", "nan"):
+        base[0, 7, 9] = float(change[:3])
+        base[1, 170, 3] = -float("inf")
+    zeros = torch.zeros(2, 1, 180, 190, dtype=torch.float64)
+    _, score = emulator(zeros, zeros, (), (), (0.0, 0.0, 0.0), 0, None, 0.0, top, base)
+    count = max(1, round(top * 180 * 190))
+    want = base.flatten(1).topk(count).values.mean(dim=1)
+    torch.testing.assert_close(score.double(), want, rtol=2e-6, atol=2e-7, equal_nan=True)
+
+
+def test_what_the_cuda_kernels_refuse(monkeypatch):
+    operator = ops.dispatch.OPERATORS["anomaly_map"]
+    monkeypatch.setitem(operator.implementations, "cuda", served := lambda *_: None)
+    served.refuses = ops.maps._cuda_refuses
+    x = torch.zeros(1, 1, 32, 32)
+    many = (x,) * 9
+    for change, message in (
+        ({}, None),
+        ({"x": x.double()}, "float64"),
+        ({"levels": 5}, "4 levels, not 5"),
+        ({"levels": 5, "weights": (1.0, 1.0, 0.0)}, None),
+        ({"features": many, "features_hat": many}, "8 feature maps, not 9"),
+        ({"features": many, "features_hat": many, "weights": (1.0, 0.0, 1.0)}, None),
+        ({"sigma": 11.1}, None),
+        ({"sigma": 11.2}, "up to 11 pixels, not 11.2"),
+    ):
+        given = {
+            "x": x, "x_hat": x, "features": (), "features_hat": (), "weights": (1.0, 1.0, 1.0),
+            "levels": 2, "stats": None, "sigma": 4.0, "top": 0.01, "base": None,
+        } | change  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(ops.dispatch, "_selected", "cuda")
+            if message is None:
+                assert operator.backend("cuda", *given.values()) == "cuda"
+            else:
+                with pytest.raises(BackendError, match=message):
+                    operator.backend("cuda", *given.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("levels", range(5))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_on_a_gpu(layout, levels, dtype):
+    """Against the reference in float64; bit for bit again, on another stream and in a graph."""
+    x, y, f, g = inputs((3, 2, 80, 272), [(48, 20, 33), (64, 7, 5)], torch.float64, layout)
+    given = [t.to("cuda", dtype) for t in (x, y, *f, *g)]
+    position = random((80, 272), 5, torch.float32).cuda()
+    stats = [(0.4, 1.5), (position, position.abs() + 0.5), (position[:, :1], 2.0)]
+    base = random((3, 80, 272), 6, torch.float32).cuda()
+
+    def call(x, y, f0, f1, g0, g1):
+        return ops.anomaly_map(x, y, (f0, f1), (g0, g1), (1.0, 0.5, 2.0), levels, stats, base=base)
+
+    with use_backend("cuda"):
+        first = call(*given)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            aside = call(*given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(*given)
+        graph.replay()
+    with use_backend("reference"):
+        wide = [t.double() for t in given]
+        want = ops.anomaly_map(
+            *wide[:2], wide[2:4], wide[4:], (1.0, 0.5, 2.0), levels,
+            [tuple(v.double() if isinstance(v, torch.Tensor) else v for v in s) for s in stats],
+            base=base.double(),
+        )  # fmt: skip
+    for got, again, replayed, right in zip(first, aside, captured, want, strict=True):
+        assert torch.equal(got, again) and torch.equal(got, replayed)
+        assert float((got.double() - right).abs().max() / right.abs().max()) < 5e-6

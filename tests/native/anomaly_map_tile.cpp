@@ -1,0 +1,127 @@
+// Runs csrc/cuda/anomaly_map_tile.h on the CPU: thread blocks of fibers. Standard input: the task as
+// numbers; standard output: the map and the scores.
+#include "thread_block.h"
+
+
+#define __shared__ static
+
+static void __threadfence() {}
+static uint32_t atomicAdd(uint32_t* at, uint32_t more) {
+  const uint32_t before = *at;
+  *at += more;
+  return before;
+}
+static uint32_t atomicExch(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at = value;
+  return before;
+}
+
+#include "../../csrc/cuda/anomaly_map_tile.h"
+
+namespace {
+
+// Of a dense tensor (N, C, H, W).
+diffad::Strides strides(int64_t c, int64_t h, int64_t w, bool last) {
+  if (last) return {c * h * w, 1, w * c, c};
+  return {c * h * w, h * w, w, 1};
+}
+
+template <class F>
+void run_grid(unsigned blocks, unsigned threads, F&& kernel) {
+  blockDim.x = threads;
+  gridDim.x = blocks;
+  body = kernel;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+}
+
+}  // namespace
+
+int main() {
+  // samples, channels, height, width, levels, scales, channels_last, statistics (0 none, 1 numbers,
+  // 2 a position each), base, radius, top, thread blocks; then (channels, height, width) a scale
+  const std::vector<int32_t> given = read<int32_t>(12);
+  const auto [n, channels, height, width] = std::array<int64_t, 4>{given[0], given[1], given[2], given[3]};
+  const int levels = given[4], scales = given[5], radius = given[9];
+  const bool last = given[6];
+  const unsigned blocks = given[11];
+  const std::vector<int32_t> sizes = read<int32_t>(3 * scales);
+  const auto weights = read<float>(3), taps = read<float>(radius + 1);
+  const auto x = read<float>(n * channels * height * width), x_hat = read<float>(x.size());
+
+  diffad::WeightedArgs<float> args{};
+  std::vector<std::vector<float>> cosines;
+  for (int s = 0; s < scales; ++s) {
+    const int64_t c = sizes[3 * s], h = sizes[3 * s + 1], w = sizes[3 * s + 2];
+    const auto f = read<float>(n * c * h * w), f_hat = read<float>(f.size());
+    cosines.emplace_back(n * h * w, NAN);
+    const auto layout = strides(c, h, w, last);
+    const diffad::CosineArgs<float> scale{f.data(), f_hat.data(), layout, layout, c, w, h * w,
+                                          n * h * w, cosines.back().data()};
+    run_grid(blocks, diffad::kCosineThreads, [&] {
+      last ? diffad::cosine_tiles<true>(scale) : diffad::cosine_tiles<false>(scale);
+    });
+    args.scale[s] = {cosines.back().data(), h, w};
+  }
+  const int64_t pixels = height * width;
+  const auto statistics = read<float>(given[7] == 0 ? 0 : given[7] == 1 ? 6 : 6 * pixels);
+  const auto base = read<float>(given[8] ? n * pixels : 0);
+  std::vector<float> total(n * pixels, NAN), map(n * pixels, NAN), score(n, NAN);
+
+  args.x = x.data();
+  args.x_hat = x_hat.data();
+  args.stride = args.stride_hat = strides(channels, height, width, last);
+  args.channels = channels;
+  args.height = height;
+  args.width = width;
+  args.scales = scales;
+  args.base = given[8] ? base.data() : nullptr;
+  args.result = total.data();
+  for (int i = 0; i < 3; ++i) {
+    args.weight[i] = weights[i];
+    for (int k = 0; k < 2; ++k) {
+      args.statistic[i][k] = {nullptr, static_cast<float>(k), 0, 0};
+      if (given[7] == 1) args.statistic[i][k].number = statistics[2 * i + k];
+      if (given[7] == 2) {
+        args.statistic[i][k] = {statistics.data() + (2 * i + k) * pixels, 0, width, 1};
+      }
+    }
+  }
+  const unsigned threads = diffad::weighted_grid(args, n, 1 << levels);
+  run_grid(blocks, threads, [&] {
+    switch (levels) {
+      case 0: return diffad::weighted_tiles<1, 0>(args);
+      case 1: return diffad::weighted_tiles<2, 1>(args);
+      case 2: return diffad::weighted_tiles<4, 2>(args);
+      case 3: return diffad::weighted_tiles<8, 3>(args);
+      default: return diffad::weighted_tiles<16, 4>(args);
+    }
+  });
+
+  if (radius == 0) {
+    map = total;
+  } else {
+    diffad::BlurArgs blur{total.data(), map.data(), height, width};
+    std::copy(taps.begin(), taps.end(), blur.taps);
+    diffad::blur_grid(blur, n, radius);
+    // What is not written first must not be read: all NaN, and nothing behind the end.
+    const size_t bytes = diffad::blur_shared_bytes(blur.halo);
+    auto* shared = static_cast<float*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16));
+    std::fill(shared, shared + bytes / 4, NAN);
+    run_grid(blocks, diffad::kBlurThreads, [&] { diffad::blur_tiles(blur, shared); });
+    std::free(shared);
+  }
+
+  const int64_t parts = (pixels + diffad::kTopShare - 1) / diffad::kTopShare;
+  std::vector<diffad::TopState> state(n);
+  std::vector<float> partial(n * parts, NAN);
+  const diffad::TopArgs top{map.data(), pixels, given[10], parts, state.data(), partial.data(),
+                            score.data()};
+  const auto grid = static_cast<unsigned>(n * parts);
+  for (int digit = 0; digit < 4; ++digit) {
+    run_grid(grid, diffad::kTopThreads, [&] { diffad::top_digit(top, digit); });
+  }
+  run_grid(grid, diffad::kTopThreads, [&] { diffad::top_sum(top); });
+  std::fwrite(map.data(), 4, map.size(), stdout);
+  std::fwrite(score.data(), 4, score.size(), stdout);
+}
