@@ -122,7 +122,13 @@ def launch(kernel, configs: Sequence[triton.Config], grid: Callable, *args, **co
         settings = _settings(configs[0])
     if not INTERPRETED and torch._C._len_torch_dispatch_stack():  # traced
         kernel = torch.library.wrap_triton(kernel)
-    kernel[grid](*args, **constants, **settings)
+    # Triton launches on the current device, whatever device the tensors are on.
+    device = next(x.device for x in args if isinstance(x, torch.Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants, **settings)
+    else:
+        kernel[grid](*args, **constants, **settings)
 
 
 def capability(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
@@ -26,7 +27,8 @@ class Graphed:
     shape, dtype, layout and version of the tensors of ``modules``: these modules' parts, and
     whatever the function reads beside them, have to stay the same. Where capture is impossible the
     function runs eagerly, after a warning that says why; where a trial shows no gain, too, and
-    always on a CPU. Results are tensors in tuples, lists or dicts.
+    always on a CPU. Results are tensors in tuples, lists or dicts. Threads may share it: they take
+    turns, as a graph has one set of buffers.
     """
 
     def __init__(self, function: Callable, modules: Iterable[nn.Module], graphs: int = 4):
@@ -38,12 +40,27 @@ class Graphed:
             for part in module.modules()
             for place in (part._parameters, part._buffers)
         ]
+        self._forget()
+
+    def _forget(self) -> None:
         self._captured: OrderedDict[Hashable, CapturedCall | str | None] = OrderedDict()
+        self._turn = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        """Copies, in another process too, capture graphs of their own."""
+        return {k: v for k, v in vars(self).items() if k not in ("_captured", "_turn")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._forget()
 
     @torch.inference_mode()
     def __call__(self, x: torch.Tensor):
-        captured = self._graph(x) if x.is_cuda and self.graphs else None
-        return self.function(x) if captured is None else captured(x)
+        if not (x.is_cuda and self.graphs):
+            return self.function(x)
+        with self._turn:
+            captured = self._graph(x)
+            return self.function(x) if captured is None else captured(x)
 
     def _graph(self, x: torch.Tensor) -> CapturedCall | None:
         """The captured call for tensors like x; None where it runs eagerly."""
@@ -97,7 +114,8 @@ class CapturedCall:
             for _ in range(2):  # libraries load their kernels and choose among them
                 function(self._input)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=side):
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._output = function(self._input)
         torch.cuda.current_stream(x.device).wait_stream(side)
         self._done = torch.cuda.Event()

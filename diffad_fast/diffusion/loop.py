@@ -111,7 +111,8 @@ class ReverseLoop:
         denoise = self.denoiser.denoise if apart else self.denoiser
         guide = guide if self.guidance > 0 else None
         # In one kernel a step: the state, the network's next input, and the counter moved on.
-        fused = table is not None and _is_state_of_the_kernels(x_t)
+        # It writes in place, which autograd does not see.
+        fused = table is not None and not torch.is_grad_enabled() and _is_state_of_the_kernels(x_t)
         counter = torch.zeros(2, dtype=torch.int32, device=x_t.device) if fused else None
         x_in = x_t.to(dtype)
         for i, step in enumerate(self.steps):
@@ -123,10 +124,12 @@ class ReverseLoop:
                     prediction_type=self.prediction_type, clip=self.clip, guidance=pull,
                 )  # fmt: skip
             if fused:
-                next_input = None if x_in is x_t else x_in
+                # The kernel writes it in the dtype of the output.
+                next_input = None if x_in is x_t or x_in.dtype != output.dtype else x_in
                 torch.ops.diffad_fast.ddim_loop_step_(
                     x_t, output, guide, table, counter, next_input, self.seed, 0, -1.0, 1.0
                 )
+                x_in = x_t.to(dtype) if next_input is None else next_input
                 continue
             x_t = ops.ddim_step(
                 x_t,
@@ -158,15 +161,19 @@ class ReverseLoop:
         # Which kernels take the steps is the backend's choice.
         key = device, ops.dispatch.selected()
         if key not in self._constants:
-            first = torch.tensor([self.steps[0].alpha_t], dtype=torch.float64, device=device)
-            log_sigma = torch.tensor([s.log_sigma for s in self.steps], device=device)
-            table = None
-            if device.type == "cuda" and ops.diffusion.fused_steps(device):
-                table = ops.diffusion.step_table(
-                    self.steps, self.prediction_type, self.eta, self.clip, self.guidance
-                ).to(device)
-            self._constants[key] = first, log_sigma, table
+            with torch.inference_mode(False):  # `eager` may be differentiated later
+                self._constants[key] = self._made_on(device)
         return self._constants[key]
+
+    def _made_on(self, device: torch.device):
+        first = torch.tensor([self.steps[0].alpha_t], dtype=torch.float64, device=device)
+        log_sigma = torch.tensor([s.log_sigma for s in self.steps], device=device)
+        table = None
+        if device.type == "cuda" and ops.diffusion.fused_steps(device):
+            table = ops.diffusion.step_table(
+                self.steps, self.prediction_type, self.eta, self.clip, self.guidance
+            ).to(device)
+        return first, log_sigma, table
 
 
 def _is_state_of_the_kernels(x: torch.Tensor) -> bool:

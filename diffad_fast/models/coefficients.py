@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..representations import WaveletRepresentation
 from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
 from ..training import batch
+from ..training.distributed import processes
 from ..training.images import Trainer
 from ..training.loop import History, TrainingCheckpoint
 from .fusion import fuse, resized
@@ -108,7 +109,7 @@ class CoefficientModel(nn.Module):
             side = [s // 2**config.haar_level for s in config.image_size]
             x = torch.zeros(4, self.representation.channels, *side, device=self.device)
             x = x.contiguous(memory_format=torch.channels_last)
-            dtype = inference.faster_dtype(self.denoiser, x)
+            dtype = processes().agreed(inference.faster_dtype(self.denoiser, x))
             self.config = config.replace(inference_dtype=dtype)
 
     @property

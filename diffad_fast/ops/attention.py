@@ -64,7 +64,7 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
     for name, x in (("k", k), ("v", v)):
         checks.shaped(name, x, q.shape, q.device)
         checks.same_dtype(name, x, "q", q.dtype)
-    checks.integer("level", level, 1, 2)
+    level = checks.integer("level", level, 1, 2)
     heads, height, width = q.shape[1:4]
     block = 2**level
     if height % block or width % block:
@@ -76,7 +76,7 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
         if gain is not None:
             checks.shaped(name, gain, (heads, 1 + 3 * level), q.device)
     if scale is not None:
-        checks.number("scale", scale, -math.inf)
+        scale = checks.number("scale", scale, -math.inf)
     return _wavelet_attention(q, k, v, logit_gain, value_gain, level, scale)
 
 

@@ -53,9 +53,10 @@ def integer(name: str, value, smallest: int, largest: int) -> int:
     return int(value)
 
 
-def number(name: str, value, smallest: float, largest: float = float("inf")) -> None:
-    """``value`` is a real number (Python's or NumPy's) in [smallest, largest]."""
+def number(name: str, value, smallest: float, largest: float = float("inf")) -> float:
+    """``value``, a real number (Python's or NumPy's) in [smallest, largest], as Python's."""
     if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not smallest <= value <= largest:
         raise ValueError(f"{name} must be in [{smallest}, {largest}], got {value}")
+    return float(value)

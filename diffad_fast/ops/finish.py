@@ -49,8 +49,9 @@ def _cuda(*arguments):
     return _native(*arguments)
 
 
-def _cuda_refuses(x_t, *_):
-    return "the CUDA kernel computes in float32" if x_t.dtype == torch.float64 else None
+def _cuda_refuses(x_t, model_output, *_):
+    wide = torch.float64 in (x_t.dtype, model_output.dtype)
+    return "the CUDA kernel computes in float32, not float64" if wide else None
 
 
 _cuda.refuses = _cuda_refuses
@@ -99,7 +100,7 @@ def ddim_finish(
     check_step(x_t, model_output, alpha_t, 1.0, prediction_type, clip, guidance)
     if isinstance(alpha_t, torch.Tensor):
         raise TypeError("alpha_t must be a number, got a tensor: all samples are at one level")
-    checks.integer("level", level, 0, MAX_LEVEL)
+    level = checks.integer("level", level, 0, MAX_LEVEL)
     n, channels, height, width = x_t.shape
     if channels % 4**level:
         raise ValueError(

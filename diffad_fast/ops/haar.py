@@ -55,7 +55,7 @@ def haar_pack(x, level=1):
     Source: Haar 1910; wavelet packets, Coifman & Wickerhauser 1992.
     """
     checks.tensor("x", x, 4)
-    checks.integer("level", level, 1, MAX_LEVEL)
+    level = checks.integer("level", level, 1, MAX_LEVEL)
     check_divides(x, level)
     return _haar_pack(x, level)
 
@@ -80,7 +80,7 @@ def haar_unpack(y, level=1):
     ``level`` outside 1..4, and channels that do not divide by 4^level.
     """
     checks.tensor("y", y, 4)
-    checks.integer("level", level, 1, MAX_LEVEL)
+    level = checks.integer("level", level, 1, MAX_LEVEL)
     if y.shape[1] % 4**level:
         raise ValueError(
             f"y has {y.shape[1]} channels, which must divide by {4**level} for level {level}"

@@ -88,7 +88,7 @@ def group_norm_silu(
     """
     checks.tensor("x", x, 4)
     n, c = x.shape[:2]
-    checks.integer("num_groups", num_groups, 1, max(c, 1))
+    num_groups = checks.integer("num_groups", num_groups, 1, max(c, 1))
     if c % num_groups:
         raise ValueError(f"{c} channels do not divide into num_groups = {num_groups}")
     for name, y, shape in (
@@ -99,7 +99,7 @@ def group_norm_silu(
     ):
         if y is not None:
             checks.shaped(name, y, shape, x.device)
-    checks.number("eps", eps, 0.0)
+    eps = checks.number("eps", eps, 0.0)
     return _group_norm_silu(x, num_groups, weight, bias, eps, scale, shift, activation)
 
 

@@ -78,7 +78,7 @@ def standardised_packet(x, mean, deviation, level=1):
     Raises TypeError for dtypes, ValueError for shapes, devices and levels. A deviation of 0 is not
     looked for.
     """
-    _check(x, mean, deviation, level)
+    _, level = _check(x, mean, deviation, level)
     return _standardised_packet(x, mean, deviation, level)
 
 
@@ -105,24 +105,24 @@ def noised_packet(
     Raises TypeError for dtypes, ValueError for shapes, devices and options. Values of ``t`` are
     not checked.
     """
-    shape = _check(x, mean, deviation, level)
+    shape, level = _check(x, mean, deviation, level)
     check_noising(shape, x.device, t, noise, alphas_cumprod, "the packet")
-    check_target(prediction_type, snr_limit)
+    snr_limit = check_target(prediction_type, snr_limit)
     return _noised_packet(
         x, mean, deviation, t, noise, alphas_cumprod, level, prediction_type, snr_limit
     )
 
 
 def _check(x, mean, deviation, level):
-    """The packet's shape."""
+    """The packet's shape, and level as Python's integer."""
     checks.tensor("x", x, 4)
-    checks.integer("level", level, 0, MAX_LEVEL)
+    level = checks.integer("level", level, 0, MAX_LEVEL)
     check_divides(x, level)
     n, c, h, w = x.shape
     shape = (n, c * 4**level, h >> level, w >> level)
     checks.shaped("mean", mean, shape[1:2], x.device)
     checks.shaped("deviation", deviation, shape[1:2], x.device)
-    return shape
+    return shape, level
 
 
 def channels_last(x):

@@ -78,17 +78,17 @@ def noised_target(x0, t, noise, alphas_cumprod, prediction_type="v_prediction", 
     Source: Salimans & Ho 2022 (velocity), Hang et al. 2023 (min-SNR).
     """
     check_forward(x0, t, noise, alphas_cumprod)
-    check_target(prediction_type, snr_limit)
+    snr_limit = check_target(prediction_type, snr_limit)
     return _noised_target(x0, t, noise, alphas_cumprod, prediction_type, snr_limit)
 
 
 def check_target(prediction_type, snr_limit):
-    """Check the options of :func:`noised_target`."""
+    """Check the options of :func:`noised_target`; returns snr_limit as Python's float."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"unknown prediction_type {prediction_type!r}: choose {', '.join(PREDICTION_TYPES)}"
         )
-    checks.number("snr_limit", snr_limit, 0.0)
+    return checks.number("snr_limit", snr_limit, 0.0)
 
 
 def weighted_mse(prediction, target, weight):

@@ -184,7 +184,7 @@ def wavedec2(x, wavelet="haar", level=None, mode="periodization"):
     """
     _check_image(x)
     if level is not None:
-        checks.integer("level", level, 0, 64)
+        level = checks.integer("level", level, 0, 64)
     return rules.decompose(_dwt2d, x, wavelet, level, mode)
 
 

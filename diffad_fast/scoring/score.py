@@ -65,7 +65,8 @@ class Score:
                 missing |= {name} if values is None else set()
                 column += [] if values is None else values.tolist()
             missing |= {name for name in ("map", "paths") if getattr(part, name) is None}
-            maps += [] if part.map is None else [part.map]
+            # A copy: a GPU's maps come in page-locked memory, and one piece serves all batches.
+            maps += [] if part.map is None else [part.map.copy()]
             paths += part.paths or []
         return Score(
             score=np.array(columns["score"], dtype=np.float64),

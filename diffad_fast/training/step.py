@@ -37,7 +37,8 @@ class CapturedStep:
             self._inputs = [t.to(self._device) for t in inputs]
             graph = torch.cuda.CUDAGraph()
             # Capture computes nothing: the step itself is the replay below.
-            with torch.cuda.graph(graph, stream=self._stream):
+            # Other threads, such as a loader that pins memory, may use the device meanwhile.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._result = self._step(*self._inputs)
             self._graph = graph
         for kept, new in zip(self._inputs, inputs, strict=True):

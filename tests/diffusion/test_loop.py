@@ -1,8 +1,12 @@
 """Analytic checks of the whole forward, reverse and inverse process: for Gaussian data the best
 denoiser is known in closed form, and deterministic DDIM is linear in its input."""
 
+import copy
 import math
+import pickle
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -207,6 +211,20 @@ def test_run_leaves_its_state_alone():
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("inverts", [False, True])
+def test_the_eager_loop_can_be_differentiated_after_a_call(inverts):
+    """A linear network keeps the process linear: its gradient is that of any other point."""
+    schedule = NoiseSchedule()
+    steps = schedule.inversion_steps(0.1, 2.0, 3) if inverts else schedule.reverse_steps(500, 3)
+    run = ReverseLoop(exact_denoiser("v_prediction"), steps)
+    x, direction = gaussian(2), gaussian(2)
+    run(x)
+    found, moved = run.eager(x.requires_grad_()), run.eager(x.detach() + direction)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    change = float((moved - found).detach().sum())
+    assert float((gradient * direction).sum()) == pytest.approx(change, rel=1e-9)
+
+
 def test_levels_embedded_at_once_are_the_levels():
     """What conditions the U-Net is taken out of the loop; the result is the same."""
     torch.manual_seed(0)
@@ -349,6 +367,56 @@ def test_a_failed_capture_says_so_once_and_runs_eagerly(captures, monkeypatch):
         assert graph_of(run, x) is None
 
 
+def test_threads_take_turns_with_a_graph(captures, monkeypatch):
+    """A graph has one set of buffers: nobody may write to them before the result is out."""
+    inside, most = [], []
+
+    def replay(self, x):
+        inside.append(x)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.remove(x)
+        return self.function(x)
+
+    monkeypatch.setattr(FakeCapture, "__call__", replay)
+    graphed = graphs.Graphed(lambda x: 2 * x, [])
+    inputs = [OnCuda(i) for i in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(graphed, inputs)) == [2 * i for i in range(16)]
+    assert len(most) >= 14 and max(most) == 1 and len(captures) == 1
+
+
+class OnCuda(int):
+    """What Graphed asks of a tensor on a GPU."""
+
+    is_cuda, shape, dtype, device = True, (1,), torch.float32, "cuda:0"
+
+    def stride(self):
+        return (1,)
+
+
+def test_copies_capture_graphs_of_their_own(captures):
+    unet = nn.Conv2d(3, 3, 1)
+    run = ReverseLoop(Shrink(unet), NoiseSchedule().reverse_steps(500, 2), modules=[unet])
+    x = torch.randn(1, 3, 4, 4)
+    graph_of(run, x), graph_of(run, x)
+    for twin in (copy.deepcopy(run), pickle.loads(pickle.dumps(run))):
+        assert run.graphed._captured and not twin.graphed._captured
+        assert torch.equal(twin(x), run(x))
+        graph_of(twin, x)
+        with torch.no_grad():
+            twin.denoiser.unet.weight.mul_(2)  # seen by the copy's own graphs alone
+        assert graph_of(twin, x) is None and graph_of(run, x) is not None
+
+
+class Shrink:
+    def __init__(self, unet):
+        self.unet = unet
+
+    def __call__(self, x, level):
+        return self.unet(x)
+
+
 def test_a_graph_without_gain_is_not_used(captures, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(graphs, "CapturedCall", FakeCapture)
@@ -395,6 +463,37 @@ def test_replays_are_the_eager_loop(options, dtype):
                         assert torch.equal(run(x), run.eager(x))
         torch.cuda.synchronize()
     assert any(isinstance(c, graphs.CapturedCall) for c in run.graphed._captured.values())
+
+
+@on_gpu
+def test_gradients_of_the_eager_loop_are_those_of_the_reference():
+    torch.manual_seed(0)
+    x, unet = torch.randn(2, 16, 16, 16, device="cuda"), small_unet()
+    found = []
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            run = ReverseLoop(unet, NoiseSchedule().reverse_steps(500, 2))
+            leaf = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(run.eager(leaf).square().sum(), leaf)
+        found.append(gradient)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3 * float(found[1].abs().max()))
+
+
+@on_gpu
+def test_a_narrow_network_may_answer_in_the_state_s_dtype():
+    class Widened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+        def forward(self, x, log_sigma):
+            assert x.dtype == torch.bfloat16
+            return (x * self.weight).float()
+
+    x, steps = torch.randn(2, 3, 4, 4), NoiseSchedule().reverse_steps(500, 3)
+    run = ReverseLoop(Widened().cuda(), steps)
+    got, expected = run.run(x.cuda()).cpu(), ReverseLoop(Widened(), steps).run(x)
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
 @on_gpu

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffad_fast import ops, use_backend
 from diffad_fast.ops import dispatch
+
+triton = pytest.importorskip("triton")
 
 pytestmark = pytest.mark.skipif(
     "triton" in dispatch.unavailable(), reason=dispatch.unavailable().get("triton", "")
 )
 ROOT = Path(__file__).parents[2]
+
+if "triton" not in dispatch.unavailable():
+    from diffad_fast.kernels import registration
 # What a GPU is asked for is given by hand: traced and compiled without one.
 PREAMBLE = "import torch, triton, diffad_fast.kernels.wavelet_attention as wa\n"
 
@@ -272,3 +281,53 @@ for name, make in wa.COMPILE.items():
             print(name, arch, done.metadata.shared)
 """
     assert run(code) == ""
+
+
+@pytest.mark.skipif(not dispatch.INTERPRETER, reason="interpreted kernels")
+def test_numpy_numbers_are_taken():
+    """Operators convert them: kernels do not know their types."""
+    x, grids = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 4, 4)
+    mean, deviation = torch.zeros(16), torch.ones(16)
+    t, table = torch.tensor([3, 7]), torch.linspace(0.99, 0.1, 10)
+    q = torch.randn(1, 1, 4, 4, 8)
+    calls = {
+        "group_norm_silu": lambda i, f: ops.group_norm_silu(x, i(2), eps=f(1e-5)),
+        "haar_pack": lambda i, f: ops.haar_pack(x, i(1)),
+        "haar_unpack": lambda i, f: ops.haar_unpack(grids, i(2)),
+        "standardised_packet": lambda i, f: ops.standardised_packet(x, mean, deviation, i(1)),
+        "noised_target": lambda i, f: ops.noised_target(x, t, x, table, snr_limit=f(5.0)),
+        "anomaly_map": lambda i, f: ops.anomaly_map(
+            x, -x, weights=(f(1.0), f(0.0), f(2.0)), levels=i(1), sigma=f(1.0), top=f(0.1)
+        ),
+        "wavelet_attention": lambda i, f: ops.wavelet_attention(q, q, q, level=i(1), scale=f(0.5)),
+    }
+    with use_backend("triton"):
+        for name, call in calls.items():
+            found, wanted = call(np.int64, np.float64), call(int, float)
+            for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (found, wanted)),
+                            strict=True):  # fmt: skip
+                assert torch.equal(a, b), name
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device."""
+    current, launched = [0], []
+
+    @contextlib.contextmanager
+    def switched(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", switched)
+    with FakeTensorMode():
+        for device in ("cuda:1", "cuda:0", "cpu"):
+            x = torch.empty(4, device=device)
+            monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+            registration.launch(Kernel(), [triton.Config({})], lambda meta: (1,), 3, x)
+    assert launched == [1, 0, 0]
