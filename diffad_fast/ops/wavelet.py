@@ -78,17 +78,16 @@ def _border(mode):
 
 
 def _triton_dwt2d(x, wavelet, mode):
-    from ..kernels import dwt2d  # noqa: F401
+    from ..kernels.dwt2d import dwt2d
 
-    return _native_dwt2d(x, wavelet, mode, torch.ops.diffad_fast_triton.dwt2d.default, x.device)
+    return _native_dwt2d(x, wavelet, mode, dwt2d, x.device)
 
 
 def _triton_idwt2d(coeffs, wavelet, mode, output_size=None):
-    from ..kernels import dwt2d  # noqa: F401
+    from ..kernels.dwt2d import idwt2d
 
     device = next(band.device for band in coeffs if band is not None)
-    operator = torch.ops.diffad_fast_triton.idwt2d.default
-    return _native_idwt2d(coeffs, wavelet, mode, output_size, operator, device)
+    return _native_idwt2d(coeffs, wavelet, mode, output_size, idwt2d, device)
 
 
 def _triton_refuses(tensors, wavelet, mode, output_size=None):
