@@ -12,8 +12,9 @@ from .layout import is_channels_last
 
 # kChannelBlock, kTile and kPoints of csrc/cpu/kernels/conv3x3.h
 CHANNEL_BLOCK, TILE, POINTS = 16, 4, 36
-# With fewer tiles in a batch, reading the packed weights, four times as large as the weights, takes
-# as long as the multiplications that they save.
+# With fewer tiles, reading the packed weights, four times as large as the weights, takes as long as
+# the multiplications that they save. Tiles of an image, not of a batch: the way, and with it a
+# sample's last bits, must not depend on how many others there are.
 FEWEST_TILES = 4
 
 # Packed weights, by the weight, each with the version that it was packed from. They go when the
@@ -64,12 +65,12 @@ def _native(x, weight, bias, residual):
 def _served(x, given):
     """Does Winograd's algorithm take these? The reference, which is the vendor's convolution, takes
     what it is not written for, and shapes on which it is the faster one."""
-    n, inputs, height, width = x.shape
+    _, inputs, height, width = x.shape
     tiles = -(-height // TILE) * -(-width // TILE)
     return (
         inputs % CHANNEL_BLOCK == 0
         and given[1].shape[0] % CHANNEL_BLOCK == 0
-        and n * tiles >= FEWEST_TILES
+        and tiles >= FEWEST_TILES
         # A tile costs a fourth of 16 pixels by the direct sum, however few of them the image has.
         and 2 * height * width >= TILE * TILE * tiles
         and is_channels_last(x)
