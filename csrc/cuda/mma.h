@@ -1,5 +1,5 @@
 // The matrix units by inline PTX: bf16 products with float sums (sm_80 on), what feeds them, and the
-// two functions of the activation.
+// function of the activation.
 //
 // Lane l of a warp is (g, t) = (l / 4, l % 4). A 16 x 8 result: c0, c1 are row g, columns 2t and
 // 2t + 1; c2, c3 the same of row g + 8. The left factor, 16 x 16: a0 is row g, columns 2t, 2t + 1
@@ -49,16 +49,10 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// 2^x and 1 / x to two units in the last place, by one instruction each: without the detours of
-// __expf and __fdividef for numbers that are denormal or beyond 2^126.
-__device__ __forceinline__ float exp2_approx(float x) {
+// By one instruction, to 2^-11 of the value (PTX ISA).
+__device__ __forceinline__ float tanh_approx(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float reciprocal_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -47,10 +47,9 @@ __device__ __forceinline__ float bf16_to_float(uint16_t x) {
   return __uint_as_float(static_cast<uint32_t>(x) << 16);
 }
 
-// x / (1 + exp(-x)). Where 2^.. is infinite the quotient is 0, as it should be.
-__device__ __forceinline__ float silu(float x) {
-  return x * reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f));
-}
+// x / (1 + exp(-x)) = h + h tanh(h) of h = x / 2: with one instruction of the slow unit instead of
+// two. tanh_approx is off by 2^-11 of its value, this by 2^-12 of |x|, and what follows rounds to 2^-9.
+__device__ __forceinline__ float silu_of_twice(float h) { return h + h * tanh_approx(h); }
 
 // W: width. kTiles: groups of 16 tokens of a warp.
 template <int W, int kTiles>
@@ -75,39 +74,35 @@ struct TokenMlp {
 
   // ------------------------------------------------------------------ weights
 
-  // N rows, W long, from `row` on, of a matrix of `rows` rows.
-  __device__ void fetch_rows(char* half, const uint16_t* matrix, int row, int rows) const {
-    constexpr int kUnits = W / 8;
-#pragma unroll 1  // registers are full
-    for (int i = threadIdx.x; i < N * kUnits; i += blockDim.x) {
-      const int r = i / kUnits, unit = i % kUnits;
-      const bool valid = row + r < rows;
-      copy_async(half + unit_at<kUnits>(r, unit),
-                 matrix + static_cast<int64_t>(valid ? row + r : 0) * W + unit * 8, valid);
-    }
-  }
-  // N columns from `column` on of W rows that are `pitch` long.
-  __device__ void fetch_columns(char* half, const uint16_t* matrix, int column, int pitch) const {
-    constexpr int kUnits = N / 8;
+  // kRows rows of kUnits units, `pitch` numbers apart, the first at `from`; zeros beyond `rows` and
+  // `columns`. A thread's units lie below each other, so that little is to be worked out for each:
+  // registers are full, and a warp that copies does not multiply.
+  template <int kRows, int kUnits>
+  __device__ void fetch_half(char* half, const uint16_t* from, int pitch, int rows,
+                             int columns) const {
+    const int unit = threadIdx.x % kUnits, step = blockDim.x / kUnits;
+    int r = threadIdx.x / kUnits;
+    if (unit * 8 >= columns) rows = 0;
+    const uint16_t* at = from + static_cast<int64_t>(r) * pitch + unit * 8;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < W * kUnits; i += blockDim.x) {
-      const int r = i / kUnits, unit = i % kUnits;
-      const bool valid = column + unit * 8 < pitch;
-      copy_async(half + unit_at<kUnits>(r, unit),
-                 matrix + static_cast<int64_t>(r) * pitch + (valid ? column + unit * 8 : 0), valid);
+    for (; r < kRows; r += step, at += step * pitch) {
+      copy_async(half + unit_at<kUnits>(r, unit), r < rows ? at : from, r < rows);
     }
   }
   __device__ void fetch(int stage, char* buffer) const {
     const int block_stages = task.blocks * (W / N);
     if (stage < in_stages()) {
-      fetch_columns(buffer + kStageHalf, task.w_in, stage * N, task.pitch);
+      fetch_half<W, N / 8>(buffer + kStageHalf, task.w_in + stage * N, task.pitch, W,
+                           task.pitch - stage * N);
     } else if (stage < in_stages() + block_stages) {
       const int64_t matrix = static_cast<int64_t>((stage - in_stages()) / (W / N)) * W * W;
       const int i = (stage - in_stages()) % (W / N);
-      fetch_rows(buffer, task.w1 + matrix, i * N, W);
-      fetch_columns(buffer + kStageHalf, task.w2 + matrix, i * N, W);
+      fetch_half<N, W / 8>(buffer, task.w1 + matrix + i * N * W, W, N, W);
+      fetch_half<W, N / 8>(buffer + kStageHalf, task.w2 + matrix + i * N, W, W, N);
     } else {
-      fetch_rows(buffer, task.w_out, (stage - in_stages() - block_stages) * N, task.size);
+      const int row = (stage - in_stages() - block_stages) * N;
+      fetch_half<N, W / 8>(buffer, task.w_out + static_cast<int64_t>(row) * W, W, task.size - row,
+                           W);
     }
   }
 
@@ -167,7 +162,8 @@ struct TokenMlp {
     const int t = lane_of_thread() % 4;
 #pragma unroll
     for (int n = 0; n < W / 8; ++n) {
-      const float b[2] = {bf16_to_float(bias[n * 8 + 2 * t]), bf16_to_float(bias[n * 8 + 2 * t + 1])};
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(bias + n * 8 + 2 * t);
+      const float b[2] = {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -193,13 +189,14 @@ struct TokenMlp {
           const float u = h[m][n][2 * row] - mean, v = h[m][n][2 * row + 1] - mean;
           sum += u * u + v * v;
         }
-        const float scale = rsqrtf(over_row(sum) / W + 1e-5f);
+        float scale = rsqrtf(over_row(sum) / W + 1e-5f);
+        if (kSilu) scale *= 0.5f;
 #pragma unroll
         for (int n = 0; n < W / 8; ++n) {
           float u = (h[m][n][2 * row] - mean) * scale, v = (h[m][n][2 * row + 1] - mean) * scale;
           if (kSilu) {
-            u = silu(u);
-            v = silu(v);
+            u = silu_of_twice(u);
+            v = silu_of_twice(v);
           }
           a[m][n / 2][n % 2 * 2 + row] = pack_bf16(u, v);
         }
@@ -218,11 +215,18 @@ struct TokenMlp {
   __device__ int token(int first, int m, int lower) const {
     return first + m * 16 + lower * 8 + lane_of_thread() / 4;
   }
-  __device__ float state(const float* x, int token, int column) const {
-    return token < task.tokens && column < task.size ? x[place(token, column)] : 0.0f;
+  // Of a token's columns from `column` on the four that the lane has in a fragment: 0, 1, 8 and 9.
+  __device__ bool is_there(int token, int column, int i) const {
+    return token < task.tokens && column + offset(i) < task.size;
   }
+  __device__ static constexpr int offset(int i) { return i / 2 * 8 + i % 2; }
   __device__ int64_t place(int token, int column) const {
     return static_cast<int64_t>(token) * task.size + column;
+  }
+  __device__ void load_state(const float* x, int token, int column, float (&four)[4]) const {
+    const float* from = x + place(token, column);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = is_there(token, column, i) ? from[offset(i)] : 0.0f;
   }
 
   __device__ const float* state_of(int step) const { return step == 0 ? task.x : task.x_end; }
@@ -231,19 +235,29 @@ struct TokenMlp {
   __device__ void in_stage(int i, int columns, int first, int step) {
     const float* x = state_of(step);
     const float c_in = row_of(step)[0];
+    const int end = task.size - i * N < N ? task.size - i * N : N;
+    float next[kTiles][2][4];  // on its way while what came before is multiplied
+    const auto load = [&](int k) {
+      const int column = i * N + k + lane_of_thread() % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < 2 * kTiles; ++j) {
+        load_state(x, token(first, j / 2, j % 2), column, next[j / 2][j % 2]);
+      }
+    };
+    load(0);
     if (i == 0) bias_to_h<false>(task.b_in);
-    for (int k = 0; k < N && i * N + k < task.size; k += 16) {
-      const int t = lane_of_thread() % 4;
+#pragma unroll 1
+    for (int k = 0; k < end; k += 16) {
       uint32_t factor[kTiles][4];
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          const int column = i * N + k + r / 2 * 8 + 2 * t;
-          const int at = token(first, m, r % 2);
-          factor[m][r] = pack_bf16(c_in * state(x, at, column), c_in * state(x, at, column + 1));
+          const float(&four)[4] = next[m][r % 2];
+          factor[m][r] = pack_bf16(c_in * four[r / 2 * 2], c_in * four[r / 2 * 2 + 1]);
         }
       }
+      if (k + 16 < end) load(k + 16);
       into_h(columns, k, factor);
     }
   }
@@ -260,12 +274,14 @@ struct TokenMlp {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* e = bias + i * N + n + half * 8 + 2 * t;
-        const float e0 = e[0], e1 = e[1];
+        const float e0 = 0.5f * e[0], e1 = 0.5f * e[1];
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) {
           const float(&s)[4] = sum[m][half];
-          hidden[m][2 * half] = pack_bf16(silu(s[0] + e0), silu(s[1] + e1));
-          hidden[m][2 * half + 1] = pack_bf16(silu(s[2] + e0), silu(s[3] + e1));
+          hidden[m][2 * half] =
+              pack_bf16(silu_of_twice(0.5f * s[0] + e0), silu_of_twice(0.5f * s[1] + e1));
+          hidden[m][2 * half + 1] =
+              pack_bf16(silu_of_twice(0.5f * s[2] + e0), silu_of_twice(0.5f * s[3] + e1));
         }
       }
       into_h(columns, n, hidden);
@@ -274,27 +290,37 @@ struct TokenMlp {
   }
 
   __device__ void out_stage(int i, int rows, int first, int step, float (&squares)[kTiles][2]) {
-    const float *x = state_of(step), *row = row_of(step);
+    const float* x = state_of(step);
+    float row[5];
+    for (int k = 1; k < 5; ++k) row[k] = row_of(step)[k];
     if (i == 0) normalise<true>();
 #pragma unroll 1
     for (int n = 0; n < N && i * N + n < task.size; n += 16) {
-      float sum[kTiles][2][4];
+      const int column = i * N + n + lane_of_thread() % 4 * 2;
+      // All loads before the first store, which the compiler must not move them across, and before
+      // the product, during which they come.
+      float now[kTiles][2][4], bias[4], sum[kTiles][2][4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const bool there = column + offset(k) < task.size;
+        bias[k] = there ? bf16_to_float(task.b_out[column + offset(k)]) : 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < 2 * kTiles; ++j) {
+        load_state(x, token(first, j / 2, j % 2), column, now[j / 2][j % 2]);
+      }
       from_a(rows, n, sum);
-      const int t = lane_of_thread() % 4;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int half = j / 4, column = i * N + n + half * 8 + 2 * t + j % 2;
-        const float bias = column < task.size ? bf16_to_float(task.b_out[column]) : 0.0f;
+      for (int j = 0; j < 2 * kTiles; ++j) {
+        const int m = j / 2, lower = j % 2, at = token(first, m, lower);
+        float* to = task.x_end + place(at, column);
 #pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          const int lower = j % 4 / 2;
-          const int at = token(first, m, lower);
-          const float now = state(x, at, column), y = sum[m][half][j % 4] + bias;
-          if (at < task.tokens && column < task.size) {
-            task.x_end[place(at, column)] = row[1] * now + row[2] * y;
-            const float residual = row[3] * now + row[4] * y;
-            squares[m][lower] += residual * residual;
-          }
+        for (int k = 0; k < 4; ++k) {
+          // Behind the end of a row both are 0, and the statistics of no token go nowhere.
+          const float old = now[m][lower][k], y = sum[m][k / 2][lower * 2 + k % 2] + bias[k];
+          const float residual = row[3] * old + row[4] * y;
+          squares[m][lower] += residual * residual;
+          if (is_there(at, column, k)) to[offset(k)] = row[1] * old + row[2] * y;
         }
       }
     }

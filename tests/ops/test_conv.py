@@ -93,8 +93,8 @@ def test_a_filter_of_one_tap_shifts(backend, tap):
     close(ops.conv3x3(x, weight), expected.double(), 1e-6)
 
 
-# A row of tiles and many, whole ones and cut ones; fewer and more tiles than are worked on at once; pairs
-# of blocks of outputs and an odd one.
+# A row of tiles and many, whole ones and cut ones; fewer and more tiles than are worked on at once;
+# pairs of blocks of outputs and an odd one.
 SHAPES = [
     (4, 16, 16, 4, 16), (1, 32, 48, 8, 8), (3, 16, 80, 17, 30), (2, 48, 16, 13, 9),
     (1, 80, 80, 32, 32), (5, 64, 32, 6, 7), (1, 256, 128, 16, 16), (8, 128, 128, 8, 8),
