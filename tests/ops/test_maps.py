@@ -540,9 +540,8 @@ def test_the_cuda_score_in_emulation(emulator, change, top):
         base = base.round()
     if change == "same":
         base = torch.full_like(base, -3.0)
-    if change in ("infinite", "nan"):
-        base[0, 7, 9] = float(change[:3])
-        base[1, 170, 3] = -float("inf")
+    if change in ("infinite", "nan"):  # of both signs
+        base[0, 7, 9], base[1, 170, 3] = float(change[:3]), -float(change[:3])
     zeros = torch.zeros(2, 1, 180, 190, dtype=torch.float64)
     _, score = emulator(zeros, zeros, (), (), (0.0, 0.0, 0.0), 0, None, 0.0, top, base)
     count = max(1, round(top * 180 * 190))
