@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import report
+from .data.audio import read_audio
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _STYLE = """
 # A band with this share of the way from calm to alarming gets the strongest colour: what sounds
 # wrong in half of 64 bands is then as bright as in the map of an image.
 _STRONGEST = 1 / 32
+# Of a clip so much can be heard: a page of long recordings would not open.
+_HEARD_SECONDS = 60
 
 
 def tables(metrics: dict) -> Iterator[tuple[list[str], list[list[str]]]]:
@@ -143,7 +146,7 @@ def _page(detector: Detector, evaluation: AudioEvaluation) -> str:
         f"{config.sample_rate} Hz, {config.n_mels} mel bands, windows of "
         f"{config.window_samples / config.sample_rate:.2f} s",
         f"{config.denoiser}, mode {config.mode}",
-        f"{config.train_steps} training steps in {detector.history.seconds:.0f} s",
+        f"{detector.history.steps} training steps in {detector.history.seconds:.0f} s",
         f"{metrics['latency_ms']:.1f} ms a clip on {detector.device}",
         f"diffad_fast {__version__}",
     ]
@@ -165,7 +168,7 @@ def _page(detector: Detector, evaluation: AudioEvaluation) -> str:
         "<h2>Clips</h2>",
         "<p class='note'>Each: the spectrogram, the share of every mel band in the score over time "
         "(the mean over the windows at that time), and their sum. Colours mean the same everywhere "
-        "on this page.</p>",
+        f"on this page. Of clips longer than {_HEARD_SECONDS} s the beginning is to be heard.</p>",
         *_cases(detector, evaluation),
         "</body></html>",
     ]
@@ -196,7 +199,9 @@ def _case(detector: Detector, evaluation: AudioEvaluation, i: int) -> str:
     wave = next(detector.open([clip.path], strict=True).batches(1)).x[0]
     picture = png(clip_figure(detector, wave, score.map[i]))
     caption = html.escape(report.caption(evaluation, i, clip.kind, clip.path))
-    sound = base64.b64encode(_wav(wave.numpy(), detector.config.sample_rate)).decode()
+    rate = detector.config.sample_rate
+    heard = read_audio(clip.path, rate)[: _HEARD_SECONDS * rate]  # without what makes windows whole
+    sound = base64.b64encode(_wav(heard, rate)).decode()
     return (
         f"<figure><div>{report._img(picture, 'spectrogram, anomaly map and score over time')}</div>"
         f"<audio controls preload='none' src='data:audio/wav;base64,{sound}'></audio>"

@@ -2,7 +2,7 @@
 
 Results go to standard output or to the files that were named; progress, warnings and errors go to
 standard error. Exit status: 0 done, 2 an error (one sentence, nothing half-written), 130
-interrupted.
+interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import json
 import os
 import re
 import runpy
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.arguments = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    with _one_line_warnings():
+    with _one_line_warnings(), _terminable():
         try:
             if "device" not in args:
                 args.command(args)
@@ -56,6 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"interrupted{interrupt}", file=sys.stderr)
             return 130
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the program as an exception does: what is half written is removed."""
+    # torchrun ends its processes itself, and one that waits for another would not hear of it.
+    if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(sentence: str) -> int:
@@ -347,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--out", required=True, metavar="FILE", help="detector, such as m.diffad")
     fit.add_argument("--kind", help="what the data is: image (default) or audio")
-    fit.add_argument("--preset", help="recipe: fast, balanced (default) or best")
+    fit.add_argument("--preset", help="recipe: fast, balanced (default), best, or dcase for audio")
     fit.add_argument("--denoiser", help="unet-tiny, unet-small or unet-base (the preset's)")
     fit.add_argument(
         "--image-size", type=_size, metavar="S", help="side in pixels, or HEIGHTxWIDTH (256)"

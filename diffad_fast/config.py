@@ -141,6 +141,9 @@ class DetectorConfig:
     """Frames in a window, the part of a clip that one token describes; a power of two."""
     window_step: int = 32
     """Frames from one window to the next; divides `window_frames`."""
+    remove_level: bool = False
+    """Take its mean over bands and time, in dB, off each clip: for recordings whose gain says
+    nothing. Not for streams, which have no end."""
 
     # Denoiser and diffusion
     denoiser: str = "token-mlp"
@@ -311,9 +314,9 @@ class DetectorConfig:
         if self.overlap is not None:
             _range("overlap", self.overlap, 0.0, 0.9)
             if self.kind != "image" or not on_tokens:
+                instead = ", or choose denoiser='token-mlp'" if self.kind == "image" else ""
                 raise InputError(
-                    "overlap is for images and the token MLP: leave it out, or choose "
-                    "denoiser='token-mlp'"
+                    f"overlap is for images and the token MLP: leave it out{instead}"
                 )
         if self.kind == "audio":
             self._check_audio()
@@ -431,6 +434,13 @@ class DetectorConfig:
             object.__setattr__(self, "fmax", self.sample_rate / 2)
         _range("fmax", self.fmax, 1.0, self.sample_rate / 2)
         _range("fmin", self.fmin, 0.0, self.fmax)
+        if self.fmin == self.fmax:
+            raise InputError(f"fmin and fmax are both {self.fmin:g}: give a range of frequencies")
+        if self.statistics == "position":
+            raise InputError(
+                "statistics='position' is for images: clips have no positions in common, so leave "
+                "it out"
+            )
         _range("window_frames", self.window_frames, 8, 1 << 16)
         _range("window_step", self.window_step, 1, self.window_frames)
         for name in ("sample_rate", "n_fft", "hop", "n_mels", "window_frames", "window_step"):

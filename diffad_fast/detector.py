@@ -17,7 +17,7 @@ from torch import nn
 
 from . import models
 from .config import MODES, DetectorConfig
-from .data.audio import Clips, labelled_clips, open_audio
+from .data.audio import Clips, LabelledClip, labelled_clips, open_audio
 from .data.images import Images, open_images
 from .data.vectors import Vectors, open_vectors
 from .denoisers.inference import has_bfloat16
@@ -309,7 +309,7 @@ class Detector:
         if config.kind == "audio":
             return open_audio(
                 source, config.sample_rate, config.window_samples, config.step_samples,
-                strict=strict,
+                highest=config.fmax, strict=strict,
             )  # fmt: skip
         size, min_side = config.image_size, config.stride
         if config.overlap is not None:
@@ -486,6 +486,11 @@ class Detector:
         if kind == "audio":
             if isinstance(data, (str, os.PathLike)):
                 data = labelled_clips(data, layout, normal, folds)
+            elif not _are_labelled(data):
+                raise InputError(
+                    f"evaluate cannot read a {type(data).__name__}: give the root of a data set, "
+                    "or a list of data.audio.LabelledClip"
+                )
             evaluation = evaluate_audio(self, data, strict)
             if report is not None:
                 from .audio_report import write_audio_report
@@ -642,6 +647,14 @@ class Detector:
         from .integrations.hub import from_pretrained
 
         return from_pretrained(name, **options)
+
+
+def _are_labelled(data) -> bool:
+    return (
+        isinstance(data, (list, tuple))
+        and len(data) > 0
+        and all(isinstance(clip, LabelledClip) for clip in data)
+    )
 
 
 def _on_host(x: torch.Tensor) -> torch.Tensor:

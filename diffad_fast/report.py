@@ -187,7 +187,7 @@ def _page(detector: Detector, evaluation: Evaluation) -> str:
         f"{metrics['n_normal']} normal and {metrics['n_anomalous']} defective images",
         f"{height}×{width} pixels, {config.channels} channel(s)",
         f"{config.denoiser}, mode {config.mode}",
-        f"{config.train_steps} training steps in {detector.history.seconds:.0f} s"
+        f"{detector.history.steps} training steps in {detector.history.seconds:.0f} s"
         + (f", validation loss {loss[-1][1]:.4f}" if loss else ""),
         f"{metrics['latency_ms']:.1f} ms an image on {detector.device}",
     ]

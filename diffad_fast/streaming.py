@@ -34,32 +34,49 @@ class Stream:
     """A detector on one endless recording; made by ``Detector.stream``.
 
     Chunks of any size give the scores of the same windows as the whole recording would: what is
-    between the chunks is kept, less than one window of samples. ``latency`` in seconds: a sound is
-    part of a score at most so much later, the step from one window to the next (and a few
-    milliseconds in the resampler, where the rates differ).
+    between the chunks is kept, less than one window of samples. The first score comes after one
+    window, ``window`` seconds. From then on a sound is part of a score at most ``latency`` seconds
+    later: the step from one window to the next and, where the rates differ, what the resampler
+    holds back.
     """
 
     def __init__(self, detector: Detector, rate: float):
         config = detector.config
+        if config.remove_level:
+            raise InputError(
+                "a stream has no end, and remove_level takes off the level of a whole clip: fit "
+                "with remove_level=False"
+            )
         self._detector, self._rate = detector, config.sample_rate
         self._window, self._step = config.window_samples, config.step_samples
-        self._resampler = Resampler(rate, config.sample_rate)
+        self._resampler = Resampler(rate, config.sample_rate, "the stream")
         # From the start of the first window that has not been scored.
         self._buffer = np.empty(0, np.float32)
         self._scored = 0
         self._finished = False
-        self.latency = config.step_samples / config.sample_rate
+        self._channels: int | None = None
+        self.window = config.window_samples / config.sample_rate
+        self.latency = config.step_samples / config.sample_rate + self._resampler.delay
 
     def push(self, wave) -> StreamScores:
-        """Take in a chunk (samples,), or with channels, of floats in [-1, 1], int16 or int32.
+        """Take in a chunk (samples,) or (samples, channels), always of as many channels, of floats
+        in [-1, 1], int16 or int32.
 
         Raises InputError for NaN and for what is no wave; the stream goes on without that chunk.
         """
         self._require_open()
-        size = wave.shape if hasattr(wave, "shape") else ()
-        if 0 not in size:
-            wave = self._resampler.push(as_mono(wave, "the chunk"))
-            self._buffer = np.concatenate([self._buffer, wave])
+        shape = tuple(wave.shape) if hasattr(wave, "shape") else ()
+        if 0 in shape:
+            return self._complete()
+        mono = as_mono(wave, "the chunk", channels_last=True)
+        channels = shape[1] if len(shape) == 2 else 1
+        if self._channels not in (None, channels):
+            raise InputError(
+                f"the chunk of shape {shape} has {channels} channels and those before had "
+                f"{self._channels}: chunks have (samples,) or (samples, channels)"
+            )
+        self._channels = channels
+        self._buffer = np.concatenate([self._buffer, self._resampler.push(mono)])
         return self._complete()
 
     def finish(self) -> StreamScores:

@@ -123,7 +123,9 @@ def test_stream_equals_offline(detector, rate, mode):
         wave = np.resize(hum(5, 4.0, extra=0.1), int(3.3 * rate))
         rng, start, parts = np.random.default_rng(0), 0, []
         stream = detector.stream(rate)
-        assert stream.latency == 8 * 128 / RATE
+        step = 8 * 128 / RATE
+        assert stream.window == detector.config.window_samples / RATE
+        assert stream.latency == step if rate == RATE else step < stream.latency < step + 0.2
         while start < len(wave):
             size = int(rng.choice([0, 1, 77, 1000, 9000]))
             parts.append(stream.push(wave[start : start + size]))
@@ -355,3 +357,61 @@ def test_urbansound8k(data_dir):
     train = [c.path for c in normal if not c.path.rsplit("/", 1)[1].startswith(held_out)]
     found = daf.Detector(kind="audio", preset="fast").fit(train).evaluate(test)
     assert found["auroc"] > 0.75
+
+
+def test_a_stream_of_several_channels(detector):
+    """Chunks that are shorter than they have channels are still (samples, channels)."""
+    wave = np.stack([hum(1, 2.0), hum(2, 2.0), hum(3, 2.0)], axis=1)
+    expected = detector.score((wave, RATE)).score[0]
+    stream, found, start = detector.stream(RATE), [], 0
+    for size in (1, 2, 3, 5000, 2, len(wave)):
+        found.append(stream.push(wave[start : start + size]).score)
+        start += size
+    found.append(stream.finish().score)
+    assert np.concatenate(found).mean() == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_a_stream_refuses(detector):
+    for rate in (0, 0.5, float("nan"), float("inf"), "16000", None, True):
+        with pytest.raises(InputError, match="the stream has the rate"):
+            detector.stream(rate)
+    stream = detector.stream(RATE)
+    with pytest.raises(InputError, match="would have 512 channels"):
+        stream.push(np.zeros((2, 512), np.float32))
+    stream.push(np.zeros((512, 2), np.float32))
+    with pytest.raises(InputError, match="has 1 channels and those before had 2"):
+        stream.push(np.zeros(512, np.float32))
+
+
+def test_the_level_is_taken_off():
+    """Of a whole clip: its gain says nothing then, and a stream, which has no end, refuses."""
+    options = OPTIONS | {"train_steps": 20, "cross_fit": 0}
+    waves = [hum(i, 1.5) for i in range(12)]
+    loud = [0.1 * w for w in waves[:3]]
+    for remove in (False, True):
+        found = daf.Detector(kind="audio", remove_level=remove, **options).fit(waves)
+        moved = np.abs(found.score(loud).score - found.score(waves[:3]).score).max()
+        assert moved < 1e-2 if remove else moved > 0.1
+        if remove:
+            with pytest.raises(InputError, match="fit with remove_level=False"):
+                found.stream(RATE)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"fmin": 100.0, "fmax": 100.0}, "fmin and fmax are both 100"),
+        ({"fmin": 100.0, "fmax": 101.0}, "64 of 64 mel bands lie between two bins"),
+        ({"statistics": "position"}, "clips have no positions in common"),
+        ({"overlap": 0.5}, "leave it out$"),
+    ],
+)
+def test_options_that_make_no_sense_for_clips(options, message):
+    with pytest.raises(InputError, match=message):
+        daf.Detector(kind="audio", **options)
+
+
+@pytest.mark.parametrize("data", [["a.wav"], np.zeros(100), None, []])
+def test_what_evaluate_refuses(detector, data):
+    with pytest.raises(InputError, match=f"evaluate cannot read a {type(data).__name__}"):
+        detector.evaluate(data)

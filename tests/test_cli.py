@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import diffad_fast as daf
+from diffad_fast import cli
 from diffad_fast.cli import _duration, _size, main
 from diffad_fast.data import demo
 from diffad_fast.errors import InputError
@@ -482,3 +483,20 @@ def test_a_stop_before_training_says_that_nothing_is_kept(root, tmp_path, monkey
     (line,) = capsys.readouterr().err.splitlines()
     assert "before" in line and "--resume" not in line
     assert tree(tmp_path) == []
+
+
+def test_sigterm_ends_like_an_exception(monkeypatch, tmp_path):
+    """What is half written is removed, and the caller's handler is back."""
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+
+    def killed(args):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned.append(True)
+
+    monkeypatch.setattr(cli, "_info", killed)
+    with pytest.raises(SystemExit) as error:
+        main(["info"])
+    assert error.value.code == 143 and cleaned == [True]
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -8,8 +8,11 @@ layouts of data sets. Files are read by soundfile (WAV, FLAC, OGG, MP3) and resa
 from __future__ import annotations
 
 import csv
+import math
 import os
 import re
+import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -40,6 +43,10 @@ LONGEST_SECONDS = 600.0
 _BLOCK = 1 << 20
 # Samples of one batch: 256 MiB.
 _LARGEST_BATCH = 1 << 26
+# Samples a second of recordings, the same as of `DetectorConfig.sample_rate`.
+RATES = 1000, 768_000
+# More columns of a two-dimensional array than this are samples, not channels.
+_MOST_CHANNELS = 32
 # Floats are in [-1, 1], a little more after resampling or mixing; far more is a forgotten scale.
 _LARGEST_VALUE = 16.0
 _SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64")
@@ -82,7 +89,9 @@ class Clips(Images):
         return wave.shape == item.shape and (len(found) + 1) * item.size <= _LARGEST_BATCH
 
 
-def open_audio(source, rate: int, window: int, step: int, *, strict: bool = False) -> Clips:
+def open_audio(
+    source, rate: int, window: int, step: int, *, highest: float = 0.0, strict: bool = False
+) -> Clips:
     """Open a source of recordings.
 
     Args:
@@ -91,6 +100,8 @@ def open_audio(source, rate: int, window: int, step: int, *, strict: bool = Fals
             have channels (the shorter axis), or a list of files, of waves or of such pairs. Waves
             are floats in [-1, 1], int16 or int32.
         rate: of the result, samples a second.
+        highest: a warning names the first recording whose own rate leaves out frequencies of this
+            many Hz.
         window, step: each clip is extended to window + k step samples, k >= 0: a shorter one than
             a window is repeated, the end of a longer one is mirrored.
         strict: raise `InputError` at the first unusable file instead of leaving it out with a
@@ -103,7 +114,7 @@ def open_audio(source, rate: int, window: int, step: int, *, strict: bool = Fals
     if isinstance(source, (str, os.PathLike)):
         paths = _audio_files(os.fspath(source))
         strict = strict or os.path.isfile(source)
-        return Clips(_FileItems(paths, rate, window, step), None, strict)
+        return Clips(_FileItems(paths, rate, window, step, highest), None, strict)
     if _is_pair(source):
         source = [source]
     elif isinstance(source, (np.ndarray, torch.Tensor)):
@@ -111,6 +122,11 @@ def open_audio(source, rate: int, window: int, step: int, *, strict: bool = Fals
             raise InputError(
                 f"an array of clips has shape (samples,) or (N, samples), not "
                 f"{tuple(source.shape)}: reshape it, or give pairs (wave, rate)."
+            )
+        if source.ndim == 2 and source.shape[1] <= min(_MOST_CHANNELS, source.shape[0] - 1):
+            raise InputError(
+                f"an array of shape {tuple(source.shape)} would be {source.shape[0]} clips of "
+                f"{source.shape[1]} samples: for one clip with channels give a pair (wave, rate)."
             )
         source = [source] if source.ndim == 1 else list(source)
     if not isinstance(source, (list, tuple)):
@@ -120,10 +136,13 @@ def open_audio(source, rate: int, window: int, step: int, *, strict: bool = Fals
         )
     if not source:
         raise InputError("the list of clips is empty: give at least one.")
-    if all(isinstance(item, (str, os.PathLike)) for item in source):
-        items = _FileItems([os.fspath(path) for path in source], rate, window, step)
+    files = sum(isinstance(item, (str, os.PathLike)) for item in source)
+    if files == len(source):
+        items = _FileItems([os.fspath(path) for path in source], rate, window, step, highest)
+    elif files:
+        raise InputError(f"the list has {files} paths and {len(source) - files} waves: give one.")
     else:
-        items = _WaveItems(list(source), rate, window, step)
+        items = _WaveItems(list(source), rate, window, step, highest)
     return Clips(items, None, strict)
 
 
@@ -133,8 +152,9 @@ def read_audio(path: str, rate: int) -> np.ndarray:
     Channels are averaged.
 
     Raises:
-        InputError: missing, no audio, damaged, cut off, empty, too long, NaN or far beyond [-1, 1];
-            the file is named.
+        InputError: missing, no audio, damaged, empty, too long, NaN or far beyond [-1, 1]; cut off,
+            where the format tells the length (not OGG and MP3); a rate outside 1,000 to 768,000.
+            The file is named.
     """
     wave = np.concatenate([np.empty(0, np.float32), *read_blocks(path, rate, LONGEST_SECONDS)])
     return wave
@@ -153,8 +173,7 @@ def read_blocks(path: str, rate: int, longest_seconds: float | None = None) -> I
     """
     soundfile = _package("soundfile")
     try:
-        with open(path, "rb") as file:  # libsndfile's own message tells no reason
-            file.read(1)
+        _check_length(path)  # and libsndfile's own message tells no reason why a file is unreadable
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): check the path and its permissions."
@@ -169,7 +188,7 @@ def read_blocks(path: str, rate: int, longest_seconds: float | None = None) -> I
                     f"{path} is {frames / own:.0f} s long and clips may have {longest_seconds:g} "
                     "s: cut it, or pass its blocks (data.audio.read_blocks) to Detector.stream."
                 )
-            resampler, read = Resampler(own, rate), 0
+            resampler, read = Resampler(own, rate, path), 0
             while read < frames:
                 block = file.read(max(1, _BLOCK // channels), dtype="float32", always_2d=True)
                 if not len(block):
@@ -181,19 +200,48 @@ def read_blocks(path: str, rate: int, longest_seconds: float | None = None) -> I
                 yield resampler.push(_mono(block, path))
             yield resampler.finish()
     except soundfile.LibsndfileError as error:
+        why = error.error_string
+        if "does not exist" in why:  # libsndfile's reason for what no decoder of MP3 knows
+            why = "Format not recognised."
         raise InputError(
-            f"{path} is not a recording that libsndfile can read ({error.error_string}): convert, "
-            "replace or remove it."
+            f"{path} is not a recording that libsndfile can read ({why}): convert, replace or "
+            "remove it."
         ) from None
+
+
+def _check_length(path: str) -> None:
+    """Raise InputError for a WAV file that says it is longer; libsndfile takes what is there."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        size = os.fstat(file.fileno()).st_size
+    if len(head) == 8 and head[:4] == b"RIFF":
+        (said,) = struct.unpack("<I", head[4:])
+        # Who writes to a pipe does not know the length, and puts 0 or about 2^31 or 2^32 there.
+        if size < said + 8 < 0x7FFF_0000:
+            raise InputError(
+                f"{path} is cut off: it has {size} of {said + 8} bytes; replace or remove it."
+            )
+
+
+def check_rate(rate, name: str) -> None:
+    """Raise InputError unless `rate` is a number of samples a second within RATES."""
+    number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, (bool, np.bool_))
+    if not number or not RATES[0] <= rate <= RATES[1]:
+        raise InputError(
+            f"{name} has the rate {rate!r}: give samples a second, {RATES[0]:,} to {RATES[1]:,}."
+        )
 
 
 class Resampler:
     """Blocks of a wave at one rate to blocks at another, without seams.
 
-    Raises BackendError where the rates differ and soxr is not installed.
+    `delay`: seconds by which the result lags behind, at most. Raises InputError, naming `name`, for
+    a source_rate outside RATES, and BackendError where the rates differ and soxr is not installed.
     """
 
-    def __init__(self, source_rate: float, rate: int):
+    def __init__(self, source_rate: float, rate: int, name: str):
+        check_rate(source_rate, name)
+        self._rates = source_rate, rate
         self._stream = None
         if source_rate != rate:
             soxr = _package("soxr")
@@ -202,6 +250,18 @@ class Resampler:
     def push(self, wave: np.ndarray) -> np.ndarray:
         """What can be given after one more block (samples,) float32."""
         return wave if self._stream is None else self._stream.resample_chunk(wave)
+
+    @property
+    def delay(self) -> float:
+        # soxr does not tell it, so it is measured: given a hundredth of a second after another.
+        own, rate = self._rates
+        other, lags, given, found = Resampler(own, rate, "a test"), [0.0], 0, 0
+        block = np.zeros(math.ceil(own / 100), np.float32)
+        for _ in range(50):
+            given += len(block)
+            found += len(other.push(block))
+            lags.append(given / own - found / rate)
+        return max(lags)
 
     def finish(self) -> np.ndarray:
         """The rest."""
@@ -221,27 +281,47 @@ def extended(wave: np.ndarray, window: int, step: int) -> np.ndarray:
     return np.pad(wave, (0, target - short), mode="reflect")
 
 
-class _FileItems:
-    def __init__(self, paths: list[str], rate: int, window: int, step: int):
+class _Items:
+    def __init__(self, rate: int, window: int, step: int, highest: float):
+        self._rate, self._shape, self._highest = rate, (window, step), highest
+
+    def _hear(self, own: float, name: str) -> None:
+        """Warn once of recordings in which a part of what the detector listens to is missing."""
+        # Between what a filter leaves and half of the rate nothing sounds different.
+        if own / 2 < 0.9 * self._highest:
+            warnings.warn(
+                f"{name} was sampled {own:g} times a second and holds nothing above {own / 2:g} "
+                f"Hz, and the detector listens up to {self._highest:g} Hz: such recordings sound "
+                f"anomalous to one fitted on others; fit with fmax={own / 2:g}",
+                stacklevel=2,
+            )
+            self._highest = 0.0
+
+
+class _FileItems(_Items):
+    def __init__(self, paths: list[str], *shape):
         _package("soundfile")
+        super().__init__(*shape)
         self.paths = paths
-        self._rate, self._shape = rate, (window, step)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> np.ndarray:
         wave = read_audio(self.paths[index], self._rate)
+        if self._highest:
+            self._hear(_package("soundfile").info(self.paths[index]).samplerate, self.paths[index])
         if not len(wave):
             raise InputError(f"{self.paths[index]} is shorter than one sample: remove it.")
         return extended(wave, *self._shape)
 
 
-class _WaveItems:
+class _WaveItems(_Items):
     """Waves, or pairs (wave, rate), each checked when it is read."""
 
-    def __init__(self, waves: list, rate: int, window: int, step: int):
-        self._waves, self._rate, self._shape = waves, rate, (window, step)
+    def __init__(self, waves: list, *shape):
+        super().__init__(*shape)
+        self._waves = waves
 
     def __len__(self) -> int:
         return len(self._waves)
@@ -250,8 +330,8 @@ class _WaveItems:
         name, wave, own = f"clip {index}", self._waves[index], self._rate
         if _is_pair(wave):
             wave, own = wave
-        if not isinstance(own, (int, float, np.number)) or isinstance(own, bool) or not own >= 1:
-            raise InputError(f"{name} has the rate {own!r}: give samples a second.")
+        check_rate(own, name)
+        self._hear(own, name)
         return extended(_resampled(as_mono(wave, name), own, self._rate, name), *self._shape)
 
 
@@ -261,15 +341,16 @@ def _resampled(wave: np.ndarray, own: float, rate: int, name: str) -> np.ndarray
             f"{name} is {len(wave) / own:.0f} s long and clips may have {LONGEST_SECONDS:g} s: cut "
             "it, or pass it to Detector.stream in blocks."
         )
-    resampler = Resampler(own, rate)
+    resampler = Resampler(own, rate, name)
     wave = np.concatenate([resampler.push(wave), resampler.finish()])
     if not len(wave):
         raise InputError(f"{name} is shorter than one sample at {rate} Hz: leave it out.")
     return wave
 
 
-def as_mono(wave, name: str) -> np.ndarray:
-    """A wave as (samples,) float32; the shorter of two axes are channels, which are averaged.
+def as_mono(wave, name: str, *, channels_last: bool = False) -> np.ndarray:
+    """A wave as (samples,) float32; channels are averaged. Of two axes these are the shorter one,
+    or always the last, where a wave may be shorter than it has channels.
 
     Raises InputError for another shape or dtype, no samples, NaN, or values far beyond [-1, 1].
     """
@@ -290,7 +371,12 @@ def as_mono(wave, name: str) -> np.ndarray:
         raise InputError(
             f"{name} has dtype {wave.dtype}: convert it to floats in [-1, 1], int16 or int32."
         )
-    if wave.ndim == 2 and wave.shape[0] < wave.shape[1]:
+    if channels_last and wave.ndim == 2 and wave.shape[1] > _MOST_CHANNELS:
+        raise InputError(
+            f"{name} of shape {wave.shape} would have {wave.shape[1]} channels, more than "
+            f"{_MOST_CHANNELS}: transpose it, or mix it down."
+        )
+    if not channels_last and wave.ndim == 2 and wave.shape[0] < wave.shape[1]:
         wave = wave.T
     return _mono(wave[:, None] if wave.ndim == 1 else wave, name)
 
@@ -317,17 +403,26 @@ def training_clips(
 ) -> list[LabelledClip]:
     """The normal clips to train on; arguments and errors as in `labelled_clips`.
 
-    A plain folder gives root/train/good or root/train/normal, or all that it holds.
+    A plain folder gives root/train/good or root/train/normal, all of root/train, or all that it
+    holds if there are no parts.
     """
     root = os.fspath(root)
     layout = _layout(root, layout)
     if layout == "urbansound8k":
-        return [c for c in _urbansound8k(root, normal, folds) if not c.anomaly]
+        clips = [c for c in _urbansound8k(root, normal, folds) if not c.anomaly]
+        if not clips:
+            where = ", ".join(map(str, folds or ()))
+            raise InputError(f"there is no clip of {normal} in fold {where} of {root}.")
+        return clips
     _check_plain(layout, normal, folds)
     if layout == "dcase":
         return [c for c in _dcase(root, "train") if not c.anomaly]
-    parts = [os.path.join(root, "train", name) for name in _NORMAL_FOLDERS]
+    parts = [os.path.join(root, "train", name) for name in (*_NORMAL_FOLDERS, "")]
     folder = next(filter(os.path.isdir, parts), root)
+    if folder == root and os.path.isdir(os.path.join(root, "test")):
+        raise InputError(
+            f"{root} has a folder test and no folder train: give the folder of normal recordings."
+        )
     return [LabelledClip(path, "normal", False) for path in _audio_files(folder)]
 
 
@@ -391,11 +486,17 @@ def _urbansound8k(root: str, normal: str | None, folds: Sequence[int] | None) ->
     tables = sorted(Path(root, "metadata").glob("*.csv"))
     if not tables:
         raise InputError(f"{root} has no metadata/*.csv: it is not in the UrbanSound8K layout.")
-    with open(tables[0], newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(tables[0], newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except UnicodeDecodeError:
+        raise InputError(f"{tables[0]} is not in UTF-8: convert it.") from None
     needed = {"slice_file_name", "fsID", "fold", "classID", "class"}
     if not rows or not needed <= set(rows[0]):
         raise InputError(f"{tables[0]} lacks one of the columns {', '.join(sorted(needed))}.")
+    for number, row in enumerate(rows, 1):
+        if any(row[name] is None for name in needed):
+            raise InputError(f"row {number} of {tables[0]} is too short: complete or remove it.")
     names = {row["classID"]: row["class"] for row in rows}
     normal = names.get(str(normal), normal)
     if normal not in names.values():
@@ -477,7 +578,7 @@ def _is_pair(value) -> bool:
         isinstance(value, tuple)
         and len(value) == 2
         and isinstance(value[0], (np.ndarray, torch.Tensor))
-        and isinstance(value[1], (int, float, np.number))
+        and getattr(value[1], "ndim", 0) == 0  # two waves otherwise
     )
 
 

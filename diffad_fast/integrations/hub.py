@@ -94,7 +94,7 @@ tags:
 # Anomaly detector by diffusion
 
 Kind: {config.kind} ({what}). Denoiser: {config.denoiser}. Preset: {config.preset}. Seed:
-{config.seed}. Training: {config.train_steps} steps, {detector.history.seconds:.0f} s.
+{config.seed}. Training: {detector.history.steps} steps, {detector.history.seconds:.0f} s.
 Written by diffad_fast {__version__}; every option is in {CONFIG}.
 
 ## Data

@@ -34,7 +34,7 @@ def create_tokens(config: DetectorConfig, features: nn.Module | None = None) -> 
         logmel = LogMel(
             config.sample_rate, config.n_fft, config.hop, config.n_mels, config.fmin, config.fmax
         )
-        return AudioTokens(logmel, config.window_frames, config.window_step)
+        return AudioTokens(logmel, config.window_frames, config.window_step, config.remove_level)
     if "features" in config.tokens and features is None:
         raise InputError(
             "tokens='features' reads a backbone: pass features=module, or the name of a timm model"

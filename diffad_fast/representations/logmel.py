@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..errors import InputError
 from .whitening import Moments, Whitening
 
 # Power below which nothing is told apart (-100 dB), as in librosa.power_to_db.
@@ -57,7 +58,8 @@ class LogMel(nn.Module):
 
     Frame k is the Hann-windowed samples [k hop, k hop + n_fft); nothing is padded, so frames =
     (samples - n_fft) // hop + 1. Equal to librosa's ``power_to_db(melspectrogram(center=False),
-    top_db=None)``. Parameters as in :func:`mel_filters`.
+    top_db=None)``. Parameters as in :func:`mel_filters`. Raises InputError for bands so narrow that
+    no bin of the spectrum falls into them.
     """
 
     def __init__(
@@ -72,6 +74,13 @@ class LogMel(nn.Module):
         super().__init__()
         self.n_fft, self.hop = n_fft, hop
         filters = torch.from_numpy(mel_filters(rate, n_fft, n_mels, fmin, fmax)).float()
+        empty = int((filters.sum(dim=1) == 0).sum())
+        if empty:
+            raise InputError(
+                f"{empty} of {n_mels} mel bands lie between two bins of the spectrum, "
+                f"{rate / n_fft:g} Hz apart, and hear nothing: choose a smaller n_mels, a larger "
+                "n_fft, or fmin and fmax further apart"
+            )
         # Follow from the parameters: not stored in checkpoints.
         self.register_buffer("filters", filters, persistent=False)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
@@ -109,13 +118,15 @@ class AudioTokens(nn.Module):
     the correlations over time between 8 wider groups.
 
     window, step: frames a window has (a power of two, at least 8) and frames from one to the next.
+    remove_level: take its mean over bands and frames off each clip's spectrogram.
     """
 
     by_one_scale = False
 
-    def __init__(self, logmel: LogMel, window: int, step: int):
+    def __init__(self, logmel: LogMel, window: int, step: int, remove_level: bool = False):
         super().__init__()
         self.logmel, self.window, self.step = logmel, window, step
+        self.remove_level = remove_level
         self.whitening = Whitening(SMALLEST_EIGENVALUE, standardise=True)
         self.register_buffer("inverse", torch.zeros(0, 0))
         hann = torch.hann_window(window)
@@ -162,6 +173,8 @@ class AudioTokens(nn.Module):
     def _tokens(self, waves: torch.Tensor) -> torch.Tensor:
         """(N,windows,numbers), not whitened."""
         mel = self.logmel(waves)
+        if self.remove_level:
+            mel = mel - mel.mean(dim=(1, 2), keepdim=True)
         mean = mel.unfold(2, self.window, self.step).mean(dim=3)
         groups = mel.unflatten(1, (MODULATION_BANDS, -1)).mean(dim=2)
         groups = groups.unfold(2, self.window, self.step)

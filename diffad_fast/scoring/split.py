@@ -85,7 +85,8 @@ def _members(
     if len(indices) < SMALLEST_SET:
         raise InputError(
             f"{len(indices)} usable normal sample{'' if len(indices) == 1 else 's'}: fit needs "
-            f"at least {SMALLEST_SET}, because parts are held out for calibration"
+            f"at least {SMALLEST_SET}, because parts are held out for calibration; cut long "
+            "recordings into clips"
         )
     if len(members) < 4:
         raise InputError(

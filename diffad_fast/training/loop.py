@@ -111,6 +111,11 @@ class History:
     notes: list[str] = field(default_factory=list)
     """What trials have found, in words."""
 
+    @property
+    def steps(self) -> int:
+        """Steps that were taken; of several networks by each."""
+        return max((step for step, _ in self.loss), default=0)
+
     @staticmethod
     def joined(parts: Sequence[History]) -> History:
         """The losses of several networks, one after another, and their seconds together."""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -205,13 +207,19 @@ def test_silence_and_clipping_are_recordings():
         (np.full(100, 3000.0), "up to 3000"),
         (np.array([0.0, np.nan]), "NaN"),
         (np.zeros(0, np.float32), "holds no samples"),
-        ((tone(), 0), "rate 0"),
+        ((tone(), 0), "rate 0: give samples a second, 1,000 to 768,000"),
         ((tone(), float("nan")), "rate nan"),
+        ((tone(), float("inf")), "rate inf"),
+        ((tone(), 0.5), "rate 0.5"),
+        ((tone(), True), "rate True"),
+        ((tone(), "16000"), "rate '16000'"),
+        (np.zeros((4000, 2), np.float32), "4000 clips of 2 samples: for one clip with channels"),
         ([], "list of clips is empty"),
-        (["a.wav", tone()], "clip 0 is a str"),
+        (["a.wav", tone()], "1 paths and 1 waves"),
+        ([3, tone()], "clip 0 is a int"),
         (7, "cannot be read from a int"),
         ("/no/such/folder", "no file or folder"),
-        ((np.zeros(601 * 100, np.float32), 100), "601 s long and clips may have 600 s"),
+        ((np.zeros(601 * 1000, np.float32), 1000), "601 s long and clips may have 600 s"),
     ],
 )
 def test_bad_sources(source, message):
@@ -301,3 +309,64 @@ def test_plain_folders(tmp_path):
         labelled_clips(tmp_path / "train")
     with pytest.raises(InputError, match="is not a folder"):
         labelled_clips(tmp_path / "absent")
+
+
+# ---------------------------------------------------------------- rates, lengths, folders
+
+
+def test_a_rate_too_low_for_the_detector_is_named_once():
+    low = [(tone(rate=4000), 4000)] * 2 + [(tone(), RATE)]
+    message = "clip 0 was sampled 4000 times a second .* above 2000 Hz, .* up to 4000 .*fmax=2000"
+    with pytest.warns(UserWarning, match=message) as found:
+        list(open_audio(low, RATE, WINDOW, STEP, highest=4000.0).batches(1))
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(open_audio(low, RATE, WINDOW, STEP, highest=2000.0).batches(1))
+
+
+def test_a_file_of_a_low_rate_is_named(tmp_path):
+    path = save(tmp_path / "low.wav", tone(rate=4000), 4000)
+    with pytest.warns(UserWarning, match="low.wav was sampled 4000 times"):
+        list(open_audio([path], RATE, WINDOW, STEP, highest=4000.0).batches(1))
+
+
+def test_a_wav_file_that_was_cut_off(tmp_path):
+    whole = Path(save(tmp_path / "whole.wav", tone())).read_bytes()
+    for length in (44, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.wav").write_bytes(whole[:length])
+        with pytest.raises(InputError, match=f"cut off: it has {length} of {len(whole)} bytes"):
+            read_audio(str(tmp_path / "cut.wav"), RATE)
+    # What a writer to a pipe puts there, which does not know the length.
+    piped = whole[:4] + b"\xff" * 4 + whole[8:40] + b"\xff" * 4 + whole[44:]
+    (tmp_path / "piped.wav").write_bytes(piped)
+    assert np.array_equal(
+        read_audio(str(tmp_path / "piped.wav"), RATE), read_audio(str(tmp_path / "whole.wav"), RATE)
+    )
+
+
+def test_training_never_takes_a_test_folder(tmp_path):
+    for name in ("test/anomaly_1.wav", "train/normal_1.wav", "train/deep/normal_2.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / name, tone())
+    names = [os.path.relpath(clip.path, tmp_path) for clip in training_clips(tmp_path)]
+    assert names == ["train/deep/normal_2.wav", "train/normal_1.wav"]
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(InputError, match="a folder test and no folder train"):
+        training_clips(tmp_path)
+
+
+def test_bad_metadata_is_named(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "audio").mkdir()
+    table = tmp_path / "metadata" / "a.csv"
+    head = "slice_file_name,fsID,fold,classID,class\n"
+    table.write_bytes(head.encode() + "a.wav,1,1,0,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(InputError, match="a.csv is not in UTF-8"):
+        labelled_clips(tmp_path, normal="0")
+    table.write_text(head + "a.wav,1,1,0,horn\nb.wav,2,1\n")
+    with pytest.raises(InputError, match="row 2 of .*a.csv is too short"):
+        labelled_clips(tmp_path, normal="horn")
+    table.write_text(head + "a.wav,1,1,0,horn\nb.wav,2,2,1,dog\n")
+    with pytest.raises(InputError, match="no clip of dog in fold 1"):
+        training_clips(tmp_path, normal="dog", folds=[1])
