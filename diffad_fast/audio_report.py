@@ -136,7 +136,9 @@ def write_audio_report(
     The page holds pictures and sounds itself. Raises InputError where ``folder`` cannot be written.
     """
     with report.result_folder(folder) as staged:
-        (staged / "index.html").write_text(_page(detector, evaluation), encoding="utf-8")
+        (staged / "index.html").write_text(
+            _page(detector, evaluation), encoding="utf-8", errors="replace"
+        )
 
 
 def _page(detector: Detector, evaluation: AudioEvaluation) -> str:

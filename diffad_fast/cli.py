@@ -124,7 +124,7 @@ def _fit(args: argparse.Namespace) -> None:
         source, groups = [clip.path for clip in clips], groups_by_recording(clips)
     else:
         _audio_only(args)
-        source = mvtec_train(args.data)
+        source = args.data if detector.config.kind == "vector" else mvtec_train(args.data)
     images = detector.open(source, strict=args.strict)
     if args.group_regex:
         groups = groups_by_regex(images.paths, args.group_regex)
@@ -186,7 +186,9 @@ def _score(args: argparse.Namespace) -> None:
         return
     with result_folder(args.out) as staged:
         path = staged / "scores.csv"
-        with open(path, "w", newline="", encoding="utf-8") as file, ThreadPoolExecutor() as pool:
+        # File names need not be UTF-8; their bytes are written as they are.
+        how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        with open(path, "w", **how) as file, ThreadPoolExecutor() as pool:
             writer = csv.writer(file)
             writer.writerow(["path", "score", "p_value", "label", "left_out"])
             parts = detector.score_iter(
@@ -195,14 +197,15 @@ def _score(args: argparse.Namespace) -> None:
             for part in parts:
                 for skipped, reason in part.skipped:
                     writer.writerow([skipped, "", "", "", reason])
+                paths = part.index.tolist() if part.paths is None else part.paths
                 labels = [""] * len(part) if part.label is None else part.label.tolist()
                 writer.writerows(
                     [name, repr(score), repr(p_value), label, ""]
                     for name, score, p_value, label in zip(
-                        part.paths, part.score.tolist(), part.p_value.tolist(), labels, strict=True
+                        paths, part.score.tolist(), part.p_value.tolist(), labels, strict=True
                     )
                 )
-                if args.maps and len(part):
+                if part.map is not None and len(part):
                     write = _write_maps if detector.config.kind == "audio" else _write_heatmaps
                     write(detector, part, Path(args.data), staged / "heatmaps", pool)
 
@@ -270,7 +273,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(metrics, allow_nan=False))
     else:
-        print((_audio_text if detector.config.kind == "audio" else _metrics_text)(metrics))
+        text = {"audio": _audio_text, "vector": _vector_text, "image": _metrics_text}
+        print(text[detector.config.kind](metrics))
 
 
 def _metrics_text(metrics: dict) -> str:
@@ -291,6 +295,17 @@ def _metrics_text(metrics: dict) -> str:
         names = [FIGURES.get(k, k) for k, why in metrics["undefined"].items() if why == reason]
         text.append(f"- {', '.join(names)}: {reason}")
     return "\n".join(text)
+
+
+def _vector_text(metrics: dict) -> str:
+    """A line for each figure, and why one is missing."""
+    figures = {k: v for k, v in metrics.items() if k != "undefined"}
+    width = max(map(len, figures))
+    lines = [
+        f"{k.ljust(width)}  {'-' if v is None else v if isinstance(v, int) else f'{v:.3f}'}"
+        for k, v in figures.items()
+    ]
+    return "\n".join([*lines, *(f"- {k}: {why}" for k, why in metrics["undefined"].items())])
 
 
 def _audio_text(metrics: dict) -> str:

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from .errors import InputError
 
 KINDS = ("image", "audio", "vector")
@@ -274,6 +276,7 @@ class DetectorConfig:
         object.__setattr__(self, "image_size", tuple(size))
         for name in ("map_weights", "tokens", "sigmas", "inversion_sigmas"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_types()
         _choice("kind", self.kind, KINDS)
         on_tokens = self.on_tokens
         if self.batch_size == "auto" and on_tokens:
@@ -375,6 +378,8 @@ class DetectorConfig:
         if self.learning_rate is not None:
             _range("learning_rate", self.learning_rate, 1e-9, 1.0)
         _range("ema_decay", self.ema_decay, 0.0, 1.0)
+        for name in ("weight_decay", "gradient_clip", "snr_limit"):
+            _range(name, getattr(self, name), 0.0, math.inf)
         for name in ("validation_share", "statistics_share", "conformal_share"):
             _range(name, getattr(self, name), 0.01, 0.9)
         held_out = self.validation_share + self.statistics_share + self.conformal_share
@@ -408,6 +413,21 @@ class DetectorConfig:
                     f"image_size {side} is not a multiple of the model's stride of {stride}: use "
                     f"{side // stride * stride} or {-(-side // stride) * stride}"
                 )
+
+    def _check_types(self) -> None:
+        """NumPy's numbers become Python's; the others are what their annotations say."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type.removesuffix(" | None")
+            if isinstance(value, np.generic):
+                value = value.item()
+                object.__setattr__(self, field.name, value)
+            if kind not in _TYPES or (value is None and kind != field.type):
+                continue
+            if field.name == "train_budget" and isinstance(value, str):
+                continue
+            types, what = _TYPES[kind]
+            if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+                raise InputError(f"{field.name} must be {what}, not {value!r}")
 
     def _check_training(self) -> None:
         if isinstance(self.train_budget, str):
@@ -572,6 +592,14 @@ def read_options(path: str) -> dict[str, object]:
             f"{path} must hold one JSON object of options, not {type(options).__name__}"
         )
     return options
+
+
+# By annotation, without "| None".
+_TYPES = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+}
 
 
 def _choice(name: str, value: object, choices: tuple) -> None:

@@ -196,10 +196,14 @@ class Detector:
             self.model.config = self.config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             self.model.config = self.config.replace(train_budget=budget)
-        samples = self.open(source, strict=strict)
+        samples = self._open(source, strict)
         usable = samples.load()
-        if groups is not None and len(groups) != len(samples):
-            raise InputError(f"groups has {len(groups)} labels for {len(samples)} samples")
+        if self.config.kind == "vector" and samples.labels is not None and samples.labels.any():
+            raise InputError(
+                f"the table labels {int(samples.labels.astype(bool).sum())} of {len(samples)} rows "
+                "as anomalies: fit on the normal ones alone"
+            )
+        groups = None if groups is None else _group_labels(groups, len(samples))
         split, folds = split_by_group(usable, groups, self.config), []
         if count := self._folds(split):
             folds = cross_splits(usable, groups, count, self.config.seed)
@@ -281,7 +285,9 @@ class Detector:
         with bar:
             for model, _ in self.parts:
                 model.use(None)
-            found = fit_statistics(maps(), config.statistics, self.model.statistics_smoothing)
+            found = fit_statistics(
+                maps(), config.statistics, self.model.statistics_smoothing, config.on_tokens
+            )
             for model in {id(m): m for m in (self.model, *(p.model for p in self.parts))}.values():
                 model.use(found)
             scores = [model.score(x)[1].cpu().double() for model, x in batches("conformal")]
@@ -295,17 +301,22 @@ class Detector:
     def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:
         """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
         its sampling rate."""
+        samples = self._open(source, strict)
+        if self.config.kind == "vector" and self.calibrations:
+            fitted, found = self.model.representation.dims[0], samples.rows.shape[1]
+            if found != fitted:
+                raise InputError(
+                    f"the vectors have {found} features and the detector was fitted on {fitted}"
+                )
+        return samples
+
+    def _open(self, source, strict: bool) -> Images | Clips | Vectors:
+        """The same for what the detector is to be fitted on, whatever it was fitted on before."""
         if isinstance(source, _OPENED):
             return source
         config = self.config
         if config.kind == "vector":
-            vectors = open_vectors(source)
-            fitted, found = self.model.representation.dims[0], vectors.rows.shape[1]
-            if self.calibrations and found != fitted:
-                raise InputError(
-                    f"the vectors have {found} features and the detector was fitted on {fitted}"
-                )
-            return vectors
+            return open_vectors(source)
         if config.kind == "audio":
             return open_audio(
                 source, config.sample_rate, config.window_samples, config.step_samples,
@@ -313,7 +324,7 @@ class Detector:
             )  # fmt: skip
         size, min_side = config.image_size, config.stride
         if config.overlap is not None:
-            size, min_side = None, max(config.image_size)
+            size, min_side = None, config.image_size
         return open_images(source, size, config.channels, strict=strict, min_side=min_side)
 
     # -------------------------------------------------------------- score
@@ -336,6 +347,8 @@ class Detector:
         Files that cannot be used are left out and named in ``skipped`` of the batch after them.
         """
         self._require_fitted()
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
         if self.conformal.threshold is None:
             warnings.warn(f"label is None: {self.conformal.why_no_label()}", stacklevel=2)
         samples = self.open(source, strict=strict)
@@ -406,7 +419,7 @@ class Detector:
 
     def trajectory(self, source, *, batch_size: int | None = None) -> Trajectory:
         """How samples go from data to noise in a deterministic inversion; ``source`` as in
-        :meth:`fit`. The mode stays as it is."""
+        :meth:`fit`. The mode is changed meanwhile: no other thread may use this detector."""
         self._require_fitted()
         samples = self.open(source)
         wanted, parts = self.mode, []
@@ -647,6 +660,19 @@ class Detector:
         from .integrations.hub import from_pretrained
 
         return from_pretrained(name, **options)
+
+
+def _group_labels(groups, count: int) -> list[Hashable]:
+    """``groups`` as a list of what can be compared; raises InputError."""
+    # Elements of tensors compare by identity, those of a pandas Series are found by its index.
+    labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    labels = [g.item() if getattr(g, "ndim", None) == 0 else g for g in labels]
+    if len(labels) != count:
+        raise InputError(f"groups has {len(labels)} labels for {count} samples")
+    for label in labels:
+        if not isinstance(label, Hashable) or getattr(label, "ndim", 0):
+            raise InputError(f"groups has the label {label!r}: give a number or a text a sample")
+    return labels
 
 
 def _are_labelled(data) -> bool:

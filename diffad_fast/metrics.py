@@ -216,7 +216,7 @@ def _item_pairs(labels: Iterable, scores: Iterable) -> Iterator[tuple[np.ndarray
 def _is_whole(values) -> bool:
     """Whether `values` is one array (or a list of numbers), not a sequence of arrays."""
     if isinstance(values, (list, tuple)):
-        return not values or not (hasattr(values[0], "shape") or hasattr(values[0], "__len__"))
+        return not values or not getattr(values[0], "ndim", hasattr(values[0], "__len__"))
     return hasattr(values, "shape")
 
 

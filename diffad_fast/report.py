@@ -158,7 +158,7 @@ def write_report(folder: str | os.PathLike, detector: Detector, evaluation: Eval
     """
     with result_folder(folder) as staged:
         page = _page(detector, evaluation)
-        (staged / "index.html").write_text(page, encoding="utf-8")
+        (staged / "index.html").write_text(page, encoding="utf-8", errors="replace")
 
 
 # ------------------------------------------------------------------- page

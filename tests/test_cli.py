@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -500,3 +501,34 @@ def test_sigterm_ends_like_an_exception(monkeypatch, tmp_path):
         main(["info"])
     assert error.value.code == 143 and cleaned == [True]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_tables_from_a_shell(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "normal.npy", rng.normal(size=(300, 6)).astype(np.float32))
+    test = rng.normal(size=(40, 6)).astype(np.float32)
+    test[20:] += 5
+    np.savez(tmp_path / "test.npz", X=test, y=np.repeat([0, 1], 20))
+    model, out = str(tmp_path / "v.diffad"), tmp_path / "out"
+    data = [str(tmp_path / name) for name in ("normal.npy", "test.npz")]
+    assert main(["fit", data[0], "--kind", "vector", "--steps", "50", "--out", model]) == 0
+    assert main(["score", model, data[1], "--out", str(out)]) == 0
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert [row["path"] for row in rows] == [str(i) for i in range(40)]
+    capsys.readouterr()
+    assert main(["evaluate", model, data[1]]) == 0
+    text = capsys.readouterr().out
+    for line in (r"auroc +1\.000", "n_normal +20"):
+        assert re.search(f"^{line}$", text, re.M)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_names_that_are_not_utf8(model, tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8))
+    name = os.path.join(os.fsencode(folder), b"caf\xe9.png")
+    with open(name, "wb") as file:
+        image.save(file, "png")
+    assert main(["score", str(model), str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert b"caf\xe9.png," in (tmp_path / "out" / "scores.csv").read_bytes()

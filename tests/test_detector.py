@@ -397,3 +397,147 @@ def test_contamination_corrects_the_threshold():
         assert len(detector.conformal.scores) == 150 - int(150 * share)
     assert hits[0.0] < 0.7 and hits[0.08] > 0.85, hits
     assert alarms[0.08] < 0.1, alarms
+
+
+# ------------------------------------------------------------------- found by attacking it
+
+
+def test_groups_of_any_kind_keep_objects_together():
+    """A tensor's elements compare by identity, a Series is found by its index: values count."""
+    pandas = pytest.importorskip("pandas")
+    objects = np.repeat(np.arange(12), 5)
+    images, options = normals(60), {"image_size": 32, "train_steps": 5}
+    shuffled = pandas.Series(objects, index=np.random.default_rng(0).permutation(60))
+    for groups in (objects, list(objects), torch.tensor(objects), shuffled,
+                   [torch.tensor(o) for o in objects]):  # fmt: skip
+        found = daf.Detector(**options).fit(images, groups=groups)
+        assert found.conformal.groups == 12
+        for part in found.parts:
+            assert not {objects[i] for i in part.split.fit} & {
+                objects[i] for i in part.split.conformal
+            }
+    with pytest.raises(InputError, match="groups has the label .*give a number or a text"):
+        daf.Detector(**options).fit(images, groups=np.zeros((60, 2)))
+
+
+def test_what_is_infinitely_far_away_is_an_anomaly():
+    rng = np.random.default_rng(0)
+    found = daf.Detector(kind="vector", train_steps=50).fit(rng.normal(size=(300, 10)))
+    x = rng.normal(size=(5, 10))
+    x[0, 3], x[1, 3], x[2, 3] = np.finfo(np.float32).max, 1e20, -1e30
+    for mode in ("one_step", "invert", "reconstruct"):
+        found.mode = mode
+        out = found.score(x)
+        assert np.isfinite(out.score).all()
+        assert out.label[:3].all() and (out.p_value[:3] == out.p_value.min()).all()
+        assert out.score[:3].min() > out.score[3:].max()
+
+
+def test_a_score_that_is_no_number_is_an_anomaly():
+    conformal = daf.scoring.Conformal(np.arange(40.0), 40, 0.05)
+    assert conformal.label(np.array([np.nan, np.inf, 0.0])).tolist() == [1, 1, 0]
+    assert conformal.p_value(np.array([np.nan]))[0] == 1 / 41
+
+
+def test_few_normals_leave_no_map_alone():
+    """Of a map with one position, one or two held-out normals tell next to nothing."""
+    rng = np.random.default_rng(0)
+    texture = rng.uniform(0.3, 0.7, (60, 64, 64)).astype(np.float32)
+    broken = texture[40:].copy()
+    broken[:, 20:28, 30:38] = 0.95
+    for n in (8, 12):
+        found = daf.Detector(image_size=64, preset="fast", train_steps=60).fit(texture[:n])
+        clean, bad = found.score(texture[20:40]), found.score(broken)
+        assert daf.metrics.auroc(np.repeat([0, 1], 20), np.r_[clean.score, bad.score]) > 0.8
+        assert bad.map.std(axis=(1, 2)).min() > 1e-2 * np.abs(bad.map).max()
+
+
+def test_a_second_fit_begins_anew(fitted):
+    options = OPTIONS | {"train_steps": 10}
+    once = daf.Detector(**options).fit(normals(40))
+    twice = daf.Detector(**options).fit(normals(40, seed=5)).fit(normals(40))
+    assert np.array_equal(once.score(normals(4)).score, twice.score(normals(4)).score)
+
+
+def test_a_second_fit_may_have_another_width():
+    rng = np.random.default_rng(0)
+    found = daf.Detector(kind="vector", train_steps=20).fit(rng.normal(size=(60, 10)))
+    assert found.config.semantic_weight == 1.0
+    wide = rng.normal(size=(60, 300))
+    found.fit(wide)
+    fresh = daf.Detector(kind="vector", train_steps=20).fit(wide)
+    assert found.config == fresh.config
+    assert np.array_equal(found.score(wide).score, fresh.score(wide).score)
+    with pytest.raises(InputError, match="10 features and the detector was fitted on 300"):
+        found.score(rng.normal(size=(5, 10)))
+
+
+def test_anomalies_with_labels_are_not_trained_on():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(80, 5)), np.r_[np.zeros(70), np.ones(10)]
+    with pytest.raises(InputError, match="labels 10 of 80 rows as anomalies"):
+        daf.Detector(kind="vector", train_steps=20).fit((x, y))
+    daf.Detector(kind="vector", train_steps=20).fit((x[:70], y[:70]))
+
+
+def test_resuming_on_other_images_is_refused(tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    options = OPTIONS | {"train_steps": 20}
+    kept = TrainingCheckpoint(tmp_path / "state", seconds=0.0)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        seen = []
+        from diffad_fast.training import images
+
+        step = images.Trainer._loss
+        patch.setattr(
+            images.Trainer, "_loss",
+            lambda *a: stop() if len(seen) > 8 else (seen.append(0), step(*a))[1],
+        )  # fmt: skip
+        daf.Detector(**options).fit(normals(40), training_checkpoint=kept)
+    again = TrainingCheckpoint(tmp_path / "state", resume=True)
+    with pytest.raises(CheckpointError):
+        daf.Detector(**options).fit(normals(40, seed=7), training_checkpoint=again)
+    daf.Detector(**options).fit(normals(40), training_checkpoint=again)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"train_steps": 100.5}, "train_steps must be a whole number, not 100.5"),
+        ({"token_width": 64.0}, "token_width must be a whole number"),
+        ({"seed": 1.0}, "seed must be a whole number"),
+        ({"cross_fit": 2.5}, "cross_fit must be a whole number"),
+        ({"reverse_steps": True}, "reverse_steps must be a whole number, not True"),
+        ({"weight_decay": "a"}, "weight_decay must be a number"),
+        ({"gradient_clip": -1.0}, "gradient_clip must be a number from 0"),
+        ({"image_scale": "yes"}, "image_scale must be true or false"),
+    ],
+)
+def test_options_of_the_wrong_type(options, message):
+    with pytest.raises(InputError, match=message):
+        daf.Detector(**options)
+
+
+def test_options_may_be_numbers_of_numpy():
+    found = daf.Detector(seed=np.int64(3), train_steps=np.int32(7), eta=np.float32(0.0))
+    assert found.config == daf.Detector(seed=3, train_steps=7, eta=0.0).config
+
+
+def test_a_history_counts_its_steps(fitted):
+    assert fitted.history.steps == 60
+    assert daf.Detector(**OPTIONS).history.steps == 0
+
+
+def test_windows_that_are_not_square():
+    images = np.random.default_rng(0).uniform(size=(30, 64, 96)).astype(np.float32)
+    found = daf.Detector(image_size=(64, 96), overlap=0.0, train_steps=5).fit(images)
+    assert found.score(images[:2]).map.shape == (2, 64, 96)
+    with pytest.raises(InputError, match="64x96 pixels, smaller than the model's windows of 96x64"):
+        found.score(images[:2].transpose(0, 2, 1))
+
+
+def test_batches_have_a_size(fitted):
+    with pytest.raises(InputError, match="batch_size must be at least 1, not -1"):
+        fitted.score(normals(2), batch_size=-1)

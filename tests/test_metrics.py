@@ -426,3 +426,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 1 << 20  # KiB
+
+
+def test_lists_of_the_numbers_of_numpy_and_torch():
+    label, score = np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.35, 0.8])
+    for kind in (list, lambda x: list(torch.tensor(x))):
+        assert metrics.auroc(kind(label), kind(score)) == metrics.auroc(label, score)

@@ -77,7 +77,7 @@ def open_images(
     channels: int,
     *,
     strict: bool = False,
-    min_side: int = 1,
+    min_side: int | tuple[int, int] = 1,
 ) -> Images:
     """Open a source of images.
 
@@ -92,8 +92,9 @@ def open_images(
         channels: channels of the result; files give 1 or 3.
         strict: raise `InputError` at the first unusable file instead of leaving it out with a
             `SkippedInput` warning. A single file is always needed.
-        min_side: images with a shorter side (pixels, before resizing) are unusable: the stride of
-            the model that will see them.
+        min_side: images with a shorter side (pixels, before resizing), or (height, width), with one
+            that is shorter than its own, are unusable: the stride or windows of the model that
+            will see them.
 
     Raises:
         InputError: nothing is there, or it cannot be images of that many channels. Unusable values
@@ -284,7 +285,7 @@ class Images:
 
 
 def read_image(
-    path: str, size: tuple[int, int] | None, channels: int, min_side: int = 1
+    path: str, size: tuple[int, int] | None, channels: int, min_side: int | tuple[int, int] = 1
 ) -> np.ndarray:
     """Read one image file.
 
@@ -296,7 +297,7 @@ def read_image(
         path: the file.
         size: (height, width) of the result; None keeps the image's own.
         channels: 1 or 3.
-        min_side: the shortest side that is accepted, in pixels.
+        min_side: the shortest side that is accepted, in pixels, or (height, width).
 
     Returns:
         (channels, height, width) uint8, uint16 (16-bit grey), or float32 in [0, 1].
@@ -341,9 +342,9 @@ def read_mask(path: str | None, image_path: str) -> np.ndarray:
         InputError: one of the files cannot be read, or their sizes differ.
     """
     with _opened(image_path) as image:
-        # Orientations 5 to 8 of EXIF swap the sides; the pixels themselves are not needed here.
-        turned = image.getexif().get(0x0112, 1) >= 5
-        width, height = image.size[::-1] if turned else image.size
+        # Orientations 5 to 8 of EXIF swap the sides, of some formats while the pixels are read.
+        turned = 5 <= image.getexif().get(0x0112, 1) <= 8
+        height, width = np.shape(_upright(image))[:2] if turned else image.size[::-1]
     if path is None:
         return np.zeros((height, width), dtype=bool)
     with _opened(path) as mask:
@@ -429,7 +430,13 @@ def _masks(folder: str) -> dict[str, str]:
 
 
 class _FileItems:
-    def __init__(self, paths: list[str], size: tuple[int, int], channels: int, min_side: int):
+    def __init__(
+        self,
+        paths: list[str],
+        size: tuple[int, int],
+        channels: int,
+        min_side: int | tuple[int, int],
+    ):
         if channels not in (1, 3):
             raise InputError(
                 f"image files give 1 (grey) or 3 (colour) channels, not {channels}: give an array "
@@ -453,7 +460,7 @@ class _ArrayItems:
         array: np.ndarray | torch.Tensor,
         size: tuple[int, int],
         channels: int,
-        min_side: int,
+        min_side: int | tuple[int, int],
         first: int | None = None,
     ):
         shape = tuple(array.shape)
@@ -499,7 +506,13 @@ class _ArrayItems:
 class _LoaderItems:
     """The images of a loader, in its order; each iteration iterates the loader anew."""
 
-    def __init__(self, loader: Iterable, size: tuple[int, int], channels: int, min_side: int):
+    def __init__(
+        self,
+        loader: Iterable,
+        size: tuple[int, int],
+        channels: int,
+        min_side: int | tuple[int, int],
+    ):
         self._loader = loader
         self._how = size, channels, min_side
 
@@ -573,7 +586,8 @@ def _opened(path: str) -> Iterator:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path, formats=_formats()[0]) as image:
+        # By name Pillow maps some files into memory as they lie, whatever their orientation.
+        with open(path, "rb") as file, Image.open(file, formats=_formats()[0]) as image:
             yield image
     except UnidentifiedImageError:
         raise InputError(
@@ -615,10 +629,16 @@ def _grey_or_colour(image, path: str):
         ) from None
 
 
-def _check_side(height: int, width: int, min_side: int, name: str) -> None:
-    if min(height, width) < min_side:
+def _check_side(height: int, width: int, least: int | tuple[int, int], name: str) -> None:
+    if isinstance(least, tuple):
+        if height < least[0] or width < least[1]:
+            raise InputError(
+                f"{name} is {width}x{height} pixels, smaller than the model's windows of "
+                f"{least[1]}x{least[0]}: use larger images, or leave overlap out to resize them."
+            )
+    elif min(height, width) < least:
         raise InputError(
-            f"{name} is {width}x{height} pixels, smaller than the model's stride of {min_side}: "
+            f"{name} is {width}x{height} pixels, smaller than the model's stride of {least}: "
             "use larger images or a model with a smaller stride."
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -113,12 +114,12 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         raise InputError(f"there is no file {path}") from None
     except InputError:
         raise
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from None
 
 
 def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
         reader = csv.reader(file)
         names = next(reader, [])
         lines = [line for line in reader if line]

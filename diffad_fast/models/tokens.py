@@ -48,6 +48,7 @@ class TokenModel(nn.Module):
         self.distances = nn.ModuleList()
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.config = config
+        self._chooses_weight = config.semantic_weight is None
         self._smoothed = GaussianSmoothing()
         self._fields: dict[tuple, torch.Tensor] = {}
         if config.prediction_type != "v_prediction":
@@ -67,6 +68,8 @@ class TokenModel(nn.Module):
 
     def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
         """Fit the representations and train a denoiser for each."""
+        if self._chooses_weight:
+            self.config = self.config.replace(semantic_weight=None)
         config = self.config
         histories = []
         self.denoisers, self.distances = nn.ModuleList(), nn.ModuleList()
@@ -389,8 +392,10 @@ class TokenModel(nn.Module):
 
 
 def log_distance(number: torch.Tensor) -> torch.Tensor:
-    """The logarithm of a distance, finite where that is 0."""
-    return number.float().clamp(min=1e-12).log()
+    """The logarithm of a distance, finite where that is 0, and the highest where it is no number:
+    what lies beyond float32 is as far away as can be told."""
+    number, largest = number.float(), torch.finfo(torch.float32).max
+    return torch.where(number <= largest, number, largest).clamp(min=1e-12).log()
 
 
 def windows(

@@ -45,9 +45,9 @@ class Conformal:
         return (1 + n - below) / (n + 1)
 
     def label(self, scores: np.ndarray) -> np.ndarray | None:
-        """(N,) int64, 1 for an anomaly; None where the calibration is too small."""
+        """(N,) int64, 1 for an anomaly, NaN among them; None where the calibration is too small."""
         threshold = self.threshold
-        return None if threshold is None else (np.asarray(scores) > threshold).astype(np.int64)
+        return None if threshold is None else (~(np.asarray(scores) <= threshold)).astype(np.int64)
 
     def why_no_label(self) -> str:
         """One sentence, for the warning that goes with a label of None."""

@@ -13,6 +13,9 @@ MAPS = ("pixel", "feature", "sub-band")
 # A share of the map's mean deviation below which no position's deviation may fall: where normals
 # never differ (a constant border), any rounding error would otherwise be an infinite anomaly.
 SMALLEST_SHARE = 1e-3
+# Below so many normals the deviations of maps of one unit are drawn together, as if so many more
+# had been seen whose deviation was the median one.
+FEW_NORMALS, PRIOR_NORMALS = 8, 4
 
 
 class MapStatistics(NamedTuple):
@@ -67,14 +70,17 @@ class _Moments:
 
 
 def fit_statistics(
-    batches: Iterable[list[torch.Tensor | None]], kind: str, smoothing: float
+    batches: Iterable[list[torch.Tensor | None]], kind: str, smoothing: float, alike: bool = False
 ) -> list[MapStatistics | None]:
     """Statistics of each map from batches of maps (n,H,W) of held-out normals.
 
     A batch is a list with one entry a map of :data:`MAPS`, None where that map has no weight.
     ``kind`` is "position", "scalar" or "auto": then each map takes what predicts better, by the
     Gaussian log-likelihood, the even normals from the odd ones and the other way round.
-    ``smoothing`` is the deviation in pixels of the Gaussian over positions.
+    ``smoothing`` is the deviation in pixels of the Gaussian over positions. ``alike``: the maps
+    have one unit. Of fewer than 8 normals a map's deviation is then drawn towards the median m of
+    all maps' deviations, sqrt((n d^2 + 4 m^2) / (n + 4)): that of a map with one position, of which
+    one or two normals tell next to nothing, would otherwise be close to 0 and its map all there is.
     """
     halves: list[list[_Moments]] | None = None
     seen = 0
@@ -86,7 +92,17 @@ def fit_statistics(
                 moments[seen % 2].add(map_[::2])
                 moments[1 - seen % 2].add(map_[1::2])
         seen += next(len(m) for m in maps if m is not None)
-    return [_choose(m[0], m[1], kind, smoothing) if m else None for m in halves or []]
+    found = [_choose(m[0], m[1], kind, smoothing) if m else None for m in halves or []]
+    if not alike or seen >= FEW_NORMALS:
+        return found
+    deviations = [s.deviation.square().mean().sqrt() for s in found if s is not None]
+    prior = torch.stack(deviations).median().square() * PRIOR_NORMALS
+    return [
+        s and MapStatistics(
+            s.mean, ((seen * s.deviation.square() + prior) / (seen + PRIOR_NORMALS)).sqrt()
+        )
+        for s in found
+    ]  # fmt: skip
 
 
 def _choose(even: _Moments, odd: _Moments, kind: str, smoothing: float) -> MapStatistics:

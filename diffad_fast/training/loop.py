@@ -114,7 +114,7 @@ class History:
     @property
     def steps(self) -> int:
         """Steps that were taken; of several networks by each."""
-        return max((step for step, _ in self.loss), default=0)
+        return max((step for step, _ in self.loss), default=-1) + 1
 
     @staticmethod
     def joined(parts: Sequence[History]) -> History:

@@ -56,3 +56,18 @@ def test_files_that_are_no_table(tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             open_vectors(tmp_path / name)
+
+
+def test_a_mark_in_front_of_a_table_is_no_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("label,x\n0,1.5\n1,2.5\n", encoding="utf-8-sig")
+    found = open_vectors(path)
+    assert found.labels.tolist() == [0, 1] and found.rows.tolist() == [[1.5], [2.5]]
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, X=np.zeros((3, 2)))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match="a.npz cannot be read as a table"):
+        open_vectors(path)

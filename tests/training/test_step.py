@@ -27,8 +27,9 @@ def test_runs_eagerly_then_replays_on_the_newest_inputs(monkeypatch):
             events.append(("replay", captured._inputs[0].tolist()))
 
     @contextmanager
-    def graph(recorded, stream):
+    def graph(recorded, stream, capture_error_mode):
         assert isinstance(recorded, Graph) and stream is captured._stream
+        assert capture_error_mode == "thread_local"
         events.append("capture")
         yield
 
