@@ -463,9 +463,6 @@ class DetectorConfig:
             )
         _range("window_frames", self.window_frames, 8, 1 << 16)
         _range("window_step", self.window_step, 1, self.window_frames)
-        for name in ("sample_rate", "n_fft", "hop", "n_mels", "window_frames", "window_step"):
-            if not isinstance(getattr(self, name), int):
-                raise InputError(f"{name} is a whole number, not {getattr(self, name)!r}")
         if self.n_mels % 16:
             raise InputError(f"n_mels is {self.n_mels}: it must be a multiple of 16")
         if self.window_frames & (self.window_frames - 1):

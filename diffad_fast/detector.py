@@ -187,6 +187,9 @@ class Detector:
         "5min"; both in place of the configuration's. training_checkpoint: keep the state of the
         training on disk, and continue from it. Processes that torchrun started train together.
 
+        Begins anew whatever was fitted before; only a denoiser that was handed over goes on from
+        its weights.
+
         Returns self. Raises InputError for unusable data, KeyboardInterrupt after SIGINT or
         SIGTERM, once the state is written.
         """

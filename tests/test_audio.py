@@ -318,7 +318,7 @@ def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):
         ({"window_frames": 64, "window_step": 24}, "does not divide"),
         ({"denoiser": "unet-tiny"}, "audio needs 'token-mlp'"),
         ({"fmax": 9000.0}, "fmax must be a number from 1 to 8000"),
-        ({"hop": 2.5}, "hop is a whole number"),
+        ({"hop": 2.5}, "hop must be a whole number"),
         ({"preset": "huge"}, "choose fast, balanced, best, dcase"),
     ],
 )

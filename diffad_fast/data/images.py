@@ -686,4 +686,5 @@ def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     for folder, below, names in os.walk(source):
         below[:] = [name for name in below if not name.startswith(".")]
         found += [os.path.join(folder, name) for name in names if wanted(name)]
-    return sorted(found)
+    # Not pipes and devices, which would be waited for; broken links are named when they are read.
+    return sorted(path for path in found if os.path.isfile(path) or os.path.islink(path))

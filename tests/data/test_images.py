@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import threading
 import warnings
@@ -556,3 +557,12 @@ def test_masks(tmp_path):
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(InputError, match="text.png is not an image"):
         read_mask(str(tmp_path / "text.png"), image)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "a.png").write_bytes(b"")
+    found = module.files_below(str(tmp_path), lambda name: name.endswith(".png"))
+    assert [os.path.basename(path) for path in found] == ["a.png", "lost.png"]
