@@ -708,7 +708,8 @@ def load(
 ) -> Detector:
     """Read a detector that :meth:`Detector.save` wrote.
 
-    denoiser, features: modules of the architectures that were fitted, for detectors with their own.
+    denoiser, features: modules of the architectures that were fitted, for detectors with their own,
+    and for backbones that timm would fetch from elsewhere ("hf-hub:...").
     Raises CheckpointError for a file that is missing, damaged, of another version, or of another
     kind.
     """
@@ -730,6 +731,12 @@ def from_state(
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
             raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")
+    if features is None and ":" in (config.features or ""):
+        raise CheckpointError(
+            f"{path} names the backbone {config.features!r}, weights that anybody may have made "
+            f"and that are not fetched unasked: pass features=integrations.timm.TimmFeatures("
+            f"{config.features!r}, {config.channels})"
+        )
     if config.inference_dtype == "bfloat16" and not config.on_tokens and not has_bfloat16(device):
         warnings.warn(
             f"{path} was fitted to score in bfloat16, and {device.type} has no instructions for it "

@@ -534,3 +534,10 @@ def test_windows_that_are_not_square():
     assert found.score(images[:2]).map.shape == (2, 64, 96)
     with pytest.raises(InputError, match="64x96 pixels, smaller than the model's windows of 96x64"):
         found.score(images[:2].transpose(0, 2, 1))
+
+
+def test_a_file_fetches_nothing_from_anybody(fitted):
+    tensors, texts = fitted.state()
+    config = json.loads(texts["config"]) | {"features": "hf-hub:somebody/something"}
+    with pytest.raises(CheckpointError, match="'hf-hub:somebody/something', weights that anybody"):
+        daf.detector.from_state(tensors, texts | {"config": json.dumps(config)}, "m.diffad")
