@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from .data.audio import Resampler, as_mono, extended
+from .data.audio import Resampler, as_mono, extended, resampling_delay
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Stream:
         self._finished = False
         self._channels: int | None = None
         self.window = config.window_samples / config.sample_rate
-        self.latency = config.step_samples / config.sample_rate + self._resampler.delay
+        self.latency = config.step_samples / config.sample_rate
+        self.latency += resampling_delay(rate, config.sample_rate)
 
     def push(self, wave) -> StreamScores:
         """Take in a chunk (samples,) or (samples, channels), always of as many channels, of floats

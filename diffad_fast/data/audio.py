@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -146,27 +146,33 @@ def open_audio(
     return Clips(items, None, strict)
 
 
-def read_audio(path: str, rate: int) -> np.ndarray:
+def read_audio(path: str, rate: int, opened: Callable[[int], None] | None = None) -> np.ndarray:
     """Read one recording of at most 10 minutes: (samples,) float32 mono at `rate`.
 
-    Channels are averaged.
+    Channels are averaged. `opened` is called with the file's own rate.
 
     Raises:
         InputError: missing, no audio, damaged, empty, too long, NaN or far beyond [-1, 1]; cut off,
             where the format tells the length (not OGG and MP3); a rate outside 1,000 to 768,000.
             The file is named.
     """
-    wave = np.concatenate([np.empty(0, np.float32), *read_blocks(path, rate, LONGEST_SECONDS)])
-    return wave
+    blocks = read_blocks(path, rate, LONGEST_SECONDS, opened)
+    return np.concatenate([np.empty(0, np.float32), *blocks])
 
 
-def read_blocks(path: str, rate: int, longest_seconds: float | None = None) -> Iterator[np.ndarray]:
+def read_blocks(
+    path: str,
+    rate: int,
+    longest_seconds: float | None = None,
+    opened: Callable[[int], None] | None = None,
+) -> Iterator[np.ndarray]:
     """Blocks (samples,) float32 mono at `rate` of a recording of any length, in bounded memory.
 
     Args:
         path: the file.
         rate: samples a second of the result.
         longest_seconds: raise `InputError` for a longer recording.
+        opened: called with the file's own rate.
 
     Raises:
         InputError: as `read_audio`.
@@ -189,6 +195,8 @@ def read_blocks(path: str, rate: int, longest_seconds: float | None = None) -> I
                     "s: cut it, or pass its blocks (data.audio.read_blocks) to Detector.stream."
                 )
             resampler, read = Resampler(own, rate, path), 0
+            if opened is not None:
+                opened(own)
             while read < frames:
                 block = file.read(max(1, _BLOCK // channels), dtype="float32", always_2d=True)
                 if not len(block):
@@ -217,7 +225,8 @@ def _check_length(path: str) -> None:
     if len(head) == 8 and head[:4] == b"RIFF":
         (said,) = struct.unpack("<I", head[4:])
         # Who writes to a pipe does not know the length, and puts 0 or about 2^31 or 2^32 there.
-        if size < said + 8 < 0x7FFF_0000:
+        # Others count a last byte that makes the length even, and leave it out.
+        if size + 1 < said + 8 < 0x7FFF_0000:
             raise InputError(
                 f"{path} is cut off: it has {size} of {said + 8} bytes; replace or remove it."
             )
@@ -235,13 +244,12 @@ def check_rate(rate, name: str) -> None:
 class Resampler:
     """Blocks of a wave at one rate to blocks at another, without seams.
 
-    `delay`: seconds by which the result lags behind, at most. Raises InputError, naming `name`, for
-    a source_rate outside RATES, and BackendError where the rates differ and soxr is not installed.
+    Raises InputError, naming `name`, for a source_rate outside RATES, and BackendError where the
+    rates differ and soxr is not installed.
     """
 
     def __init__(self, source_rate: float, rate: int, name: str):
         check_rate(source_rate, name)
-        self._rates = source_rate, rate
         self._stream = None
         if source_rate != rate:
             soxr = _package("soxr")
@@ -251,22 +259,22 @@ class Resampler:
         """What can be given after one more block (samples,) float32."""
         return wave if self._stream is None else self._stream.resample_chunk(wave)
 
-    @property
-    def delay(self) -> float:
-        # soxr does not tell it, so it is measured: given a hundredth of a second after another.
-        own, rate = self._rates
-        other, lags, given, found = Resampler(own, rate, "a test"), [0.0], 0, 0
-        block = np.zeros(math.ceil(own / 100), np.float32)
-        for _ in range(50):
-            given += len(block)
-            found += len(other.push(block))
-            lags.append(given / own - found / rate)
-        return max(lags)
-
     def finish(self) -> np.ndarray:
         """The rest."""
         none = np.empty(0, np.float32)
         return none if self._stream is None else self._stream.resample_chunk(none, last=True)
+
+
+def resampling_delay(source_rate: float, rate: int) -> float:
+    """Seconds by which a `Resampler` that is given hundredths of a second lags behind, at most."""
+    # soxr does not tell it, so it is measured, over half a second.
+    resampler, lags, given, found = Resampler(source_rate, rate, "the delay"), [0.0], 0, 0
+    block = np.zeros(math.ceil(source_rate / 100), np.float32)
+    for _ in range(50):
+        given += len(block)
+        found += len(resampler.push(block))
+        lags.append(given / source_rate - found / rate)
+    return max(lags)
 
 
 def extended(wave: np.ndarray, window: int, step: int) -> np.ndarray:
@@ -308,11 +316,10 @@ class _FileItems(_Items):
         return len(self.paths)
 
     def read(self, index: int) -> np.ndarray:
-        wave = read_audio(self.paths[index], self._rate)
-        if self._highest:
-            self._hear(_package("soundfile").info(self.paths[index]).samplerate, self.paths[index])
+        path = self.paths[index]
+        wave = read_audio(path, self._rate, lambda own: self._hear(own, path))
         if not len(wave):
-            raise InputError(f"{self.paths[index]} is shorter than one sample: remove it.")
+            raise InputError(f"{path} is shorter than one sample: remove it.")
         return extended(wave, *self._shape)
 
 
@@ -411,7 +418,7 @@ def training_clips(
     if layout == "urbansound8k":
         clips = [c for c in _urbansound8k(root, normal, folds) if not c.anomaly]
         if not clips:
-            where = ", ".join(map(str, folds or ()))
+            where = ", ".join(map(str, folds))
             raise InputError(f"there is no clip of {normal} in fold {where} of {root}.")
         return clips
     _check_plain(layout, normal, folds)

@@ -333,7 +333,9 @@ def test_a_file_of_a_low_rate_is_named(tmp_path):
 
 def test_a_wav_file_that_was_cut_off(tmp_path):
     whole = Path(save(tmp_path / "whole.wav", tone())).read_bytes()
-    for length in (44, len(whole) // 2, len(whole) - 1):
+    (tmp_path / "unpadded.wav").write_bytes(whole[:-1])  # as where a last, even byte was left out
+    assert len(read_audio(str(tmp_path / "unpadded.wav"), RATE)) >= RATE - 1
+    for length in (44, len(whole) // 2, len(whole) - 2):
         (tmp_path / "cut.wav").write_bytes(whole[:length])
         with pytest.raises(InputError, match=f"cut off: it has {length} of {len(whole)} bytes"):
             read_audio(str(tmp_path / "cut.wav"), RATE)

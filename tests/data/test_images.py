@@ -566,3 +566,16 @@ def test_a_pipe_is_no_file(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     found = module.files_below(str(tmp_path), lambda name: name.endswith(".png"))
     assert [os.path.basename(path) for path in found] == ["a.png", "lost.png"]
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_turned_tiff_and_its_mask(tmp_path, compression):
+    """Pillow turns some of them while it reads the pixels, and maps others as they lie."""
+    shown = pixels(shape=(20, 30))
+    stored = Image.fromarray(shown).transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "a.tiff", compression=compression, tiffinfo={274: 6})
+    Image.fromarray(shown > 99).save(tmp_path / "a_mask.png")
+    path = str(tmp_path / "a.tiff")
+    assert np.array_equal(read_image(path, None, 1)[0], shown)
+    mask = read_mask(str(tmp_path / "a_mask.png"), path)
+    assert np.array_equal(mask, shown > 99)

@@ -241,18 +241,75 @@ def test_levels_embedded_at_once_are_the_levels():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+class Narrow(nn.Module):
+    """In bfloat16, but for what it answers in."""
+
+    def __init__(self, answer=torch.bfloat16):
+        super().__init__()
+        self.weight, self.answer = nn.Parameter(torch.ones((), dtype=torch.bfloat16)), answer
+
+    def forward(self, x, log_sigma):
+        assert x.dtype == torch.bfloat16 and log_sigma.dtype == torch.float32
+        return (x * self.weight).to(self.answer)
+
+
 def test_a_narrow_network_gets_narrow_inputs_and_the_state_stays_wide():
-    class Half(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
-
-        def forward(self, x, log_sigma):
-            assert x.dtype == torch.bfloat16 and log_sigma.dtype == torch.float32
-            return x * self.weight
-
-    got = ReverseLoop(Half(), NoiseSchedule().reverse_steps(500, 3))(torch.randn(2, 3, 4, 4))
+    got = ReverseLoop(Narrow(), NoiseSchedule().reverse_steps(500, 3))(torch.randn(2, 3, 4, 4))
     assert got.dtype == torch.float32
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """``fused(run)`` takes the steps of a loop by a stand-in for the CUDA kernel, which writes into
+    the state and the next input behind autograd's back."""
+    calls = []
+
+    def plant(run):
+        first, log_sigma, _ = run._on(torch.device("cpu"))
+        run._constants[torch.device("cpu"), "auto"] = first, log_sigma, torch.zeros(1)
+        calls.clear()
+
+        def step(x_t, output, guide, table, counter, next_input, *_):
+            levels = run.steps[len(calls)]
+            calls.append(next_input)
+            x_s = ops.ddim_step(x_t, output, levels.alpha_t, levels.alpha_s,
+                                prediction_type=run.prediction_type)  # fmt: skip
+            x_t.detach().numpy()[:] = x_s.detach().numpy()
+            if next_input is not None:
+                assert next_input.dtype == output.dtype  # as the kernel wants it
+                next_input.copy_(x_s)
+
+        monkeypatch.setattr(torch.ops.diffad_fast, "ddim_loop_step_", step, raising=False)
+        return calls
+
+    return plant
+
+
+def test_fused_steps_are_not_taken_where_gradients_are_wanted(fused):
+    torch.manual_seed(0)
+    unet, x = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh()), torch.randn(2, 3, 4, 4)
+
+    def gradient(run):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(run.eager(leaf).square().sum(), leaf)[0]
+
+    plain, run = (
+        ReverseLoop(lambda x, level: unet(x), NoiseSchedule().reverse_steps(500, 3))
+        for _ in range(2)
+    )
+    calls = fused(run)
+    assert torch.equal(gradient(run), gradient(plain)) and not calls
+    torch.testing.assert_close(run(x), plain(x), rtol=1e-6, atol=1e-6)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("answer", [torch.bfloat16, torch.float32])
+def test_fused_steps_of_a_network_that_answers_in_another_dtype(fused, answer):
+    x, steps = torch.randn(2, 3, 4, 4), NoiseSchedule().reverse_steps(500, 3)
+    run = ReverseLoop(Narrow(answer), steps)
+    calls = fused(run)
+    torch.testing.assert_close(run(x), ReverseLoop(Narrow(answer), steps)(x), rtol=0, atol=1e-6)
+    assert [c is None for c in calls] == [answer == torch.float32] * 3
 
 
 def test_a_unet_of_diffusers():
@@ -474,25 +531,19 @@ def test_gradients_of_the_eager_loop_are_those_of_the_reference():
         with use_backend(backend):
             run = ReverseLoop(unet, NoiseSchedule().reverse_steps(500, 2))
             leaf = x.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(run.eager(leaf).square().sum(), leaf)
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                (gradient,) = torch.autograd.grad(run.eager(leaf).square().sum(), leaf)
         found.append(gradient)
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3 * float(found[1].abs().max()))
+    # With the steps fused, which loses a part of it, the gradient is off by a quarter of its norm.
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-4
 
 
 @on_gpu
 def test_a_narrow_network_may_answer_in_the_state_s_dtype():
-    class Widened(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
-
-        def forward(self, x, log_sigma):
-            assert x.dtype == torch.bfloat16
-            return (x * self.weight).float()
-
     x, steps = torch.randn(2, 3, 4, 4), NoiseSchedule().reverse_steps(500, 3)
-    run = ReverseLoop(Widened().cuda(), steps)
-    got, expected = run.run(x.cuda()).cpu(), ReverseLoop(Widened(), steps).run(x)
+    with torch.no_grad():
+        got = ReverseLoop(Narrow(torch.float32).cuda(), steps).run(x.cuda()).cpu()
+        expected = ReverseLoop(Narrow(torch.float32), steps).run(x)
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
