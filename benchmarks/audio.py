@@ -4,8 +4,11 @@ By default the detector is trained on one class's clips of fold 1 and tested on 
 other classes are anomalous. `--ten-fold` is the protocol of the data set's authors: its ten folds
 as they are, each tested once by detectors trained on the other nine; mean and deviation over the
 folds, written after every fold. Beside it, on the same clips: the mean distance to the 5 nearest
-training clips, by mean and deviation of every log-mel band (standardised). Intervals draw whole
-recordings of the test folds.
+training clips, by mean and deviation of every log-mel band (standardised) or, with `--features`, by
+the mean embedding of a clip. Intervals draw whole recordings of the test folds.
+
+`--within FOLD` is for choices, which no test may make: inside one fold, every fifth of the normal
+class's recordings is left out in turn and told from the other classes of that fold.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ import time
 
 import numpy as np
 import torch
+from sklearn.metrics.pairwise import cosine_distances
 
 from diffad_fast import Detector, metrics
 from diffad_fast.data.audio import groups_by_recording, labelled_clips, training_clips
 from diffad_fast.errors import InputError
 from diffad_fast.evaluation import evaluate_audio
+from diffad_fast.integrations.yamnet import YAMNet
 from diffad_fast.representations import LogMel
+from diffad_fast.scoring.split import cross_splits
 
 from . import stats
 from .grid import grid
@@ -31,6 +37,9 @@ from .results import write_quality
 
 CLASSES = ["air_conditioner", "drilling", "engine_idling", "jackhammer", "siren"]
 NEIGHBOURS = 5
+# Of the recordings of a class, left out in turn.
+PARTS = 5
+_WHOSE = ("auroc", "nearest")
 
 
 def main(argv: list[str]) -> int:
@@ -41,23 +50,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--test-folds", nargs="+", type=int, default=[2])
     parser.add_argument("--ten-fold", action="store_true", help="test each fold, train on the rest")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--within", type=int, metavar="FOLD", help="leave out recordings of it")
     parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--features", help="yamnet, or a file of its weights")
     parser.add_argument("--name", default="audio", help="name of the result")
     parser.add_argument("--note", default="", help="what a reader must know, for the table")
     args = parser.parse_args(argv)
 
+    if args.within is not None:
+        try:
+            return within(args)
+        except InputError as error:
+            parser.error(str(error))
     folds = [(args.train_folds, args.test_folds)]
     if args.ten_fold:
         known = range(1, 11)
         folds = [([f for f in known if f != test], [test]) for test in known]
     result = {
-        "machine": describe(),
-        "note": args.note,
-        "preset": args.preset,
+        **_head(args),
         "runs": (runs := []),
         "nearest": (baselines := []),
     }
     try:
+        features = backbone(args.features)
         parts = {
             (normal, i): (
                 training_clips(args.data, normal=normal, folds=train),
@@ -76,7 +91,7 @@ def main(argv: list[str]) -> int:
             train, test = parts[normal, i]
             where = {"normal": normal, "test_folds": test_folds}
             for seed in args.seeds:
-                detector = Detector(kind="audio", preset=args.preset, seed=seed)
+                detector = Detector(kind="audio", preset=args.preset, seed=seed, features=features)
                 start = time.perf_counter()
                 detector.fit([clip.path for clip in train], groups=groups_by_recording(train))
                 fit_seconds = time.perf_counter() - start
@@ -95,6 +110,74 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _head(args: argparse.Namespace) -> dict:
+    return {
+        "machine": describe(),
+        "note": args.note,
+        "preset": args.preset,
+        "features": "YAMNet" if args.features else None,
+    }
+
+
+def backbone(name: str | None) -> str | YAMNet | None:
+    """What ``Detector(features=...)`` takes. Raises InputError for no file of weights."""
+    return name if name in (None, "yamnet") else YAMNet(name)
+
+
+def within(args: argparse.Namespace) -> int:
+    """Splits of one fold's recordings, with the other classes of that fold as anomalies."""
+    features, aurocs = backbone(args.features), {}
+    for normal in args.normal:
+        clips = both_kinds(
+            labelled_clips(args.data, normal=normal, folds=[args.within]), normal, [args.within]
+        )
+        known = [clip for clip in clips if not clip.anomaly]
+        others = [clip for clip in clips if clip.anomaly]
+        recordings = groups_by_recording(known)
+        found = aurocs[normal] = []
+        for split in cross_splits(range(len(known)), recordings, PARTS, seed=0):
+            train = [known[i] for i in split.fit]
+            test = [*(known[i] for i in split.conformal), *others]
+            scores = []
+            for seed in args.seeds:
+                detector = Detector(kind="audio", preset=args.preset, seed=seed, features=features)
+                detector.fit([clip.path for clip in train], groups=groups_by_recording(train))
+                score = detector.score([clip.path for clip in test], maps=False, strict=True).score
+                scores.append(metrics.auroc([clip.anomaly for clip in test], score))
+            distance = nearest(detector, train, test)
+            control = metrics.auroc([clip.anomaly for clip in test], distance)
+            found.append({"auroc": statistics.mean(scores), "nearest": control})
+            print(f"{normal} {len(found)}: {found[-1]}", file=sys.stderr, flush=True)
+    result = {**_head(args), "within": args.within, "seeds": args.seeds, "aurocs": aurocs}
+    write_quality(args.name, result, development_table(result))
+    return 0
+
+
+def development_table(result: dict) -> str:
+    """Markdown, in percent: of every class the mean over its splits, and the mean of these."""
+    rows, machine = [], result["machine"]
+    for normal, found in result["aurocs"].items():
+        rows.append([normal, *(statistics.mean(one[k] for one in found) for k in _WHOSE)])
+    rows.append(["mean", *(statistics.mean(row[i] for row in rows) for i in (1, 2))])
+    head = ["normal class", "AUROC", "nearest neighbours, AUROC"]
+    return "\n".join([
+        f"# Recordings of fold {result['within']} of UrbanSound8K, {PARTS} parts left out in turn",
+        "",
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
+        f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}.",
+        f"{_recipe(result)}, {len(result['seeds'])} seeds. For choices: no clip of another fold is "
+        "heard.",
+        *([result["note"]] if result["note"] else []),
+        "",
+        *grid(head, [[name, *(f"{100 * value:.1f}" for value in row)] for name, *row in rows]),
+    ]) + "\n"  # fmt: skip
+
+
+def _recipe(result: dict) -> str:
+    features = result.get("features")
+    return f"Preset {result['preset']}" + (f" with the features of {features}" if features else "")
+
+
 def drawn(clips: list, scores: dict[str, list[np.ndarray]], distances: dict[str, np.ndarray]):
     """AUROCs of the detector (mean over its seeds) and of the nearest neighbours for recordings of
     one test that are drawn anew: (class or "mean", whose) -> an array. The clips are the same for
@@ -110,7 +193,7 @@ def drawn(clips: list, scores: dict[str, list[np.ndarray]], distances: dict[str,
             ours = [metrics.auroc(label, score[rows]) for score in scores[normal]]
             found[normal, "auroc"] = float(np.mean(ours))
             found[normal, "nearest"] = metrics.auroc(label, distances[normal][rows])
-        for whose in ("auroc", "nearest"):
+        for whose in _WHOSE:
             found["mean", whose] = float(np.mean([found[normal, whose] for normal in scores]))
         return found
 
@@ -140,17 +223,23 @@ def both_kinds(clips: list, normal: str, folds: list[int]) -> list:
 
 def nearest(detector: Detector, train: list, test: list) -> np.ndarray:
     """Distances to the nearest training clips."""
-    config = detector.config
+    config, embedding = detector.config, detector.model.embedding
     logmel = LogMel(config.sample_rate, config.n_fft, config.hop, config.n_mels)
 
     def features(clips: list) -> np.ndarray:
         rows = []
         for batch in detector.open([clip.path for clip in clips]).batches(32):
+            if embedding is not None:
+                rows.append(embedding(batch.x.to(detector.device)).mean(dim=1).cpu())
+                continue
             mel = logmel(batch.x)
             rows.append(torch.cat([mel.mean(dim=2), mel.std(dim=2)], dim=1))
         return torch.cat(rows).double().numpy()
 
     known, new = features(train), features(test)
+    if embedding is not None:
+        distance = np.sort(cosine_distances(new, known), axis=1)
+        return distance[:, :NEIGHBOURS].mean(axis=1)
     mean, deviation = known.mean(axis=0), known.std(axis=0)
     deviation[deviation == 0] = 1.0
     known, new = (known - mean) / deviation, (new - mean) / deviation
@@ -187,7 +276,7 @@ def table(result: dict) -> str:
         "",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}.",
-        f"Preset {result['preset']}, {len(seeds)} seeds: mean and standard deviation over "
+        f"{_recipe(result)}, {len(seeds)} seeds: mean and standard deviation over "
         f"{f'the {len(folds)} test folds' if len(folds) > 1 else 'them'}, in percent; in brackets "
         f"the 95% bootstrap interval over recordings. Times real time: {speeds}.",
         *([result["note"]] if result["note"] else []),
@@ -240,7 +329,10 @@ def headlines(result: dict) -> list[list[str]]:
         low, high = (100 * value for value in result["intervals"]["mean"][name])
         cells.append(f"AUROC {mean} ({low:.1f}–{high:.1f})")
     classes = len({one["normal"] for one in result["nearest"]})
-    return [[f"UrbanSound8K, mean of {classes} classes", cells[0], f"nearest clips: {cells[1]}"]]
+    features = result.get("features")
+    beside = f", features of {features}" if features else ""
+    name = f"UrbanSound8K, mean of {classes} classes{beside}"
+    return [[name, cells[0], f"nearest clips: {cells[1]}"]]
 
 
 def _over(runs: list[dict]) -> str:

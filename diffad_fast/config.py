@@ -28,7 +28,7 @@ INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
 INTENSITIES = ("auto", "linear", "log")
 SCALES = ("auto", "feature", "global")
-SEMANTIC_OF = ("denoiser", "tokens")
+SEMANTIC_OF = ("denoiser", "tokens", "features")
 SEMANTICS = ("mahalanobis", "nearest")
 
 # Whole recipes, by kind. `python -m benchmarks quality` measures them.
@@ -111,8 +111,8 @@ class DetectorConfig:
     alone, `gradient-G` their differences, `spread-G` mean and deviation over a cell, `mean-G`
     the mean alone; `patch-G`, Haar packets; `features`, the feature maps of a backbone."""
     features: str | None = None
-    """Whose feature maps stand for meaning: None, the denoiser's own; a timm model by name; or
-    `custom`, a module handed over."""
+    """Whose features stand for meaning: None, the denoiser's own; a timm model by name, for audio
+    `yamnet`; or `custom`, a module handed over."""
     intensity: str = "auto"
     """Tokens see the intensity itself (`linear`) or its logarithm (`log`); `auto`: `fit` takes the
     one in which the contrast of normals depends less on their brightness."""
@@ -190,13 +190,14 @@ class DetectorConfig:
     """Weights of the pixel, feature and sub-band maps of `reconstruct` with a U-Net."""
     semantic_weight: float | None = None
     """Weight, beside the mode's own maps together, of one more: the distance of features to those
-    of normals. None: 1 for tables (vectors that are scaled by feature), 0 elsewhere."""
+    of normals. None: 1 for tables (vectors that are scaled by feature) and for audio with
+    `features`, 0 elsewhere."""
     semantic: str | None = None
     """That distance: `mahalanobis`, or `nearest`, the mean to the five nearest of a sample of
     normals. None: `nearest` for vectors, `mahalanobis` elsewhere."""
     semantic_of: str | None = None
-    """Features of the `denoiser`, or the `tokens` themselves. None: `tokens` for vectors,
-    `denoiser` elsewhere."""
+    """Features of the `denoiser`, the `tokens` themselves or, for audio, `features`. None: `tokens`
+    for vectors, `features` for audio that has them, `denoiser` elsewhere."""
     feature_sigma: float = 0.1
     """Noise level at which the denoiser's features are read."""
     smoothing: float | None = None
@@ -281,6 +282,7 @@ class DetectorConfig:
         on_tokens = self.on_tokens
         if self.batch_size == "auto" and on_tokens:
             object.__setattr__(self, "batch_size", None)
+        heard = self.kind == "audio" and self.features is not None
         train_steps, reverse_steps = _STEPS.get(self.denoiser, _STEPS["unet-small"])
         for name, value in (
             ("train_steps", train_steps),
@@ -292,8 +294,11 @@ class DetectorConfig:
             ("learning_rate", 2e-3 if on_tokens else None if self.batch_size == "auto" else 1e-3),
             ("batch_size", _BATCH[self.kind]),
             ("semantic", "nearest" if self.kind == "vector" else "mahalanobis"),
-            ("semantic_of", "tokens" if self.kind == "vector" else "denoiser"),
-            ("semantic_weight", None if self.kind == "vector" else 0.0),
+            (
+                "semantic_of",
+                "tokens" if self.kind == "vector" else "features" if heard else "denoiser",
+            ),
+            ("semantic_weight", None if self.kind == "vector" else 1.0 if heard else 0.0),
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -313,6 +318,13 @@ class DetectorConfig:
             )
         if self.semantic_of == "tokens" and not on_tokens:
             raise InputError("semantic_of='tokens' is for the token MLP: U-Nets have no tokens")
+        if (self.semantic_of == "features") != heard:
+            raise InputError(
+                f"semantic_of={self.semantic_of!r} and features={self.features!r} do not go "
+                "together: audio with features reads these, and nothing else does"
+            )
+        if self.features is not None and self.kind == "vector":
+            raise InputError("vectors are features themselves: leave out features")
         self._check_training()
         if self.overlap is not None:
             _range("overlap", self.overlap, 0.0, 0.9)

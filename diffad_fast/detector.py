@@ -82,7 +82,9 @@ class Detector:
     the preset's by name, or a module ``(x (N,C,h,w), log_sigma (N,)) -> prediction`` with a method
     ``features`` of the same arguments that gives a list of feature maps. features: a frozen module
     ``images (N,C,H,W) in [0,1] -> feature map (N,c,h,w) or list of them``, or a timm model's name:
-    what semantic discrepancy and the token source "features" read. device: "cpu", "cuda", ... or
+    what semantic discrepancy and the token source "features" read; for audio "yamnet" or
+    ``waves (N,samples) in [-1,1] -> embeddings (N,D)`` (see
+    :class:`~diffad_fast.representations.WindowEmbedding`). device: "cpu", "cuda", ... or
     None for the best there is. Further options by name: see :class:`diffad_fast.DetectorConfig`.
 
     Raises InputError for an unknown or impossible option, BackendError for a missing device.
@@ -123,9 +125,7 @@ class Detector:
         self.device = device
         self._given = denoiser, features
         if features is None and config.features is not None:
-            from .integrations.timm import TimmFeatures
-
-            features = TimmFeatures(config.features, config.channels)
+            features = _backbone(config)
         self._features = features
         self.model = models.create(config, device, denoiser, features)
         self.calibrations: dict[str, Calibration] = {}
@@ -773,6 +773,21 @@ def from_state(
     detector.mode = config.mode
     detector.history = History(**json.loads(texts["history"]))
     return detector
+
+
+def _backbone(config: DetectorConfig) -> nn.Module:
+    """The pretrained one that ``features`` names. Raises InputError for an unknown name."""
+    if config.kind == "image":
+        from .integrations.timm import TimmFeatures
+
+        return TimmFeatures(config.features, config.channels)
+    if config.features != "yamnet":
+        raise InputError(
+            f"unknown features {config.features!r} for audio: choose 'yamnet', or pass a module"
+        )
+    from .integrations.yamnet import YAMNet
+
+    return YAMNet.pretrained()
 
 
 def _unpickled(tensors: dict | None, texts: dict, options: dict) -> Detector:

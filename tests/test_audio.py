@@ -14,7 +14,7 @@ import diffad_fast as daf
 from diffad_fast import audio_report, cli
 from diffad_fast.config import DetectorConfig
 from diffad_fast.data.audio import LabelledClip
-from diffad_fast.errors import InputError
+from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.evaluation import evaluate_audio
 from diffad_fast.scoring import Score
 
@@ -173,6 +173,76 @@ def test_checkpoint(detector, tmp_path):
         assert np.array_equal(detector.score(waves).score, again.score(waves).score)
         assert np.array_equal(detector.score(waves).map, again.score(waves).map)
     detector.mode = "one_step"
+
+
+class Ear(torch.nn.Module):
+    """Embeddings of half a second: energies of eight bands of the spectrum."""
+
+    rate, samples = RATE, RATE // 2
+
+    def forward(self, waves):
+        power = torch.view_as_real(torch.fft.rfft(waves)).square().sum(dim=2)
+        return power[:, :2000].unflatten(1, (8, -1)).mean(dim=2).sqrt()
+
+
+@pytest.fixture(scope="module")
+def with_ear() -> daf.Detector:
+    return daf.Detector(kind="audio", features=Ear(), **OPTIONS).fit([hum(i) for i in range(60)])
+
+
+@pytest.mark.parametrize("mode", ["one_step", "reconstruct"])
+def test_a_backbone_gives_the_semantic_discrepancy(with_ear, mode):
+    with_ear.mode = mode
+    try:
+        waves = torch.from_numpy(np.stack([hum(400 + i, extra=0.1 * i) for i in range(3)]))
+        waves = waves[:, : with_ear.config.window_samples]
+        with torch.inference_mode():
+            *residuals, semantic = with_ear.model.raw_maps(waves)
+        # The distance against NumPy, of what the training clips' windows sound like.
+        (part,), step = with_ear.parts, with_ear.config.step_samples
+        (clips,) = with_ear.open([hum(i) for i in range(60)]).batches(60)
+        size, window = RATE // 2, with_ear.config.window_samples
+
+        def heard(wave):
+            rows = [wave[k : k + size] for k in range(0, window - size + 1, step)]
+            bands = abs(np.fft.rfft(rows))[:, :2000] ** 2
+            mean = np.sqrt(bands.reshape(len(rows), 8, -1).mean(axis=2)).mean(axis=0)
+            return mean / np.linalg.norm(mean)
+
+        known = np.array([
+            heard(wave[k : k + window])
+            for wave in clips.x[part.split.fit].double().numpy()
+            for k in range(0, len(wave) - window + 1, step)
+        ])  # fmt: skip
+        values, directions = np.linalg.eigh(np.cov(known.T, bias=True))
+        deviation = np.sqrt(np.maximum(values, 1e-3 * values[-1]))
+        new = np.array([heard(wave) for wave in waves.double().numpy()]) - known.mean(axis=0)
+        expected = np.log(((new @ directions / deviation) ** 2).mean(axis=1))
+        np.testing.assert_allclose(semantic.flatten(), expected, atol=1e-3)
+        # Of the weights 1, for the mode's own numbers together, and 1.
+        *own, last = (
+            (m - s.mean) / s.deviation
+            for m, s in zip([*residuals, semantic], with_ear.statistics, strict=True)
+        )
+        z = (sum(own) / len(own) + last).flatten() / 2
+        out = with_ear.score(list(waves.numpy()))
+        np.testing.assert_allclose(out.score, z, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(out.map.sum(axis=1)[:, 0], out.score, rtol=1e-3, atol=1e-3)
+    finally:
+        with_ear.mode = "one_step"
+
+
+def test_a_backbone_in_streams_and_checkpoints(with_ear, tmp_path):
+    wave = hum(5, 3.3, extra=0.1)
+    stream = with_ear.stream(RATE)
+    parts = [stream.push(wave[:9000]), stream.push(wave[9000:]), stream.finish()]
+    score = np.concatenate([part.score for part in parts])
+    assert with_ear.score(wave).score[0] == pytest.approx(score.mean(), abs=1e-4)
+    with_ear.save(tmp_path / "m.diffad")
+    with pytest.raises(CheckpointError, match="pass features=module"):
+        daf.load(tmp_path / "m.diffad")
+    again = daf.load(tmp_path / "m.diffad", features=Ear())
+    assert np.array_equal(again.score(wave).score, with_ear.score(wave).score)
 
 
 def test_figures(detector, clips):
@@ -404,6 +474,10 @@ def test_the_level_is_taken_off():
         ({"fmin": 100.0, "fmax": 101.0}, "64 of 64 mel bands lie between two bins"),
         ({"statistics": "position"}, "clips have no positions in common"),
         ({"overlap": 0.5}, "leave it out$"),
+        ({"features": "resnet18"}, "unknown features 'resnet18' for audio: choose 'yamnet'"),
+        ({"features": Ear()}, "hears 8000 samples a second and sample_rate is 16000"),
+        ({"semantic_of": "features"}, "semantic_of='features' and features=None do not go"),
+        ({"features": "yamnet", "semantic_of": "tokens"}, "audio with features reads these"),
     ],
 )
 def test_options_that_make_no_sense_for_clips(options, message):

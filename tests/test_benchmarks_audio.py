@@ -10,9 +10,10 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import audio, results, stats
-from diffad_fast import Detector
+from diffad_fast import Detector, metrics
 from diffad_fast.data.audio import LabelledClip, labelled_clips
 from diffad_fast.errors import InputError
 from diffad_fast.evaluation import evaluate_audio
@@ -123,6 +124,88 @@ def test_one_fold_has_the_deviation_of_its_seeds(root, tmp_path, monkeypatch):
     table = (tmp_path / "one.md").read_text()
     assert f"| siren | {statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} (" in table
     assert "fold |" not in table
+
+
+def test_choices_hear_one_fold(root, tmp_path, monkeypatch):
+    def told(folder, normal, folds):
+        """Every clip five times, as if of five recordings."""
+        return [
+            clip._replace(recording=f"{clip.recording}{i}")
+            for clip in labelled_clips(folder, normal=normal, folds=folds)
+            for i in range(5)
+        ]
+
+    seen = []
+
+    class Listener(Detector):
+        def __init__(self, preset, **options):
+            super().__init__(**options, **TINY)
+
+        def fit(self, source, groups):
+            self.groups = set(groups)
+            return super().fit(source, groups=groups)
+
+        def score(self, source, **options):
+            seen.append((self.groups, source))
+            return super().score(source, **options)
+
+    monkeypatch.setattr(audio, "labelled_clips", told)
+    monkeypatch.setattr(audio, "Detector", Listener)
+    options = ["--normal", "siren", "drilling", "--within", "3", "--seeds", "0", "1"]
+    assert audio.main(["--data", str(root), *options, "--name", "choice"]) == 0
+    assert len(seen) == 2 * audio.PARTS * 2
+    for number, name in enumerate(("siren", "drilling")):
+        own = {clip.recording for clip in told(str(root), name, [3]) if clip.kind == name}
+        parts = [own - groups for groups, _ in seen[10 * number : 10 * number + 10 : 2]]
+        assert len(own) == 5 and sorted(map(len, parts)) == [1] * 5 and set.union(*parts) == own
+    for _, tested in seen:
+        assert {fold_of(path) for path in tested} == {3}
+        assert len(tested) == CLIPS + 2 * 5 * CLIPS
+
+    result = json.loads((tmp_path / "choice.json").read_text())
+    rows = [
+        [name, *(100 * statistics.mean(one[k] for one in found) for k in ("auroc", "nearest"))]
+        for name, found in result["aurocs"].items()
+    ]
+    rows.append(["mean", *(statistics.mean(row[i] for row in rows) for i in (1, 2))])
+    table = (tmp_path / "choice.md").read_text()
+    for name, ours, control in rows:
+        assert f"| {name} | {ours:.1f} | {control:.1f} |" in table
+    assert audio.headlines(result) == []
+
+
+def test_features_stand_beside_the_preset(root, tmp_path, monkeypatch):
+    class Ear(torch.nn.Module):
+        def forward(self, waves):
+            return waves.unflatten(1, (4, -1)).std(dim=2)
+
+    monkeypatch.setattr(audio, "Detector", Spy)
+    monkeypatch.setattr(audio, "YAMNet", lambda path: Ear())
+    options = ["--normal", "siren", "--seeds", "0", "--features", "weights.onnx", "--name", "heard"]
+    options += ["--train-folds", "1", "2", "3", "4", "5", "--test-folds", "6"]
+    assert audio.main(["--data", str(root), *options]) == 0
+    result = json.loads((tmp_path / "heard.json").read_text())
+    assert "Preset balanced with the features of YAMNet, 1 seeds" in result["summary"]
+    assert audio.headlines(result)[0][0] == "UrbanSound8K, mean of 1 classes, features of YAMNet"
+    # The control hears the same: of each test clip the cosines to the nearest of what was trained.
+    (control,) = result["nearest"]
+    heard = {True: [], False: []}
+    test = labelled_clips(str(root), normal="siren", folds=[6])
+    train = labelled_clips(str(root), normal="siren", folds=range(1, 6))
+    for clip in [*test, *(clip for clip in train if not clip.anomaly)]:
+        wave = soundfile.read(clip.path, dtype="float32")[0]
+        wave = np.pad(wave, (0, 2176 + 2 * 1024 - len(wave)), mode="reflect")
+        windows = [wave[k : k + 2176].reshape(4, -1) for k in (0, 1024, 2048)]
+        mean = np.mean([_unit(window.std(axis=1, ddof=1)) for window in windows], axis=0)
+        heard[clip in test].append(_unit(mean))
+    distance = np.sort(1 - np.array(heard[True]) @ np.array(heard[False]).T, axis=1)
+    label = [clip.anomaly for clip in test]
+    expected = metrics.auroc(label, distance[:, : audio.NEIGHBOURS].mean(axis=1))
+    assert control["auroc"] == pytest.approx(expected)
+
+
+def _unit(v):
+    return v / np.linalg.norm(v)
 
 
 def clips_of(recordings):

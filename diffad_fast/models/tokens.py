@@ -13,7 +13,7 @@ from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
 from ..diffusion import Graphed, NoiseSchedule, ReverseStep
 from ..errors import InputError
-from ..representations import create_tokens
+from ..representations import WindowEmbedding, create_tokens
 from ..representations.logmel import time_map
 from ..representations.smoothing import GaussianSmoothing
 from ..representations.tokens import SMALLEST_SMOOTHED
@@ -35,7 +35,8 @@ class TokenModel(nn.Module):
     """One token MLP for every source of tokens, scored as whole loops of
     ``ops.token_mlp_loop``.
 
-    features: the backbone behind the token source "features".
+    features: the backbone behind the token source "features" of images, or the one that hears what
+    windows of a clip mean.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class TokenModel(nn.Module):
         super().__init__()
         self.device = device
         self.representation = create_tokens(config, features)
+        heard = config.semantic_of == "features"
+        self.embedding = WindowEmbedding(features, config) if heard else None
         self.denoisers = nn.ModuleList()
         self.distances = nn.ModuleList()
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
@@ -100,9 +103,12 @@ class TokenModel(nn.Module):
             self.denoisers.append(denoiser)
             if config.semantic_weight > 0:
                 distance = FeatureDistance(config.semantic).to(self.device)
+                if self.embedding is None:
+                    means = (self._features(denoiser, rows) for rows in bank.split(8192))
+                else:
+                    means = map(self.embedding, self._batches(source, split.fit))
                 with torch.inference_mode():
-                    parts = bank.split(8192)
-                    distance.fit((self._features(denoiser, x) for x in parts), config.seed)
+                    distance.fit(means, config.seed)
                 self.distances.append(distance)
         config = self.config = config.replace(train_compile=training.train_compile)
         if config.inference_dtype == "auto":
@@ -191,7 +197,8 @@ class TokenModel(nn.Module):
         They are logarithms of distances: what multiplies all of them in an image adds to these, and
         their spread among normals is near a Gaussian's.
         """
-        grids = self.representation.encode(self._seen(x.to(self.device)))
+        x = x.to(self.device)
+        grids = self.representation.encode(self._seen(x))
         finest = max((grid.shape[1:3] for grid in grids), key=lambda s: s[0] * s[1])
         smoothing = 0.0
         if self.config.kind == "image":
@@ -201,7 +208,7 @@ class TokenModel(nn.Module):
             rows = tokens.flatten(0, 2)
             found = self._evaluate(tokens, rows, loop)
             if self.distances:
-                found.append(self.distances[i](self._features(self.denoisers[i], rows)))
+                found.append(self._semantic(i, x, rows))
             size = tokens.shape[1:3]
             for map_ in found:
                 map_ = log_distance(map_).reshape(tokens.shape[:3])
@@ -256,7 +263,7 @@ class TokenModel(nn.Module):
         their shares of the residual's length, that of the semantic distance evenly. The sum of a
         column is the curve.
         """
-        representation, (denoiser,) = self.representation, self.denoisers
+        representation = self.representation
         (tokens,) = representation.encode(waves)
         rows = tokens.flatten(0, 2)
         numbers, shares = [], []
@@ -265,7 +272,7 @@ class TokenModel(nn.Module):
             numbers.append(residual.square().mean(dim=1))
             shares.append(parts / parts.sum(dim=1, keepdim=True).clamp(min=1e-12))
         if self.distances:
-            numbers.append(self.distances[0](self._features(denoiser, rows)))
+            numbers.append(self._semantic(0, waves, rows))
             shares.append(torch.full_like(shares[0], 1 / shares[0].shape[1]))
         weights = self._weights(len(numbers))
         curve, bands = 0.0, 0.0
@@ -292,6 +299,12 @@ class TokenModel(nn.Module):
             latents.append(z.square().mean(dim=1).view(n, -1).mean(dim=1))
             ways.append(way.view(n, -1, way.shape[1]).mean(dim=1))
         return torch.stack(latents).mean(dim=0), torch.stack(ways).mean(dim=0)
+
+    def _semantic(self, number: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Semantic distances (M,) of the rows that the source of this number gave to inputs x."""
+        if self.embedding is not None:
+            return self.distances[number](self.embedding(x)).flatten()
+        return self.distances[number](self._features(self.denoisers[number], rows))
 
     def _features(self, denoiser: TokenMLP, rows: torch.Tensor) -> torch.Tensor:
         if self.config.semantic_of == "tokens":

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..config import DetectorConfig
 from ..errors import InputError
+from .embedding import WindowEmbedding
 from .logmel import AudioTokens, LogMel
 from .tokens import ImageTokens, Preprocessing
 from .vector import VectorTokens
@@ -18,6 +19,7 @@ __all__ = [
     "Preprocessing",
     "VectorTokens",
     "WaveletRepresentation",
+    "WindowEmbedding",
     "create_tokens",
 ]
 
@@ -26,7 +28,7 @@ def create_tokens(config: DetectorConfig, features: nn.Module | None = None) -> 
     """The token representation for ``config``, not yet fitted.
 
     It has ``fit(batches)``, ``encode(x)``, which gives a grid of tokens (N,h,w,dim) for each of its
-    sources, and ``dims``. Raises InputError for ``features`` without a backbone.
+    sources, and ``dims``. Raises InputError for ``features`` without a backbone, or the reverse.
     """
     if config.kind == "vector":
         return VectorTokens(config.feature_scale)
@@ -35,9 +37,10 @@ def create_tokens(config: DetectorConfig, features: nn.Module | None = None) -> 
             config.sample_rate, config.n_fft, config.hop, config.n_mels, config.fmin, config.fmax
         )
         return AudioTokens(logmel, config.window_frames, config.window_step, config.remove_level)
-    if "features" in config.tokens and features is None:
+    if ("features" in config.tokens) != (features is not None):
         raise InputError(
-            "tokens='features' reads a backbone: pass features=module, or the name of a timm model"
+            "the token source 'features' and a backbone belong together: pass features=module, or "
+            "the name of a timm model, and tokens=('features',) or more"
         )
     preprocessing = Preprocessing(config.intensity, config.illumination, config.image_scale)
     return ImageTokens(config.tokens, config.image_size, preprocessing, features)

@@ -1,0 +1,62 @@
+"""What a pretrained network hears in the windows of a clip."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import DetectorConfig
+from ..errors import InputError
+
+# Pieces that a backbone is given at once, however long a clip is.
+LARGEST_BATCH = 128
+
+
+class WindowEmbedding(nn.Module):
+    """Waves (N,samples) to the embedding of every window (N,windows,D), of length 1.
+
+    backbone: a module from waves (M,samples) in [-1,1] to embeddings (M,D). The length that it
+    takes is its attribute ``samples``, or else a window's. Where it is shorter, it hears the pieces
+    that begin at every step of the windows, and a window has the mean of those inside it. Only
+    directions count, as in the cosine similarity by which embeddings are compared: their length
+    goes mostly with loudness.
+
+    Raises InputError for a backbone that takes more than a window, for one whose attribute ``rate``
+    is not the sample rate, and, when used, for an answer of another shape.
+    """
+
+    def __init__(self, backbone: nn.Module, config: DetectorConfig):
+        super().__init__()
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.window, self.step = config.window_samples, config.step_samples
+        self.samples = getattr(backbone, "samples", self.window)
+        rate = getattr(backbone, "rate", config.sample_rate)
+        if rate != config.sample_rate:
+            raise InputError(
+                f"the backbone hears {rate} samples a second and sample_rate is "
+                f"{config.sample_rate}: choose sample_rate={rate}"
+            )
+        if not 0 < self.samples <= self.window:
+            raise InputError(
+                f"the backbone hears {self.samples} samples at once and a window has "
+                f"{self.window}: choose a larger window_frames or hop"
+            )
+
+    def forward(self, waves: torch.Tensor) -> torch.Tensor:
+        windows = (waves.shape[1] - self.window) // self.step + 1
+        inside = (self.window - self.samples) // self.step + 1
+        pieces = waves.unfold(1, self.samples, self.step)[:, : windows + inside - 1]
+        rows = torch.cat([self._heard(part) for part in pieces.flatten(0, 1).split(LARGEST_BATCH)])
+        found = rows.unflatten(0, pieces.shape[:2]).unfold(1, inside, 1).mean(dim=3)
+        return F.normalize(found, dim=2)
+
+    def _heard(self, pieces: torch.Tensor) -> torch.Tensor:
+        found = self.backbone(pieces)
+        shape = getattr(found, "shape", ())
+        if len(shape) != 2 or shape[0] != len(pieces):
+            raise InputError(
+                f"the backbone answered {len(pieces)} waves with {tuple(shape) or type(found)}: "
+                "it must give one embedding (D,) for each"
+            )
+        return found.float()
