@@ -513,7 +513,7 @@ class DetectorConfig:
         return 2**self.haar_level * UNET_STRIDE
 
     @classmethod
-    def create(cls, preset: str = "balanced", kind: str = "image", **options) -> DetectorConfig:
+    def create(cls, /, preset: str = "balanced", kind: str = "image", **options) -> DetectorConfig:
         """The configuration of a kind's preset, with single options overridden."""
         _choice("kind", kind, KINDS)
         _choice("preset", preset, tuple(PRESETS[kind]))

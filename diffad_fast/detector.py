@@ -92,6 +92,7 @@ class Detector:
 
     def __init__(
         self,
+        /,
         kind: str = "image",
         image_size: int | tuple[int, int] = 256,
         channels: int = 1,
@@ -807,7 +808,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     name = device
     try:
         device = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"unknown device {str(name)!r}: choose cpu or cuda")

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from diffad_fast import Detector
 from diffad_fast.config import PRESETS, DetectorConfig, read_options
 from diffad_fast.errors import InputError
 
@@ -53,11 +54,16 @@ def test_frozen():
         ({"map_weights": (0, 0, 0)}, "map_weights"),
         ({"conformal_share": 0.85}, "held-out"),
         ({"learning_rate": "fast"}, "learning_rate"),
+        ({"self": 1}, "unknown option 'self'"),
+        ({"cls": 1}, "unknown option 'cls'"),
+        ({"kind": "vector", "features": "resnet18"}, "vectors are features themselves"),
     ],
 )
 def test_bad_options(options, words):
     with pytest.raises(InputError, match=words):
         DetectorConfig.create(**options)
+    with pytest.raises(InputError, match=words):
+        Detector(**options)
 
 
 def test_read_options(tmp_path):

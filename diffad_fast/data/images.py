@@ -107,6 +107,10 @@ def open_images(
         paths = _image_files(os.fspath(source))
         strict = strict or os.path.isfile(source)
     elif isinstance(source, (list, tuple)) and source and _is_path(source[0]):
+        for i, path in enumerate(source):
+            if not _is_path(path):
+                kind = type(path).__name__
+                raise InputError(f"the list of files holds a {kind} at {i}: {path!r}.")
         paths = [os.fspath(path) for path in source]
     elif isinstance(source, Iterable) and not isinstance(source, Iterator):
         if isinstance(source, Sequence) and len(source) == 0:

@@ -445,6 +445,11 @@ def test_bfloat16_tensor_and_rounding():
     assert found.min() == 0 and found.max() == 1 and array.max() > 1
 
 
+def test_a_list_of_files_holds_nothing_else():
+    with pytest.raises(InputError, match="the list of files holds a int at 1: 3"):
+        open_images(["a.png", 3], (8, 8), 1)
+
+
 @pytest.mark.parametrize(
     "array, reason",
     [
