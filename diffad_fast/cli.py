@@ -353,8 +353,8 @@ def _bench(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------- options
 
 _FIT_OPTIONS = (
-    "kind", "preset", "denoiser", "image_size", "channels", "train_steps", "train_budget",
-    "batch_size", "seed", "device",
+    "kind", "preset", "denoiser", "features", "image_size", "channels", "train_steps",
+    "train_budget", "batch_size", "seed", "device",
 )  # fmt: skip
 
 
@@ -380,6 +380,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--kind", help="what the data is: image (default) or audio")
     fit.add_argument("--preset", help="recipe: fast, balanced (default), best, or dcase for audio")
     fit.add_argument("--denoiser", help="unet-tiny, unet-small or unet-base (the preset's)")
+    fit.add_argument(
+        "--features", metavar="NAME",
+        help="pretrained network whose features count too: yamnet for audio, else a model of timm",
+    )  # fmt: skip
     fit.add_argument(
         "--image-size", type=_size, metavar="S", help="side in pixels, or HEIGHTxWIDTH (256)"
     )

@@ -82,10 +82,10 @@ class Detector:
     the preset's by name, or a module ``(x (N,C,h,w), log_sigma (N,)) -> prediction`` with a method
     ``features`` of the same arguments that gives a list of feature maps. features: a frozen module
     ``images (N,C,H,W) in [0,1] -> feature map (N,c,h,w) or list of them``, or a timm model's name:
-    what semantic discrepancy and the token source "features" read; for audio "yamnet" or
-    ``waves (N,samples) in [-1,1] -> embeddings (N,D)`` (see
-    :class:`~diffad_fast.representations.WindowEmbedding`). device: "cpu", "cuda", ... or
-    None for the best there is. Further options by name: see :class:`diffad_fast.DetectorConfig`.
+    what semantic discrepancy and the token source "features" read; for audio "yamnet" or a module
+    ``waves (M,samples) in [-1,1] -> embeddings (M,D)``; see :mod:`diffad_fast.protocols`. device:
+    "cpu", "cuda", ... or None for the best there is. Further options by name: see
+    :class:`diffad_fast.DetectorConfig`.
 
     Raises InputError for an unknown or impossible option, BackendError for a missing device.
     """

@@ -55,3 +55,18 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: torch.Tensor) -> torch.Tensor | Sequence[torch.Tensor]:
         """A feature map (N,c,h,w), or several, of images (N,C,H,W) in [0, 1]."""
         ...
+
+
+@runtime_checkable
+class AudioEncoder(Protocol):
+    """A frozen ``torch.nn.Module`` for ``Detector(kind="audio", features=...)``; "yamnet" is
+    another way to give one.
+
+    Two attributes are looked at where it has them: ``samples``, the length of the waves that it
+    takes, at most a window of the detector (by default just that), and ``rate``, the samples a
+    second that these must have.
+    """
+
+    def __call__(self, waves: torch.Tensor) -> torch.Tensor:
+        """An embedding (M,D) of each of the waves (M,samples) in [-1, 1]."""
+        ...

@@ -347,8 +347,12 @@ def test_command_line(clips, tmp_path, capsys):
     ):
         assert cli.main(["evaluate", model, str(root), *bad]) == 2
         assert message in capsys.readouterr().err
-    assert cli.main(["fit", str(root), "--out", model, "--folds", "1"]) == 2
-    assert "are for audio" in capsys.readouterr().err
+    for bad, message in (
+        (["--folds", "1"], "are for audio"),
+        (["--kind", "audio", "--features", "mfcc"], "unknown features 'mfcc' for audio"),
+    ):
+        assert cli.main(["fit", str(root), "--out", model, *bad]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):

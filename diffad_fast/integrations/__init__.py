@@ -1,5 +1,5 @@
-"""Other people's pipelines: one module a host, which imports its host and is imported by nothing.
+"""Other people's pipelines and networks: one module a host, which imports its host when it is used.
 
-``sklearn``, ``pyod``, ``anomalib``, ``diffusers``. scikit-learn comes with this library; the other
-hosts with ``pip install 'diffad_fast[plugins]'``.
+``sklearn``, ``pyod``, ``anomalib``, ``diffusers``; for features, ``timm`` and ``yamnet``.
+scikit-learn comes with this library; the other hosts with ``pip install 'diffad_fast[plugins]'``.
 """

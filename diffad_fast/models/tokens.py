@@ -106,7 +106,7 @@ class TokenModel(nn.Module):
                 if self.embedding is None:
                     means = (self._features(denoiser, rows) for rows in bank.split(8192))
                 else:
-                    means = map(self.embedding, self._batches(source, split.fit))
+                    means = map(self.embedding, self._batches(source, some))
                 with torch.inference_mode():
                     distance.fit(means, config.seed)
                 self.distances.append(distance)

@@ -16,11 +16,10 @@ LARGEST_BATCH = 128
 class WindowEmbedding(nn.Module):
     """Waves (N,samples) to the embedding of every window (N,windows,D), of length 1.
 
-    backbone: a module from waves (M,samples) in [-1,1] to embeddings (M,D). The length that it
-    takes is its attribute ``samples``, or else a window's. Where it is shorter, it hears the pieces
-    that begin at every step of the windows, and a window has the mean of those inside it. Only
-    directions count, as in the cosine similarity by which embeddings are compared: their length
-    goes mostly with loudness.
+    backbone: see :class:`diffad_fast.protocols.AudioEncoder`. Where it hears less than a window at
+    once, it hears the pieces that begin at every step of the windows, and a window has the mean of
+    those inside it. Only directions count, as in the cosine similarity by which embeddings are
+    compared: their length goes mostly with loudness.
 
     Raises InputError for a backbone that takes more than a window, for one whose attribute ``rate``
     is not the sample rate, and, when used, for an answer of another shape.
