@@ -316,20 +316,27 @@ class Detector:
 
     def _open(self, source, strict: bool) -> Images | Clips | Vectors:
         """The same for what the detector is to be fitted on, whatever it was fitted on before."""
-        if isinstance(source, _OPENED):
-            return source
         config = self.config
-        if config.kind == "vector":
-            return open_vectors(source)
-        if config.kind == "audio":
-            return open_audio(
-                source, config.sample_rate, config.window_samples, config.step_samples,
-                highest=config.fmax, strict=strict,
-            )  # fmt: skip
         size, min_side = config.image_size, config.stride
         if config.overlap is not None:
             size, min_side = None, config.image_size
-        return open_images(source, size, config.channels, strict=strict, min_side=min_side)
+        clip = config.sample_rate, config.window_samples, config.step_samples
+        shape = {"image": (size, config.channels), "audio": clip, "vector": ()}[config.kind]
+        if isinstance(source, _OPENED):
+            if source.opened_as not in (None, (config.kind, *shape)):
+                raise InputError(
+                    f"these samples were opened by a detector of {source.opened_as} and this one "
+                    f"sees {(config.kind, *shape)}: open them with it"
+                )
+            return source
+        if config.kind == "vector":
+            samples = open_vectors(source)
+        elif config.kind == "audio":
+            samples = open_audio(source, *clip, highest=config.fmax, strict=strict)
+        else:
+            samples = open_images(source, *shape, strict=strict, min_side=min_side)
+        samples.opened_as = config.kind, *shape
+        return samples
 
     # -------------------------------------------------------------- score
 

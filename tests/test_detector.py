@@ -244,6 +244,15 @@ def test_unknown_devices(device):
         daf.Detector(**OPTIONS, device=device)
 
 
+def test_samples_of_another_detector():
+    images = np.zeros((9, 1, 64, 64), np.uint8)
+    opened = daf.Detector(image_size=64, preset="fast").open(images)
+    with pytest.raises(InputError, match=r"of \('image', \(64, 64\), 1\) and this one sees .*32"):
+        daf.Detector(image_size=32, preset="fast").fit(opened)
+    with pytest.raises(InputError, match=r"this one sees \('vector',\): open them with it"):
+        daf.Detector(kind="vector").fit(opened)
+
+
 def test_a_broken_training_stops(monkeypatch):
     def overflowing(self, x, e):
         return x + self.conv_out.bias.sum() * float("inf")

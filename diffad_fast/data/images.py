@@ -133,6 +133,8 @@ class Images:
     """
 
     unit = "image"
+    opened_as: tuple | None = None
+    """For which kind of detector, and in what shape."""
 
     def __init__(self, items, loader: _LoaderItems | None, strict: bool):
         self.paths: list[str] | None = getattr(items, "paths", None)

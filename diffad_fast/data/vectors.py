@@ -21,6 +21,7 @@ class Vectors:
 
     unit = "row"
     paths = None
+    opened_as: tuple | None = None
 
     def __init__(self, rows: np.ndarray, labels: np.ndarray | None = None):
         self.rows, self.labels = rows, labels
