@@ -111,8 +111,7 @@ class YAMNet(nn.Module):
 
 
 def _mel_filters() -> np.ndarray:
-    """(64,257): triangles on the mel scale 1127 ln(1 + f/700), straight in mels, without the bin
-    of frequency 0."""
+    """(64,257): triangles on the mel scale 1127 ln(1 + f/700), whose sides are straight in mels."""
 
     def mel(hertz):
         return 1127 * np.log(1 + np.asarray(hertz) / 700)
@@ -121,9 +120,7 @@ def _mel_filters() -> np.ndarray:
     lower, centre, upper = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     bins = mel(np.linspace(0, RATE / 2, N_FFT // 2 + 1))
     rising, falling = (bins - lower) / (centre - lower), (upper - bins) / (upper - centre)
-    filters = np.maximum(0, np.minimum(rising, falling))
-    filters[:, 0] = 0
-    return filters
+    return np.maximum(0, np.minimum(rising, falling))
 
 
 def _from_state(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -163,9 +160,12 @@ def _from_onnx(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
         node = makers[name]
         value = constant(node.input[0])
         if node.op_type == "DequantizeLinear" and value.dtype != np.float32:
-            scale, zero = (constants[name] for name in node.input[1:3])
+            scale, *zero = (constants[name] for name in node.input[1:])
             shape = (-1,) + (1,) * (value.ndim - 1) if scale.ndim else ()
-            value = (value.astype(np.float32) - zero.reshape(shape)) * scale.reshape(shape)
+            value = value.astype(np.float32)
+            for offset in zero:
+                value = value - offset.reshape(shape)
+            value = value * scale.reshape(shape)
         return value
 
     pairs = []
@@ -177,6 +177,9 @@ def _from_onnx(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
                 f"{path} has convolutions without a bias: fold the batch normalisation after them "
                 "into them"
             )
-        weight, bias = (torch.tensor(constant(name)).float() for name in node.input[1:3])
+        try:
+            weight, bias = (torch.tensor(constant(name)).float() for name in node.input[1:3])
+        except (KeyError, IndexError):
+            raise InputError(f"{path} has convolutions whose weights are no constants") from None
         pairs.append((weight, bias))
     return pairs

@@ -46,7 +46,13 @@ class WindowEmbedding(nn.Module):
         windows = (waves.shape[1] - self.window) // self.step + 1
         inside = (self.window - self.samples) // self.step + 1
         pieces = waves.unfold(1, self.samples, self.step)[:, : windows + inside - 1]
-        rows = torch.cat([self._heard(part) for part in pieces.flatten(0, 1).split(LARGEST_BATCH)])
+        # Pieces overlap: of long clips only those of one are copied at once.
+        clips = max(1, LARGEST_BATCH // pieces.shape[1])
+        rows = torch.cat([
+            self._heard(part)
+            for some in pieces.split(clips)
+            for part in some.flatten(0, 1).split(LARGEST_BATCH)
+        ])  # fmt: skip
         found = rows.unflatten(0, pieces.shape[:2]).unfold(1, inside, 1).mean(dim=3)
         return F.normalize(found, dim=2)
 

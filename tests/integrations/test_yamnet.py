@@ -183,6 +183,11 @@ def test_graphs_that_are_no_yamnet(tmp_path):
     weight = onnx.numpy_helper.from_array(np.zeros((32, 1, 3, 3), np.float32), "w")
     node = onnx.helper.make_node("Conv", ["x", "w"], ["y"])
     graph = onnx.helper.make_graph([node], "g", [], [], [weight])
-    onnx.save(onnx.helper.make_model(graph), tmp_path / "plain.onnx")
+    path = tmp_path / "plain.onnx"
+    onnx.save(onnx.helper.make_model(graph), path)
     with pytest.raises(InputError, match="convolutions without a bias: fold the batch norm"):
-        YAMNet(tmp_path / "plain.onnx")
+        YAMNet(path)
+    node = onnx.helper.make_node("Conv", ["x", "v", "w"], ["y"])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [], [weight])), path)
+    with pytest.raises(InputError, match="convolutions whose weights are no constants"):
+        YAMNet(path)
