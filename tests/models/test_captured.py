@@ -31,6 +31,13 @@ def waves(n):
     return [np.random.default_rng(i).standard_normal(8000).astype(np.float32) for i in range(n)]
 
 
+class Ear(torch.nn.Module):
+    samples = 8000
+
+    def forward(self, waves):
+        return torch.fft.rfft(waves)[:, 1:4001].abs().unflatten(1, (8, -1)).mean(dim=2)
+
+
 SMALL = {"image_size": 32, "haar_level": 1, "denoiser": "unet-tiny", "train_steps": 2}
 DETECTORS = {
     "U-Net": (SMALL, images),
@@ -44,6 +51,7 @@ DETECTORS = {
         lambda n: np.random.default_rng(0).standard_normal((n, 6)).astype(np.float32),
     ),
     "audio": ({"kind": "audio", "train_steps": 2}, waves),
+    "audio, semantic": ({"kind": "audio", "train_steps": 2, "features": Ear()}, waves),
 }  # fmt: skip
 
 
@@ -53,7 +61,7 @@ def test_a_score_can_be_captured(name):
     if options.get("kind") == "audio":
         pytest.importorskip("soundfile"), pytest.importorskip("soxr")
     source = make(40)
-    if name == "audio":
+    if options.get("kind") == "audio":
         source = [(wave, 8000) for wave in source]
     detector = daf.Detector(**options, seed=0).fit(source)
     x = next(iter(detector.open(source).batches(2))).x
