@@ -48,15 +48,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--normal", nargs="+", default=CLASSES, metavar="CLASS")
     parser.add_argument("--train-folds", nargs="+", type=int, default=[1])
     parser.add_argument("--test-folds", nargs="+", type=int, default=[2])
-    parser.add_argument("--ten-fold", action="store_true", help="test each fold, train on the rest")
+    protocol = parser.add_mutually_exclusive_group()
+    protocol.add_argument(
+        "--ten-fold", action="store_true", help="test each fold, train on the rest"
+    )
+    protocol.add_argument("--within", type=int, metavar="FOLD", help="leave out recordings of it")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--within", type=int, metavar="FOLD", help="leave out recordings of it")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--features", help="yamnet, or a file of its weights")
-    parser.add_argument("--name", default="audio", help="name of the result")
+    parser.add_argument("--name", help="name of the result; by default it tells the protocol")
     parser.add_argument("--note", default="", help="what a reader must know, for the table")
     args = parser.parse_args(argv)
 
+    if args.name is None:
+        fold = "" if args.within is None else f"-fold{args.within}"
+        parts = ["audio", fold, "-ten-fold" * args.ten_fold, "-yamnet" * bool(args.features)]
+        args.name = "".join(parts)
     if args.within is not None:
         try:
             return within(args)

@@ -73,6 +73,8 @@ _STEPS = {
     "unet-base": (10000, 10),
 }
 
+_SEMANTIC_OF = {"vector": "tokens"}
+
 # Samples that are read and trained on together unless told otherwise.
 _BATCH = {"image": 16, "audio": 32, "vector": 4096}
 
@@ -294,10 +296,7 @@ class DetectorConfig:
             ("learning_rate", 2e-3 if on_tokens else None if self.batch_size == "auto" else 1e-3),
             ("batch_size", _BATCH[self.kind]),
             ("semantic", "nearest" if self.kind == "vector" else "mahalanobis"),
-            (
-                "semantic_of",
-                "tokens" if self.kind == "vector" else "features" if heard else "denoiser",
-            ),
+            ("semantic_of", "features" if heard else _SEMANTIC_OF.get(self.kind, "denoiser")),
             ("semantic_weight", None if self.kind == "vector" else 1.0 if heard else 0.0),
         ):
             if getattr(self, name) is None:
@@ -325,14 +324,18 @@ class DetectorConfig:
             )
         if self.features is not None and self.kind == "vector":
             raise InputError("vectors are features themselves: leave out features")
+        read = "features" in self.tokens
+        if self.kind == "image" and on_tokens and read != (self.features is not None):
+            raise InputError(
+                f"tokens={self.tokens!r} and features={self.features!r} do not go together: pass "
+                "features=module, or the name of a timm model, for the token source 'features'"
+            )
         self._check_training()
         if self.overlap is not None:
             _range("overlap", self.overlap, 0.0, 0.9)
             if self.kind != "image" or not on_tokens:
                 instead = ", or choose denoiser='token-mlp'" if self.kind == "image" else ""
-                raise InputError(
-                    f"overlap is for images and the token MLP: leave it out{instead}"
-                )
+                raise InputError(f"overlap is for images and the token MLP: leave it out{instead}")
         if self.kind == "audio":
             self._check_audio()
         if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):

@@ -176,13 +176,13 @@ def test_checkpoint(detector, tmp_path):
 
 
 class Ear(torch.nn.Module):
-    """Embeddings of half a second: energies of eight bands of the spectrum."""
+    """Embeddings of a quarter of a second: energies of eight bands of the spectrum."""
 
-    rate, samples = RATE, RATE // 2
+    rate, samples = RATE, RATE // 4
 
     def forward(self, waves):
         power = torch.view_as_real(torch.fft.rfft(waves)).square().sum(dim=2)
-        return power[:, :2000].unflatten(1, (8, -1)).mean(dim=2).sqrt()
+        return power[:, :1000].unflatten(1, (8, -1)).mean(dim=2).sqrt()
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,11 @@ def test_a_backbone_gives_the_semantic_discrepancy(with_ear, mode):
         # The distance against NumPy, of what the training clips' windows sound like.
         (part,), step = with_ear.parts, with_ear.config.step_samples
         (clips,) = with_ear.open([hum(i) for i in range(60)]).batches(60)
-        size, window = RATE // 2, with_ear.config.window_samples
+        size, window = RATE // 4, with_ear.config.window_samples
 
         def heard(wave):
             rows = [wave[k : k + size] for k in range(0, window - size + 1, step)]
-            bands = abs(np.fft.rfft(rows))[:, :2000] ** 2
+            bands = abs(np.fft.rfft(rows))[:, :1000] ** 2
             mean = np.sqrt(bands.reshape(len(rows), 8, -1).mean(axis=2)).mean(axis=0)
             return mean / np.linalg.norm(mean)
 

@@ -152,7 +152,7 @@ def test_choices_hear_one_fold(root, tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "labelled_clips", told)
     monkeypatch.setattr(audio, "Detector", Listener)
     options = ["--normal", "siren", "drilling", "--within", "3", "--seeds", "0", "1"]
-    assert audio.main(["--data", str(root), *options, "--name", "choice"]) == 0
+    assert audio.main(["--data", str(root), *options]) == 0
     assert len(seen) == 2 * audio.PARTS * 2
     for number, name in enumerate(("siren", "drilling")):
         own = {clip.recording for clip in told(str(root), name, [3]) if clip.kind == name}
@@ -162,13 +162,13 @@ def test_choices_hear_one_fold(root, tmp_path, monkeypatch):
         assert {fold_of(path) for path in tested} == {3}
         assert len(tested) == CLIPS + 2 * 5 * CLIPS
 
-    result = json.loads((tmp_path / "choice.json").read_text())
+    result = json.loads((tmp_path / "audio-fold3.json").read_text())
     rows = [
         [name, *(100 * statistics.mean(one[k] for one in found) for k in ("auroc", "nearest"))]
         for name, found in result["aurocs"].items()
     ]
     rows.append(["mean", *(statistics.mean(row[i] for row in rows) for i in (1, 2))])
-    table = (tmp_path / "choice.md").read_text()
+    table = (tmp_path / "audio-fold3.md").read_text()
     for name, ours, control in rows:
         assert f"| {name} | {ours:.1f} | {control:.1f} |" in table
     assert audio.headlines(result) == []
@@ -181,10 +181,10 @@ def test_features_stand_beside_the_preset(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(audio, "Detector", Spy)
     monkeypatch.setattr(audio, "YAMNet", lambda path: Ear())
-    options = ["--normal", "siren", "--seeds", "0", "--features", "weights.onnx", "--name", "heard"]
+    options = ["--normal", "siren", "--seeds", "0", "--features", "weights.onnx"]
     options += ["--train-folds", "1", "2", "3", "4", "5", "--test-folds", "6"]
     assert audio.main(["--data", str(root), *options]) == 0
-    result = json.loads((tmp_path / "heard.json").read_text())
+    result = json.loads((tmp_path / "audio-yamnet.json").read_text())
     assert "Preset balanced with the features of YAMNet, 1 seeds" in result["summary"]
     assert audio.headlines(result)[0][0] == "UrbanSound8K, mean of 1 classes, features of YAMNet"
     # The control hears the same: of each test clip the cosines to the nearest of what was trained.

@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import InputError
 from ._host import require
 
-# The weights as a state of PyTorch, 15 MB.
+# The weights as a state of PyTorch: 4 million numbers.
 URL = "https://github.com/w-hc/torch_audioset/releases/download/v0.1/yamnet.pth"
 # Channels and stride of each layer: a convolution, then pairs of a depthwise and a pointwise one.
 LAYERS = (
@@ -35,7 +35,7 @@ class YAMNet(nn.Module):
     """Waves (N,15600) in [-1,1] at 16 kHz, 0.975 seconds, to embeddings (N,1024), at least 0.
 
     weights: a file of them. ``.pth``: the state of torch_audioset's port (:data:`URL`); ``.onnx``:
-    any graph of the network alone, from the spectrogram on, such as the one of Qualcomm's AI Hub.
+    a graph of the network alone, from the spectrogram on, quantised or not.
     Raises InputError for a file that is not there or holds another network.
     """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from ..config import DetectorConfig
-from ..errors import InputError
 from .embedding import WindowEmbedding
 from .logmel import AudioTokens, LogMel
 from .tokens import ImageTokens, Preprocessing
@@ -28,7 +27,7 @@ def create_tokens(config: DetectorConfig, features: nn.Module | None = None) -> 
     """The token representation for ``config``, not yet fitted.
 
     It has ``fit(batches)``, ``encode(x)``, which gives a grid of tokens (N,h,w,dim) for each of its
-    sources, and ``dims``. Raises InputError for ``features`` without a backbone, or the reverse.
+    sources, and ``dims``.
     """
     if config.kind == "vector":
         return VectorTokens(config.feature_scale)
@@ -37,10 +36,5 @@ def create_tokens(config: DetectorConfig, features: nn.Module | None = None) -> 
             config.sample_rate, config.n_fft, config.hop, config.n_mels, config.fmin, config.fmax
         )
         return AudioTokens(logmel, config.window_frames, config.window_step, config.remove_level)
-    if ("features" in config.tokens) != (features is not None):
-        raise InputError(
-            "the token source 'features' and a backbone belong together: pass features=module, or "
-            "the name of a timm model, and tokens=('features',) or more"
-        )
     preprocessing = Preprocessing(config.intensity, config.illumination, config.image_scale)
     return ImageTokens(config.tokens, config.image_size, preprocessing, features)
