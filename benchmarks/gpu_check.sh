@@ -63,9 +63,10 @@ for tool in memcheck racecheck; do
 done
 wait
 # The cases that goals are set for, those of whole detectors first.
-goals='detector.score unet-small|token_mlp_loop|anomaly_map three|(q_sample|ddim_step).* 512|ddim_finish'
+goals='detector.score (unet-small|audio)|token_mlp_loop|anomaly_map three|(q_sample|ddim_step).* 512'
 goals+='|norm_silu (4|16|5) groups.*last(, modulated)?(, forward and backward|, launched.*)?$'
 goals+='|attention level 1, .*bf16|dwt2d haar.*256×256|haar_(un)?pack level [123], .*(×3×256|last)|_packet'
+goals+='|ddim_finish'
 part "4 gpu suite" 300 "$python" -m benchmarks gpu --seconds 0.3 --compile-seconds 100 \
     --filter "$goals" --out "$out"
 

@@ -22,6 +22,7 @@ PEERS = {
     "pyod": "pyod",
     "sklearn": "scikit-learn",
     "scipy": "scipy",
+    "librosa": "librosa",
     "anomalib": "anomalib",
 }
 

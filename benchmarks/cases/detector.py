@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from unittest.mock import patch
 
 import torch
@@ -15,6 +16,7 @@ from diffad_fast import native
 from ..case import OURS, REFERENCE, Case, Contender, random
 
 SIDE, STEPS = 128, 3
+CLIP_SECONDS = 4
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -31,6 +33,8 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         points.setdefault((1, SIDE, count), {})["steps"] = count
     for (n, side, count), sweep in points.items():
         yield score_case(device_type, "unet-tiny", n, side, count, sweep)
+    for n in (64,) if quick else (1, 64):
+        yield audio_case(device_type, n)
     if device_type == "cpu":
         narrow = "avx512bf16" in native.cpu_features()
         for n in () if quick else (1, 16):
@@ -130,6 +134,47 @@ def score_case(
         unit="image",
         host=True,
         sweep=sweep,
+    )
+
+
+@cache
+def _audio_detector(device: torch.device):
+    from diffad_fast import Detector
+
+    detector = Detector(
+        kind="audio", train_steps=20, cross_fit=0, inference_dtype="float32", device=device
+    )
+    rate = detector.config.sample_rate
+    return detector.fit([(noise(1, rate, seed=i)[0].numpy(), rate) for i in range(24)])
+
+
+def noise(clips: int, rate: int, seed: int) -> torch.Tensor:
+    return 0.1 * random(clips, CLIP_SECONDS * rate, seed=seed)
+
+
+def audio_case(device_type: str, n: int) -> Case:
+    """Waves in, spectrograms and tokens inside, maps and scores out: no U-Net, no image."""
+    detector = _audio_detector(torch.device(device_type))
+    waves = noise(n, detector.config.sample_rate, seed=100)
+
+    def plain(waves):
+        with as_written():
+            return detector.score_batch(waves)
+
+    def exact(inputs):
+        with as_written():
+            return in_float64(detector).score_batch(inputs[0].double())
+
+    return Case(
+        "detector.score",
+        f"audio, batch {n}, clips of {CLIP_SECONDS} s, {detector.config.mode}",
+        lambda device: (waves,),
+        exact,
+        {OURS: Contender(detector.score_batch), REFERENCE: Contender(plain)},
+        tolerance=2e-3,
+        batch=n,
+        unit="clip",
+        host=True,
     )
 
 

@@ -15,6 +15,7 @@ from .maps import anomaly_map
 from .noise import philox_normal
 from .norm import group_norm_silu
 from .packet import noised_packet, standardised_packet
+from .spectrogram import log_mel
 from .token_loss import token_mlp_loss
 from .token_mlp import PackedTokenMLP, token_mlp_loop
 from .training import noised_target, weighted_mse
@@ -33,6 +34,7 @@ __all__ = [
     "haar_pack",
     "haar_unpack",
     "idwt2d",
+    "log_mel",
     "noised_packet",
     "noised_target",
     "philox_normal",

@@ -14,6 +14,7 @@ from .maps import anomaly_map
 from .noise import philox4x32, philox_normal
 from .norm import group_norm_silu
 from .packet import noised_packet, standardised_packet
+from .spectrogram import log_mel
 from .token_mlp import PackedTokenMLP, token_mlp_loop, token_mlp_loss
 from .training import noised_target, weighted_mse
 from .wavelet import dwt2d, idwt2d, wavedec2, waverec2
@@ -31,6 +32,7 @@ __all__ = [
     "haar_pack",
     "haar_unpack",
     "idwt2d",
+    "log_mel",
     "noised_packet",
     "noised_target",
     "philox4x32",

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import ops
 from ..errors import InputError
 from .whitening import Moments, Whitening
 
-# Power below which nothing is told apart (-100 dB), as in librosa.power_to_db.
-SMALLEST_POWER = 1e-10
 # Groups of neighbouring mel bands whose modulation spectra are taken.
 MODULATION_BANDS = 16
 # Wider groups of them, whose correlations over time are taken.
@@ -27,8 +26,6 @@ SMALLEST_DEVIATION = 0.1
 # Share of the largest eigenvalue of the tokens' correlations below which none may count. Training
 # clips come from few recordings, so directions in which they hardly differ say little of others.
 SMALLEST_EIGENVALUE = 0.1
-# Samples whose spectrum is computed at once: the largest temporary tensors stay below 100 MiB.
-BLOCK_SAMPLES = 1 << 22
 
 
 def mel_filters(
@@ -72,8 +69,8 @@ class LogMel(nn.Module):
         fmax: float | None = None,
     ):
         super().__init__()
-        self.n_fft, self.hop = n_fft, hop
-        filters = torch.from_numpy(mel_filters(rate, n_fft, n_mels, fmin, fmax)).float()
+        self.hop = hop
+        filters = torch.from_numpy(mel_filters(rate, n_fft, n_mels, fmin, fmax))
         empty = int((filters.sum(dim=1) == 0).sum())
         if empty:
             raise InputError(
@@ -83,29 +80,11 @@ class LogMel(nn.Module):
             )
         # Follow from the parameters: not stored in checkpoints.
         self.register_buffer("filters", filters, persistent=False)
-        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+        window = torch.hann_window(n_fft, dtype=torch.float64)
+        self.register_buffer("window", window, persistent=False)
 
     def forward(self, waves: torch.Tensor) -> torch.Tensor:
-        n, samples = waves.shape
-        frames = (samples - self.n_fft) // self.hop + 1
-        clips = max(1, BLOCK_SAMPLES // samples)
-        block = max(1, (BLOCK_SAMPLES // clips - self.n_fft) // self.hop + 1)
-        rows = []
-        for part in waves.split(clips):
-            pieces = []
-            for first in range(0, frames, block):
-                last = min(first + block, frames) - 1
-                end = last * self.hop + self.n_fft
-                pieces.append(self._block(part[:, first * self.hop : end]))
-            rows.append(torch.cat(pieces, dim=2))
-        return torch.cat(rows)
-
-    def _block(self, waves: torch.Tensor) -> torch.Tensor:
-        spectrum = torch.stft(
-            waves, self.n_fft, self.hop, window=self.window, center=False, return_complex=True
-        )
-        power = torch.view_as_real(spectrum).square().sum(dim=-1)
-        return 10 * (self.filters @ power).clamp(min=SMALLEST_POWER).log10()
+        return ops.log_mel(waves, self.window, self.filters, self.hop)
 
 
 class AudioTokens(nn.Module):
@@ -134,6 +113,11 @@ class AudioTokens(nn.Module):
         pairs = torch.triu_indices(CORRELATION_BANDS, CORRELATION_BANDS, offset=1)
         self.register_buffer("pairs", pairs, persistent=False)
         self.register_buffer("bands", self._bands(), persistent=False)
+        # (window/2+1, octaves): bins 2^j to 2^(j+1) - 1 of the modulation spectrum are octave j.
+        means = torch.zeros(window // 2 + 1, self.octaves)
+        for j in range(self.octaves):
+            means[1 << j : 2 << j, j] = 2.0**-j
+        self.register_buffer("octave_means", means, persistent=False)
 
     @property
     def dims(self) -> list[int]:
@@ -146,7 +130,7 @@ class AudioTokens(nn.Module):
 
     @property
     def octaves(self) -> int:
-        """Bins 1 to window/2 - 1 of the modulation spectrum: 2^j to 2^(j+1) - 1 are octave j."""
+        """Those of bins 1 to window/2 - 1 of the modulation spectrum."""
         return int(math.log2(self.window)) - 1
 
     def _bands(self) -> torch.Tensor:
@@ -179,10 +163,9 @@ class AudioTokens(nn.Module):
         groups = mel.unflatten(1, (MODULATION_BANDS, -1)).mean(dim=2)
         groups = groups.unfold(2, self.window, self.step)
         groups = groups - groups.mean(dim=3, keepdim=True)
-        power = torch.view_as_real(torch.fft.rfft(groups * self.hann)).square().sum(dim=-1)
-        sizes = [1 << j for j in range(self.octaves)]
-        octaves = [p.mean(dim=3) for p in power[..., 1 : self.window // 2].split(sizes, dim=3)]
-        spectrum = (torch.stack(octaves, dim=3) + SMALLEST_MODULATION).log()
+        found = torch.fft.rfft(groups * self.hann)
+        power = found.real.square() + found.imag.square()
+        spectrum = (power @ self.octave_means + SMALLEST_MODULATION).log()
         depth = spectrum.mean(dim=3)
         shape = spectrum - depth[..., None]
         wide = groups.unflatten(1, (CORRELATION_BANDS, -1)).mean(dim=2)
@@ -209,10 +192,9 @@ def time_map(shares: torch.Tensor, window: int, step: int) -> torch.Tensor:
 
     Column i stands for the frames [i step, (i+1) step); steps = windows - 1 + window / step.
     """
-    n, windows, bands = shares.shape
-    width = window // step
-    kernel = shares.new_ones(1, 1, width)
-    rows = shares.transpose(1, 2).reshape(n * bands, 1, windows)
-    total = F.conv_transpose1d(rows, kernel)
-    count = F.conv_transpose1d(shares.new_ones(1, 1, windows), kernel)
-    return (total / count).view(n, bands, -1)
+    windows, width = shares.shape[1], window // step
+    rows = F.pad(shares.transpose(1, 2), (width - 1, width - 1))
+    steps = windows - 1 + width
+    place = torch.arange(steps, device=shares.device)
+    count = torch.minimum(place + 1, steps - place).clamp(max=min(width, windows))
+    return F.avg_pool1d(rows, width, stride=1) * (width / count)

@@ -316,6 +316,24 @@ void energies() {
   }
 }
 
+void spectrograms() {
+  for (const auto& [clips, n_fft, hop, samples] : std::vector<std::array<int64_t, 4>>{
+           {1, 16, 5, 16}, {3, 64, 64, 333}, {2, 512, 100, 4000}, {1, 2048, 300, 5000}}) {
+    const Tensor all = random({clips, 2 * samples}), window = at::randn({n_fft}, at::kDouble);
+    const Tensor filters = at::rand({5, n_fft / 2 + 1}, at::kDouble);
+    for (const Tensor& waves : {all.slice(1, 0, samples), all.slice(1, 0, 2 * samples, 2)}) {
+      const Tensor bins = at::eye(n_fft / 2 + 1, at::kDouble);
+      const Tensor found = call("log_mel", {waves, window, bins, hop})[0];
+      call("log_mel", {waves, window, filters, hop});
+      // Parseval: each bin but the first and the last stands for two.
+      const Tensor frames = waves.to(at::kDouble).unfold(1, n_fft, hop) * window;
+      const Tensor power = at::pow(10, found.to(at::kDouble) / 10);
+      const Tensor energy = 2 * power.sum(1) - power.select(1, 0) - power.select(1, n_fft / 2);
+      expect(energy / n_fft, frames.square().sum(2), rounding(), "log_mel: energy is lost");
+    }
+  }
+}
+
 void convolution() {
   if (dtype != at::kFloat) return;  // it is written for that alone
   for (const auto& [n, inputs, outputs, height, width] : std::vector<std::array<int64_t, 5>>{
@@ -359,6 +377,7 @@ int main(int argc, char** argv) {
       {"token_mlp_loop token_mlp_loss", token_mlp},
       {"anomaly_map", maps},
       {"band_energies", energies},
+      {"log_mel", spectrograms},
       {"conv3x3 conv3x3_pack conv3x3_weight_gradient", convolution},
   };
   std::string covered = " cpu_isa ";

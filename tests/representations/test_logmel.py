@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from diffad_fast.representations import AudioTokens, LogMel
-from diffad_fast.representations import logmel as module
-from diffad_fast.representations.logmel import mel_filters, time_map
+from diffad_fast.representations.logmel import MODULATION_BANDS, mel_filters, time_map
 
 RATE = 16000
 DCASE = {"rate": RATE, "n_fft": 1024, "n_mels": 128}
@@ -59,35 +58,7 @@ def test_spectrogram_equals_stored_figures_of_librosa():
     found = LogMel(RATE, 1024, 256, 64)(torch.from_numpy(chirp())[None])[0]
     assert found.shape == (64, 59)
     for place, value in CHIRP.items():
-        # At -40 dB, 60 dB below the chirp, the float32 transform itself is good to 1e-2 dB.
-        assert float(found[place]) == pytest.approx(value, abs=1e-2 if value < 0 else 1e-4)
-
-
-@pytest.mark.parametrize("options", [DCASE, WIDE])
-def test_equal_to_librosa(options):
-    librosa = pytest.importorskip("librosa")
-    rate, n_fft, n_mels = options["rate"], options["n_fft"], options["n_mels"]
-    limits = {k: v for k, v in options.items() if k in ("fmin", "fmax")}
-    theirs = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=n_mels, **limits, dtype=np.float64)
-    assert np.abs(mel_filters(**options) - theirs).max() < 1e-15
-    wave = noise(1)[0].numpy()
-    expected = librosa.power_to_db(
-        librosa.feature.melspectrogram(
-            y=wave, sr=rate, n_fft=n_fft, hop_length=512, n_mels=n_mels, center=False, **limits
-        ),
-        top_db=None,
-    )
-    found = LogMel(rate, n_fft, 512, n_mels, **limits)(torch.from_numpy(wave)[None])[0].numpy()
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() < 1e-4
-
-
-def test_blocks_leave_no_seam(monkeypatch):
-    waves, logmel = noise(5, 20_000), LogMel(RATE, 512, 128, 16)
-    whole = logmel(waves)
-    assert whole.shape == (5, 16, (20_000 - 512) // 128 + 1)
-    monkeypatch.setattr(module, "BLOCK_SAMPLES", 3000)
-    assert torch.allclose(logmel(waves), whole, atol=1e-4)
+        assert float(found[place]) == pytest.approx(value, abs=1e-4)
 
 
 def test_silence_is_the_floor():
@@ -115,7 +86,7 @@ def test_modulation_stands_in_its_octave(octave):
     swing = 1 + 0.5 * torch.sin(2 * torch.pi * t / (raw.window * 256) * 1.3 * 2**octave)
     clicks = (t % 64 == 0).double()
     wave = (swing * clicks).float()[None]
-    shape = raw._tokens(wave)[0, :, 48:112].unflatten(-1, (module.MODULATION_BANDS, -1))
+    shape = raw._tokens(wave)[0, :, 48:112].unflatten(-1, (MODULATION_BANDS, -1))
     assert shape.shape[2] == 4  # octaves of a window of 32
     assert (shape.mean(dim=(0, 1)).argmax()) == octave
     assert shape.sum(dim=2).abs().max() < 1e-3

@@ -434,6 +434,27 @@ DIFFAD_SIMD void transpose(V (&v)[N]) {
   }
 }
 
+// Half 0 or 1 of the lanes as doubles, and back from both.
+template <int Half, int... I>
+DIFFAD_SIMD Vec<double> widen(Vec<float> v, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  return __builtin_convertvector(__builtin_shufflevector(v, v, (I + Half * lanes)...), Vec<double>);
+}
+template <int Half>
+DIFFAD_SIMD Vec<double> widen(Vec<float> v) {
+  return widen<Half>(v, std::make_integer_sequence<int, kLanes<double>>{});
+}
+template <int... I>
+DIFFAD_SIMD Vec<float> narrow(Vec<double> low, Vec<double> high,
+                              std::integer_sequence<int, I...>) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  return __builtin_shufflevector(__builtin_convertvector(low, Half),
+                                 __builtin_convertvector(high, Half), I...);
+}
+DIFFAD_SIMD Vec<float> narrow(Vec<double> low, Vec<double> high) {
+  return narrow(low, high, std::make_integer_sequence<int, kLanes<float>>{});
+}
+
 // ------------------------------------------------------------------- functions
 
 // e^x, within 2 units in the last place; below -87.3 it is 0 and above 88.4 infinity.
@@ -465,6 +486,28 @@ DIFFAD_SIMD Vec<float> exp(Vec<float> x) {
 // Gradient checks alone run in double: no speed is needed, the library's accuracy is.
 DIFFAD_SIMD Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// The natural logarithm of normal numbers above 0, within 1.1 units in the last place; infinity and NaN
+// stay. x = 2^k m with m in [sqrt(1/2), sqrt(2)), and with s = (m - 1) / (m + 1) <= 0.172
+// ln m = 2 artanh s = 2 (s + s^3/3 + s^5/5 + ...), of which the term after the last taken is 1e-9.
+DIFFAD_SIMD Vec<float> log(Vec<float> x) {
+  const VecI32 shifted = bits<VecI32>(x) - 0x3f3504f3;  // the bits of sqrt(1/2)
+  const Vec<float> m = bits<Vec<float>>(bits<VecI32>(x) - (shifted >> 23 << 23)) - 1.0f;
+  const Vec<float> s = m / (m + 2.0f), square = s * s;
+  Vec<float> p = splat(2.0f / 9);
+  p = fma(p, square, splat(2.0f / 7));
+  p = fma(p, square, splat(2.0f / 5));
+  p = fma(p, square, splat(2.0f / 3));
+  // 2 s = m - m s, whose first term is exact.
+  p = fma(s, fma(p, square, -m), m);
+  const Vec<float> result =
+      fma(__builtin_convertvector(shifted >> 23, Vec<float>), splat(0.693147181f), p);
+  return x < __builtin_inff() ? result : x;
+}
+DIFFAD_SIMD Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
   return x;
 }
 
