@@ -92,6 +92,11 @@ def test_a_tone_is_in_its_bin(backend):
     assert found.argmax(dim=0).tolist() == [100, 100, 100]
     assert found[100].tolist() == pytest.approx([10 * np.log10(1024**2 / 4)] * 3, abs=1e-4)
     assert found[:100].max() < -50 and found[101:].max() < -50
+    # On both sides of the floor.
+    for power, level in ((3e-10, -95.2288), (1.01e-10, -99.9568), (0.99e-10, -100.0)):
+        quiet = wave * (4 * power) ** 0.5 / 1024
+        found = ops.log_mel(quiet, torch.ones_like(t[:1024]), bins, 512)[0]
+        assert found[100].tolist() == pytest.approx([level] * 3, abs=1e-4)
 
 
 def test_silence_is_the_floor_and_no_filter_hears_nothing(backend):
