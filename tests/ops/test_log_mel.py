@@ -228,6 +228,16 @@ def test_compiles_as_one_graph(backend):
     torch.testing.assert_close(compiled(x), call(x))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("n_fft", [256, 600])
+def test_on_a_gpu(n_fft):
+    waves, (window, filters) = random(5, 30_000, dtype=torch.float32), window_and_filters(n_fft, 7)
+    found = ops.log_mel(waves.cuda(), window.cuda(), filters.cuda(), 100).cpu()
+    expected = by_numpy(waves, window, filters, 100)
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=0, atol=2e-5)
+
+
 WAVES, WINDOW = torch.zeros(1, 100), torch.ones(32, dtype=torch.float64)
 FILTERS = torch.from_numpy(mel_filters(8000, 32, 4))
 
