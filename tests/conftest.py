@@ -18,9 +18,29 @@ if not torch.cuda.is_available():
     with contextlib.suppress(ImportError):
         import triton.language  # noqa: F401
 
-from diffad_fast import native
+from diffad_fast import native, use_backend
 from diffad_fast.denoisers import inference
 from diffad_fast.errors import BackendError
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what this machine has not the means for."""
+    absent = {}
+    if not native.loaded():
+        absent["native"] = pytest.mark.skip(reason="the native library is missing")
+    if not torch.cuda.is_available():
+        absent["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        for name, mark in absent.items():
+            if item.get_closest_marker(name):
+                item.add_marker(mark)
+
+
+@pytest.fixture(params=["reference", pytest.param("cpu", marks=pytest.mark.native)])
+def backend(request) -> str:
+    """An operator's backends on the CPU, each serving all calls of a test."""
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,12 @@ from diffad_fast import native, ops
 from diffad_fast.errors import BackendError, InputError
 from diffad_fast.ops import dispatch
 
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
-
 
 def serving(name: str = "haar_pack", device: str = "cpu") -> str:
     return daf.info()["operators"][name][device]
 
 
-@needs_native
+@pytest.mark.native
 def test_use_backend_chooses_and_restores():
     assert serving() == "cpu"
     with daf.use_backend("reference"):
@@ -34,7 +32,7 @@ def test_use_backend_chooses_and_restores():
     assert serving() == "cpu"
 
 
-@needs_native
+@pytest.mark.native
 def test_the_chosen_backend_runs(monkeypatch):
     called = []
     for name in ("reference", "cpu"):

@@ -35,7 +35,7 @@ from benchmarks.quality import tables as quality_tables
 from benchmarks.quality.data import DataSet
 from benchmarks.timing import DeviceClock, HostClock, rounds
 from benchmarks.verify import wrong
-from diffad_fast import native, ops
+from diffad_fast import ops
 from diffad_fast.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -45,7 +45,6 @@ CEILINGS = {
     "matrix_gflop_per_s": {"float32": 100.0},
     "matrix_side": 8,
 }  # fmt: skip
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 
 
 @pytest.fixture(autouse=True)
@@ -480,7 +479,7 @@ X = random(4, 16, 32, 32)
 SIZE = X.nbytes
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("level", [1, 3])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_native_haar_is_one_call_that_allocates_its_result_alone(level, memory_format):

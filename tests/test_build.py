@@ -14,7 +14,6 @@ import diffad_fast
 from diffad_fast import native
 
 ROOT = Path(__file__).parents[1]
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 
 
 def python(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
@@ -45,7 +44,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower(
 """
 
 
-@needs_native
+@pytest.mark.native
 def test_build_info():
     build = diffad_fast.info()["build"]
     assert set(build) == {"compiler", "flags", "torch", "cuda", "cuda_archs", "nvcc"}
@@ -55,7 +54,7 @@ def test_build_info():
     assert build["cuda"] == bool(build["cuda_archs"]) == bool(build["nvcc"])
 
 
-@needs_native
+@pytest.mark.native
 def test_the_library_holds_what_build_info_says():
     def registered(key: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key("diffad_fast::haar_pack", key)
@@ -67,7 +66,7 @@ def test_the_library_holds_what_build_info_says():
     assert (b".nv_fatbin" in library().read_bytes()) == cuda
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_the_library_needs_no_cuda_to_load():
     symbols = subprocess.run(
@@ -84,7 +83,7 @@ def test_the_library_needs_no_cuda_to_load():
     assert not [name for name in strong if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch"))]
 
 
-@needs_native
+@pytest.mark.native
 def test_the_instruction_set_of_the_environment():
     ask = "from diffad_fast import native, ops; print(native.cpu_isa())"
     for isa in native.CPU_ISAS:

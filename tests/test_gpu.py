@@ -6,10 +6,7 @@ import torch
 
 import diffad_fast as daf
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 OPTIONS = {"image_size": 64, "denoiser": "unet-tiny", "train_steps": 40, "reverse_steps": 3}
 
 

@@ -21,7 +21,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kSmallest = 4, kLargest = 24;  // n_fft from 2^4 to 2^24
+constexpr int kSmallest = 4, kLargest = 16;  // n_fft from 2^4 to 2^16
 constexpr double kTau = 6.283185307179586476925;
 
 struct Plan {
@@ -96,7 +96,7 @@ Tensor log_mel(const Tensor& waves, const Tensor& window, const Tensor& filters,
   const int64_t n_fft = a.n_fft = window.size(0);
   STD_TORCH_CHECK((n_fft & (n_fft - 1)) == 0 && n_fft >= int64_t{1} << kSmallest &&
                       n_fft <= int64_t{1} << kLargest,
-                  "log_mel: n_fft must be a power of two from 16 to 2^24");
+                  "log_mel: n_fft must be a power of two from 16 to 2^16");
   STD_TORCH_CHECK(filters.size(1) == n_fft / 2 + 1, "log_mel: filters do not fit n_fft");
   STD_TORCH_CHECK(hop > 0 && waves.size(1) >= n_fft, "log_mel: hop or the number of samples is bad");
   const Tensor x = waves.stride(1) == 1 ? waves : torch::stable::contiguous(waves);

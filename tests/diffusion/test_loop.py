@@ -493,11 +493,6 @@ def test_a_graph_without_gain_is_not_used(captures, monkeypatch):
 # ---------------------------------------------------------------------------- on a GPU
 
 
-def on_gpu(test):
-    needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.gpu(needed(test))
-
-
 def small_unet(dtype=torch.float32):
     torch.manual_seed(0)
     unet = denoisers.create("unet-tiny", 16)
@@ -505,7 +500,7 @@ def small_unet(dtype=torch.float32):
     return unet.to("cuda", dtype, memory_format=torch.channels_last).eval()
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"clip": 2.0, "guidance": 0.2}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replays_are_the_eager_loop(options, dtype):
@@ -522,7 +517,7 @@ def test_replays_are_the_eager_loop(options, dtype):
     assert any(isinstance(c, graphs.CapturedCall) for c in run.graphed._captured.values())
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_gradients_of_the_eager_loop_are_those_of_the_reference():
     torch.manual_seed(0)
     x, unet = torch.randn(2, 16, 16, 16, device="cuda"), small_unet()
@@ -538,7 +533,7 @@ def test_gradients_of_the_eager_loop_are_those_of_the_reference():
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-4
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_narrow_network_may_answer_in_the_state_s_dtype():
     x, steps = torch.randn(2, 3, 4, 4), NoiseSchedule().reverse_steps(500, 3)
     with torch.no_grad():
@@ -547,7 +542,7 @@ def test_a_narrow_network_may_answer_in_the_state_s_dtype():
     torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_new_weights_are_seen():
     unet = small_unet()
     run = ReverseLoop(unet, NoiseSchedule().reverse_steps(700, 4))
@@ -560,7 +555,7 @@ def test_new_weights_are_seen():
         assert not torch.equal(after, before) and torch.equal(after, run.eager(x))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_the_loop_does_not_wait_for_the_device():
     run = ReverseLoop(small_unet(), NoiseSchedule().reverse_steps(700, 4), eta=1.0)
     x = torch.randn(2, 16, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
@@ -575,7 +570,7 @@ def test_the_loop_does_not_wait_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("side", [4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

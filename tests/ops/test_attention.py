@@ -10,15 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import native, ops, reference, use_backend
-
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
-
-
-@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_native)])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
+from diffad_fast import ops, reference, use_backend
 
 
 def random(shape, seed, dtype=torch.float64):
@@ -210,7 +202,7 @@ def assert_as_exact_as_the_reference(arguments, grad, level, what=""):
         assert error <= 3 * allowed + floor, (what, "out q k v w g".split()[i], error, allowed)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape, level", SHAPES)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
@@ -220,7 +212,7 @@ def test_values_and_gradients(cpu_isa, dtype, shape, level):
     assert_as_exact_as_the_reference(arguments, random(shape, 5, dtype), level)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape, level", [((2, 3, 6, 8, 5), 1), ((1, 2, 8, 8, 16), 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_any_strides(dtype, shape, level):
@@ -232,7 +224,7 @@ def test_any_strides(dtype, shape, level):
     assert_as_exact_as_the_reference([q, k, v, w, None], grad.mT.contiguous().mT, level)
 
 
-@needs_native
+@pytest.mark.native
 @settings(max_examples=15, deadline=None)
 @given(
     st.tuples(*(st.integers(1, n) for n in (3, 3, 9, 9, 20))),
@@ -246,7 +238,7 @@ def test_any_shape(shape, level, dtype):
     assert_as_exact_as_the_reference(arguments, random(shape, 5, dtype), level)
 
 
-@needs_native
+@pytest.mark.native
 def test_logits_that_grow_with_the_key_and_overflow_no_exponential(cpu_isa):
     # The running maximum rises in every tile, and most exponentials underflow.
     shape = (1, 1, 32, 32, 4)
@@ -260,7 +252,7 @@ def test_logits_that_grow_with_the_key_and_overflow_no_exponential(cpu_isa):
         torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-2)
 
 
-@needs_native
+@pytest.mark.native
 def test_a_nan_stays_in_its_query_and_reaches_it(cpu_isa):
     q, k, v = (random((1, 1, 20, 20, 5), s, torch.float32) for s in range(3))
     q[0, 0, 7, 9, 3] = float("nan")
@@ -273,7 +265,7 @@ def test_a_nan_stays_in_its_query_and_reaches_it(cpu_isa):
         assert ops.wavelet_attention(q, k, v).isnan().all()
 
 
-@needs_native
+@pytest.mark.native
 def test_output_keeps_the_layout():
     shape = (2, 3, 8, 4, 5)
     n, heads, height, width, d = shape
@@ -289,7 +281,7 @@ def test_output_keeps_the_layout():
         assert image.is_contiguous(memory_format=torch.channels_last)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape, level", [*SHAPES, ((16, 2, 4, 4, 3), 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_outputs_are_written_whole(written, cpu_isa, dtype, shape, level):
@@ -301,7 +293,7 @@ def test_outputs_are_written_whole(written, cpu_isa, dtype, shape, level):
     assert all(map(written, (out, lse, *grads)))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape", [(0, 2, 8, 8, 4), (2, 0, 8, 8, 4), (2, 2, 0, 8, 4)])
 def test_empty(shape):
     arguments = [*(random(shape, s) for s in range(3)), *(x.double() for x in gains(shape, 1))]
@@ -312,7 +304,7 @@ def test_empty(shape):
         assert grad.shape == x.shape and not grad.any()
 
 
-@needs_native
+@pytest.mark.native
 def test_gradient_of_a_sum():
     # Its gradient is expanded from one number: stride 0 in every dimension.
     shape = (2, 2, 8, 12, 5)
@@ -324,7 +316,7 @@ def test_gradient_of_a_sum():
     torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape", [(1, 1, 48, 32, 6), (5, 7, 4, 8, 9)])
 def test_threads_and_repetition_do_not_change_a_bit(shape):
     arguments = [*projection(shape, torch.float32), *gains(shape, 1)]
@@ -342,7 +334,7 @@ def test_threads_and_repetition_do_not_change_a_bit(shape):
         assert all(map(torch.equal, result, results[0]))
 
 
-@needs_native
+@pytest.mark.native
 def test_gradient_with_some_inputs_fixed():
     shape = (1, 2, 4, 4, 3)
     q, k, v = (random(shape, s) for s in range(3))
@@ -353,7 +345,7 @@ def test_gradient_with_some_inputs_fixed():
     torch.testing.assert_close(ours, exact)
 
 
-@needs_native
+@pytest.mark.native
 def test_opcheck():
     operator = torch.ops.diffad_fast.wavelet_attention.default
     for shape, level, dtype in [
@@ -377,7 +369,7 @@ def test_opcheck():
             )
 
 
-@needs_native
+@pytest.mark.native
 def test_compiles_as_one_graph():
     def step(q, k, v, w, g):
         return ops.wavelet_attention(q * 2, k, v, w, g).tanh().sum()
@@ -391,7 +383,7 @@ def test_compiles_as_one_graph():
             torch.testing.assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize(
     "change",
     [

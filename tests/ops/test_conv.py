@@ -10,23 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import native, ops, use_backend
+from diffad_fast import ops, use_backend
 from diffad_fast.config import DetectorConfig
 from diffad_fast.denoisers.wavelet_unet import Conv3x3
 from diffad_fast.ops import conv
 from diffad_fast.training.optimizer import Optimizer
 
 LAST = torch.channels_last
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
-BACKENDS = ("reference", pytest.param("cpu", marks=needs_native))
 # Of the largest value, at up to 256 channels; measured: 1.9e-6.
 TOLERANCE = 4e-6
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -101,7 +93,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape", SHAPES)
 def test_native_agrees_with_float64(cpu_isa, shape):
     inputs = tensors(*shape)
@@ -109,7 +101,7 @@ def test_native_agrees_with_float64(cpu_isa, shape):
     check_native([*inputs[:2], None, None])
 
 
-@needs_native
+@pytest.mark.native
 @settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(1, 5), height=st.integers(1, 21), width=st.integers(1, 21),
@@ -124,7 +116,7 @@ def test_any_shape(n, height, width, inputs, outputs, extra):
         close(ours, expected)
 
 
-@needs_native
+@pytest.mark.native
 def test_errors_are_less_than_twice_those_of_the_direct_sum(cpu_isa):
     x, weight, *_ = tensors(1, 128, 128, 32, 32)
     expected = exact(x, weight)
@@ -138,7 +130,7 @@ def test_errors_are_less_than_twice_those_of_the_direct_sum(cpu_isa):
     assert ours < 1.4e-6 and ours < 3 * direct
 
 
-@needs_native
+@pytest.mark.native
 def test_sums_over_many_tiles_keep_their_digits():
     # 2048 tiles in eleven chunks, all of one sign: a sum that lost terms or digits would show.
     x, weight, *_ = tensors(8, 16, 16, 64, 64)
@@ -148,7 +140,7 @@ def test_sums_over_many_tiles_keep_their_digits():
     close(got, expected, 2e-6)
 
 
-@needs_native
+@pytest.mark.native
 def test_any_strides(cpu_isa):
     base = random(4, 48, 18, 20).to(memory_format=LAST)
     _, weight, bias, _ = tensors(1, 16, 32, 1, 1)
@@ -169,7 +161,7 @@ def test_any_strides(cpu_isa):
     check_native([base[:, :16], weight.flip(0).transpose(2, 3), random(64)[::2], None])
 
 
-@needs_native
+@pytest.mark.native
 def test_gradients_of_any_strides():
     inputs = tensors(2, 16, 16, 9, 10)
     other = random(2, 16, 9, 10, seed=1)
@@ -182,7 +174,7 @@ def test_gradients_of_any_strides():
         check_native(inputs, grad)
 
 
-@needs_native
+@pytest.mark.native
 def test_gradients_only_where_they_are_wanted():
     inputs = tensors(1, 32, 16, 8, 8)
     grad = random(1, 16, 8, 8, seed=4)
@@ -193,7 +185,7 @@ def test_gradients_only_where_they_are_wanted():
         close(got, everything[i])
 
 
-@needs_native
+@pytest.mark.native
 def test_a_value_that_is_not_finite_stays_within_its_window(cpu_isa):
     x, weight, bias, _ = tensors(2, 16, 16, 16, 16)
     expected = ops.conv3x3(x, weight, bias)
@@ -209,7 +201,7 @@ def test_a_value_that_is_not_finite_stays_within_its_window(cpu_isa):
 # ------------------------------------------------------------------------ the same bits
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape", [(1, 48, 80, 8, 8), (1, 32, 16, 19, 33), (3, 16, 48, 40, 36)])
 def test_threads_do_not_change_a_bit(shape):
     inputs, grad = tensors(*shape), random(shape[0], shape[2], *shape[3:], seed=4)
@@ -226,7 +218,7 @@ def test_threads_do_not_change_a_bit(shape):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@needs_native
+@pytest.mark.native
 def test_a_sample_does_not_depend_on_its_neighbours():
     x, weight, bias, residual = tensors(5, 32, 16, 15, 24)
     got = ops.conv3x3(x, weight, bias, residual)
@@ -235,7 +227,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
         assert torch.equal(got[one], ops.conv3x3(x[one], weight, bias, residual[one]))
 
 
-@needs_native
+@pytest.mark.native
 def test_every_output_is_written(cpu_isa, written):
     inputs, grad = tensors(2, 32, 48, 21, 9), random(2, 48, 21, 9, seed=4)
     assert all(map(written, derivatives(ops.conv3x3, inputs, grad)))
@@ -252,7 +244,7 @@ def test_an_empty_batch(backend):
     assert dx.shape == inputs[0].shape and not dweight.any() and not dbias.any()
 
 
-@needs_native
+@pytest.mark.native
 def test_native_takes_an_empty_batch():
     x, weight, bias, residual = tensors(0, 16, 32, 8, 8)
     packed = torch.ops.diffad_fast.conv3x3_pack(weight, False)
@@ -267,7 +259,7 @@ def test_other_dtypes_are_pytorchs(backend, dtype):
     assert torch.equal(got, F.conv2d(x, weight, bias, padding=1) + residual)
 
 
-@needs_native
+@pytest.mark.native
 def test_what_is_not_served_is_pytorchs():
     x, weight, bias, _ = tensors(4, 16, 32, 8, 8)
     calls = [
@@ -292,7 +284,7 @@ def test_gradients(backend):
 # ------------------------------------------------------------------------ packed weights
 
 
-@needs_native
+@pytest.mark.native
 @torch.no_grad()
 def test_a_weight_is_packed_once_for_each_of_its_versions():
     x, weight, *_ = tensors(2, 16, 16, 8, 8)
@@ -312,7 +304,7 @@ def test_a_weight_is_packed_once_for_each_of_its_versions():
     assert len(conv._packed) == before - 1
 
 
-@needs_native
+@pytest.mark.native
 def test_weights_of_inference_mode_are_not_kept():
     x, weight, *_ = tensors(2, 16, 16, 8, 8)
     with torch.inference_mode():
@@ -323,7 +315,7 @@ def test_weights_of_inference_mode_are_not_kept():
     assert weight not in conv._packed
 
 
-@needs_native
+@pytest.mark.native
 def test_the_optimizer_tells_that_weights_changed():
     module = Conv3x3(16, 16)
     x = random(2, 16, 8, 8).to(memory_format=LAST)
@@ -351,14 +343,14 @@ def test_the_optimizer_tells_that_weights_changed():
 # ------------------------------------------------------------------------ torch
 
 
-@needs_native
+@pytest.mark.native
 def test_second_derivatives_are_refused():
     inputs = [t.requires_grad_() for t in tensors(1, 16, 16, 8, 8)]
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(ops.conv3x3(*inputs).sum(), inputs[0], create_graph=True)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape", [(2, 16, 32, 8, 12), (4, 32, 16, 4, 1), (4, 16, 16, 1, 1)])
 def test_opcheck(shape):
     x, weight, bias, residual = tensors(*shape)
@@ -372,7 +364,7 @@ def test_opcheck(shape):
     torch.library.opcheck(op.conv3x3_weight_gradient.default, (residual, x), test_utils=tests)
 
 
-@needs_native
+@pytest.mark.native
 def test_compiles_whole():
     inputs = [t.requires_grad_() for t in tensors(2, 16, 32, 8, 8)]
     compiled = torch.compile(ops.conv3x3, fullgraph=True, backend="aot_eager")
@@ -405,7 +397,7 @@ def test_bad_arguments(backend, changed, error, message):
         ops.conv3x3(**{**arguments, **changed})
 
 
-@needs_native
+@pytest.mark.native
 def test_the_bare_operators_refuse_what_does_not_fit():
     x, weight, bias, residual = tensors(1, 16, 32, 8, 8)
     op = torch.ops.diffad_fast

@@ -8,16 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import native, ops, reference, use_backend
+from diffad_fast import ops, reference, use_backend
 
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
-
-
-@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_native)])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def random(shape, seed, dtype=torch.float64):
@@ -354,7 +347,7 @@ def layouts(x):
     yield "sliced", wide[::2, 1:-1, :, ::2]
 
 
-@needs_native
+@pytest.mark.native
 def test_any_strides_in_any_pair():
     x, m, z, y = (random((3, 4, 5, 6), s, torch.float32) for s in range(4))
     options = {"eta": 0.5, "guidance": 0.2, "dynamic_threshold": (0.8, 1.5)}
@@ -370,7 +363,7 @@ def test_any_strides_in_any_pair():
         assert got.stride() == (x_.stride() if dense else x.stride()), name
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_noise_of_one_sample_serves_all(layout):
     x, m = (random((3, 4, 5, 6), s, torch.float32).to(memory_format=layout) for s in range(2))
@@ -386,7 +379,7 @@ def test_noise_of_one_sample_serves_all(layout):
     assert torch.equal(got[2], ops.ddim_step(x[:1], m[:1], 0.3, 0.6)[0])
 
 
-@needs_native
+@pytest.mark.native
 def test_empty_tensors():
     for shape in ((0, 3, 4), (2, 0, 4), (0,)):
         x = torch.empty(shape)
@@ -404,7 +397,7 @@ def test_outputs_are_fully_written(cpu_isa, written):
             assert written(ops.q_sample(x, torch.tensor([0, 9]), x, alphas()))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_nan_is_not_hidden(options):
     x = random((2, 9), 0, torch.float32)
@@ -413,7 +406,7 @@ def test_nan_is_not_hidden(options):
     assert got[1, 3].isnan() and got[0].isfinite().all()
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.995, 1.0])
 @pytest.mark.parametrize("size", [1, 2, 5, 1000, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -428,7 +421,7 @@ def test_the_quantile_is_exact(dtype, size, ratio):
     torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_threads_do_not_change_a_bit(options):
     x, m, z, y = (random((3, 5, 81, 83), s, torch.float32) for s in range(4))
@@ -471,7 +464,7 @@ def test_gradients_with_numbers_and_shared_noise(backend):
     torch.testing.assert_close(x.grad, expected, rtol=1e-14, atol=0)
 
 
-@needs_native
+@pytest.mark.native
 def test_opcheck():
     x, m, z, y = (random((2, 3, 4, 5), s, torch.float32) for s in range(4))
     a, b = torch.tensor([0.3, 0.5]), torch.tensor([0.6, 0.8])
@@ -509,7 +502,7 @@ def test_compiles_as_one_graph(backend):
         torch.testing.assert_close(ours, theirs)
 
 
-@needs_native
+@pytest.mark.native
 @settings(deadline=None)
 @given(
     shape=st.lists(st.integers(0, 9), min_size=1, max_size=5),
@@ -537,7 +530,7 @@ def test_random_shapes_and_layouts(shape, order, name, shared):
     assert got.shape == x.shape
 
 
-@needs_native
+@pytest.mark.native
 def test_the_bare_operators_guard_their_memory():
     x = torch.zeros(2, 3)
     step, q_sample = torch.ops.diffad_fast.ddim_step, torch.ops.diffad_fast.q_sample

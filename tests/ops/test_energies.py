@@ -10,15 +10,6 @@ from torch.autograd import gradcheck
 
 from diffad_fast import native, ops, reference, use_backend
 
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
-BACKENDS = ("reference", pytest.param("cpu", marks=needs_native))
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
 
 def random(*shape: int, dtype=torch.float64, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -112,7 +103,7 @@ def test_native_agrees_with_the_reference_in_float64(cpu_isa, size, dtype):
     torch.testing.assert_close(found.double(), exact, rtol=close, atol=close * exact.max().item())
 
 
-@needs_native
+@pytest.mark.native
 def test_instruction_sets_give_the_same_bits(request):
     x = random(1, 2, 96, 84, dtype=torch.float32)
     before = native.cpu_isa()
@@ -160,13 +151,13 @@ def test_empty_tensors(backend):
     assert ops.band_energies(torch.empty(0, 3, 8, 8), 2, 2).shape == (0, 39, 4, 4)
 
 
-@needs_native
+@pytest.mark.native
 def test_outputs_are_fully_written(written):
     for *shape, cell, levels in SIZES:
         assert written(ops.band_energies(random(*shape, dtype=torch.float32), cell, levels))
 
 
-@needs_native
+@pytest.mark.native
 def test_threads_do_not_change_a_bit():
     x = random(1, 1, 512, 256, dtype=torch.float32)
     before = torch.get_num_threads()
@@ -185,7 +176,7 @@ def test_gradients(backend):
     assert gradcheck(lambda x: ops.band_energies(x, 4, 2), x)
 
 
-@needs_native
+@pytest.mark.native
 def test_opcheck():
     # Gradients come from the reference, outside the operator: nothing to check there.
     for x in (random(1, 2, 16, 24, dtype=torch.float32), random(2, 1, 8, 8, dtype=torch.bfloat16)):
@@ -218,7 +209,7 @@ def test_bad_arguments(backend, call, error, words):
         call()
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize(
     "shape, cell, levels",
     [((1, 6, 8), 2, 1), ((1, 1, 6, 8), 4, 1), ((1, 1, 8, 4), 4, 3), ((1, 1, 8, 8), 0, 1)],

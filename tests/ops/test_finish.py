@@ -9,11 +9,10 @@ import pytest
 import pywt
 import torch
 
-from diffad_fast import native, ops, reference, use_backend
+from diffad_fast import ops, reference, use_backend
 from diffad_fast.diffusion import NoiseSchedule
 from diffad_fast.errors import BackendError
 
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -74,7 +73,7 @@ def test_the_reference_is_what_pywavelets_says():
     np.testing.assert_allclose(end.sub_band.numpy(), total, atol=1e-12)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("level", range(5))
 def test_native_is_the_reference_in_float64(cpu_isa, level):
     for channels in (1, 3):
@@ -96,7 +95,7 @@ def test_native_is_the_reference_in_float64(cpu_isa, level):
                     check(got, arguments, tolerance, guide, prediction_type=kind, **options)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_takes_narrow_outputs_and_any_strides():
     (x, m, *rest), _ = problem(2, 3)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
@@ -108,7 +107,7 @@ def test_native_takes_narrow_outputs_and_any_strides():
             check(got, arguments, 2e-6, prediction_type="sample", clip=2.0)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_is_the_step_the_transform_and_the_map_bit_by_bit():
     arguments, _ = problem(3, 1, rows=4, cols=4)
     x, m, alpha, images, mean, deviation, level = arguments
@@ -119,7 +118,7 @@ def test_native_is_the_step_the_transform_and_the_map_bit_by_bit():
         assert torch.equal(end[2 + i], map_)
 
 
-@needs_native
+@pytest.mark.native
 def test_samples_and_threads_do_not_change_a_bit():
     arguments, _ = problem(2, 3, n=3, rows=40, cols=40)
     whole = ops.ddim_finish(*arguments)
@@ -135,7 +134,7 @@ def test_samples_and_threads_do_not_change_a_bit():
         assert torch.equal(a[1:2], b)
 
 
-@needs_native
+@pytest.mark.native
 def test_nan_stays_where_it_is_and_empty_batches_pass(cpu_isa, written):
     (x, *rest), _ = problem(2, 1)
     x[1, 3, 2, 4] = float("nan")
@@ -163,7 +162,7 @@ def test_gradients_are_those_of_the_reference():
     assert torch.autograd.gradcheck(call, leaves)
 
 
-@needs_native
+@pytest.mark.native
 def test_opcheck_and_compile():
     for last in (True, False):
         (x, m, alpha, images, mean, deviation, level), y = problem(2, 3, last=last)
@@ -205,7 +204,7 @@ def test_bad_arguments(change, error, message):
         ops.ddim_finish(**{**given, **change})
 
 
-@needs_native
+@pytest.mark.native
 def test_the_bare_operator_guards_its_memory():
     (x, m, alpha, images, mean, deviation, level), y = problem()
 
@@ -256,7 +255,7 @@ def emulator(native_program):
     return run
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     "level, channels, cols, grid",
@@ -283,7 +282,6 @@ def test_float64_is_refused_by_the_cuda_kernel(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", range(5))
@@ -300,7 +298,6 @@ def test_on_a_gpu(level, dtype, last):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_captured_end_is_the_eager_one():
     step = NoiseSchedule().reverse_steps(300, 1)[0]
     arguments, _ = problem(3, 1, rows=8, cols=8)

@@ -9,7 +9,7 @@ import pywt
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from diffad_fast import native, ops, reference, use_backend
+from diffad_fast import ops, reference, use_backend
 
 LEVELS = (1, 2, 3, 4)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -20,14 +20,6 @@ TOLERANCE = {
     torch.bfloat16: dict(rtol=8e-3, atol=1e-5),
     torch.float16: dict(rtol=1e-3, atol=1e-5),
 }
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
-BACKENDS = ("reference", pytest.param("cpu", marks=needs_native))
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def packet(image: np.ndarray, level: int) -> np.ndarray:
@@ -103,7 +95,7 @@ def test_numbers_of_blocks_that_leave_part_of_a_vector(cpu_isa, level, layout):
         torch.testing.assert_close(back, x, **close)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("level", LEVELS)
@@ -122,7 +114,7 @@ def test_results_larger_than_the_caches(cpu_isa, level, layout, dtype):
         assert all(torch.equal(part, small) for part in back.split(64, 2))
 
 
-@needs_native
+@pytest.mark.native
 def test_every_half_survives_conversion():
     # (h, 0, 0, 0) unpacks to h / 2 four times: every bit pattern goes in, halves of all come out.
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
@@ -134,7 +126,7 @@ def test_every_half_survives_conversion():
     torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@needs_native
+@pytest.mark.native
 def test_float_sums_round_to_nearest_half():
     # The mean of two neighbouring halves is a tie; the sums reach subnormals and overflow too.
     x = torch.randn(1, 1, 256, 256) * torch.logspace(-8, 5, 256)
@@ -185,7 +177,7 @@ def test_white_noise_stays_white(backend):
     assert (covariance - torch.eye(64)).abs().max() < 0.2  # 6 deviations
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_outputs_are_fully_written(level, layout, written):
@@ -195,7 +187,7 @@ def test_outputs_are_fully_written(level, layout, written):
         assert written(y) and written(ops.haar_unpack(y, level))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_do_not_change_a_bit(dtype, layout):
@@ -234,7 +226,7 @@ def test_gradient_of_a_sum(backend):
     torch.testing.assert_close(x.grad, expected)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["haar_pack", "haar_unpack"])
 def test_opcheck(name, layout):
@@ -292,7 +284,7 @@ def test_bad_arguments(backend, call, error, words):
         call()
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("bad", [(1, 1, 6, 8), (1, 8, 8)])
 def test_the_bare_operator_guards_its_memory(bad):
     with pytest.raises(RuntimeError):
@@ -307,7 +299,6 @@ def test_the_reference_takes_any_level():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("level", LEVELS)
 def test_cuda_agrees_with_the_reference_in_float64(level, dtype):

@@ -12,10 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import native, ops, reference, use_backend
+from diffad_fast import ops, reference, use_backend
 from diffad_fast.errors import BackendError
-
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 
 
 def random(shape, seed, dtype=torch.float64):
@@ -255,7 +253,7 @@ GRID = [
 ]
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
@@ -276,7 +274,7 @@ def test_native_equals_reference(cpu_isa, dtype, layout):
             assert got[0].dtype == got[1].dtype == compute
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0), (-1, 2.5, 0)])
 def test_native_leaves_out_what_has_no_weight(weights):
     x, y, f, g = inputs((2, 3, 16, 24), [(8, 4, 6)], torch.float32)
@@ -289,7 +287,7 @@ def test_native_leaves_out_what_has_no_weight(weights):
     assert got.isfinite().all()
 
 
-@needs_native
+@pytest.mark.native
 def test_native_reads_any_strides(cpu_isa):
     x, y, f, g = inputs((2, 3, 20, 36), [(6, 10, 18), (8, 5, 9)], torch.float32)
     want = agree(x, y, f, g, levels=2)
@@ -311,7 +309,7 @@ def test_native_reads_any_strides(cpu_isa):
     agree(x, y, [f.expand(2, -1, -1, -1)], [g[1]], levels=1)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_native_mixes_dtypes(dtype, other):
@@ -319,7 +317,7 @@ def test_native_mixes_dtypes(dtype, other):
     agree(x, y.to(other), f, [g[0].to(torch.float32), g[1]], levels=1)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_native_score_selects_exactly(cpu_isa, dtype):
     maps = [
@@ -347,7 +345,7 @@ def test_native_score_selects_exactly(cpu_isa, dtype):
         torch.testing.assert_close(score, torch.full((1,), want, dtype=dtype), equal_nan=True)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_writes_everything_and_does_not_depend_on_threads(written):
     # More samples than go through the stages together, so that the last group is smaller.
     x, y, f, g = inputs((5, 1, 384, 400), [(9, 24, 25), (4, 100, 100)], torch.float32)
@@ -368,7 +366,7 @@ def test_native_writes_everything_and_does_not_depend_on_threads(written):
     assert torch.equal(alone[0][0], results[0][0][3])
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.native)])
 def test_base_is_added_before_the_smoothing(backend):
     x, y = random((2, 2, 12, 20), 0), random((2, 2, 12, 20), 1)
     base = random((2, 20, 12), 2).transpose(1, 2)
@@ -385,7 +383,7 @@ def test_base_is_added_before_the_smoothing(backend):
     assert torch.equal(narrow, wide[0])
 
 
-@needs_native
+@pytest.mark.native
 def test_native_compiles_and_passes_opcheck():
     x, y, f, g = inputs((2, 2, 16, 24), [(5, 4, 6)], torch.float32)
     stats = [(0.1, 2.0), (random((16, 24), 1, torch.float32), 1.0), None]
@@ -404,7 +402,7 @@ def test_native_compiles_and_passes_opcheck():
     )
 
 
-@needs_native
+@pytest.mark.native
 def test_gradients_are_those_of_the_reference():
     x, y, f, g = inputs((1, 2, 8, 8), [(3, 4, 4)], torch.float32)
     grads = []
@@ -417,7 +415,7 @@ def test_gradients_are_those_of_the_reference():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-@needs_native
+@pytest.mark.native
 @settings(max_examples=25, deadline=None)
 @given(
     st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 40)),
@@ -434,7 +432,7 @@ def test_native_shapes(size, scales, levels, sigma, top, channels_last):
     agree(x, y, f, g, (1.0, 1.0, 1.0), levels, None, sigma, top, tolerance=1e-12)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_guards_its_memory():
     op = torch.ops.diffad_fast.anomaly_map
     x = torch.zeros(2, 1, 8, 8)
@@ -579,7 +577,6 @@ def test_what_the_cuda_kernels_refuse(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("levels", range(5))
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -9,19 +9,10 @@ import pytest
 import scipy.stats
 import torch
 
-from diffad_fast import native, ops, reference
+from diffad_fast import ops, reference
 from diffad_fast.errors import BackendError
 from diffad_fast.ops.dispatch import use_backend
 from diffad_fast.reference import noise as implementation
-
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
-
-
-@pytest.fixture(params=["reference", pytest.param("cpu", marks=needs_native)])
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
 
 # kat_vectors of Random123, philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [
@@ -178,7 +169,7 @@ def test_native_is_the_reference_to_rounding(cpu_isa):
         assert (np.abs(got - expected) <= 4 * np.spacing(np.abs(expected))).all()
 
 
-@needs_native
+@pytest.mark.native
 def test_sizes_and_threads_do_not_change_a_bit():
     before = torch.get_num_threads()
     try:
@@ -200,7 +191,7 @@ def test_outputs_are_fully_written(cpu_isa, written):
         assert written(ops.philox_normal((3, n), 0, torch.arange(3)))
 
 
-@needs_native
+@pytest.mark.native
 def test_the_bare_operator():
     fill = torch.ops.diffad_fast.philox_normal_
     torch.library.opcheck(fill.default, (torch.empty(3, 5), 1, 2, 3, None, torch.arange(3)))

@@ -9,11 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import native, ops, reference, use_backend
+from diffad_fast import ops, reference, use_backend
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
-BACKENDS = ("reference", pytest.param("cpu", marks=needs_native))
 # Of the largest value: a rounding to the dtype, after float32's own errors.
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -21,12 +19,6 @@ TOLERANCE = {
     torch.bfloat16: 2**-8,
     torch.float16: 2**-11 + 1e-5,
 }
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
 
 
 def random(shape, seed):
@@ -168,7 +160,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_native_agrees_with_the_reference_in_float64(cpu_isa, dtype, layout):
@@ -183,7 +175,7 @@ def test_native_agrees_with_the_reference_in_float64(cpu_isa, dtype, layout):
             assert dense.is_contiguous(memory_format=layout)
 
 
-@needs_native
+@pytest.mark.native
 def test_any_strides(cpu_isa):
     base = random((4, 48, 18, 20), 0).float()
     last = base.to(memory_format=torch.channels_last)
@@ -209,7 +201,7 @@ def test_any_strides(cpu_isa):
         assert got[0].is_contiguous(memory_format=LAYOUTS[is_last]), name
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_any_strides(layout):
     x = random((2, 16, 9, 10), 0).float().to(memory_format=layout)
@@ -223,7 +215,7 @@ def test_gradients_of_any_strides(layout):
         check_native(x, 2, parameters(2, 16, torch.float32), grad=grad)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_large_mean_costs_no_digits_of_the_variance(cpu_isa, layout):
     # In float32, E[x^2] - E[x]^2 of such data is noise: x^2 is 1e6 with a spacing of 0.06.
@@ -234,7 +226,7 @@ def test_a_large_mean_costs_no_digits_of_the_variance(cpu_isa, layout):
     assert error < 1.5e-4
 
 
-@needs_native
+@pytest.mark.native
 def test_values_at_the_ends_of_silu(cpu_isa):
     z = torch.tensor([0.0, -0.0, 1e-30, 20, -20, 86.9, -86.9, 88, -88, 200, -200, 3e38, -3e38])
     for dtype in (torch.float32, torch.float64):
@@ -248,7 +240,7 @@ def test_values_at_the_ends_of_silu(cpu_isa):
             assert ((got - exact).abs() <= 1e-6 * exact.abs() + 2e-35).all()
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_not_a_number_stays_in_its_sample(layout):
     x = random((3, 16, 4, 4), 0).float().to(memory_format=layout)
@@ -258,7 +250,7 @@ def test_not_a_number_stays_in_its_sample(layout):
     assert got[1].isnan().all() and torch.equal(got[::2], expected[::2])
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_output_is_written(layout, written):
     x = random((2, 24, 70, 9), 0).float().to(memory_format=layout)
@@ -266,7 +258,7 @@ def test_every_output_is_written(layout, written):
     assert all(map(written, derivatives(ops.group_norm_silu, x, 3, given, torch.ones_like(x))))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("n", [1, 2, 3, 9])
 def test_threads_do_not_change_a_bit(n, layout):
@@ -285,7 +277,7 @@ def test_threads_do_not_change_a_bit(n, layout):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@needs_native
+@pytest.mark.native
 def test_a_sample_does_not_depend_on_its_neighbours():
     x = random((5, 64, 24, 24), 0).float().to(memory_format=torch.channels_last)
     got = ops.group_norm_silu(x, 4)
@@ -303,7 +295,7 @@ def test_empty_tensors(shape):
     assert dx.shape == shape and torch.equal(dweight, torch.zeros(4))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 4, 3, 2), (1, 9, 2, 70)])
 def test_native_gradients(shape, layout):
@@ -321,7 +313,7 @@ def test_native_gradients(shape, layout):
             )  # fmt: skip
 
 
-@needs_native
+@pytest.mark.native
 def test_only_the_gradients_asked_for():
     x, (weight, bias, scale, shift) = random((2, 6, 3, 3), 0), parameters(2, 6)
     for wanted in ("weight", "scale", "shift"):
@@ -338,7 +330,7 @@ def test_only_the_gradients_asked_for():
     assert [g.numel() for g in needs] == [0, 6, 0, 0, 0]
 
 
-@needs_native
+@pytest.mark.native
 def test_twice_is_refused():
     x = random((1, 4, 3, 3), 0).requires_grad_()
     y = ops.group_norm_silu(x, 2).sum()
@@ -346,7 +338,7 @@ def test_twice_is_refused():
         torch.autograd.grad(y, x, create_graph=True)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
     for dtype in (torch.float32, torch.bfloat16)[layout is torch.channels_last :]:
@@ -378,7 +370,7 @@ def test_compiles_as_one_graph(backend):
         )
 
 
-@needs_native
+@pytest.mark.native
 @settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(0, 4), groups=st.integers(1, 5), size=st.integers(1, 20),
@@ -395,7 +387,7 @@ def test_shapes(n, groups, size, h, w, last, present, activation):
     check_native(x, groups, given, activation, tolerance=1e-5)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize(
     "x, groups, options",
     [

@@ -7,14 +7,13 @@ import pytest
 import pywt
 import torch
 
-from diffad_fast import native, ops, reference, use_backend
+from diffad_fast import ops, reference, use_backend
 from diffad_fast.diffusion import NoiseSchedule
 
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 ALPHAS = NoiseSchedule("cosine").alphas_cumprod
 
 
-@pytest.fixture(params=("reference", pytest.param("auto", marks=needs_native)))
+@pytest.fixture(params=("reference", pytest.param("auto", marks=pytest.mark.native)))
 def backend(request):
     with use_backend(request.param):
         yield request.param
@@ -79,7 +78,7 @@ def test_dtypes(backend, dtype):
             torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=2 * tolerance)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
@@ -102,7 +101,7 @@ def test_native_is_the_reference_in_float64(cpu_isa, level, channels, dtype):
                 torch.testing.assert_close(found.double(), expected, rtol=bound, atol=bound)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_opcheck_and_threads():
     x = torch.randn(3, 3, 64, 96).contiguous(memory_format=torch.channels_last)
     mean, deviation = torch.randn(48), torch.rand(48) + 1
@@ -117,7 +116,7 @@ def test_native_opcheck_and_threads():
         torch.set_num_threads(threads)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from diffad_fast import native, ops, reference, use_backend
+from diffad_fast import ops, reference, use_backend
 from diffad_fast.errors import BackendError
 from diffad_fast.ops import PackedTokenMLP
-
-needs_native = pytest.mark.skipif(not native.loaded(), reason="native operators are not built")
 
 
 def problem(m, d, width, blocks, levels, seed=0):
@@ -64,7 +62,7 @@ def test_the_reference_is_the_loop_level_by_level(levels):
         (64, 33, 256, 3, 8),
     ],
 )
-@needs_native
+@pytest.mark.native
 def test_native_loss_and_gradients(cpu_isa, m, d, width, blocks, levels):
     arguments = problem(m, d, width, blocks, levels)
     loss, gradients = loss_and_gradients(reference.token_mlp_loss, arguments)
@@ -79,7 +77,7 @@ def test_native_loss_and_gradients(cpu_isa, m, d, width, blocks, levels):
         assert error < 3e-6, (name, float(error))
 
 
-@needs_native
+@pytest.mark.native
 def test_the_loss_alone_and_scaled_gradients():
     arguments = in_float32(problem(12, 5, 16, 2, 4))
     loss, gradients = loss_and_gradients(ops.token_mlp_loss, arguments)
@@ -92,7 +90,7 @@ def test_the_loss_alone_and_scaled_gradients():
     assert empty[1] == []
 
 
-@needs_native
+@pytest.mark.native
 def test_results_do_not_depend_on_threads():
     arguments = in_float32(problem(96, 9, 32, 2, 8))
     threads = torch.get_num_threads()
@@ -106,14 +104,14 @@ def test_results_do_not_depend_on_threads():
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
-@needs_native
+@pytest.mark.native
 def test_nan_reaches_the_loss():
     arguments = in_float32(problem(12, 5, 16, 2, 4))
     arguments[0][3, 2] = torch.nan
     assert ops.token_mlp_loss(*arguments).isnan()
 
 
-@needs_native
+@pytest.mark.native
 def test_what_the_cpu_backend_does_not_serve():
     """auto takes the reference instead; asked for by name, it says why."""
     double = problem(12, 5, 16, 2, 4)
@@ -143,7 +141,7 @@ def test_wrong_arguments():
         ops.token_mlp_loss(x, target, weight, tuple(weights), bias)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("argument", range(11))
 def test_native_refuses_what_does_not_fit(argument):
     """A direct call, without Python's checks: no shape reads memory that is not its own."""

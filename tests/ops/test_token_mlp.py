@@ -189,7 +189,6 @@ def test_bad_arguments(model, change, error, message):
 
 # ------------------------------------------------------------------ the native operator
 
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 # Of the largest value; the reference itself is within a third of each.
 TOLERANCE = {
     torch.float64: 1e-13,
@@ -257,7 +256,7 @@ SIZES = [  # tokens, token size, width, blocks, steps
 ]
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("size", SIZES)
 def test_native_agrees_with_the_reference_in_float64(cpu_isa_bf16, size, dtype):
@@ -267,7 +266,7 @@ def test_native_agrees_with_the_reference_in_float64(cpu_isa_bf16, size, dtype):
     assert_close((x_end, stats), reference.token_mlp_loop(*double(arguments)), TOLERANCE[dtype])
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("weights", TOLERANCE)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_native_mixes_dtypes_as_the_reference_does(cpu_isa_bf16, dtype, weights):
@@ -281,7 +280,7 @@ def test_native_mixes_dtypes_as_the_reference_does(cpu_isa_bf16, dtype, weights)
     assert_close(found, [t.double() for t in expected], tolerance)
 
 
-@needs_native
+@pytest.mark.native
 def test_inputs_of_products_are_rounded_to_the_weights(cpu_isa_bf16):
     """With weights that are powers of two on a diagonal, rounding shows: W_out = I, no blocks."""
     width = 16
@@ -298,7 +297,7 @@ def test_inputs_of_products_are_rounded_to_the_weights(cpu_isa_bf16):
     assert torch.equal(found, found.bfloat16().float())
 
 
-@needs_native
+@pytest.mark.native
 @settings(max_examples=40, deadline=None)
 @given(
     m=st.integers(0, 80),
@@ -314,7 +313,7 @@ def test_native_agrees_for_any_size(m, d, width, blocks, steps):
     assert_close(on_cpu(arguments), reference.token_mlp_loop(*arguments), tolerance)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16])
 def test_native_result_of_a_token_is_its_own(cpu_isa_bf16, weights):
     """Bit for bit, however many others there are: one, a few, a panel, a tile."""
@@ -328,7 +327,7 @@ def test_native_result_of_a_token_is_its_own(cpu_isa_bf16, weights):
             assert torch.equal(some[1], stats[begin : begin + count])
 
 
-@needs_native
+@pytest.mark.native
 def test_native_bits_do_not_depend_on_threads():
     arguments = problem(300, 13, 64, 2, 2, torch.float32)
     before = torch.get_num_threads()
@@ -343,7 +342,7 @@ def test_native_bits_do_not_depend_on_threads():
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("of_weights", [torch.float64, torch.bfloat16])
 def test_native_takes_any_strides(cpu_isa_bf16, of_weights):
     dtype = torch.promote_types(of_weights, torch.float32)
@@ -366,7 +365,7 @@ def test_native_takes_any_strides(cpu_isa_bf16, of_weights):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_native_writes_all_of_its_outputs(cpu_isa_bf16, weights, written):
     for size in SIZES:
@@ -376,7 +375,7 @@ def test_native_writes_all_of_its_outputs(cpu_isa_bf16, weights, written):
         assert x_end.data_ptr() != arguments[0].data_ptr() or x_end.numel() == 0
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("m", [1, 5])
 def test_native_hands_nan_on_and_keeps_it_to_its_token(cpu_isa_bf16, m, weights):
@@ -387,7 +386,7 @@ def test_native_hands_nan_on_and_keeps_it_to_its_token(cpu_isa_bf16, m, weights)
     assert torch.isfinite(x_end[1:]).all() and torch.isfinite(stats[1:]).all()
 
 
-@needs_native
+@pytest.mark.native
 def test_native_gradients():
     x, weights, bias, table = problem(3, 4, 5, 2, 2)
     leaves = [t.requires_grad_() for t in (x, *weights, bias, table)]
@@ -401,7 +400,7 @@ def test_native_gradients():
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     x, weights, bias, table = problem(3, 4, 5, 2, 2, dtype)
@@ -409,7 +408,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.diffad_fast.token_mlp_loop.default, leaves)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("grad", [False, True])
 def test_compiles(grad):
     x, weights, bias, table = problem(6, 4, 5, 2, 2)
@@ -428,7 +427,7 @@ def test_compiles(grad):
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("argument", range(10))
 def test_native_refuses_what_does_not_fit(argument):
     """A direct call, without Python's checks: no shape reads memory that is not its own."""
@@ -492,11 +491,7 @@ def test_the_cuda_kernel_in_emulation(emulator, width, tiles, warps, grid, m, d,
             torch.testing.assert_close(result, same, rtol=0, atol=4e-3 * largest)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.parametrize("m, d", [(1, 1), (1000, 64), (70000, 33), (50, 1536)])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffad_fast import native, ops, reference, use_backend
+from diffad_fast import ops, reference, use_backend
 
 ALPHAS = torch.tensor([0.9999, 0.9, 0.5, 0.01], dtype=torch.float64)
 
@@ -88,7 +88,6 @@ def test_bad_arguments(call, error, message):
 
 # ------------------------------------------------------------------ the native operator
 
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 # Of results of size 1; the sums are computed in float32 and rounded once.
 CLOSE = {torch.float64: 1e-15, torch.float32: 5e-7, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = [(1, 1), (4, 7), (2, 3, 17, 5), (1, 1, 1, 13), (2, 4100), (0, 3), (3, 0, 2)]
@@ -99,7 +98,7 @@ def on_cpu(*arguments):
         return ops.noised_target(*arguments)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_native_is_the_reference_in_float64(cpu_isa, shape):
     """All pairs of dtypes, noise of its own and shared; 4100 elements are three tiles."""
@@ -117,7 +116,7 @@ def test_native_is_the_reference_in_float64(cpu_isa, shape):
                         torch.testing.assert_close(a.double(), b.double(), rtol=close, atol=close)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_weights_at_the_ends_of_the_schedule():
     alphas = torch.tensor([1.0, 1 - 1e-12, 1e-12, 0.0], dtype=torch.float64)
     x, t = torch.randn(4, 3), torch.arange(4)
@@ -125,7 +124,7 @@ def test_native_weights_at_the_ends_of_the_schedule():
     assert torch.equal(weight, reference.noised_target(x, t, x, alphas)[2])
 
 
-@needs_native
+@pytest.mark.native
 def test_native_keeps_layouts_and_takes_any_strides():
     x0, noise = torch.randn(2, 4, 3, 5, 6)
     t = torch.tensor([0, 1, 2, 3])
@@ -142,7 +141,7 @@ def test_native_keeps_layouts_and_takes_any_strides():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@needs_native
+@pytest.mark.native
 def test_native_outputs_are_written_whole_and_nan_stays(written):
     for size in (1, 7, 2049, 5000):
         x = torch.randn(2, size)
@@ -152,7 +151,7 @@ def test_native_outputs_are_written_whole_and_nan_stays(written):
         assert y.isnan().sum() == 1 and y[1, 3].isnan()
 
 
-@needs_native
+@pytest.mark.native
 def test_native_gradients():
     x, z = (torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     shared = z.detach()[:1].requires_grad_()
@@ -165,7 +164,7 @@ def test_native_gradients():
     torch.testing.assert_close(x.grad, -expected[1][:, None, None].expand(3, 2, 2))
 
 
-@needs_native
+@pytest.mark.native
 def test_native_opcheck_and_compile():
     x, z = torch.randn(2, 2, 3, 4, 5)
     t = torch.tensor([0, 2])
@@ -177,7 +176,7 @@ def test_native_opcheck_and_compile():
         assert torch.equal(found, wanted)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_refuses_times_beyond_the_table():
     with pytest.raises(RuntimeError, match=r"t\[1\] = 4 is not an index into the table of 4"):
         on_cpu(X, torch.tensor([0, 4]), X, ALPHAS)
@@ -188,7 +187,7 @@ def loss_on_cpu(*arguments):
         return ops.weighted_mse(*arguments)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s] + [(2, 3, 8195)], ids=str)
 def test_native_loss_is_the_reference_in_float64(cpu_isa, shape):
     """All pairs of dtypes; 8195 elements a row are seven tiles a sample, the last one short."""
@@ -216,7 +215,7 @@ def test_native_loss_is_the_reference_in_float64(cpu_isa, shape):
                 torch.testing.assert_close(y.grad.double(), e.grad, rtol=0, atol=bound)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_loss_takes_any_strides_and_repeats_for_any_number_of_threads():
     x, z = torch.randn(2, 4, 33, 50, 60)
     w = torch.rand(4)
@@ -249,7 +248,7 @@ def test_native_loss_takes_any_strides_and_repeats_for_any_number_of_threads():
     )
 
 
-@needs_native
+@pytest.mark.native
 def test_native_loss_gradients_opcheck_and_compile():
     x, z = torch.randn(2, 3, 4, dtype=torch.float64).requires_grad_().unbind()
     w = torch.rand(3, dtype=torch.float64, requires_grad=True)
@@ -270,7 +269,7 @@ def test_native_loss_gradients_opcheck_and_compile():
     assert torch.equal(*grads)
 
 
-@needs_native
+@pytest.mark.native
 def test_native_loss_of_values_that_are_not_finite():
     x, z, w = torch.zeros(2, 5000), torch.zeros(2, 5000), torch.ones(2)
     x[1, 4999] = torch.nan

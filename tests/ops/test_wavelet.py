@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import native, ops, reference
+from diffad_fast import ops, reference
 from diffad_fast.errors import BackendError
 from diffad_fast.ops.dispatch import use_backend
 
@@ -275,7 +275,6 @@ def test_a_backend_without_these_operators_is_refused():
 
 # ------------------------------------------------------------------- native operators
 
-needs_native = pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -318,7 +317,7 @@ def test_native_agrees_with_the_reference(cpu_isa, name, dtype, layout):
             assert_close(back, expected, dtype, 10)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["haar", "db3", "db4", "sym5"])
 def test_each_direction_is_the_adjoint_of_the_other(name, mode):
@@ -336,7 +335,7 @@ def test_each_direction_is_the_adjoint_of_the_other(name, mode):
             torch.testing.assert_close(left, (x * z).sum(), rtol=1e-11, atol=1e-11)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout):
     base = normal(4, 6, 40, 36, layout=layout)
@@ -367,7 +366,7 @@ def test_any_strides(layout):
         )
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["haar", "db4", "sym8"])
 def test_outputs_are_fully_written(name, layout, written):
@@ -377,7 +376,7 @@ def test_outputs_are_fully_written(name, layout, written):
             assert all(map(written, bands)) and written(ops.idwt2d(bands, name, mode))
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["haar", "db4", "sym8"])
 def test_threads_do_not_change_a_bit(name, layout):
@@ -421,7 +420,7 @@ def test_second_derivatives(mode):
     assert torch.autograd.gradgradcheck(square, x)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
     for name, border in (("haar", 5), ("db3", 4)):
@@ -452,7 +451,7 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(ours, theirs)
 
 
-@needs_native
+@pytest.mark.native
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -469,7 +468,7 @@ def test_the_bare_operator_guards_its_memory(arguments):
         torch.ops.diffad_fast.dwt2d(*arguments)
 
 
-@needs_native
+@pytest.mark.native
 def test_the_bare_inverse_refuses_unlike_bands():
     filters = torch.zeros(2, 2).double()
     x = torch.zeros(1, 1, 4, 4)

@@ -59,7 +59,6 @@ def test_runs_eagerly_then_replays_on_the_newest_inputs(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kind", ["image", "token"])
 def test_captured_training_is_eager_training(kind, monkeypatch):
     captured, eager = (worker.TRAINERS[kind](device="cuda", train_dtype="float32") for _ in "ab")

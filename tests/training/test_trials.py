@@ -157,7 +157,6 @@ def test_generated_code_trains_the_same(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kind", ["image", "token"])
 def test_a_trial_on_a_gpu(kind, monkeypatch):
     """Both kinds of step are captured and timed; whichever is taken trains as the eager one."""
@@ -252,7 +251,6 @@ def test_a_continued_training_keeps_its_batch(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_memory_of_a_step_is_foretold():
     """What 4 and 8 images take tells what 32 take, within a tenth."""
     detector = daf.Detector(image_size=64, denoiser="unet-tiny", device="cuda", batch_size="auto")
