@@ -6,8 +6,8 @@ import torch
 
 # Power below which nothing is told apart (-100 dB), as in librosa.power_to_db.
 SMALLEST_POWER = 1e-10
-# Samples whose spectrum is computed at once: on a CPU what its caches hold, elsewhere as much as
-# keeps the largest temporary tensors below 100 MiB.
+# Samples whose spectrum is computed at once: on a CPU what its caches hold; elsewhere so many that
+# the largest temporary tensors have some 128 MiB, where frames overlap by three quarters.
 BLOCK_SAMPLES = {"cpu": 1 << 18}
 LARGEST_BLOCK = 1 << 22
 
