@@ -478,6 +478,8 @@ class DetectorConfig:
             )
         _range("window_frames", self.window_frames, 8, 1 << 16)
         _range("window_step", self.window_step, 1, self.window_frames)
+        if self.n_fft % 2:
+            raise InputError(f"n_fft is {self.n_fft}: it must be even")
         if self.n_mels % 16:
             raise InputError(f"n_mels is {self.n_mels}: it must be a multiple of 16")
         if self.window_frames & (self.window_frames - 1):

@@ -388,6 +388,7 @@ def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"n_mels": 40}, "multiple of 16"),
+        ({"n_fft": 1025}, "n_fft is 1025.*even"),
         ({"window_frames": 100}, "power of two"),
         ({"window_frames": 64, "window_step": 24}, "does not divide"),
         ({"denoiser": "unet-tiny"}, "audio needs 'token-mlp'"),
