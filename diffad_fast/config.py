@@ -134,7 +134,7 @@ class DetectorConfig:
     sample_rate: int = 16000
     """Samples a second to which every clip is resampled."""
     n_fft: int = 1024
-    """Samples in a frame of the spectrogram."""
+    """Samples in a frame of the spectrogram, even; powers of two are transformed fastest."""
     hop: int = 256
     """Samples from one frame to the next."""
     n_mels: int = 64
