@@ -58,14 +58,14 @@ def newest(folder: Path = RESULTS) -> dict[str, tuple[Path, dict]]:
 
 
 def _dump(result: dict) -> str:
-    """JSON with an entry a line, but samples of one contender in one line."""
-    lines = json.dumps(result, indent=1, default=float).split("\n")
-    text, inside = [], False
-    for line in lines:
-        if inside:
-            text[-1] += line.strip() if line.strip().startswith("]") else line.strip() + " "
-            inside = not line.strip().startswith("]")
+    """JSON with an entry a line, but all of one contender, samples too, in one line."""
+    text: list[str] = []
+    for line in json.dumps(result, indent=1, default=float).split("\n"):
+        entry = line.lstrip()
+        depth = len(line) - len(entry)
+        # What lies deeper than a contender's name, and the bracket that closes it.
+        if depth > 4 or (depth == 4 and entry[0] in "]}"):
+            text[-1] += entry
         else:
             text.append(line)
-            inside = line.rstrip().endswith('"ms": [')
     return "\n".join(text) + "\n"

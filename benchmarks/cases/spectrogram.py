@@ -35,8 +35,6 @@ def _case(clips: int) -> Case:
             ),
             **_by_librosa(),
         },
-        # Complex numbers cannot be compiled well: torch.compile runs the transform eagerly.
-        compiled=False,
         bytes=4 * (clips * samples + frames * N_MELS),
         # A real transform counts 2.5 n log2 n, powers 3 a bin; the filters are triangles of which
         # two overlap everywhere.

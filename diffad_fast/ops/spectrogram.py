@@ -45,7 +45,7 @@ def log_mel(waves, window, filters, hop):
     samples [k hop, k hop + n_fft). With the filters of ``librosa.filters.mel`` that is
     ``power_to_db(melspectrogram(center=False), top_db=None)``. The spectrum is computed in float64,
     as librosa's: rounded to float32 a frame has noise some 130 dB below its loudest bins, which
-    changes quiet bands of real recordings by up to 1e-3 dB.
+    changes quiet bands of real recordings by some 1e-3 dB.
 
     Differentiable, by the reference. On the CPU natively for powers of two up to 65,536, in one
     pass without temporary tensors; a frame's result depends on it alone, and not on the number of
