@@ -172,12 +172,20 @@ def _audio_only(args: argparse.Namespace) -> None:
         raise InputError("--layout, --normal and --folds are for audio: leave them out")
 
 
-def _score(args: argparse.Namespace) -> None:
+def _loaded(args: argparse.Namespace) -> Detector:
     from .detector import load
+
+    detector = load(args.model, device=args.device)
+    if args.mode is not None:
+        detector.mode = args.mode
+    return detector
+
+
+def _score(args: argparse.Namespace) -> None:
     from .report import result_folder
     from .training.distributed import processes
 
-    detector = load(args.model, device=args.device)
+    detector = _loaded(args)
     if not processes().first:
         # Scores its share and hands it to the first, which writes.
         options = {"maps": args.maps, "batch_size": args.batch_size, "strict": args.strict}
@@ -253,7 +261,6 @@ def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .detector import load
     from .report import check_result_folder
     from .training.distributed import processes
 
@@ -261,9 +268,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.report = None
     if args.report is not None:
         check_result_folder(args.report)
-    detector = load(args.model, device=args.device)
-    if args.mode is not None:
-        detector.mode = args.mode
+    detector = _loaded(args)
     metrics = detector.evaluate(
         args.data, strict=args.strict, report=args.report,
         layout=args.layout, normal=args.normal, folds=args.folds,
@@ -372,14 +377,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
-    fit = command("fit", _fit, "Train a detector on normal images or clips.")
+    fit = command("fit", _fit, "Train a detector on normal images, clips or rows.")
     fit.add_argument(
-        "data", help="folder of normal images or clips, or the root of a data set's layout"
+        "data", help="folder of normal images or clips, root of a data set's layout, or a table"
     )
     fit.add_argument("--out", required=True, metavar="FILE", help="detector, such as m.diffad")
-    fit.add_argument("--kind", help="what the data is: image (default) or audio")
+    fit.add_argument("--kind", help="what the data is: image (default), audio or vector")
     fit.add_argument("--preset", help="recipe: fast, balanced (default), best, or dcase for audio")
-    fit.add_argument("--denoiser", help="unet-tiny, unet-small or unet-base (the preset's)")
+    fit.add_argument("--denoiser", help="token-mlp or unet-tiny, -small or -base (the preset's)")
     fit.add_argument(
         "--features", metavar="NAME",
         help="pretrained network whose features count too: yamnet for audio, else a model of timm",
@@ -419,9 +424,9 @@ def _parser() -> argparse.ArgumentParser:
         "the folder FILE.pictures; of U-Nets",
     )  # fmt: skip
 
-    score = command("score", _score, "Score images or clips: scores.csv and a heatmap for each.")
+    score = command("score", _score, "Score samples: scores.csv, heatmaps of images and clips.")
     score.add_argument("model", help="detector that fit wrote")
-    score.add_argument("data", help="folder of images or clips, or one file")
+    score.add_argument("data", help="folder of images or clips, one file, or a table")
     score.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     score.add_argument("--batch-size", type=_positive, metavar="N", help="images scored together")
     score.add_argument("--no-maps", action="store_false", dest="maps", help="scores.csv only")
@@ -431,7 +436,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "data", help="root of an MVTec AD layout (test/*, ground_truth/*) or of labelled clips"
     )
-    evaluate.add_argument("--mode", help="how scores are made; default: as fitted")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--report", metavar="DIR", help="folder for an HTML report")
 
@@ -443,6 +447,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--normal", metavar="CLASS", help="the normal class of urbansound8k")
         sub.add_argument(
             "--folds", type=_folds, metavar="N[,N]", help="folds of urbansound8k (all)"
+        )
+
+    for sub in (score, evaluate):
+        sub.add_argument(
+            "--mode", help="how scores are made: reconstruct, invert, one_step (as fitted)"
         )
 
     for sub in (fit, score, evaluate):

@@ -129,6 +129,8 @@ class Detector:
             features = _backbone(config)
         self._features = features
         self.model = models.create(config, device, denoiser, features)
+        # What ``fit`` has settled: of each option what it was, and what it is since.
+        self._settled: dict[str, list] = {}
         self.calibrations: dict[str, Calibration] = {}
         self.parts: list[Part] = []
         self.history = History()
@@ -188,18 +190,20 @@ class Detector:
         "5min"; both in place of the configuration's. training_checkpoint: keep the state of the
         training on disk, and continue from it. Processes that torchrun started train together.
 
-        Begins anew whatever was fitted before; only a denoiser that was handed over goes on from
-        its weights.
+        Begins anew whatever was fitted before, in this process or before a checkpoint was written,
+        and settles anew what was left to it; only a denoiser that was handed over goes on from its
+        weights, and with ``train_steps=0`` a built-in one keeps them.
 
         Returns self. Raises InputError for unusable data, KeyboardInterrupt after SIGINT or
         SIGTERM, once the state is written.
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")
+        config = self._asked()
         if steps is not None:
-            self.model.config = self.config.replace(train_steps=steps, train_budget=None)
+            config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
-            self.model.config = self.config.replace(train_budget=budget)
+            config = config.replace(train_budget=budget)
         samples = self._open(source, strict)
         usable = samples.load()
         if self.config.kind == "vector" and samples.labels is not None and samples.labels.any():
@@ -212,10 +216,26 @@ class Detector:
         if count := self._folds(split):
             folds = cross_splits(usable, groups, count, self.config.seed)
             split = Split(list(usable), [], [], [], 0)
+        denoiser = self._given[0]
+        if denoiser is None and not config.on_tokens and not config.train_steps:
+            denoiser = self.model.denoiser
+        self.model = models.create(config, self.device, denoiser, self._features)
         self.calibrations, self.parts = {}, []
-        self._learn(samples, split, folds, training_checkpoint)
+        try:
+            self._learn(samples, split, folds, training_checkpoint)
+        finally:
+            before, after = dataclasses.asdict(config), dataclasses.asdict(self.config)
+            self._settled = {k: [v, after[k]] for k, v in before.items() if v != after[k]}
         self.calibrate(samples)
         return self
+
+    def _asked(self) -> DetectorConfig:
+        """The options as they were asked for: what an earlier ``fit`` has settled is open again,
+        unless it was changed since."""
+        settled = self._settled.items()
+        return self.config.replace(
+            **{name: was for name, (was, now) in settled if getattr(self.config, name) == now}
+        )
 
     def _folds(self, split: Split) -> int:
         """Of a cross-fitted calibration; 0 where parts are held out instead."""
@@ -550,6 +570,7 @@ class Detector:
             "config": self.config.to_json(),
             "statistics": json.dumps({m: len(c.statistics) for m, c in self.calibrations.items()}),
             "conformal_groups": str(groups),
+            "settled": json.dumps(self._settled),
             "history": json.dumps(dataclasses.asdict(self.history)),
         }
         return tensors, texts
@@ -559,7 +580,7 @@ class Detector:
         options = dict(zip(("denoiser", "features"), self._given, strict=True))
         options["device"] = str(self.device)
         if not self.calibrations:
-            return _unpickled, (None, {"config": self.config.to_json()}, options)
+            return _unpickled, (None, {"config": self._asked().to_json()}, options)
         return _unpickled, (*self.state(), options)
 
     # ------------------------------------------------------ other programs
@@ -779,6 +800,7 @@ def from_state(
             ),
         )
     detector.mode = config.mode
+    detector._settled = json.loads(texts.get("settled", "{}"))
     detector.history = History(**json.loads(texts["history"]))
     return detector
 

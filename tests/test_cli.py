@@ -194,6 +194,16 @@ def test_score_of_one_image_without_maps(model, root, tmp_path):
     assert tree(out) == ["heatmaps", "heatmaps/000.png", "scores.csv"]
 
 
+def test_score_in_another_mode(model, root, tmp_path):
+    argv = ["score", str(model), str(root / "test" / "good"), "--out", str(tmp_path), "--no-maps"]
+    assert main([*argv, "--mode", "invert"]) == 0
+    detector = daf.load(model)
+    assert detector.mode != "invert"
+    detector.mode = "invert"
+    expected = detector.score(root / "test" / "good").score
+    assert [float(row["score"]) for row in rows(tmp_path)] == expected.tolist()
+
+
 def test_evaluate_json_is_one_object_of_finite_numbers(model, root, tmp_path, capsys):
     report = tmp_path / "report"
     argv = ["evaluate", str(model), str(root), "--json", "--mode", "reconstruct"]

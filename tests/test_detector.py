@@ -471,6 +471,27 @@ def test_a_second_fit_begins_anew():
     assert np.array_equal(once.score(normals(4)).score, twice.score(normals(4)).score)
 
 
+def test_what_a_fit_has_settled_is_open_to_the_next(tmp_path):
+    """In the process and from a file; what was changed since stays."""
+    rng = np.random.default_rng(0)
+    texture = rng.uniform(0.3, 0.7, (1, 64, 64))
+    lamp = np.linspace(-1, 1, 64) * rng.uniform(-0.25, 0.25, (60, 1, 1))
+    lit = (texture + lamp).astype(np.float32)
+    even = (texture + rng.normal(0, 0.02, (60, 64, 64))).astype(np.float32)
+    options = {"image_size": 64, "preset": "fast", "train_steps": 20}
+    first = daf.Detector(**options).fit(lit)
+    assert first.config.illumination > 0 and first.config.inference_dtype != "auto"
+    first.save(tmp_path / "m.diffad")
+    fresh = daf.Detector(**options).fit(even)
+    assert fresh.config.illumination == 0
+    for again in (first, daf.load(tmp_path / "m.diffad"), copy.deepcopy(first)):
+        again.fit(even)
+        assert again.config == fresh.config
+        assert np.array_equal(again.score(lit).score, fresh.score(lit).score)
+    first.model.config = first.config.replace(illumination=5.0)
+    assert first.fit(even).config == fresh.config.replace(illumination=5.0)
+
+
 def test_a_second_fit_may_have_another_width():
     rng = np.random.default_rng(0)
     found = daf.Detector(kind="vector", train_steps=5).fit(rng.normal(size=(60, 10)))

@@ -44,9 +44,11 @@ class CoefficientModel(nn.Module):
         super().__init__()
         self.device = device
         self.representation = WaveletRepresentation(config.channels, config.haar_level)
-        self._builds_denoiser = denoiser is None
         if denoiser is None:
-            denoiser = self._new_denoiser(config)
+            # With the weights of its seed.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                denoiser = denoisers.create(config.denoiser, self.representation.channels)
         elif not isinstance(denoiser, denoisers.WaveletUNet):
             if config.inference_dtype == "bfloat16":
                 raise InputError(
@@ -64,22 +66,12 @@ class CoefficientModel(nn.Module):
         self._in_bfloat16: tuple[nn.Module, ...] = ()
         self.use(None)
 
-    def _new_denoiser(self, config: DetectorConfig) -> nn.Module:
-        """The one that ``config`` names, with the weights of its seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            return denoisers.create(config.denoiser, self.representation.channels)
-
     # ---------------------------------------------------------------- fit
 
     def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
-        """Fit the representation, train the denoiser, fit the features' distribution.
-
-        A denoiser of one's own goes on from its weights, a built-in one begins anew.
-        """
+        """Fit the representation, train the denoiser, fit the features' distribution; once in a
+        model's life."""
         config = self.config
-        if self._builds_denoiser and config.train_steps:
-            self.denoiser.load_state_dict(self._new_denoiser(config).state_dict())
         if config.batch_size == "auto":
             begun = None if kept is None else kept.config()
             if begun is not None:

@@ -51,7 +51,6 @@ class TokenModel(nn.Module):
         self.distances = nn.ModuleList()
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.config = config
-        self._chooses_weight = config.semantic_weight is None
         self._smoothed = GaussianSmoothing()
         self._fields: dict[tuple, torch.Tensor] = {}
         if config.prediction_type != "v_prediction":
@@ -70,12 +69,9 @@ class TokenModel(nn.Module):
     # ---------------------------------------------------------------- fit
 
     def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
-        """Fit the representations and train a denoiser for each."""
-        if self._chooses_weight:
-            self.config = self.config.replace(semantic_weight=None)
+        """Fit the representations and train a denoiser for each; once in a model's life."""
         config = self.config
         histories = []
-        self.denoisers, self.distances = nn.ModuleList(), nn.ModuleList()
         # Statistics of tokens need no more images than these, evenly chosen.
         some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]
         images = [lambda: map(self._seen, self._normals(source, some))]

@@ -41,8 +41,7 @@ class Preprocessing(nn.Module):
 
     def __init__(self, intensity: str, illumination: float | None, scale: bool | None):
         super().__init__()
-        self._asked = intensity, illumination, scale
-        self.intensity, self.illumination, self.scale = self._asked
+        self.intensity, self.illumination, self.scale = intensity, illumination, scale
         self._smoothed = GaussianSmoothing()
 
     @property
@@ -72,9 +71,7 @@ class Preprocessing(nn.Module):
           image share it. Images are scaled where this makes up more than half of its variance (the
           intraclass correlation; Fisher 1925).
         """
-        # Anew for every set of normals, whatever the one before had chosen.
-        self.intensity, self.illumination, self.scale = self._asked
-        if self.intensity != "auto" and None not in self._asked:
+        if self.intensity != "auto" and None not in (self.illumination, self.scale):
             return
         cells: list[list[torch.Tensor]] = [[], [], [], []]
         for images in batches:
