@@ -186,9 +186,9 @@ def _recipe(result: dict) -> str:
 
 
 def drawn(clips: list, scores: dict[str, list[np.ndarray]], distances: dict[str, np.ndarray]):
-    """AUROCs of the detector (mean over its seeds) and of the nearest neighbours for recordings of
-    one test that are drawn anew: (class or "mean", whose) -> an array. The clips are the same for
-    every class."""
+    """AUROCs of the detector (mean over its seeds) and of the nearest neighbours, for all clips of
+    one test and for recordings that are drawn anew: (class or "mean", whose) -> a number, an array.
+    The clips are the same for every class."""
     kinds = np.array([clip.kind for clip in clips])
 
     def measure(rows: np.ndarray) -> dict | None:
@@ -207,14 +207,18 @@ def drawn(clips: list, scores: dict[str, list[np.ndarray]], distances: dict[str,
     return stats.over_groups(groups_by_recording(clips) or range(len(clips)), measure)
 
 
-def intervals(draws: list[dict]) -> dict[str, dict[str, list[float]]]:
+def intervals(tests: list[tuple[dict, dict]]) -> dict[str, dict[str, list[float]]]:
     """Of the means over tests, whose recordings are drawn independently."""
     result: dict[str, dict[str, list[float]]] = {}
-    mean = {key: np.mean([one[key] for one in draws], axis=0) for key in draws[0]}
+    observed, mean = (
+        {key: np.mean([one[key] for one in part], axis=0) for key in part[0]}
+        for part in zip(*tests, strict=True)
+    )
     for name, whose in mean:
         result.setdefault(name, {})[whose] = stats.interval(mean[name, whose])
     for name, found in result.items():
-        found["difference"] = stats.difference(mean[name, "auroc"], mean[name, "nearest"])
+        whose = (name, "auroc"), (name, "nearest")
+        found["difference"] = stats.difference(observed, mean, *whose)
     return result
 
 

@@ -35,10 +35,11 @@ def ratio(
 
 def over_groups(
     groups: Sequence, measure: Callable[[np.ndarray], dict | None]
-) -> dict[object, np.ndarray]:
-    """What ``measure`` gives for the rows of groups that are drawn with replacement, all of a
-    group's rows together: photographs of one object and clips of one recording are no independent
-    evidence. None is drawn again. One draw serves all figures, so that differences are paired."""
+) -> tuple[dict[object, float], dict[object, np.ndarray]]:
+    """What ``measure`` gives for all rows, and for those of groups that are drawn with replacement,
+    all of a group's rows together: photographs of one object and clips of one recording are no
+    independent evidence. None is drawn again. One draw serves all figures, so that differences are
+    paired."""
     groups = np.asarray(groups)
     rng = np.random.default_rng(0)
     members = [np.flatnonzero(groups == name) for name in np.unique(groups)]
@@ -48,7 +49,8 @@ def over_groups(
         found = measure(np.concatenate([members[i] for i in chosen]))
         if found is not None:
             drawn.append(found)
-    return {name: np.array([one[name] for one in drawn]) for name in drawn[0]}
+    observed = measure(np.arange(len(groups)))
+    return observed, {name: np.array([one[name] for one in drawn]) for name in observed}
 
 
 def interval(drawn: np.ndarray) -> list[float]:
@@ -56,9 +58,9 @@ def interval(drawn: np.ndarray) -> list[float]:
     return np.quantile(drawn, [0.025, 0.975]).tolist()
 
 
-def difference(ours: np.ndarray, other: np.ndarray) -> list[float]:
-    """Mean and interval of the difference of paired draws."""
-    return [float((ours - other).mean()), *interval(ours - other)]
+def difference(observed: dict, drawn: dict, ours: object, other: object) -> list[float]:
+    """Of two figures of :func:`over_groups`, as it was observed, and its interval."""
+    return [float(observed[ours] - observed[other]), *interval(drawn[ours] - drawn[other])]
 
 
 def compared(low: float, high: float) -> str:

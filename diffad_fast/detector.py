@@ -63,7 +63,8 @@ class Part(NamedTuple):
 class Trajectory(NamedTuple):
     """The inversion of N samples in S steps.
 
-    latent_norm (N,): mean square of the latent, about 1 for normals. residuals (N,S): mean square
+    latent_norm (N,): mean square of the latent; of normals 1 in the limit of many steps and noise,
+    about 0.5 in the three steps of the default. residuals (N,S): mean square
     of the way that each step goes in x / sqrt(alpha). path_length (N,): the sum of their roots.
     """
 
@@ -130,8 +131,9 @@ class Detector:
         self._features = features
         self.model = models.create(config, device, denoiser, features)
         # What ``fit`` has settled: of each option what it was, and what it is since.
-        self._settled: dict[str, list] = {}
+        self._settled: dict[str, list] | None = None
         self.calibrations: dict[str, Calibration] = {}
+        self._most_windows = 0  # of an image among the normals behind these
         self.parts: list[Part] = []
         self.history = History()
 
@@ -216,10 +218,7 @@ class Detector:
         if count := self._folds(split):
             folds = cross_splits(usable, groups, count, self.config.seed)
             split = Split(list(usable), [], [], [], 0)
-        denoiser = self._given[0]
-        if denoiser is None and not config.on_tokens and not config.train_steps:
-            denoiser = self.model.denoiser
-        self.model = models.create(config, self.device, denoiser, self._features)
+        self._begin(config)
         self.calibrations, self.parts = {}, []
         try:
             self._learn(samples, split, folds, training_checkpoint)
@@ -232,14 +231,25 @@ class Detector:
     def _asked(self) -> DetectorConfig:
         """The options as they were asked for: what an earlier ``fit`` has settled is open again,
         unless it was changed since."""
-        settled = self._settled.items()
-        return self.config.replace(
-            **{name: was for name, (was, now) in settled if getattr(self.config, name) == now}
+        config, settled = self.config, self._settled or {}
+        return config.replace(
+            **{name: was for name, (was, now) in settled.items() if getattr(config, name) == now}
         )
+
+    def _begin(self, config: DetectorConfig) -> None:
+        """A model for ``config`` of which nothing is fitted."""
+        if self._settled is None:
+            self.model.config = config
+            return
+        denoiser = self._given[0]
+        if denoiser is None and not config.on_tokens and not config.train_steps:
+            denoiser = self.model.denoiser
+        self.model = models.create(config, self.device, denoiser, self._features)
 
     def _folds(self, split: Split) -> int:
         """Of a cross-fitted calibration; 0 where parts are held out instead."""
-        wanted, few = self.config.cross_fit, split.conformal_groups < SMALLEST_CALIBRATION
+        few = len(set(split.conformal_groups)) < SMALLEST_CALIBRATION
+        wanted = self.config.cross_fit
         if wanted is None:
             worth_it = self.config.on_tokens and self.config.kind != "vector"
             return FOLDS if few and worth_it else 0
@@ -297,14 +307,16 @@ class Detector:
         def batches(part: str) -> Iterator[tuple]:
             for model, split in self.parts:
                 for batch in samples.batches(config.batch_size, indices=getattr(split, part)):
-                    yield model, batch.x
+                    yield model, split, batch
                     bar.update(len(batch.index))
 
         def maps() -> Iterator[list[torch.Tensor | None]]:
-            for model, x in batches("statistics"):
-                found = model.raw_maps(x)
+            for model, _, batch in batches("statistics"):
+                found = model.raw_maps(batch.x)
                 # Clips have no positions in common, and not even a length: a window is a sample.
                 yield [m.reshape(-1, 1, 1) for m in found] if audio else found
+
+        scores, groups, self._most_windows = [], [], 0
 
         with bar:
             for model, _ in self.parts:
@@ -314,13 +326,24 @@ class Detector:
             )
             for model in {id(m): m for m in (self.model, *(p.model for p in self.parts))}.values():
                 model.use(found)
-            scores = [model.score(x)[1].cpu().double() for model, x in batches("conformal")]
-        held_out = torch.cat(scores).sort().values.numpy()
-        normal = held_out[: len(held_out) - int(config.contamination * len(held_out))]
-        groups = sum(split.conformal_groups for _, split in self.parts)
+            for model, split, batch in batches("conformal"):
+                group = dict(zip(split.conformal, split.conformal_groups, strict=True))
+                groups += [group[i] for i in batch.index.tolist()]
+                scores.append(model.score(batch.x)[1].cpu().double())
+                self._most_windows = max(self._most_windows, self._windows(batch.x))
+        held_out, groups = torch.cat(scores).numpy(), np.array(groups)
+        normal = np.argsort(held_out, kind="stable")
+        normal = normal[: len(normal) - int(config.contamination * len(normal))]
         self.calibrations[self.mode] = Calibration(
-            found, Conformal(normal, groups, config.false_positive_rate)
+            found, Conformal(held_out[normal], groups[normal], config.false_positive_rate)
         )
+
+    def _windows(self, x: torch.Tensor) -> int:
+        """How many windows of images x are looked at, each for itself; 0 where they are resized."""
+        if self.config.overlap is None:
+            return 0
+        places = models.places(x.shape[2:], self.config.image_size, self.config.overlap)
+        return len(places)
 
     def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:
         """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
@@ -422,6 +445,15 @@ class Detector:
             raise InputError(f"none of the {samples.length} {samples.unit}s can be used")
 
     def _scored(self, batch, maps: bool, skipped: list[tuple[str, str]]) -> Score:
+        count = self._windows(batch.x)
+        if count > self._most_windows:
+            warnings.warn(
+                f"an image of {batch.x.shape[2]}x{batch.x.shape[3]} pixels has {count} windows and "
+                f"the normals behind the p-values had at most {self._most_windows}: the highest of "
+                "more scores is higher, so p is too small and labels too many; fit on images as "
+                "large as those that are scored",
+                stacklevel=2,
+            )
         map_, score = self.score_batch(batch.x, maps=maps)
         return Score(
             score=score,
@@ -558,19 +590,18 @@ class Detector:
         """What a checkpoint holds, tensors and texts; :func:`from_state` reads it."""
         self._require_fitted()
         tensors = {f"model.{k}": v for k, v in self.model.state().items()}
-        groups = 0
         for mode, (statistics, conformal) in self.calibrations.items():
             for i, entry in enumerate(statistics):
                 if entry is not None:
                     prefix = f"statistics.{mode}.{i}"
                     tensors |= {f"{prefix}.{k}": v for k, v in entry._asdict().items()}
             tensors[f"conformal.{mode}"] = torch.from_numpy(conformal.scores)
-            groups = conformal.groups
+            tensors[f"conformal_groups.{mode}"] = torch.from_numpy(conformal.group)
         texts = {
             "config": self.config.to_json(),
             "statistics": json.dumps({m: len(c.statistics) for m, c in self.calibrations.items()}),
-            "conformal_groups": str(groups),
             "settled": json.dumps(self._settled),
+            "most_windows": str(self._most_windows),
             "history": json.dumps(dataclasses.asdict(self.history)),
         }
         return tensors, texts
@@ -795,12 +826,13 @@ def from_state(
             statistics,
             Conformal(
                 tensors[f"conformal.{mode}"].numpy(),
-                int(texts["conformal_groups"]),
+                tensors[f"conformal_groups.{mode}"].numpy(),
                 config.false_positive_rate,
             ),
         )
     detector.mode = config.mode
-    detector._settled = json.loads(texts.get("settled", "{}"))
+    detector._settled = json.loads(texts["settled"])
+    detector._most_windows = int(texts["most_windows"])
     detector.history = History(**json.loads(texts["history"]))
     return detector
 

@@ -245,10 +245,12 @@ def threshold_sentence(detector: Detector, unit: str) -> str:
     conformal = detector.conformal
     if conformal.threshold is None:
         return f"There is no threshold: {conformal.why_no_label()}."
+    count = len(conformal.scores)
+    objects = f" of {conformal.groups} objects" if conformal.groups < count else ""
     return (
         f"The threshold {conformal.threshold:.3f} aims at a false-positive rate of "
-        f"{conformal.false_positive_rate:g} and comes from {len(conformal.scores)} held-out normal "
-        f"training {unit}, not from the {unit} below."
+        f"{conformal.false_positive_rate:g} and comes from {count} held-out normal training "
+        f"{unit}{objects}, not from the {unit} below."
     )
 
 

@@ -21,8 +21,8 @@ class StreamScores(NamedTuple):
     """What the windows that a chunk completed sound like.
 
     time (k,) float64: the end of each window, in seconds from the start of the stream; score (k,)
-    float64, whose mean over a clip is the clip's score; map (k,n_mels) float32: what each band has
-    in it, adding up to the score.
+    float64, of which the mean (of the part ``top_fraction`` of the highest) over a clip is the
+    clip's score; map (k,n_mels) float32: what each band has in it, adding up to the score.
     """
 
     time: np.ndarray
@@ -34,8 +34,8 @@ class Stream:
     """A detector on one endless recording; made by ``Detector.stream``.
 
     Chunks of any size give the scores of the same windows as the whole recording would: what is
-    between the chunks is kept, less than one window of samples. The first score comes after one
-    window, ``window`` seconds. From then on a sound is part of a score at most ``latency`` seconds
+    between the chunks is kept, less than one window and one step of samples. The first score comes
+    after one window, ``window`` seconds. From then on a sound is part of a score at most ``latency`` seconds
     later: the step from one window to the next and, where the rates differ, what the resampler
     holds back.
     """
@@ -52,6 +52,8 @@ class Stream:
         self._resampler = Resampler(rate, config.sample_rate, "the stream")
         # From the start of the first window that has not been scored.
         self._buffer = np.empty(0, np.float32)
+        # The step before that, which the mirrored end of a recording may need.
+        self._past = np.empty(0, np.float32)
         self._scored = 0
         self._finished = False
         self._channels: int | None = None
@@ -91,7 +93,9 @@ class Stream:
         if self._scored == 0 and size:
             self._buffer = extended(self._buffer, self._window, self._step)
         elif size > self._window - self._step:
-            self._buffer = np.pad(self._buffer, (0, self._window - size), mode="reflect")
+            end = np.concatenate([self._past, self._buffer])
+            end = np.pad(end, (0, self._window - size), mode="reflect")
+            self._buffer = end[len(self._past) :]
         parts.append(self._complete())
         return StreamScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -104,7 +108,9 @@ class Stream:
             map_, score = self._detector.score_batch(windows.contiguous())
             scores.append(score)
             maps.append(map_[:, :, 0])
-            self._buffer = self._buffer[count * self._step :].copy()
+            done = count * self._step
+            self._past = self._buffer[done - self._step : done].copy()
+            self._buffer = self._buffer[done:].copy()
             self._scored += count
         number = np.arange(first, self._scored)
         n_mels = self._detector.config.n_mels

@@ -30,9 +30,10 @@ TILE = 2048
 def min_snr(alpha, limit, KIND: tl.constexpr):
     """The weight of a sample at abar = alpha; KIND: index into PREDICTION_TYPES."""
     snr = alpha / (1.0 - alpha)
-    weight = tl.minimum(snr, tl.cast(limit, alpha.dtype))
+    limit = tl.cast(limit, alpha.dtype)
+    weight = tl.minimum(snr, limit)
     if KIND == 0:
-        weight /= snr
+        weight = tl.minimum(limit / snr, 1.0)  # also at alpha = 0
     elif KIND == 2:
         weight /= snr + 1.0
     return weight.to(tl.float32)

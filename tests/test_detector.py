@@ -447,7 +447,7 @@ def test_what_is_infinitely_far_away_is_an_anomaly():
 
 
 def test_a_score_that_is_no_number_is_an_anomaly():
-    conformal = daf.scoring.Conformal(np.arange(40.0), 40, 0.05)
+    conformal = daf.scoring.Conformal(np.arange(40.0), None, 0.05)
     assert conformal.label(np.array([np.nan, np.inf, 0.0])).tolist() == [1, 1, 0]
     assert conformal.p_value(np.array([np.nan]))[0] == 1 / 41
 

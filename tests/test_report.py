@@ -139,18 +139,18 @@ def test_outline_surrounds_the_mask_at_any_size():
 
 
 @pytest.mark.parametrize(
-    ("scores", "groups", "expected"),
+    ("scores", "expected"),
     [
         # 39 scores at a rate of 5%: p <= 0.05 needs at most one as high, the second largest is 37.
-        (np.arange(39.0), 39, (19.0, 19.0 + 4 * (37.0 - 19.0))),
-        (np.arange(11.0), 11, (5.0, 5.0 + 4 * (10.0 - 5.0))),
-        (np.array([3.0]), 1, (3.0, 3.0 + 4 * 3.0)),
-        (np.zeros(30), 30, (0.0, 4.0)),
+        (np.arange(39.0), (19.0, 19.0 + 4 * (37.0 - 19.0))),
+        (np.arange(11.0), (5.0, 5.0 + 4 * (10.0 - 5.0))),
+        (np.array([3.0]), (3.0, 3.0 + 4 * 3.0)),
+        (np.zeros(30), (0.0, 4.0)),
     ],
 )
-def test_colours_come_from_the_calibration(detector, scores, groups, expected, monkeypatch):
+def test_colours_come_from_the_calibration(detector, scores, expected, monkeypatch):
     monkeypatch.setitem(
-        detector.calibrations, detector.mode, Calibration([], Conformal(scores, groups, 0.05))
+        detector.calibrations, detector.mode, Calibration([], Conformal(scores, None, 0.05))
     )
     assert report.colour_range(detector) == expected
 
@@ -199,7 +199,7 @@ def test_missing_figures_have_a_dash_and_the_reason(detector, root, tmp_path):
 
 
 def test_without_a_threshold(detector, evaluation, tmp_path, monkeypatch):
-    few = Conformal(detector.conformal.scores[:5], 5, 0.05)
+    few = Conformal(detector.conformal.scores[:5], None, 0.05)
     monkeypatch.setitem(detector.calibrations, detector.mode, Calibration([], few))
     score = dataclasses.replace(evaluation.score, label=None)
     metrics = {**figures(evaluation.images, score), "latency_ms": 1.0}

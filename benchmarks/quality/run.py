@@ -244,9 +244,9 @@ def _intervals(
             for name, found in scores.items()
         }
 
-    drawn = stats.over_groups(groups, measure)
+    observed, drawn = stats.over_groups(groups, measure)
     interval = {name: stats.interval(values) for name, values in drawn.items()}
-    return interval, None if best is None else stats.difference(drawn[OURS], drawn[best])
+    return interval, None if best is None else stats.difference(observed, drawn, OURS, best)
 
 
 # ------------------------------------------------------------- robustness

@@ -103,7 +103,8 @@ def open_audio(
         highest: a warning names the first recording whose own rate leaves out frequencies of this
             many Hz.
         window, step: each clip is extended to window + k step samples, k >= 0: a shorter one than
-            a window is repeated, the end of a longer one is mirrored.
+            a window is repeated, with a warning that names the first, the end of a longer one is
+            mirrored.
         strict: raise `InputError` at the first unusable file instead of leaving it out with a
             `SkippedInput` warning. A single file is always needed.
 
@@ -266,15 +267,19 @@ class Resampler:
 
 
 def resampling_delay(source_rate: float, rate: int) -> float:
-    """Seconds by which a `Resampler` that is given hundredths of a second lags behind, at most."""
-    # soxr does not tell it, so it is measured, over half a second.
-    resampler, lags, given, found = Resampler(source_rate, rate, "the delay"), [0.0], 0, 0
-    block = np.zeros(math.ceil(source_rate / 100), np.float32)
-    for _ in range(50):
+    """Seconds by which a `Resampler` lags behind at most, whatever the size of the chunks."""
+    if source_rate == rate:
+        return 0.0
+    # soxr does not tell it, so it is measured. Its filters take up to 1.4 s, and its blocks drift
+    # against the samples for some seconds more.
+    resampler, longest, given, found = Resampler(source_rate, rate, "the delay"), 0.0, 0, 0
+    block = np.zeros(math.ceil(source_rate / 1000), np.float32)
+    while given < 10 * source_rate:
         given += len(block)
+        # Before the block's last sample is there, when none of its results are.
+        longest = max(longest, given / source_rate - found / rate)
         found += len(resampler.push(block))
-        lags.append(given / source_rate - found / rate)
-    return max(lags)
+    return longest
 
 
 def extended(wave: np.ndarray, window: int, step: int) -> np.ndarray:
@@ -292,6 +297,19 @@ def extended(wave: np.ndarray, window: int, step: int) -> np.ndarray:
 class _Items:
     def __init__(self, rate: int, window: int, step: int, highest: float):
         self._rate, self._shape, self._highest = rate, (window, step), highest
+        self._shortest = window
+
+    def _extended(self, wave: np.ndarray, name: str) -> np.ndarray:
+        if len(wave) < self._shortest:
+            warnings.warn(
+                f"{name} lasts {len(wave) / self._rate:.3g} s, less than the detector's window of "
+                f"{self._shortest / self._rate:.3g} s, and is repeated to fill it: that can be "
+                "heard, so such clips sound anomalous to a detector fitted on longer ones; fit "
+                "with a smaller window_frames",
+                stacklevel=2,
+            )
+            self._shortest = 0
+        return extended(wave, *self._shape)
 
     def _hear(self, own: float, name: str) -> None:
         """Warn once of recordings in which a part of what the detector listens to is missing."""
@@ -320,7 +338,7 @@ class _FileItems(_Items):
         wave = read_audio(path, self._rate, lambda own: self._hear(own, path))
         if not len(wave):
             raise InputError(f"{path} is shorter than one sample: remove it.")
-        return extended(wave, *self._shape)
+        return self._extended(wave, path)
 
 
 class _WaveItems(_Items):
@@ -339,7 +357,7 @@ class _WaveItems(_Items):
             wave, own = wave
         check_rate(own, name)
         self._hear(own, name)
-        return extended(_resampled(as_mono(wave, name), own, self._rate, name), *self._shape)
+        return self._extended(_resampled(as_mono(wave, name), own, self._rate, name), name)
 
 
 def _resampled(wave: np.ndarray, own: float, rate: int, name: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,14 +44,17 @@ class ScoringProgram(nn.Module):
         # Exact: these are scores in float32 to begin with.
         scores = torch.from_numpy(conformal.scores.copy()).float()
         self.register_buffer("calibration", scores)
+        # What each score adds to the tail.
+        self.register_buffer("weight", torch.from_numpy(-np.diff(conformal.tail)).float())
+        self.groups = conformal.groups
         self.threshold = conformal.threshold
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         if x.dtype == torch.uint8:
             x = x.float() / 255
         map_, score = self.model.score(x)
-        above = (self.calibration >= score[:, None]).sum(dim=1)
-        result = {"score": score, "p_value": (1 + above).float() / (len(self.calibration) + 1)}
+        tail = (self.calibration >= score[:, None]).float() @ self.weight
+        result = {"score": score, "p_value": (1 + tail) / (self.groups + 1)}
         if self.threshold is not None:
             result["label"] = (score > self.threshold).long()
         if self.maps:

@@ -12,9 +12,9 @@ from torch import nn
 
 from ..config import DetectorConfig
 from .coefficients import CoefficientModel
-from .tokens import TokenModel
+from .tokens import TokenModel, places
 
-__all__ = ["CoefficientModel", "TokenModel", "create"]
+__all__ = ["CoefficientModel", "TokenModel", "create", "places"]
 
 
 def create(

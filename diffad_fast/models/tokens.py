@@ -240,14 +240,14 @@ class TokenModel(nn.Module):
 
     def _score_windows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean of the windows' maps wherever they overlap, and the highest of their scores."""
-        parts, places = windows(x, self.config.image_size, self.config.overlap)
+        parts, corners = windows(x, self.config.image_size, self.config.overlap)
         found = [self._score(part) for part in parts.flatten(0, 1).split(WINDOWS)]
         maps, scores = (torch.cat(part) for part in zip(*found, strict=True))
         maps = maps.unflatten(0, parts.shape[:2])
         total = maps.new_zeros(len(x), *x.shape[2:])
         count = maps.new_zeros(x.shape[2:])
         height, width = self.config.image_size
-        for i, (top, left) in enumerate(places):
+        for i, (top, left) in enumerate(corners):
             total[:, top : top + height, left : left + width] += maps[:, i]
             count[top : top + height, left : left + width] += 1
         return total / count, scores.unflatten(0, parts.shape[:2]).amax(dim=1)
@@ -414,14 +414,22 @@ def windows(
 
     As few as overlap by at least that share of a side, evenly spread from border to border.
     """
+    found = places(x.shape[2:], size, overlap)
+    parts = [x[:, :, top : top + size[0], left : left + size[1]] for top, left in found]
+    return torch.stack(parts, dim=1), found
+
+
+def places(
+    image: Sequence[int], size: tuple[int, int], overlap: float
+) -> list[tuple[int, int]]:
+    """Where the windows (height, width) of an image (height, width) begin."""
     starts = []
-    for side, window in zip(x.shape[2:], size, strict=True):
+    for side, window in zip(image, size, strict=True):
         room = side - window
-        steps = math.ceil(room / (window * (1 - overlap)) - 1e-9)
+        # Whole pixels, so that windows which are not spread evenly still overlap by that share.
+        steps = math.ceil(room / max(1, int(window * (1 - overlap) + 1e-9)))
         starts.append([room * i // steps for i in range(steps + 1)] if steps else [0])
-    places = [(top, left) for top in starts[0] for left in starts[1]]
-    parts = [x[:, :, top : top + size[0], left : left + size[1]] for top, left in places]
-    return torch.stack(parts, dim=1), places
+    return [(top, left) for top in starts[0] for left in starts[1]]
 
 
 def residual_row(sigma: float) -> tuple[float, float, float, float, float]:

@@ -39,7 +39,7 @@ def min_snr_weight(alpha, prediction_type, snr_limit):
     snr = alpha / (1 - alpha)
     weight = snr.clamp(max=snr_limit)
     if prediction_type == "epsilon":
-        weight = weight / snr
+        weight = (snr_limit / snr).clamp(max=1)  # also at a = 0
     elif prediction_type == "v_prediction":
         weight = weight / (snr + 1)
     return weight.float()

@@ -60,7 +60,9 @@ class Whitening(nn.Module):
         if self.standardise:
             scale = covariance.diagonal().sqrt()
             # What never varies among normals counts in the unit of a typical deviation.
-            scale = torch.where(scale > 1e-6 * scale.max(), scale, scale.median().clamp(min=1e-6))
+            varies = scale > 1e-6 * scale.max()
+            typical = scale[varies].median() if varies.any() else torch.ones_like(scale[0])
+            scale = torch.where(varies, scale, typical.clamp(min=1e-6))
         values, directions = torch.linalg.eigh(covariance / scale / scale[:, None])
         floor = (values[-1] * self.smallest).clamp(min=1e-12)
         self.mean = moments.mean.float()

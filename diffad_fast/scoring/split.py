@@ -20,8 +20,9 @@ class Split(NamedTuple):
     validation: list[int]
     statistics: list[int]
     conformal: list[int]
-    conformal_groups: int
-    """How many groups the conformal part holds."""
+    conformal_groups: list[int]
+    """The group of each sample of the conformal part, by a number of its own in all splits of a
+    data set."""
 
 
 def split_by_group(
@@ -48,7 +49,7 @@ def split_by_group(
         parts.append(sorted(i for group in order[start : start + size] for i in members[group]))
         start += size
     fit = sorted(i for group in order[start:] for i in members[group])
-    return Split(fit, *parts, sizes[-1])
+    return Split(fit, *parts, _numbered(parts[-1], members))
 
 
 def cross_splits(
@@ -70,7 +71,7 @@ def cross_splits(
     for part in parts:
         held_out = sorted(i for group in part for i in members[group])
         rest = sorted(set(indices) - set(held_out))
-        result.append(Split(rest, [], held_out, held_out, len(part)))
+        result.append(Split(rest, [], held_out, held_out, _numbered(held_out, members)))
     return result
 
 
@@ -94,6 +95,11 @@ def _members(
             "because whole groups are held out for calibration"
         )
     return members
+
+
+def _numbered(part: list[int], members: dict[Hashable, list[int]]) -> list[int]:
+    number = {i: n for n, group in enumerate(members.values()) for i in group}
+    return [number[i] for i in part]
 
 
 def _position(group: Hashable, seed: int) -> bytes:

@@ -21,7 +21,7 @@ import torch
 from ..errors import CheckpointError, InputError
 from ..version import __version__
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def save(

@@ -236,12 +236,11 @@ class Loop(ABC):
                     if step % REPORT_EVERY == 0 or last:
                         self._report(step, float(loss), bar, log)
                     interrupted, late = self._agreed(step, interrupted, late)
-                    if not interrupted and (
-                        late or last or done % max(1, self.total // VALIDATIONS) == 0
-                    ):
+                    # An interrupted step is complete, and not taken again: its validation counts.
+                    if late or last or done % max(1, self.total // VALIDATIONS) == 0:
                         self._validate(step, log)
                     if (
-                        kept and kept.pictures_every and self.processes.first and not interrupted
+                        kept and kept.pictures_every and self.processes.first
                         and (late or last or done % kept.pictures_every == 0)
                     ):  # fmt: skip
                         self._draw(done, log)

@@ -15,7 +15,7 @@ def test_parts_are_disjoint_and_complete(n):
     assert all(parts)
     if n == 659:
         assert [len(p) for p in parts] == [461, 33, 66, 99]
-        assert split.conformal_groups == 99
+        assert split.conformal_groups == split.conformal
 
 
 def test_groups_stay_together():
@@ -25,7 +25,7 @@ def test_groups_stay_together():
     for i, a in enumerate(sets):
         for b in sets[:i]:
             assert not a & b
-    assert split.conformal_groups == len(sets[3]) == 6
+    assert split.conformal_groups == [groups[i] for i in split.conformal] and len(sets[3]) == 6
 
 
 @pytest.mark.parametrize("seed", range(5))
