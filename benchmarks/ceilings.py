@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .case import Case, random
+from .machine import tf32
 from .timing import HostClock, rounds
 
 
@@ -30,12 +31,8 @@ def measure(device: torch.device, quick: bool) -> dict:
         a32 = random(side, side).to(device)
 
         def with_tf32():
-            before = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = True
-            try:
+            with tf32(torch.backends.cuda.matmul):
                 return a32 @ a32
-            finally:
-                torch.backends.cuda.matmul.allow_tf32 = before
 
         runs["tf32"] = with_tf32
     times = rounds(runs, HostClock(device), 2.0 if quick else 5.0, 7, 50)

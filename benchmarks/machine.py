@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,3 +116,13 @@ def output(command: list[str]) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+@contextmanager
+def tf32(library) -> Iterator[None]:
+    """TF32 in ``torch.backends.cudnn`` or ``torch.backends.cuda.matmul``, as long as this lasts."""
+    before, library.allow_tf32 = library.allow_tf32, True
+    try:
+        yield
+    finally:
+        library.allow_tf32 = before

@@ -34,10 +34,10 @@ class Stream:
     """A detector on one endless recording; made by ``Detector.stream``.
 
     Chunks of any size give the scores of the same windows as the whole recording would: what is
-    between the chunks is kept, less than one window and one step of samples. The first score comes
-    after one window, ``window`` seconds. From then on a sound is part of a score at most ``latency`` seconds
-    later: the step from one window to the next and, where the rates differ, what the resampler
-    holds back.
+    between the chunks is kept, less than a window and a step of samples. The first score comes
+    after one window, ``window`` seconds. From then on a sound is part of a score at most
+    ``latency`` seconds later: the step from one window to the next and, where the rates differ,
+    what the resampler holds back.
     """
 
     def __init__(self, detector: Detector, rate: float):

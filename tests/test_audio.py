@@ -150,6 +150,17 @@ def test_stream_equals_offline(detector, rate, mode):
         detector.mode = "one_step"
 
 
+@pytest.mark.parametrize("more", [1, 400, 3000])
+def test_a_stream_of_windows_that_do_not_overlap_ends_as_the_clip(more):
+    options = OPTIONS | {"window_step": 32}
+    found = daf.Detector(kind="audio", **options).fit([hum(i) for i in range(60)])
+    wave = hum(70, 3.0)[: 2 * found.config.step_samples + found.config.window_samples + more]
+    stream = found.stream(RATE)
+    score = np.concatenate([part.score for part in (stream.push(wave), stream.finish())])
+    assert len(score) == 4
+    assert found.score(wave).score[0] == pytest.approx(score.mean(), abs=1e-4)
+
+
 def test_stream_of_less_than_a_window_and_of_nothing(detector):
     stream = detector.stream(RATE)
     assert len(stream.push(hum(1)[:900]).score) == 0

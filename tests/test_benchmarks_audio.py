@@ -263,3 +263,24 @@ def test_what_is_missing_is_said_before_any_training(root, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             audio.main(wrong)
         assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_repeats():
+    rng = np.random.default_rng(0)
+    rate = audio.REPEATS_RATE
+    noise = rng.standard_normal(4 * rate).astype(np.float32)
+    assert not audio.repeats(noise) and not audio.repeats(noise[: rate // 3])
+    for seconds in (0.3, 1.0, 2.9, 3.7):
+        repeated = np.resize(noise[: int(seconds * rate)], 4 * rate)
+        assert audio.repeats(repeated)
+        assert audio.repeats(repeated + 0.05 * rng.standard_normal(4 * rate))
+        assert not audio.repeats(repeated + 0.2 * rng.standard_normal(4 * rate))
+    assert not audio.repeats(np.resize(noise[: int(3.8 * rate)], 4 * rate))  # 0.2 s of it
+    assert not audio.repeats(np.zeros(4 * rate))
+
+
+def test_the_auroc_without_repeats():
+    clips = clips_of([("siren", "a", 2), ("dog", "b", 2)])
+    scores, once = np.array([0.0, 3.0, 1.0, 2.0]), np.array([True, False, True, True])
+    assert audio.without_repeats(clips, scores, once) == 1.0
+    assert audio.without_repeats(clips, scores, once[[2, 2, 1, 1]]) is None

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffad_fast import native
 
 from ..case import OURS, REFERENCE, Case, Contender, random
+from ..machine import tf32
 
 SIDE, STEPS = 128, 3
 CLIP_SECONDS = 4
@@ -75,7 +76,7 @@ def score_case(
             return detector.score_batch(images)
 
     def in_tf32(images):
-        with patch.object(torch.backends.cudnn, "allow_tf32", True):
+        with tf32(torch.backends.cudnn):
             return channels_last(images)
 
     def by_compiler(images):
@@ -165,12 +166,18 @@ def audio_case(device_type: str, n: int) -> Case:
         with as_written():
             return in_float64(detector).score_batch(inputs[0].double())
 
+    def narrow(waves):
+        return in_bfloat16(detector).score_batch(waves)
+
+    contenders = {OURS: Contender(detector.score_batch), REFERENCE: Contender(plain)}
+    if device_type == "cuda" or native.cpu_isa() == "amx":  # where `fit` takes it
+        contenders[f"{OURS}, bfloat16"] = Contender(narrow, dtype="bfloat16", tolerance=5e-2)
     return Case(
         "detector.score",
         f"audio, batch {n}, clips of {CLIP_SECONDS} s, {detector.config.mode}",
         lambda device: (waves,),
         exact,
-        {OURS: Contender(detector.score_batch), REFERENCE: Contender(plain)},
+        contenders,
         tolerance=2e-3,
         batch=n,
         unit="clip",

@@ -86,7 +86,8 @@ def _forward_peers(wavelet: str, mode: str) -> dict[str, Contender]:
                     pytorch_wavelets.DWTForward, inputs[0].device, wave=wavelet, mode=mode, J=1
                 ),
             ),
-            graph=True,
+            # Its padding of other modes copies indices from the host.
+            graph=mode == "periodization",
         )
     return result
 
@@ -111,7 +112,8 @@ def _inverse_peers(wavelet: str, mode: str) -> dict[str, Contender]:
             return low, torch.stack(high, dim=2), module
 
         result["pytorch_wavelets"] = Contender(
-            lambda low, high, transform: transform((low, [high])), prepare, graph=True
+            lambda low, high, transform: transform((low, [high])), prepare,
+            graph=mode == "periodization",
         )
     return result
 

@@ -89,10 +89,12 @@ void launch_blur(const Tensor& x, const Tensor& result, double sigma, cudaStream
   std::copy(taps.begin(), taps.end(), args.taps);
   blur_grid(args, x.size(0), static_cast<int>(radius));
   const int bytes = blur_shared_bytes(args.halo);
-  // Of the device in use: a call for each device, so for each launch.
+  // Of the device in use: a call for each device, so for each launch; the same for all, since
+  // other threads launch it too.
+  constexpr int most = blur_shared_bytes(kBlurMostRadius);
   const cudaError_t error =
-      cudaFuncSetAttribute(blur_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: no ", bytes, " bytes of shared memory: ",
+      cudaFuncSetAttribute(blur_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: no ", most, " bytes of shared memory: ",
                   cudaGetErrorString(error));
   blur_kernel<<<grid_of(args.count), kBlurThreads, bytes, stream>>>(args);
   check_launch("anomaly_map: Gaussian");

@@ -100,10 +100,10 @@ def open_audio(
             have channels (the shorter axis), or a list of files, of waves or of such pairs. Waves
             are floats in [-1, 1], int16 or int32.
         rate: of the result, samples a second.
-        highest: a warning names the first recording whose own rate leaves out frequencies of this
+        highest: a warning names a recording whose own rate leaves out frequencies of this
             many Hz.
         window, step: each clip is extended to window + k step samples, k >= 0: a shorter one than
-            a window is repeated, with a warning that names the first, the end of a longer one is
+            a window is repeated, with a warning that names one, the end of a longer one is
             mirrored.
         strict: raise `InputError` at the first unusable file instead of leaving it out with a
             `SkippedInput` warning. A single file is always needed.
@@ -297,31 +297,37 @@ def extended(wave: np.ndarray, window: int, step: int) -> np.ndarray:
 class _Items:
     def __init__(self, rate: int, window: int, step: int, highest: float):
         self._rate, self._shape, self._highest = rate, (window, step), highest
-        self._shortest = window
+        self._warned: dict[str, object] = {}
 
-    def _extended(self, wave: np.ndarray, name: str) -> np.ndarray:
-        if len(wave) < self._shortest:
-            warnings.warn(
-                f"{name} lasts {len(wave) / self._rate:.3g} s, less than the detector's window of "
-                f"{self._shortest / self._rate:.3g} s, and is repeated to fill it: that can be "
-                "heard, so such clips sound anomalous to a detector fitted on longer ones; fit "
-                "with a smaller window_frames",
-                stacklevel=2,
-            )
-            self._shortest = 0
-        return extended(wave, *self._shape)
+    def _warn_once(self, what: str, text: str) -> None:
+        """Of each kind of recording one is named; threads read them, so not always the first."""
+        token = object()
+        if self._warned.setdefault(what, token) is token:
+            warnings.warn(text, stacklevel=3)
 
     def _hear(self, own: float, name: str) -> None:
-        """Warn once of recordings in which a part of what the detector listens to is missing."""
+        """Warn of recordings in which a part of what the detector listens to is missing."""
         # Between what a filter leaves and half of the rate nothing sounds different.
         if own / 2 < 0.9 * self._highest:
-            warnings.warn(
+            self._warn_once(
+                "rate",
                 f"{name} was sampled {own:g} times a second and holds nothing above {own / 2:g} "
                 f"Hz, and the detector listens up to {self._highest:g} Hz: such recordings sound "
                 f"anomalous to one fitted on others; fit with fmax={own / 2:g}",
-                stacklevel=2,
             )
-            self._highest = 0.0
+
+    def _extended(self, wave: np.ndarray, name: str) -> np.ndarray:
+        """The wave at the length of whole windows; warn of those that are repeated for that."""
+        window = self._shape[0]
+        if len(wave) < window:
+            self._warn_once(
+                "length",
+                f"{name} lasts {len(wave) / self._rate:.3g} s, less than the detector's window of "
+                f"{window / self._rate:.3g} s, and is repeated to fill it: that can be heard, so "
+                "such clips sound anomalous to a detector fitted on longer ones; fit with a "
+                "smaller window_frames",
+            )
+        return extended(wave, *self._shape)
 
 
 class _FileItems(_Items):

@@ -7,12 +7,18 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from .. import ops
+
+# One capture at a time in a process: its beginning synchronises the device, which another one that
+# is under way does not survive.
+CAPTURING = threading.Lock()
 
 # A call that has not come before, and one that has come once: the last, smaller batch of a data set
 # is not worth a capture.
@@ -80,6 +86,7 @@ class Graphed:
         try:
             captured = CapturedCall(self.function, x)
         except Exception as error:
+            _recover(x.device)
             warnings.warn(
                 f"scoring runs without a CUDA graph, its capture failed: {error}",
                 RuntimeWarning,
@@ -108,18 +115,19 @@ class CapturedCall:
 
     def __init__(self, function: Callable, x: torch.Tensor):
         self._input = x.clone()
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.device(x.device), torch.cuda.stream(side):
-            for _ in range(2):  # libraries load their kernels and choose among them
-                function(self._input)
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile.
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                self._output = function(self._input)
-        torch.cuda.current_stream(x.device).wait_stream(side)
+        current, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        with CAPTURING, torch.cuda.device(x.device):
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(2):  # libraries load their kernels and choose among them
+                    function(self._input)
+                self._graph = torch.cuda.CUDAGraph()
+                # Other threads may use the device meanwhile.
+                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                    self._output = function(self._input)
+            current.wait_stream(side)
         self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(x.device))
+        self._done.record(current)
 
     def __call__(self, x: torch.Tensor):
         stream = torch.cuda.current_stream(x.device)
@@ -130,6 +138,21 @@ class CapturedCall:
         result = tree_map(lambda y: y.clone() if isinstance(y, torch.Tensor) else y, self._output)
         self._done.record(stream)
         return result
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: for every stream that has seen a product, cuBLAS keeps memory."""
+    return torch.cuda.Stream(device)
+
+
+def _recover(device: torch.device) -> None:
+    """After a capture that failed: PyTorch's generator of random numbers (in 2.11) is left as if
+    under capture, and refuses to draw, until another capture has ended."""
+    with suppress(Exception), CAPTURING, torch.cuda.device(device):
+        side = _side_stream(device)
+        with torch.cuda.stream(side), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+            torch.zeros(1, device=device)
 
 
 def elapsed(call: Callable, x: torch.Tensor) -> float:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..diffusion.graphs import CAPTURING
+
 WARM_UP = 3  # steps, which libraries use to load kernels and choose among them
 
 
@@ -38,7 +40,8 @@ class CapturedStep:
             graph = torch.cuda.CUDAGraph()
             # Capture computes nothing: the step itself is the replay below.
             # Other threads, such as a loader that pins memory, may use the device meanwhile.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            mode = {"stream": self._stream, "capture_error_mode": "thread_local"}
+            with CAPTURING, torch.cuda.graph(graph, **mode):
                 self._result = self._step(*self._inputs)
             self._graph = graph
         for kept, new in zip(self._inputs, inputs, strict=True):

@@ -13,11 +13,13 @@ import torch
 
 from diffad_fast.data import audio as module
 from diffad_fast.data.audio import (
+    Resampler,
     groups_by_recording,
     labelled_clips,
     open_audio,
     read_audio,
     read_blocks,
+    resampling_delay,
     training_clips,
 )
 from diffad_fast.errors import InputError, SkippedInput
@@ -316,13 +318,37 @@ def test_plain_folders(tmp_path):
 
 def test_a_rate_too_low_for_the_detector_is_named_once():
     low = [(tone(rate=4000), 4000)] * 2 + [(tone(), RATE)]
-    message = "clip 0 was sampled 4000 times a second .* above 2000 Hz, .* up to 4000 .*fmax=2000"
+    message = "clip [01] was sampled 4000 times a .* above 2000 Hz, .* up to 4000 .*fmax=2000"
     with pytest.warns(UserWarning, match=message) as found:
         list(open_audio(low, RATE, WINDOW, STEP, highest=4000.0).batches(1))
     assert len(found) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(open_audio(low, RATE, WINDOW, STEP, highest=2000.0).batches(1))
+
+
+def test_a_clip_shorter_than_a_window_is_named_once(tmp_path):
+    short = [tone()[:WINDOW], tone()[: WINDOW // 2], tone()[: WINDOW // 3]]
+    message = r"clip (1 lasts 0.125|2 lasts 0.0833) s, less than .* 0.25 s"
+    with pytest.warns(UserWarning, match=message) as found:
+        list(open_audio(short, RATE, WINDOW, STEP).batches(1))
+    assert len(found) == 1
+    path = save(tmp_path / "short.wav", short[1], RATE)
+    with pytest.warns(UserWarning, match="short.wav lasts"):
+        list(open_audio([path], RATE, WINDOW, STEP).batches(1))
+
+
+@pytest.mark.parametrize("own", [1000, 2000, 4000, 8000, 22050, 44100, 48000, 96000])
+@pytest.mark.parametrize("size", [97, 1001])
+def test_the_delay_of_resampling_is_the_largest(own, size):
+    delay, resampler = resampling_delay(own, 16000), Resampler(own, 16000, "x")
+    assert resampling_delay(own, own) == 0
+    given, found, longest = 0, 0, 0.0
+    while given < 9 * own:
+        given += size
+        found += len(resampler.push(np.zeros(size, np.float32)))
+        longest = max(longest, given / own - found / 16000)
+    assert longest <= delay < 1.1 * longest + size / own
 
 
 def test_a_file_of_a_low_rate_is_named(tmp_path):

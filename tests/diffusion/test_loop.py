@@ -424,6 +424,16 @@ def test_a_failed_capture_says_so_once_and_runs_eagerly(captures, monkeypatch):
         assert graph_of(run, x) is None
 
 
+@pytest.mark.gpu
+def test_random_numbers_after_a_failed_capture():
+    x = torch.ones(4, device="cuda")
+    graphed = graphs.Graphed(lambda x: x + x.sum().item(), [])
+    graphed(x)
+    with pytest.warns(RuntimeWarning, match="capture failed"):
+        assert torch.equal(graphed(x), x + 4)
+    assert torch.randn(9, device="cuda").isfinite().all()
+
+
 def test_threads_take_turns_with_a_graph(captures, monkeypatch):
     """A graph has one set of buffers: nobody may write to them before the result is out."""
     inside, most = [], []

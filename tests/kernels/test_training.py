@@ -56,6 +56,16 @@ def test_forward_process(shape, kind):
         close(a, b, tolerance)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_at_both_ends(kind):
+    x0, noise = tensors((2, 3))
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64, device=DEVICE)
+    with daf.use_backend("triton"):
+        weight = ops.noised_target(x0, torch.arange(2, device=DEVICE), noise, ends, kind)[2]
+    expected = {"epsilon": [1, 0], "sample": [0, 5], "v_prediction": [0, 0]}
+    assert weight.tolist() == expected[kind]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_dtypes_and_layouts(dtype):
     x0, noise = tensors((2, 8, 6, 5), dtype)

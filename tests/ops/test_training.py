@@ -32,6 +32,15 @@ def test_noised_target(kind, shape):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_weights_at_both_ends(kind):
+    """Of schedules that end without signal, or begin without noise."""
+    ends = {"epsilon": (1, 0), "sample": (0, 5), "v_prediction": (0, 0)}[kind]
+    x, alphas = torch.randn(2, 3), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    weight = ops.noised_target(x, torch.tensor([0, 1]), x, alphas, kind)[2]
+    assert tuple(weight.tolist()) == ends
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_noise_shared_by_the_batch(kind):
     x0, noise = torch.randn(3, 2, 2), torch.randn(1, 2, 2, dtype=torch.float64)
     t = torch.tensor([0, 1, 2])

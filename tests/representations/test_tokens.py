@@ -35,6 +35,19 @@ def test_small_eigenvalues_are_not_blown_up():
     assert deviation[1] == pytest.approx(1, abs=0.01) and deviation[0] < 1e-4
 
 
+def test_what_never_varies_counts_in_the_unit_of_what_does():
+    rows = torch.randn(200, 7, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0, 0, 0, 0, 0])
+    moments, whitening = Moments(), Whitening(standardise=True)
+    moments.add(rows)
+    whitening.fit(moments)
+    away = rows.mean(dim=0)[None].float().repeat(2, 1)
+    away[0, 1] += 0.2  # a tenth of a deviation of a number that varies
+    away[1, 5] += 0.2
+    found = whitening(away).norm(dim=1)
+    assert found[0] == pytest.approx(0.1, rel=0.1)
+    assert found[1] == pytest.approx(0.1 / 1e-3**0.5, rel=0.1)  # by the smallest eigenvalue
+
+
 def test_energies_are_those_of_pywavelets():
     """The undecimated transform of PyWavelets, whose bands are circular: compared inside."""
     side = 128

@@ -119,9 +119,25 @@ def test_an_interrupted_run_that_cannot_be_kept_says_so(tmp_path, monkeypatch):
         trainer.run(TrainingCheckpoint(tmp_path / "no" / "state"))
 
 
-def interrupting(inputs):
+@pytest.mark.parametrize("at", [4, 58])
+def test_an_interrupted_step_is_validated(at, tmp_path, monkeypatch):
+    """The signal of one step ends the next, which here is validated, and at last the last one."""
+    whole = worker.token_trainer()
+    expected = whole.run()
+    trainer = worker.token_trainer()
+    monkeypatch.setattr(trainer, "inputs", interrupting(trainer.inputs, at))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(TrainingCheckpoint(tmp_path / "state"))
+    resumed = worker.token_trainer()
+    found = resumed.run(TrainingCheckpoint(tmp_path / "state", resume=True))
+    assert at + 1 in [step for step, _ in expected.validation_loss]
+    assert [tuple(entry) for entry in found.validation_loss] == expected.validation_loss
+    worker.assert_same(resumed.denoiser.state_dict(), whole.denoiser.state_dict())
+
+
+def interrupting(inputs, at=5):
     def wrapped(step):
-        if step == 5:
+        if step == at:
             os.kill(os.getpid(), signal.SIGINT)
         return inputs(step)
 
