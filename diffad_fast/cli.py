@@ -127,6 +127,8 @@ def _fit(args: argparse.Namespace) -> None:
         source = args.data if detector.config.kind == "vector" else mvtec_train(args.data)
     images = detector.open(source, strict=args.strict)
     if args.group_regex:
+        if images.paths is None:
+            raise InputError("--group-regex reads names of files: leave it out for a table")
         groups = groups_by_regex(images.paths, args.group_regex)
     kept = TrainingCheckpoint(
         state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv",
@@ -185,6 +187,12 @@ def _score(args: argparse.Namespace) -> None:
     from .report import result_folder
     from .training.distributed import processes
 
+    data, out = Path(args.data).resolve(), Path(args.out).resolve()
+    if data.is_dir() and data in (out, *out.parents):
+        raise InputError(
+            f"--out {args.out} lies in {args.data}, where the next score would take its heatmaps "
+            "for data: give another folder"
+        )
     detector = _loaded(args)
     if not processes().first:
         # Scores its share and hands it to the first, which writes.
@@ -393,8 +401,11 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size", type=_size, metavar="S", help="side in pixels, or HEIGHTxWIDTH (256)"
     )
     fit.add_argument("--channels", type=int, metavar="C", help="1 for grey (default), 3 for colour")
-    fit.add_argument("--steps", type=int, dest="train_steps", metavar="N", help="training steps")
-    fit.add_argument(
+    length = fit.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps", type=int, dest="train_steps", metavar="N", help="training steps"
+    )
+    length.add_argument(
         "--budget", type=_duration, dest="train_budget", metavar="TIME",
         help="time that the training may take, instead of --steps: 300, 300s, 5min, 2h",
     )  # fmt: skip

@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -275,10 +276,16 @@ class DetectorConfig:
     def __post_init__(self):
         size = self.image_size
         if isinstance(size, int):
-            size = (size, size)
-        object.__setattr__(self, "image_size", tuple(size))
-        for name in ("map_weights", "tokens", "sigmas", "inversion_sigmas"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, "image_size", (size, size))
+        for name in ("tokens", "augment"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        lists = ("image_size", "map_weights", "tokens", "sigmas", "inversion_sigmas", "augment")
+        for name in lists:
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise InputError(f"{name} must be a list, not {value!r}")
+            object.__setattr__(self, name, tuple(value))
         self._check_types()
         _choice("kind", self.kind, KINDS)
         on_tokens = self.on_tokens
@@ -342,7 +349,9 @@ class DetectorConfig:
             raise InputError(f"image_size is one integer or (height, width), not {size!r}")
         if self.channels not in (1, 3):
             raise InputError(f"channels is 1 (grey) or 3 (colour), not {self.channels!r}")
-        if len(self.map_weights) != 3 or min(self.map_weights) < 0 or max(self.map_weights) == 0:
+        for weight in self.map_weights:
+            _range("map_weights", weight, 0.0, math.inf)
+        if len(self.map_weights) != 3 or max(self.map_weights) == 0:
             raise InputError(
                 f"map_weights is three numbers of at least 0, not all 0; got {self.map_weights!r}"
             )
@@ -448,16 +457,14 @@ class DetectorConfig:
         if isinstance(self.train_budget, str):
             object.__setattr__(self, "train_budget", duration(self.train_budget))
         if self.train_budget is not None:
-            _range("train_budget", self.train_budget, 1e-3, math.inf)
+            _range("train_budget", self.train_budget, 1e-3, 1e8)
         _range("early_stopping", self.early_stopping, 0, math.inf)
         _range("accumulate", self.accumulate, 1, math.inf)
         _choice("train_dtype", self.train_dtype, TRAIN_DTYPES)
         _choice("train_compile", self.train_compile, TRAIN_COMPILE)
-        names = (self.augment,) if isinstance(self.augment, str) else tuple(self.augment)
-        object.__setattr__(self, "augment", names)
-        for name in names:
+        for name in self.augment:
             _choice("augment", name, AUGMENTATIONS)
-        if names and self.kind != "image":
+        if self.augment and self.kind != "image":
             raise InputError(f"augment changes images: leave it out for {self.kind}")
 
     def _check_audio(self) -> None:
@@ -471,10 +478,10 @@ class DetectorConfig:
         _range("fmin", self.fmin, 0.0, self.fmax)
         if self.fmin == self.fmax:
             raise InputError(f"fmin and fmax are both {self.fmin:g}: give a range of frequencies")
-        if self.statistics == "position":
+        if self.statistics != "scalar":
             raise InputError(
-                "statistics='position' is for images: clips have no positions in common, so leave "
-                "it out"
+                f"statistics={self.statistics!r} is for images: clips have no positions in common, "
+                "so leave it out"
             )
         _range("window_frames", self.window_frames, 8, 1 << 16)
         _range("window_step", self.window_step, 1, self.window_frames)

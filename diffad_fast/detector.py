@@ -7,7 +7,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,6 +208,8 @@ class Detector:
             config = config.replace(train_budget=budget)
         samples = self._open(source, strict)
         usable = samples.load()
+        if self.config.kind == "vector" and samples.coarse:
+            raise InputError(samples.coarse)
         if self.config.kind == "vector" and samples.labels is not None and samples.labels.any():
             raise InputError(
                 f"the table labels {int(samples.labels.astype(bool).sum())} of {len(samples)} rows "
@@ -289,11 +291,21 @@ class Detector:
                 "which normals were held out is not kept in files: fit anew, or calibrate in the "
                 "process that has fitted"
             )
-        samples, wanted = self.open(source), self.mode
         for mode in modes:
-            self.mode = mode
-            self._calibrate(samples)
-        self.mode = wanted
+            self.config.replace(mode=mode)  # raises before anything is changed
+        samples, wanted = self.open(source), self.mode
+        usable, (_, split) = set(samples.load()), self.parts[0]
+        if usable != {i for part in split[:4] for i in part}:
+            raise InputError(
+                f"{len(usable)} usable {samples.unit}s are not what the detector was fitted on: "
+                "calibrate on the same source, in the same order"
+            )
+        try:
+            for mode in modes:
+                self.mode = mode
+                self._calibrate(samples)
+        finally:
+            self.mode = wanted
 
     @torch.inference_mode()
     def _calibrate(self, samples) -> None:
@@ -366,20 +378,17 @@ class Detector:
         clip = config.sample_rate, config.window_samples, config.step_samples
         shape = {"image": (size, config.channels), "audio": clip, "vector": ()}[config.kind]
         if isinstance(source, _OPENED):
-            if source.opened_as not in (None, (config.kind, *shape)):
+            if source.opened_as != (config.kind, *shape):
                 raise InputError(
-                    f"these samples were opened by a detector of {source.opened_as} and this one "
-                    f"sees {(config.kind, *shape)}: open them with it"
+                    f"these samples were opened as {source.opened_as} and this detector sees "
+                    f"{(config.kind, *shape)}: open them with it"
                 )
             return source
         if config.kind == "vector":
-            samples = open_vectors(source)
-        elif config.kind == "audio":
-            samples = open_audio(source, *clip, highest=config.fmax, strict=strict)
-        else:
-            samples = open_images(source, *shape, strict=strict, min_side=min_side)
-        samples.opened_as = config.kind, *shape
-        return samples
+            return open_vectors(source)
+        if config.kind == "audio":
+            return open_audio(source, *clip, highest=config.fmax, strict=strict)
+        return open_images(source, *shape, strict=strict, min_side=min_side)
 
     # -------------------------------------------------------------- score
 
@@ -401,13 +410,19 @@ class Detector:
         Files that cannot be used are left out and named in ``skipped`` of the batch after them.
         """
         self._require_fitted()
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        batch_size = self._batch_size(batch_size)
         if self.conformal.threshold is None:
             warnings.warn(f"label is None: {self.conformal.why_no_label()}", stacklevel=2)
         samples = self.open(source, strict=strict)
         maps = maps and self.config.kind != "vector"
-        return self._score_batches(samples, maps, batch_size or self.config.batch_size)
+        return self._score_batches(samples, maps, batch_size)
+
+    def _batch_size(self, asked: int | None) -> int:
+        if asked is None:
+            return self.config.batch_size
+        if not isinstance(asked, (int, np.integer)) or isinstance(asked, bool) or asked < 1:
+            raise InputError(f"batch_size must be a whole number of at least 1, not {asked!r}")
+        return int(asked)
 
     def _score_batches(self, samples, maps: bool, batch_size: int) -> Iterator[Score]:
         together = processes()
@@ -484,12 +499,13 @@ class Detector:
         """How samples go from data to noise in a deterministic inversion; ``source`` as in
         :meth:`fit`. The mode is changed meanwhile: no other thread may use this detector."""
         self._require_fitted()
+        batch_size = self._batch_size(batch_size)
         samples = self.open(source)
         wanted, parts = self.mode, []
         self.mode = "invert"
         try:
             with torch.inference_mode():
-                for batch in samples.batches(batch_size or self.config.batch_size):
+                for batch in samples.batches(batch_size):
                     parts.append([t.cpu().double().numpy() for t in self.model.trajectory(batch.x)])
         finally:
             self.mode = wanted
@@ -505,14 +521,29 @@ class Detector:
         return Stream(self, rate)
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        """A U-Net's idea of images (N,C,H,W) in [0,1] without their anomalies.
+        """A U-Net's idea of images (N,C,H,W) of floats in [0,1], at the detector's size, without
+        their anomalies: a tensor of that shape on the CPU.
 
-        Raises InputError for a detector on tokens, which have no way back to an image.
+        Raises InputError for images of another shape or with NaN, before ``fit``, and for a
+        detector on tokens, which have no way back to an image.
         """
         if self.config.on_tokens:
             raise InputError(
                 "the token MLP reconstructs tokens, not images: use a U-Net, such as "
                 "denoiser='unet-small'"
+            )
+        self._require_fitted()
+        shape = (self.config.channels, *self.config.image_size)
+        found = tuple(getattr(images, "shape", ()))
+        if not isinstance(images, torch.Tensor) or len(found) != 4 or found[1:] != shape:
+            raise InputError(
+                f"reconstruct takes a tensor (N, {', '.join(map(str, shape))}), not a "
+                f"{type(images).__name__}{f' of shape {found}' if found else ''}"
+            )
+        if not images.is_floating_point() or not ((images >= 0) & (images <= 1)).all():
+            raise InputError(
+                f"reconstruct takes floats in [0, 1], not {images.dtype} from {images.min():g} to "
+                f"{images.max():g}"
             )
         return self.model.reconstruct(images)
 
@@ -554,7 +585,7 @@ class Detector:
         """
         kind = self.config.kind
         if kind != "audio" and (layout != "auto" or normal is not None or folds is not None):
-            raise InputError(f"layout, normal and folds are for audio: leave them out for a {kind}")
+            raise InputError(f"layout, normal and folds are for audio: leave them out for {kind}s")
         if kind == "vector":
             if report is not None:
                 raise InputError("a report shows images or clips: leave it out for vectors")
@@ -600,6 +631,7 @@ class Detector:
         texts = {
             "config": self.config.to_json(),
             "statistics": json.dumps({m: len(c.statistics) for m, c in self.calibrations.items()}),
+            "features": _digest(self._features),
             "settled": json.dumps(self._settled),
             "most_windows": str(self._most_windows),
             "history": json.dumps(dataclasses.asdict(self.history)),
@@ -728,14 +760,29 @@ class Detector:
 def _group_labels(groups, count: int) -> list[Hashable]:
     """``groups`` as a list of what can be compared; raises InputError."""
     # Elements of tensors compare by identity, those of a pandas Series are found by its index.
+    if not hasattr(groups, "tolist") and not isinstance(groups, Iterable):
+        raise InputError(f"groups is {groups!r}: give a label for each of the {count} samples")
     labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
     labels = [g.item() if getattr(g, "ndim", None) == 0 else g for g in labels]
     if len(labels) != count:
         raise InputError(f"groups has {len(labels)} labels for {count} samples")
     for label in labels:
-        if not isinstance(label, Hashable) or getattr(label, "ndim", 0):
+        try:
+            hash(label)
+            wrong = bool(getattr(label, "ndim", 0))
+        except TypeError:
+            wrong = True
+        if wrong:
             raise InputError(f"groups has the label {label!r}: give a number or a text a sample")
     return labels
+
+
+def _digest(features: nn.Module | None) -> str:
+    """Of a backbone's weights; "" without one."""
+    if features is None:
+        return ""
+    tensors = {k: v for k, v in features.state_dict().items() if isinstance(v, torch.Tensor)}
+    return checkpoint.checksum({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {})
 
 
 def _are_labelled(data) -> bool:
@@ -768,8 +815,9 @@ def load(
 ) -> Detector:
     """Read a detector that :meth:`Detector.save` wrote.
 
-    denoiser, features: modules of the architectures that were fitted, for detectors with their own,
-    and for backbones that timm would fetch from elsewhere ("hf-hub:...").
+    denoiser: a module of the architecture that was fitted, for a detector with its own; its weights
+    are those in the file. features: the module that was given to the fit, with its weights, which
+    are not in the file; also for backbones that timm would fetch from elsewhere ("hf-hub:...").
     Raises CheckpointError for a file that is missing, damaged, of another version, or of another
     kind.
     """
@@ -807,6 +855,11 @@ def from_state(
         config = config.replace(inference_dtype="float32")
     detector = Detector.__new__(Detector)
     detector._set_up(config, device, denoiser, features)
+    if texts["features"] != _digest(detector._features):
+        raise CheckpointError(
+            f"{path} was fitted with other weights of its features, which files do not hold: pass "
+            "features=module with those of the fit"
+        )
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -359,11 +359,25 @@ def test_options_that_cannot_be(good, tmp_path, fails):
     fails(*argv, "--group-regex", "(", *FAST, names=["regular expression"])
     fails(*argv, "--group-regex", "tile(.)", *FAST, names=["tile(.)", "000.png"])
     fails(*argv, "--device", "warp", names=["warp"])
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20, 3)))
+    table = ["fit", tmp_path / "x.npy", "--kind", "vector", "--out", tmp_path / "t.diffad"]
+    fails(*table, "--group-regex", "x", names=["--group-regex", "table"])
     fails(*argv, "--config", tmp_path / "none.json", names=["none.json"])
     path = tmp_path / "options.json"
     for text, name in (("{", "JSON"), ("[1]", "list"), ('{"step": 3}', "'step'")):
         path.write_text(text)
         fails(*argv, "--config", path, names=[name])
+
+
+def test_results_do_not_lie_in_the_data(model, good, fails):
+    for out in (good / "results", good):
+        fails("score", model, good, "--out", out, names=["--out", str(out)])
+
+
+def test_steps_or_a_budget(good, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", str(good), "--out", str(tmp_path / "m"), "--steps", "4", "--budget", "1s"])
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_mode_that_is_not(model, root, fails):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import diffad_fast as daf
+from diffad_fast.data.images import open_images
 from diffad_fast.denoisers import WaveletUNet, inference
 from diffad_fast.errors import BackendError, CheckpointError, InputError
 from diffad_fast.training.loop import TrainingCheckpoint
@@ -57,8 +58,6 @@ def test_finds_the_squares(fitted):
     assert ((score.p_value > 0) & (score.p_value <= 1)).all()
     np.testing.assert_array_equal(score.index, np.arange(80))
     assert score.paths is None and score.skipped == []
-    with pytest.raises(InputError, match="batch_size must be at least 1, not -1"):
-        fitted.score(clean, batch_size=-1)
     assert fitted.history.steps == 60 and daf.Detector(**OPTIONS).history.steps == 0
 
 
@@ -247,10 +246,59 @@ def test_unknown_devices(device):
 def test_samples_of_another_detector():
     images = np.zeros((9, 1, 64, 64), np.uint8)
     opened = daf.Detector(image_size=64, preset="fast").open(images)
-    with pytest.raises(InputError, match=r"of \('image', \(64, 64\), 1\) and this one sees .*32"):
+    with pytest.raises(InputError, match=r"as \('image', \(64, 64\), 1\) and this .* sees .*32"):
         daf.Detector(image_size=32, preset="fast").fit(opened)
-    with pytest.raises(InputError, match=r"this one sees \('vector',\): open them with it"):
+    with pytest.raises(InputError, match=r"this detector sees \('vector',\): open them with it"):
         daf.Detector(kind="vector").fit(opened)
+    by_hand = open_images(images, (128, 128), 1)
+    with pytest.raises(InputError, match=r"opened as \('image', \(128, 128\), 1\)"):
+        daf.Detector(image_size=64, preset="fast").fit(by_hand)
+
+
+def test_calibrating_leaves_the_mode_and_knows_its_data():
+    x = np.random.default_rng(0).normal(size=(80, 3)).astype(np.float32)
+    found = daf.Detector(kind="vector", train_steps=5).fit(x)
+    before = found.conformal.scores
+    for source, modes in ((x, ("invert", "bogus")), (x[:50], ("invert",)), (x.T, ("invert",))):
+        with pytest.raises(InputError):
+            found.calibrate(source, modes)
+        assert found.mode == "one_step"
+    with pytest.raises(InputError, match="50 usable rows are not what the detector was fitted on"):
+        found.calibrate(x[:50])
+    images = normals(40)
+    loader = [images[:25], images[25:]]
+    found = daf.Detector(**OPTIONS | {"train_steps": 2}).fit(loader)
+    before = found.conformal.scores
+    found.calibrate(loader)
+    assert np.array_equal(found.conformal.scores, before)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "8", True])
+def test_sizes_of_a_batch(fitted, size):
+    for call in (fitted.score, fitted.trajectory):
+        with pytest.raises(InputError, match="batch_size must be a whole number of at least 1"):
+            call(normals(3), batch_size=size)
+
+
+def test_what_cannot_be_reconstructed(fitted):
+    image = torch.rand(1, 1, *fitted.config.image_size)
+    assert fitted.reconstruct(image).shape == image.shape
+    for wrong, message in (
+        (image[0], r"a Tensor of shape \(1, "), (image.numpy(), "a ndarray of shape"),
+        ("x.png", "not a str"), (image[..., 1:], "takes a tensor"),
+        (image * 255, "floats in .0, 1."), ((image * 255).byte(), "not torch.uint8 from"),
+        (image / 0 * 0, "from nan"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            fitted.reconstruct(wrong)
+    with pytest.raises(InputError, match="not fitted"):
+        daf.Detector(**OPTIONS).reconstruct(image)
+
+
+def test_a_budget_of_hardly_any_steps_is_told():
+    found = daf.Detector(**OPTIONS | {"warmup_steps": 100})
+    with pytest.warns(RuntimeWarning, match="are enough for .* steps of .* fewer than the 100"):
+        found.fit(normals(40), budget=0.05)
 
 
 def test_a_broken_training_stops(monkeypatch):
@@ -356,7 +404,8 @@ def test_own_denoisers_choose_their_dtype_themselves():
     class Own(torch.nn.Module):
         pass
 
-    assert daf.Detector(denoiser=Own()).config.inference_dtype == "float32"
+    found = daf.Detector(denoiser=Own(), map_weights=(1, 0, 1))
+    assert found.config.inference_dtype == "float32"
     with pytest.raises(InputError, match="bfloat16.*built-in"):
         daf.Detector(denoiser=Own(), inference_dtype="bfloat16")
 
@@ -462,6 +511,14 @@ def test_few_normals_leave_no_map_alone():
     clean, bad = found.score(texture[20:40]), found.score(broken)
     assert daf.metrics.auroc(np.repeat([0, 1], 20), np.r_[clean.score, bad.score]) > 0.8
     assert bad.map.std(axis=(1, 2)).min() > 1e-2 * np.abs(bad.map).max()
+
+
+def test_one_row_for_statistics():
+    x = np.random.default_rng(0).normal(size=(8, 4))
+    found = daf.Detector(kind="vector", train_steps=20).fit(x)
+    assert len(found.parts[0].split.statistics) == 1
+    near, far = found.score(np.r_[x, 20 + x]).score.reshape(2, 8)
+    assert near.max() < far.min() < 100 and abs(near).max() < 100
 
 
 def test_a_second_fit_begins_anew():

@@ -73,6 +73,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--without-controls", action="store_true")
     parser.add_argument("--device")
     parser.add_argument("--name", default="quality", help="name of the result")
+    parser.add_argument("--title", help="what the data sets are, in place of their names")
     parser.add_argument("--note", default="", help="what a reader must know, for the table")
     args = parser.parse_args(argv)
 
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> int:
         sets = [found for found in sets if (found.part == args.part).any()]
     result = {
         "machine": describe(),
+        "title": args.title or ", ".join(found.name for found in sets),
         "part": args.part,
         "preset": args.preset,
         "options": args.options,

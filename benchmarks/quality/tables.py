@@ -41,8 +41,7 @@ def summary(result: dict) -> str:
         "fusion and calibration."
     )
     lines = [
-        f"# {title} on {', '.join(one['name'] for one in result['sets'])}, preset "
-        f"{result['preset']}, {result['part']} part",
+        f"# {title} on {result['title']}, preset {result['preset']}, {result['part']} part",
         "",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}; seeds "

@@ -112,10 +112,11 @@ def open_audio(
         InputError: nothing is there. Unusable waves raise while they are read.
         BackendError: soundfile or soxr is not installed.
     """
+    opened_as = "audio", rate, window, step
     if isinstance(source, (str, os.PathLike)):
         paths = _audio_files(os.fspath(source))
         strict = strict or os.path.isfile(source)
-        return Clips(_FileItems(paths, rate, window, step, highest), None, strict)
+        return Clips(_FileItems(paths, rate, window, step, highest), None, strict, opened_as)
     if _is_pair(source):
         source = [source]
     elif isinstance(source, (np.ndarray, torch.Tensor)):
@@ -144,7 +145,7 @@ def open_audio(
         raise InputError(f"the list has {files} paths and {len(source) - files} waves: give one.")
     else:
         items = _WaveItems(list(source), rate, window, step, highest)
-    return Clips(items, None, strict)
+    return Clips(items, None, strict, opened_as)
 
 
 def read_audio(path: str, rate: int, opened: Callable[[int], None] | None = None) -> np.ndarray:
@@ -396,7 +397,7 @@ def as_mono(wave, name: str, *, channels_last: bool = False) -> np.ndarray:
         raise InputError(f"{name} has shape {wave.shape}: a wave has (samples,) or channels too.")
     if 0 in wave.shape:
         raise InputError(f"{name} of shape {wave.shape} holds no samples: leave it out.")
-    if wave.dtype in (np.int16, np.int32):
+    if wave.dtype.kind == "i" and wave.dtype.itemsize in (2, 4):
         wave = wave / np.float32(-float(np.iinfo(wave.dtype).min))
     elif wave.dtype.kind != "f":
         raise InputError(

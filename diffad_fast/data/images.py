@@ -101,8 +101,9 @@ def open_images(
             in an array or a loader raise while they are read.
     """
     size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
+    opened_as = "image", size, channels
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return Images(_ArrayItems(source, size, channels, min_side), None, strict)
+        return Images(_ArrayItems(source, size, channels, min_side), None, strict, opened_as)
     if isinstance(source, (str, os.PathLike)):
         paths = _image_files(os.fspath(source))
         strict = strict or os.path.isfile(source)
@@ -115,13 +116,13 @@ def open_images(
     elif isinstance(source, Iterable) and not isinstance(source, Iterator):
         if isinstance(source, Sequence) and len(source) == 0:
             raise InputError("the list of images is empty: give at least one file or batch.")
-        return Images(None, _LoaderItems(source, size, channels, min_side), strict)
+        return Images(None, _LoaderItems(source, size, channels, min_side), strict, opened_as)
     else:
         raise InputError(
             f"images cannot be read from a {type(source).__name__}: give a folder, files, an "
             "array, a tensor, or a loader that can be iterated more than once."
         )
-    return Images(_FileItems(paths, size, channels, min_side), None, strict)
+    return Images(_FileItems(paths, size, channels, min_side), None, strict, opened_as)
 
 
 class Images:
@@ -133,10 +134,10 @@ class Images:
     """
 
     unit = "image"
-    opened_as: tuple | None = None
-    """For which kind of detector, and in what shape."""
 
-    def __init__(self, items, loader: _LoaderItems | None, strict: bool):
+    def __init__(self, items, loader: _LoaderItems | None, strict: bool, opened_as: tuple):
+        self.opened_as = opened_as
+        """For which kind of detector, and in what shape."""
         self.paths: list[str] | None = getattr(items, "paths", None)
         self.skipped: list[tuple[str, str]] = []
         self._items = items

@@ -13,6 +13,10 @@ import torch
 from ..errors import InputError
 from .images import Batch
 
+# Rows by which a column's precision is judged, and the least deviation, as a share of the largest
+# value: a hundred roundings of float32.
+SAMPLE, SMALLEST_SHARE = 4096, 100 * 2.0**-24
+
 _SUFFIXES = (".npy", ".npz", ".csv")
 
 
@@ -21,10 +25,12 @@ class Vectors:
 
     unit = "row"
     paths = None
-    opened_as: tuple | None = None
+    opened_as = ("vector",)
 
-    def __init__(self, rows: np.ndarray, labels: np.ndarray | None = None):
+    def __init__(self, rows: np.ndarray, labels: np.ndarray | None = None, coarse: str = ""):
         self.rows, self.labels = rows, labels
+        self.coarse = coarse
+        """Why nothing can be fitted on these rows in float32; "" where it can."""
         self.skipped: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
@@ -74,6 +80,7 @@ def open_vectors(source) -> Vectors:
         raise InputError(f"{name} has shape {rows.shape}: vectors are rows (N, D), so reshape it")
     if 0 in rows.shape:
         raise InputError(f"{name} of shape {rows.shape} is empty: give at least one row and column")
+    coarse = _coarse(rows, name)
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(rows, dtype=np.float32)
     bad = ~np.isfinite(rows)
@@ -91,7 +98,23 @@ def open_vectors(source) -> Vectors:
                 "normal row and 1 for an anomaly"
             )
         labels = labels.astype(np.int64)
-    return Vectors(rows, labels)
+    return Vectors(rows, labels, coarse)
+
+
+def _coarse(rows: np.ndarray, name: str) -> str:
+    """The column, if there is one, whose differences float32 cannot hold beside its offset."""
+    some = rows[:: -(-len(rows) // SAMPLE)].astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        deviation, largest = some.std(axis=0), np.abs(some).max(axis=0)
+        # A constant column loses nothing, whatever its rounded deviation is.
+        lost = (some.min(axis=0) < some.max(axis=0)) & (deviation < SMALLEST_SHARE * largest)
+    if not lost.any():
+        return ""
+    column = int(lost.argmax())
+    return (
+        f"column {column} of {name} has values up to {largest[column]:.6g} that differ by "
+        f"{deviation[column]:.3g}, too little for float32: subtract an offset first"
+    )
 
 
 def _read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -115,7 +138,7 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         raise InputError(f"there is no file {path}") from None
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, csv.Error, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as a table: {error}") from None
 
 
@@ -130,8 +153,27 @@ def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None]:
                 f"{path} has {len(line)} values in data line {number + 1} but {len(names)} names: "
                 "every line needs one for each name"
             )
+    if names and all(map(_is_number, names)):
+        raise InputError(
+            f"the first line of {path} holds numbers, and it is that of the names of columns: "
+            "write one above it"
+        )
+    for number, line in enumerate(lines):
+        for name, cell in zip(names, line, strict=True):
+            if not _is_number(cell):
+                raise InputError(
+                    f"{path} has {cell!r} in data line {number + 1}, column {name!r}: give numbers"
+                )
     table = np.array(lines, dtype=np.float64).reshape(len(lines), len(names))
     if "label" not in names:
         return table, None
     column = names.index("label")
     return np.delete(table, column, axis=1), table[:, column]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

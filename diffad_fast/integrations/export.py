@@ -71,6 +71,8 @@ def export(detector, path: str | os.PathLike, format: str = "torch", uint8: bool
             f"detectors of kind {detector.config.kind!r} are not exported: those of images and "
             "vectors are"
         )
+    if uint8 and detector.config.kind == "vector":
+        raise InputError("uint8 is for images, whose values are 0..255: leave it out for vectors")
     if format == "onnx":
         require("onnxscript")
         # Of the token MLP the program rounds what goes into products, and computes in float32.

@@ -62,12 +62,13 @@ class DiffAD(BaseDetector):
 
     def fit(self, X, y=None):
         """Fit on X; y is not looked at. Returns self. Raises ValueError for unusable data."""
-        X = self._checked(X)
+        # In the precision of the data, of which the detector says whether float32 can hold it.
+        X = check_array(X, dtype=(np.float64, np.float32), allow_nd=True)
         self._set_n_classes(y)
         self.detector_ = fit_detector(
             X, self.preset, self.train_steps, self.options, self.device, self.random_state
         )
-        self.decision_scores_ = anomaly_scores(self.detector_, X)
+        self.decision_scores_ = anomaly_scores(self.detector_, X.astype(np.float32, copy=False))
         self._process_decision_scores()
         return self
 

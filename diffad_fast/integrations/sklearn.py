@@ -72,12 +72,15 @@ class DiffusionOutlierDetector(OutlierMixin, BaseEstimator):
         """
         if not 0 < self.contamination <= 0.5:
             raise InputError(f"contamination must be in (0, 0.5], not {self.contamination!r}")
-        X = validate_data(self, X, dtype=np.float32, ensure_min_samples=SMALLEST_SET)
+        # In the precision of the data, of which the detector says whether float32 can hold it.
+        kinds = (np.float64, np.float32)
+        X = validate_data(self, X, dtype=kinds, ensure_min_samples=SMALLEST_SET)
         self.detector_ = fit_detector(
             self._samples(X), self.preset, self.train_steps, self.options, self.device,
             self.random_state,
         )  # fmt: skip
-        self.offset_ = float(np.percentile(self._score(X), 100 * self.contamination))
+        scores = self._score(X.astype(np.float32, copy=False))
+        self.offset_ = float(np.percentile(scores, 100 * self.contamination))
         return self
 
     def score_samples(self, X):

@@ -13,7 +13,7 @@ from ..config import DetectorConfig
 from ..denoisers import inference
 from ..diffusion import Graphed, NoiseSchedule, ReverseLoop, ReverseStep
 from ..errors import InputError
-from ..representations import WaveletRepresentation
+from ..representations import WaveletRepresentation, feature_maps
 from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
 from ..training import batch
 from ..training.distributed import processes
@@ -62,6 +62,15 @@ class CoefficientModel(nn.Module):
         self.distance = FeatureDistance(config.semantic) if config.semantic_weight > 0 else None
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.to(device).eval()
+        read = self.distance is not None or (config.map_weights[1] > 0 and features is None)
+        if read and not hasattr(denoiser, "features"):
+            raise InputError(
+                f"{type(denoiser).__name__} has no method features, which map_weights="
+                f"{config.map_weights} and semantic_weight={config.semantic_weight:g} need: pass "
+                "map_weights=(1, 0, 1), or features=, and leave semantic_weight at 0"
+            )
+        for inverts in (True, False):
+            self._steps(inverts)  # raises for steps that the schedule does not have
         # In a tuple, or it would be a part of the model and of its state.
         self._in_bfloat16: tuple[nn.Module, ...] = ()
         self.use(None)
@@ -260,7 +269,7 @@ class CoefficientModel(nn.Module):
         if self.config.map_weights[1] == 0:
             return end, (), ()
         if self.backbone is not None:
-            return end, list(self.backbone(images)), list(self.backbone(end.x_hat))
+            return end, *(feature_maps(self.backbone, x) for x in (images, end.x_hat))
         return end, self._features(x0), self._features(end.x0)
 
     def _score_reconstruction(

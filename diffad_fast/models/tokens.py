@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import native, ops
-from ..config import DetectorConfig
+from ..config import MODES, DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
 from ..diffusion import Graphed, NoiseSchedule, ReverseStep
 from ..errors import InputError
@@ -63,6 +63,8 @@ class TokenModel(nn.Module):
                 "the token MLP runs its loop in one kernel without eta, clip or guidance: leave "
                 "them at 0, None and 0"
             )
+        for mode in MODES:
+            self._reverse_steps(mode)  # raises for steps that the schedule does not have
         self.to(device).eval()
         self.use(None)
 
@@ -167,7 +169,7 @@ class TokenModel(nn.Module):
     def use(self, statistics: list[MapStatistics] | None) -> None:
         """Standardise the maps of the configuration's mode by ``statistics`` from now on."""
         self.statistics = statistics
-        self._steps = self._reverse_steps()
+        self._steps = self._reverse_steps(self.config.mode)
         self._loops: list[tuple] | None = None
         self._scoring = Graphed(self._score, [self])
 
@@ -332,11 +334,11 @@ class TokenModel(nn.Module):
                 torch.tensor(table, device=self.device),
             )  # fmt: skip
 
-    def _reverse_steps(self) -> list[ReverseStep]:
+    def _reverse_steps(self, mode: str) -> list[ReverseStep]:
         config = self.config
-        if config.mode == "one_step":
+        if mode == "one_step":
             return []
-        if config.mode == "invert":
+        if mode == "invert":
             return self.schedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
         start = self.schedule.timestep(config.start_sigma)
         return self.schedule.reverse_steps(start, config.reverse_steps)

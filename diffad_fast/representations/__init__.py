@@ -7,7 +7,7 @@ from torch import nn
 from ..config import DetectorConfig
 from .embedding import WindowEmbedding
 from .logmel import AudioTokens, LogMel
-from .tokens import ImageTokens, Preprocessing
+from .tokens import ImageTokens, Preprocessing, feature_maps
 from .vector import VectorTokens
 from .wavelet import WaveletRepresentation
 
@@ -20,6 +20,7 @@ __all__ = [
     "WaveletRepresentation",
     "WindowEmbedding",
     "create_tokens",
+    "feature_maps",
 ]
 
 

@@ -316,6 +316,22 @@ class HaarPatches(nn.Module):
         return ops.haar_pack(x, self.level)
 
 
+def feature_maps(backbone: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """What a backbone, a :class:`diffad_fast.protocols.FeatureExtractor`, says of images (N,C,H,W).
+
+    Raises InputError for an answer of another shape.
+    """
+    found = backbone(images)
+    maps = [found] if isinstance(found, torch.Tensor) else list(found)
+    for map_ in maps:
+        if map_.ndim != 4 or len(map_) != len(images):
+            raise InputError(
+                f"the backbone answered {len(images)} images with {tuple(map_.shape)}: it must "
+                "give a feature map (N,c,h,w), or a list of them"
+            )
+    return maps
+
+
 class BackboneFeatures(nn.Module):
     """Feature maps of a frozen backbone, brought to the grid of the finest and put together.
 
@@ -327,8 +343,7 @@ class BackboneFeatures(nn.Module):
         self.backbone = backbone.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        maps = self.backbone(x)
-        maps = [maps] if isinstance(maps, torch.Tensor) else list(maps)
+        maps = feature_maps(self.backbone, x)
         size = max((m.shape[2:] for m in maps), key=lambda s: s[0] * s[1])
         return torch.cat(
             [F.interpolate(m, size, mode="bilinear", align_corners=False) for m in maps], dim=1

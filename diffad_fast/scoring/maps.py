@@ -80,7 +80,8 @@ def fit_statistics(
     ``smoothing`` is the deviation in pixels of the Gaussian over positions. ``alike``: the maps
     have one unit. Of fewer than 8 normals a map's deviation is then drawn towards the median m of
     all maps' deviations, sqrt((n d^2 + 4 m^2) / (n + 4)): that of a map with one position, of which
-    one or two normals tell next to nothing, would otherwise be close to 0 and its map all there is.
+    one or two normals tell next to nothing, would otherwise be close to 0 and its map all there is;
+    m = 1, the unit itself, where not even the median is more than 0.
     """
     halves: list[list[_Moments]] | None = None
     seen = 0
@@ -96,7 +97,10 @@ def fit_statistics(
     if not alike or seen >= FEW_NORMALS:
         return found
     deviations = [s.deviation.square().mean().sqrt() for s in found if s is not None]
-    prior = torch.stack(deviations).median().square() * PRIOR_NORMALS
+    typical = torch.stack(deviations).median()
+    # Of one normal no map with one position has a deviation: its own unit is left.
+    typical = torch.where(typical > 1e-6, typical, 1.0)
+    prior = typical.square() * PRIOR_NORMALS
     return [
         s and MapStatistics(
             s.mean, ((seen * s.deviation.square() + prior) / (seen + PRIOR_NORMALS)).sqrt()

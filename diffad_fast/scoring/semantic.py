@@ -19,7 +19,9 @@ class FeatureDistance(nn.Module):
 
     kind: "mahalanobis" is the mean square of the features after whitening by the principal
     components of normal features (Lee et al. 2018, one class); "nearest" the mean distance to the
-    five nearest of a sample of normal features, over the root of their total variance.
+    five nearest of a sample of normal features, over the root of their total variance. What stands
+    in that sample itself is not its own neighbour: one that is equal is left out, so that training
+    samples score as new ones do.
     """
 
     def __init__(self, kind: str):
@@ -58,7 +60,7 @@ class FeatureDistance(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         # A few million distances at a time; a program that is exported takes batches of any length.
         parts = [rows] if torch.compiler.is_exporting() else rows.split(1024)
-        count = min(NEIGHBOURS, len(self.sample))
+        count = min(NEIGHBOURS + 1, len(self.sample))
         sample = self.sample.double()
         distances = []
         for part in parts:
@@ -68,5 +70,10 @@ class FeatureDistance(nn.Module):
             rough = torch.cdist(part.double(), sample, compute_mode="use_mm_for_euclid_dist")
             nearest = rough.topk(count, largest=False).indices
             exact = (part.double()[:, None] - sample[nearest]).square().sum(dim=-1).sqrt()
-            distances.append(exact.sort(dim=1).values.mean(dim=1))
+            exact = exact.sort(dim=1).values
+            # Equal but for the rounding of what made the features, in batches of other sizes.
+            own = exact[:, 0] <= 1e-5 * (1 + part.double().norm(dim=1))
+            others = max(1, count - 1)
+            means = exact[:, -others:].mean(dim=1), exact[:, :others].mean(dim=1)
+            distances.append(torch.where(own, *means))
         return torch.cat(distances).to(x.dtype).reshape(x.shape[:-1])

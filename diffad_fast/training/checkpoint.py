@@ -44,7 +44,7 @@ def save(
         "format_version": str(FORMAT_VERSION),
         "version": __version__,
     }
-    metadata["sha256"] = _checksum(tensors, metadata)
+    metadata["sha256"] = checksum(tensors, metadata)
     write_atomically(path, to_bytes(tensors, metadata))
 
 
@@ -86,7 +86,7 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
         tensors = from_bytes(content)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from None
-    if _checksum(tensors, metadata) != metadata.get("sha256"):
+    if checksum(tensors, metadata) != metadata.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
     return tensors, metadata
 
@@ -109,7 +109,8 @@ def _metadata(path: str | os.PathLike, content: bytes) -> dict[str, str]:
     return metadata
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors on the CPU, and of texts."""
     digest = hashlib.sha256()
     texts = {name: text for name, text in metadata.items() if name != "sha256"}
     digest.update(json.dumps(texts, sort_keys=True).encode())

@@ -454,7 +454,16 @@ class Loop(ABC):
             self.validation_loss()
         validation = time.monotonic() - began
         left = budget - clock.seconds() - (VALIDATIONS + 1) * validation
-        return self.processes.agreed(max(1, int(left / seconds)))
+        steps = self.processes.agreed(max(1, int(left / seconds)))
+        if steps < self.config.warmup_steps and self.processes.first:
+            warnings.warn(
+                f"{budget:.3g} s, the budget or this network's share of it, are enough for {steps} "
+                f"steps of {seconds:.2g} s, fewer than the {self.config.warmup_steps} in which the "
+                "learning rate rises: give more, or fewer warmup_steps",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return steps
 
     def _late(self, clock: _Clock) -> bool:
         budget = self.config.train_budget

@@ -49,10 +49,15 @@ def test_files_that_are_no_table(tmp_path):
     (tmp_path / "x.npy").write_bytes(b"not numpy")
     (tmp_path / "short.csv").write_text("a,b\n1,2\n3\n")
     (tmp_path / "words.csv").write_text("a,b\n1,two\n")
+    (tmp_path / "nameless.csv").write_text("1,2\n3,4\n")
+    (tmp_path / "long.csv").write_text("a,b\n1," + "2" * 140_000 + "\n")
     np.savez(tmp_path / "other.npz", Z=X)
     for name, message in (
         ("x.npy", "cannot be read"), ("short.csv", "1 values in data line 2"),
-        ("words.csv", "cannot be read"), ("other.npz", "no array X, only Z"),
+        ("words.csv", "'two' in data line 1, column 'b': give numbers"),
+        ("nameless.csv", "first line of .*nameless.csv holds numbers"),
+        ("long.csv", "cannot be read as a table: field larger"),
+        ("other.npz", "no array X, only Z"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             open_vectors(tmp_path / name)
@@ -71,3 +76,12 @@ def test_a_damaged_archive_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match="a.npz cannot be read as a table"):
         open_vectors(path)
+
+
+@pytest.mark.parametrize("offset, lost", [(0.0, False), (1e4, False), (1e6, True), (1e9, True)])
+def test_differences_that_float32_cannot_hold(offset, lost):
+    rows = np.random.default_rng(0).normal(size=(5000, 3))
+    rows[:, 1] += offset
+    rows[:, 2] = 0.1 + offset  # what never varies is no loss
+    coarse = open_vectors(rows).coarse
+    assert ("column 1 of the table has values up to" in coarse) == lost == bool(coarse)

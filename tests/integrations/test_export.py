@@ -191,6 +191,8 @@ def test_errors(fitted, tmp_path, monkeypatch):
         fitted.export(tmp_path / "model.bin")
     with pytest.raises(InputError, match="unknown mode 'two_step'"):
         fitted.export(tmp_path / "model.pt2", mode="two_step")
+    with pytest.raises(InputError, match="uint8 is for images"):
+        fitted.export(tmp_path / "model.pt2", uint8=True)
     with pytest.raises(InputError, match="cannot write"):
         fitted.export(tmp_path / "nowhere" / "model.pt2")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

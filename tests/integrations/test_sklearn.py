@@ -152,6 +152,20 @@ def test_errors(change, message):
         DiffusionOutlierDetector(**{**QUICK, **change}).fit(ring(30, 0))
 
 
+def test_training_samples_score_as_new_ones_do():
+    X, new = (np.random.default_rng(i).normal(size=(n, 20)) for i, n in ((0, 1000), (1, 2000)))
+    found = DiffusionOutlierDetector(train_steps=150, random_state=0, device="cpu").fit(X)
+    flagged = found.predict(X) == -1
+    trained = np.isin(np.arange(1000), found.detector_.parts[0].split.fit)
+    assert abs(flagged[trained].mean() - flagged[~trained].mean()) < 0.06
+    assert (found.predict(new) == -1).mean() == pytest.approx(0.1, abs=0.04)
+
+
+def test_an_offset_that_float32_cannot_hold():
+    with pytest.raises(ValueError, match="column 1 of the table .* too little for float32"):
+        DiffusionOutlierDetector(**QUICK).fit(ring(60, 0) + [0, 1e9])
+
+
 def test_too_few_samples():
     with pytest.raises(ValueError, match="minimum of 8 is required"):
         DiffusionOutlierDetector(**QUICK).fit(ring(7, 0))

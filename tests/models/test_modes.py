@@ -8,6 +8,7 @@ from torch import nn
 
 from diffad_fast import ops
 from diffad_fast.config import DetectorConfig
+from diffad_fast.errors import InputError
 from diffad_fast.models import CoefficientModel
 from diffad_fast.scoring import MapStatistics
 
@@ -171,3 +172,37 @@ def test_semantic_map_in_every_mode(map_weights):
 
 
 COEFFICIENTS_1 = ops.haar_pack(IMAGES, 1)
+
+
+class Means(nn.Module):
+    """A backbone that answers with a tensor, not with a list."""
+
+    def forward(self, images):
+        return nn.functional.avg_pool2d(images, 4).repeat(1, 3, 1, 1)
+
+
+def test_a_backbone_of_a_u_net():
+    config = DetectorConfig.create(image_size=32, haar_level=1, denoiser="custom")
+    ideal, images = IdealDenoiser("v_prediction"), torch.rand(2, 1, 32, 32)
+    one, alike = Means(), lambda x: [Means()(x)]
+    found = []
+    for features in (one, nn.Module()):
+        if features is not one:
+            features.forward = alike
+        model = CoefficientModel(config, torch.device("cpu"), ideal, features)
+        model.representation.fit([images])
+        found.append(model.raw_maps(images)[1])
+    assert found[0].shape == (2, 32, 32) and torch.equal(*found)
+
+
+def test_a_denoiser_without_features():
+    class Plain(nn.Module):
+        def forward(self, x, log_sigma):
+            return x
+
+    for options in ({}, {"map_weights": (1, 0, 1), "semantic_weight": 1.0}):
+        config = DetectorConfig.create(image_size=32, denoiser="custom", **options)
+        with pytest.raises(InputError, match="Plain has no method features"):
+            CoefficientModel(config, torch.device("cpu"), Plain())
+    config = DetectorConfig.create(image_size=32, denoiser="custom", map_weights=(1, 0, 1))
+    CoefficientModel(config, torch.device("cpu"), Plain())

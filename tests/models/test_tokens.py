@@ -183,6 +183,8 @@ def test_a_backbones_features(tmp_path):
     detector.save(tmp_path / "d.diffad")
     with pytest.raises(CheckpointError, match="pass features=module"):
         daf.load(tmp_path / "d.diffad")
+    with pytest.raises(CheckpointError, match="other weights of its features"):
+        daf.load(tmp_path / "d.diffad", features=Backbone())
     loaded = daf.load(tmp_path / "d.diffad", features=backbone, device="cpu")
     assert np.array_equal(loaded.score(textures(3, 1)).score, detector.score(textures(3, 1)).score)
 
@@ -221,3 +223,30 @@ def test_vectors_of_another_width(vectors):
         vectors.score(np.zeros((3, 5)))
     with pytest.raises(InputError, match="not images"):
         vectors.reconstruct(torch.zeros(1, 1, 8, 8))
+
+
+class Vectors(nn.Module):
+    def forward(self, x):
+        return x.mean(dim=(2, 3))
+
+
+def test_a_backbone_that_gives_no_maps():
+    options = {"tokens": ["features"], "denoiser": "token-mlp", "train_steps": 2, **SMALL}
+    with pytest.raises(InputError, match=r"answered \d+ images with \(\d+, 1\): it must give"):
+        daf.Detector("image", 64, features=Vectors(), **options).fit(textures(60, 0))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"kind": "vector", "reverse_steps": 2000}, "reverse_steps must be from 1 to"),
+    ({"denoiser": "unet-tiny", "start_sigma": 0.01}, "reverse_steps must be from 1 to 2"),
+    ({"kind": "audio", "statistics": "auto"}, "statistics='auto' is for images"),
+    ({"tokens": 3}, "tokens must be a list, not 3"),
+    ({"sigmas": 2.0}, "sigmas must be a list, not 2.0"),
+    ({"image_size": None}, "image_size must be a list, not None"),
+    ({"map_weights": ("a", 1, 1)}, "map_weights must be a number from 0 to inf, not 'a'"),
+    ({"train_budget": float("inf")}, "train_budget must be a number from 0.001 to 1e.08"),
+])  # fmt: skip
+def test_what_is_impossible_is_said_before_any_training(options, message):
+    with pytest.raises(InputError, match=message):
+        daf.Detector(**options)
+    assert daf.Detector(tokens="energy-16", augment="blur").config.tokens == ("energy-16",)

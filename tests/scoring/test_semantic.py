@@ -27,3 +27,25 @@ def test_nearest_is_scikit_learns():
     found = NearestNeighbors(n_neighbors=5).fit(normal.numpy()).kneighbors(new.numpy())[0]
     expected = found.mean(axis=1) / normal.numpy().var(axis=0).sum() ** 0.5
     assert distance(new).numpy() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_nobody_is_his_own_neighbour():
+    """Rows of the sample, with the rounding of another batch, have their five nearest others."""
+    normal = torch.randn(200, 4) * 3 + 20
+    distance = FeatureDistance("nearest")
+    distance.fit(normal.split(64), seed=0)
+    found = NearestNeighbors(n_neighbors=6).fit(normal.numpy()).kneighbors(normal.numpy())[0]
+    expected = found[:, 1:].mean(axis=1) / normal.numpy().var(axis=0).sum() ** 0.5
+    assert distance(normal).numpy() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert distance(normal * (1 + 2e-7)).numpy() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    # One of two twins is a neighbour of the other.
+    distance.fit([normal.repeat(2, 1)], seed=0)
+    twins = np.repeat(found[:, 1:3], 2, axis=1)  # 1, 1, 2, 2
+    expected = twins.sum(axis=1) / 5 / normal.numpy().var(axis=0).sum() ** 0.5
+    assert distance(normal).numpy() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_few_neighbours():
+    one = FeatureDistance("nearest")
+    one.fit([torch.randn(3, 2)], seed=0)
+    assert one(torch.randn(4, 2)).isfinite().all() and (one(one.sample) >= 0).all()
