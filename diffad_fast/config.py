@@ -196,8 +196,8 @@ class DetectorConfig:
     of normals. None: 1 for tables (vectors that are scaled by feature) and for audio with
     `features`, 0 elsewhere."""
     semantic: str | None = None
-    """That distance: `mahalanobis`, or `nearest`, the mean to the five nearest of a sample of
-    normals. None: `nearest` for vectors, `mahalanobis` elsewhere."""
+    """That distance: `mahalanobis`, or `nearest`, the mean to the five nearest others in a sample
+    of normals. None: `nearest` for vectors, `mahalanobis` elsewhere."""
     semantic_of: str | None = None
     """Features of the `denoiser`, the `tokens` themselves or, for audio, `features`. None: `tokens`
     for vectors, `features` for audio that has them, `denoiser` elsewhere."""

@@ -255,16 +255,23 @@ def test_samples_of_another_detector():
         daf.Detector(image_size=64, preset="fast").fit(by_hand)
 
 
-def test_calibrating_leaves_the_mode_and_knows_its_data():
+def test_calibrating_leaves_the_mode_and_knows_its_data(monkeypatch):
     x = np.random.default_rng(0).normal(size=(80, 3)).astype(np.float32)
     found = daf.Detector(kind="vector", train_steps=5).fit(x)
-    before = found.conformal.scores
     for source, modes in ((x, ("invert", "bogus")), (x[:50], ("invert",)), (x.T, ("invert",))):
         with pytest.raises(InputError):
             found.calibrate(source, modes)
         assert found.mode == "one_step"
     with pytest.raises(InputError, match="50 usable rows are not what the detector was fitted on"):
         found.calibrate(x[:50])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(found, "_calibrate", interrupted)
+        found.calibrate(x, ("invert",))
+    assert found.mode == "one_step"
     images = normals(40)
     loader = [images[:25], images[25:]]
     found = daf.Detector(**OPTIONS | {"train_steps": 2}).fit(loader)
