@@ -171,6 +171,16 @@ def test_onnx_of_images(on_images, mode, tmp_path):
         on_images.mode = before
 
 
+def test_groups_count_once_in_a_program_too():
+    grouped = daf.Detector(device="cpu", conformal_share=0.4, **VECTORS)
+    grouped.fit(rows(240, 0), groups=[min(i // 2, 60) for i in range(240)])
+    assert 20 <= grouped.conformal.groups < len(grouped.conformal.scores)
+    X = rows(50, 1)
+    with torch.no_grad():
+        program = exporting.ScoringProgram(grouped)
+        compare(program(torch.from_numpy(X)), grouped.score(X), maps=False)
+
+
 def test_without_a_threshold_there_is_no_label(fitted):
     few = daf.Detector(device="cpu", **VECTORS).fit(rows(40, 0))
     program = exporting.ScoringProgram(few)

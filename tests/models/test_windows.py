@@ -31,6 +31,8 @@ def detector():
 @pytest.mark.parametrize("side, overlap, starts", [
     (64, 0.25, [0]), (65, 0.0, [0, 1]), (128, 0.0, [0, 64]), (128, 0.25, [0, 32, 64]),
     (200, 0.5, [0, 27, 54, 81, 108, 136]),
+    # 57 pixels apart at most, since 57.6 is no step of whole pixels.
+    (64 + 173, 0.1, [0, 43, 86, 129, 173]),
 ])  # fmt: skip
 def test_windows_cover_everything(side, overlap, starts):
     x = torch.arange(side * 64.0).view(1, 1, side, 64)
