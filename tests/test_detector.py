@@ -542,7 +542,10 @@ def test_what_a_fit_has_settled_is_open_to_the_next(tmp_path):
     lamp = np.linspace(-1, 1, 64) * rng.uniform(-0.25, 0.25, (60, 1, 1))
     lit = (texture + lamp).astype(np.float32)
     even = (texture + rng.normal(0, 0.02, (60, 64, 64))).astype(np.float32)
-    options = {"image_size": 64, "preset": "fast", "train_steps": 20}
+    options = {
+        "image_size": 64, "preset": "fast", "train_steps": 5, "tokens": "energy-8",
+        "token_width": 32, "token_blocks": 1,
+    }  # fmt: skip
     first = daf.Detector(**options).fit(lit)
     assert first.config.illumination > 0 and first.config.inference_dtype != "auto"
     first.save(tmp_path / "m.diffad")

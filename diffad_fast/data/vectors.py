@@ -70,8 +70,12 @@ def open_vectors(source) -> Vectors:
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = source.float() if source.dtype == torch.bfloat16 else source
+    if np.ma.is_masked(source):
+        raise InputError(f"{name} has masked values: fill them, or leave out their rows")
     try:
         rows = np.asarray(source)
+        if rows.dtype.kind == "c":
+            raise TypeError("its values are complex")
         if rows.dtype.kind not in "fiub":
             rows = rows.astype(np.float64)
     except (TypeError, ValueError) as error:

@@ -34,6 +34,8 @@ def test_sources(tmp_path):
         (np.array([[1.0, np.nan]]), "nan in row 0, column 1"),
         (np.array([[1.0], [1e300]]), "inf in row 1, column 0"),
         ([["a", "b"]], "not a table of numbers"),
+        (X + 1j, "not a table of numbers: its values are complex"),
+        (np.ma.masked_greater(X, 5), "masked values"),
         ((X, [0, 1]), "4 rows and 2 labels"),
         ((X, [0, 1, 2, 0]), "0 for a normal row"),
         ("table.parquet", "no table"),
