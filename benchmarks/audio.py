@@ -137,10 +137,9 @@ def main(argv: list[str]) -> int:
 def repeats(wave: np.ndarray) -> bool:
     """Does a wave (samples,) at REPEATS_RATE agree with itself, moved by a quarter of a second or
     more, wherever at least as much of both is left?"""
-    n, least = len(wave), REPEATS_RATE // 4
-    spectrum = np.fft.rfft(wave.astype(np.float64), 2 * n)
-    product = np.fft.irfft(np.abs(spectrum) ** 2)[:n]
-    energy = np.append(0.0, np.cumsum(wave.astype(np.float64) ** 2))
+    n, least, wave = len(wave), REPEATS_RATE // 4, wave.astype(np.float64)
+    product = np.fft.irfft(np.abs(np.fft.rfft(wave, 2 * n)) ** 2)[:n]
+    energy = np.append(0.0, np.cumsum(wave**2))
     lags = np.arange(least, n - least)
     size = np.sqrt(energy[n - lags] * (energy[n] - energy[lags]))
     return bool((product[lags] > REPEATS_AGREEMENT * size + 1e-12).any())
@@ -332,10 +331,10 @@ def table(result: dict) -> str:
     classes = list(dict.fromkeys(one["normal"] for one in runs))
     for name in [*classes, "mean"]:
         chosen = [one for one in runs if name in (one["normal"], "mean")]
-        row = [name, *(_spread(chosen, over, key) for key in ("auroc", "pauc"))]
+        keys = ("auroc", "pauc", "auroc_without_repeats")
+        row = [name, *(_spread(chosen, over, key) for key in keys)]
         peers = [b["auroc"] for b in result["nearest"] if name in (b["normal"], "mean")]
         row.append(f"{100 * statistics.mean(peers):.1f}")
-        row.insert(3, _spread(chosen, over, "auroc_without_repeats"))
         for cell, whose in ((1, "auroc"), (4, "nearest")):
             low, high = (100 * value for value in result["intervals"][name][whose])
             row[cell] += f" ({low:.1f}–{high:.1f})"

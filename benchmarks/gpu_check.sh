@@ -54,7 +54,7 @@ part "2 gpu tests" 150 env OMP_NUM_THREADS=2 "$python" -m pytest -q -m gpu "${wo
 # Fewer tokens: the tools run a kernel up to a hundred times slower.
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer > /dev/null; then
-        # Errors of calls count for pytest: PyTorch and Triton make some that they expect.
+        # Of the memory that kernels touch: failing calls of the driver are pytest's to see.
         part "3 compute-sanitizer $tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             $([ "$tool" = memcheck ] && echo --report-api-errors no) \
             "$python" -m pytest -q -m gpu -x tests/ops tests/diffusion -k "not 70000" &

@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,7 +220,7 @@ class Detector:
         split, folds = split_by_group(usable, groups, self.config), []
         if count := self._folds(split):
             folds = cross_splits(usable, groups, count, self.config.seed)
-            split = Split(list(usable), [], [], [], 0)
+            split = Split(list(usable), [], [], [], [])
         self._begin(config)
         self.calibrations, self.parts = {}, []
         try:
@@ -319,17 +320,21 @@ class Detector:
         def batches(part: str) -> Iterator[tuple]:
             for model, split in self.parts:
                 for batch in samples.batches(config.batch_size, indices=getattr(split, part)):
-                    yield model, split, batch
+                    yield model, batch
                     bar.update(len(batch.index))
 
         def maps() -> Iterator[list[torch.Tensor | None]]:
-            for model, _, batch in batches("statistics"):
+            for model, batch in batches("statistics"):
                 found = model.raw_maps(batch.x)
                 # Clips have no positions in common, and not even a length: a window is a sample.
                 yield [m.reshape(-1, 1, 1) for m in found] if audio else found
 
+        group = {
+            i: number
+            for _, split in self.parts
+            for i, number in zip(split.conformal, split.conformal_groups, strict=True)
+        }
         scores, groups, self._most_windows = [], [], 0
-
         with bar:
             for model, _ in self.parts:
                 model.use(None)
@@ -338,8 +343,7 @@ class Detector:
             )
             for model in {id(m): m for m in (self.model, *(p.model for p in self.parts))}.values():
                 model.use(found)
-            for model, split, batch in batches("conformal"):
-                group = dict(zip(split.conformal, split.conformal_groups, strict=True))
+            for model, batch in batches("conformal"):
                 groups += [group[i] for i in batch.index.tolist()]
                 scores.append(model.score(batch.x)[1].cpu().double())
                 self._most_windows = max(self._most_windows, self._windows(batch.x))
@@ -759,21 +763,19 @@ class Detector:
 
 def _group_labels(groups, count: int) -> list[Hashable]:
     """``groups`` as a list of what can be compared; raises InputError."""
-    # Elements of tensors compare by identity, those of a pandas Series are found by its index.
     if not hasattr(groups, "tolist") and not isinstance(groups, Iterable):
         raise InputError(f"groups is {groups!r}: give a label for each of the {count} samples")
+    # Elements of tensors compare by identity, those of a pandas Series are found by its index.
     labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
     labels = [g.item() if getattr(g, "ndim", None) == 0 else g for g in labels]
     if len(labels) != count:
         raise InputError(f"groups has {len(labels)} labels for {count} samples")
     for label in labels:
-        try:
-            hash(label)
-            wrong = bool(getattr(label, "ndim", 0))
-        except TypeError:
-            wrong = True
-        if wrong:
-            raise InputError(f"groups has the label {label!r}: give a number or a text a sample")
+        with suppress(TypeError):
+            hash(label)  # of a tuple with a list in it, too
+            if not getattr(label, "ndim", 0):
+                continue
+        raise InputError(f"groups has the label {label!r}: give a number or a text a sample")
     return labels
 
 

@@ -162,13 +162,16 @@ def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             f"the first line of {path} holds numbers, and it is that of the names of columns: "
             "write one above it"
         )
-    for number, line in enumerate(lines):
-        for name, cell in zip(names, line, strict=True):
-            if not _is_number(cell):
-                raise InputError(
-                    f"{path} has {cell!r} in data line {number + 1}, column {name!r}: give numbers"
-                )
-    table = np.array(lines, dtype=np.float64).reshape(len(lines), len(names))
+    try:
+        table = np.array(lines, dtype=np.float64).reshape(len(lines), len(names))
+    except ValueError:
+        row, column = next(
+            (i, j) for i, line in enumerate(lines) for j, x in enumerate(line) if not _is_number(x)
+        )
+        raise InputError(
+            f"{path} has {lines[row][column]!r} in data line {row + 1}, column {names[column]!r}: "
+            "give numbers"
+        ) from None
     if "label" not in names:
         return table, None
     column = names.index("label")

@@ -147,8 +147,8 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _recover(device: torch.device) -> None:
-    """After a capture that failed: PyTorch's generator of random numbers (in 2.11) is left as if
-    under capture, and refuses to draw, until another capture has ended."""
+    """After a capture that failed: by its headers PyTorch 2.11 leaves its generator of random
+    numbers marked as under capture, where it refuses to draw, until another one has ended."""
     with suppress(Exception), CAPTURING, torch.cuda.device(device):
         side = _side_stream(device)
         with torch.cuda.stream(side), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):

@@ -421,9 +421,7 @@ def windows(
     return torch.stack(parts, dim=1), found
 
 
-def places(
-    image: Sequence[int], size: tuple[int, int], overlap: float
-) -> list[tuple[int, int]]:
+def places(image: Sequence[int], size: tuple[int, int], overlap: float) -> list[tuple[int, int]]:
     """Where the windows (height, width) of an image (height, width) begin."""
     starts = []
     for side, window in zip(image, size, strict=True):

@@ -26,9 +26,7 @@ class Conformal:
     groups there is no label.
     """
 
-    def __init__(
-        self, scores: np.ndarray, group: np.ndarray | None, false_positive_rate: float
-    ):
+    def __init__(self, scores: np.ndarray, group: np.ndarray | None, false_positive_rate: float):
         scores = np.asarray(scores, dtype=np.float64)
         group = np.arange(len(scores)) if group is None else np.asarray(group, dtype=np.int64)
         order = np.argsort(scores, kind="stable")

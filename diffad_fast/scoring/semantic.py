@@ -20,8 +20,7 @@ class FeatureDistance(nn.Module):
     kind: "mahalanobis" is the mean square of the features after whitening by the principal
     components of normal features (Lee et al. 2018, one class); "nearest" the mean distance to the
     five nearest of a sample of normal features, over the root of their total variance. What stands
-    in that sample itself is not its own neighbour: one that is equal is left out, so that training
-    samples score as new ones do.
+    in that sample itself is not its own neighbour: one that is equal is left out.
     """
 
     def __init__(self, kind: str):

@@ -69,6 +69,10 @@ def test_groups_count_once(sizes):
         assert conformal.groups == len(sizes)
         np.testing.assert_allclose(conformal.p_value(scores), expected, rtol=1e-13)
         np.testing.assert_array_equal(conformal.label(scores), expected <= rate + 1e-12)
+        # Without ties, and at the calibration scores themselves: the threshold is the right one.
+        distinct = Conformal(rng.normal(size=len(group)), group, rate)
+        p = distinct.p_value(distinct.scores)
+        np.testing.assert_array_equal(distinct.label(distinct.scores), p <= rate + 1e-12)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
