@@ -111,6 +111,7 @@ def _fit(args: argparse.Namespace) -> None:
     options |= {key: getattr(args, key) for key in _FIT_OPTIONS if getattr(args, key) is not None}
     detector = Detector(**options)
     state, first = f"{args.out}.training", processes().first
+    _keep_apart(args.data, args.out)
     if first:
         check_writable(args.out)
         check_writable(state)
@@ -147,6 +148,12 @@ def _fit(args: argparse.Namespace) -> None:
     if first:
         kept.remove()
         print(_fit_summary(detector, images, args.out), file=sys.stderr)
+
+
+def _keep_apart(data: str, out: str | os.PathLike) -> None:
+    """Raise InputError where ``out`` would be written over ``data``."""
+    if os.path.exists(out) and os.path.exists(data) and os.path.samefile(data, out):
+        raise InputError(f"--out would overwrite the data, {data}: give another name")
 
 
 def _fit_summary(detector: Detector, samples, out: str) -> str:
@@ -193,6 +200,7 @@ def _score(args: argparse.Namespace) -> None:
             f"--out {args.out} lies in {args.data}, where the next score would take its heatmaps "
             "for data: give another folder"
         )
+    _keep_apart(args.data, out / "scores.csv")
     detector = _loaded(args)
     if not processes().first:
         # Scores its share and hands it to the first, which writes.
@@ -200,7 +208,7 @@ def _score(args: argparse.Namespace) -> None:
         for _ in detector.score_iter(args.data, **options):
             pass
         return
-    with result_folder(args.out) as staged:
+    with result_folder(args.out, "heatmaps") as staged:
         path = staged / "scores.csv"
         # File names need not be UTF-8; their bytes are written as they are.
         how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}

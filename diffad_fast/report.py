@@ -100,11 +100,12 @@ def table(metrics: dict) -> list[tuple[str, dict]]:
 
 
 @contextmanager
-def result_folder(path: str | os.PathLike) -> Iterator[Path]:
+def result_folder(path: str | os.PathLike, *stale: str) -> Iterator[Path]:
     """A temporary folder whose entries move to the folder ``path`` when the block ends well.
 
-    ``path`` is made if it is missing; entries of the same names in it are replaced, others stay.
-    After an exception nothing is left behind. Raises InputError where ``path`` cannot be written.
+    ``path`` is made if it is missing; entries of the same names in it are replaced, those named
+    ``stale`` go, others stay. After an exception nothing is left behind. Raises InputError where
+    ``path`` cannot be written.
     """
     path = Path(path)
     parent = _existing_parent(path)
@@ -116,8 +117,11 @@ def result_folder(path: str | os.PathLike) -> Iterator[Path]:
         yield staged
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for entry in sorted(staged.iterdir()):
-                _replace(entry, path / entry.name)
+            for name in sorted({entry.name for entry in staged.iterdir()}.union(stale)):
+                if (path / name).is_dir():  # which no renaming replaces
+                    (path / name).rename(staged / f"old.{name}")
+                if (staged / name).exists():
+                    (staged / name).replace(path / name)
         except OSError as error:
             raise InputError(f"cannot write to {path}: {error.strerror}") from None
     finally:
@@ -141,13 +145,6 @@ def _existing_parent(path: Path) -> Path:
         if folder.exists() or folder.is_symlink():
             raise InputError(f"cannot write to {path}: {folder} is not a folder")
     raise InputError(f"cannot write to {path}: no folder above it exists")
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Rename ``source`` to ``target``; a folder that is there is moved out of the way first."""
-    if target.is_dir():
-        target.rename(source.parent / f"old.{target.name}")
-    source.replace(target)
 
 
 def write_report(folder: str | os.PathLike, detector: Detector, evaluation: Evaluation) -> None:

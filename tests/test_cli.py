@@ -192,6 +192,8 @@ def test_score_of_one_image_without_maps(model, root, tmp_path):
     assert tree(out) == ["scores.csv"]
     assert main(["score", str(model), str(image), "--out", str(out)]) == 0
     assert tree(out) == ["heatmaps", "heatmaps/000.png", "scores.csv"]
+    assert main(["score", str(model), str(image), "--out", str(out), "--no-maps"]) == 0
+    assert tree(out) == ["scores.csv"]
 
 
 def test_score_in_another_mode(model, root, tmp_path):
@@ -367,6 +369,19 @@ def test_options_that_cannot_be(good, tmp_path, fails):
     for text, name in (("{", "JSON"), ("[1]", "list"), ('{"step": 3}', "'step'")):
         path.write_text(text)
         fails(*argv, "--config", path, names=[name])
+
+
+def test_data_are_not_written_over(model, tmp_path, monkeypatch, fails):
+    table = tmp_path / "scores.csv"
+    rows = np.random.default_rng(0).normal(size=(40, 3))
+    np.savetxt(table, rows, delimiter=",", header="a,b,c", comments="")
+    before = table.read_bytes()
+    fit = ["fit", table, "--kind", "vector", "--steps", "2", "--out"]
+    fails(*fit, table, names=["overwrite the data", str(table)])
+    fails(*fit, tmp_path / "scores", names=[str(table), "no log"])
+    monkeypatch.chdir(tmp_path)
+    fails("score", model, "scores.csv", "--out", ".", names=["overwrite the data"])
+    assert table.read_bytes() == before
 
 
 def test_results_do_not_lie_in_the_data(model, good, fails):

@@ -86,6 +86,7 @@ def open_images(
             no image's are ignored), one file, a list or tuple of files, an array or tensor
             (N, C, H, W) or (N, H, W), or anything that can be iterated more than once and gives
             batches: tensors, tuples or lists that begin with one, or dicts with the key "image".
+            Such a batch may also be one image, (H, W), or (C, H, W) of several channels.
             Arrays are uint8, uint16, or floats in [0, 1].
         image_size: (height, width) to which every image is resized, ignoring its aspect; None
             keeps every image's own size, and images of different sizes stand in different batches.
@@ -116,6 +117,11 @@ def open_images(
     elif isinstance(source, Iterable) and not isinstance(source, Iterator):
         if isinstance(source, Sequence) and len(source) == 0:
             raise InputError("the list of images is empty: give at least one file or batch.")
+        if channels == 1 and isinstance(source, Sequence) and all(map(_may_be_colour, source)):
+            raise InputError(
+                f"the list holds arrays of shape {tuple(source[0].shape)}, each an image in colour "
+                "or three in grey: convert the colours, or give grey images as (N, 1, H, W)."
+            )
         return Images(None, _LoaderItems(source, size, channels, min_side), strict, opened_as)
     else:
         raise InputError(
@@ -526,7 +532,10 @@ class _LoaderItems:
     def __iter__(self) -> Iterator[np.ndarray]:
         number = 0
         for batch in self._loader:
-            items = _ArrayItems(_images_of(batch), *self._how, first=number)
+            images = _images_of(batch)
+            if images.ndim == 2 or (images.ndim == 3 and self._how[1] > 1):
+                images = images[None]
+            items = _ArrayItems(images, *self._how, first=number)
             yield from map(items.read, range(len(items)))
             number += len(items)
 
@@ -544,6 +553,11 @@ def _images_of(batch) -> np.ndarray | torch.Tensor:
             'list that begins with one, or a dict whose "image" is one.'
         )
     return images
+
+
+def _may_be_colour(item) -> bool:
+    shape = getattr(item, "shape", ())
+    return len(shape) == 3 and shape[0] == 3
 
 
 def _usable(values: np.ndarray, name: str) -> np.ndarray:

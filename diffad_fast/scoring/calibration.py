@@ -65,8 +65,8 @@ class Conformal:
         if self.groups < SMALLEST_CALIBRATION:
             return (
                 f"labels need at least {SMALLEST_CALIBRATION} held-out normal groups, and there "
-                f"are {self.groups}: fit on more objects or recordings, or hold out more of them, "
-                "by a larger conformal_share, or all by cross_fit=5 with the token MLP"
+                f"are {self.groups}: fit on more objects or recordings; where parts are held out, "
+                "hold out more, by a larger conformal_share, or all by cross_fit=5 (token MLP)"
             )
         return (
             f"a false-positive rate of {self.false_positive_rate:g} cannot be reached with "

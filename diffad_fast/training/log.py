@@ -21,7 +21,7 @@ class Log:
     A log that is there is continued: rows from step ``start`` on, which a resumed run repeats, go,
     and so do pictures. TensorBoard's files go to the folder ``path`` with the suffix
     ``.tensorboard``, pictures to that with ``.pictures``.
-    Raises InputError where a file cannot be written.
+    Raises InputError where a file cannot be written, or is there and is no log.
     """
 
     def __init__(self, path: str | os.PathLike | None, start: int = 0):
@@ -29,6 +29,7 @@ class Log:
         if path is None:
             return
         path = Path(path)
+        _check_is_log(path)
         rows = _rows(path, start) if start else []
         self._pictures = path.with_suffix(".pictures")
         for picture in self._pictures.glob("step-*.png"):
@@ -87,6 +88,21 @@ class Log:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def _check_is_log(path: Path) -> None:
+    """Raise InputError for a file that a log would overwrite, such as the table that is fitted."""
+    head = ",".join(COLUMNS).encode()
+    try:
+        with open(path, "rb") as file:
+            found = file.read(len(head))
+    except OSError:  # not there, or not to be read: opening it for writing tells
+        return
+    if found and found != head:
+        raise InputError(
+            f"{path} is there and is no log of a training, for which that name is: move it, or "
+            "give the detector another name"
+        )
 
 
 def _rows(path: Path, start: int) -> list[dict[str, str]]:

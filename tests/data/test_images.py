@@ -235,6 +235,11 @@ def test_loader(kind):
 def test_list_of_batches_and_what_is_no_source():
     batches = [torch.rand(2, 8, 8), torch.rand(3, 8, 8)]
     assert torch.equal(everything(open_images(batches, (8, 8), 1))[0][:, 0], torch.cat(batches))
+    grey, colour = [torch.rand(8, 9) for _ in range(3)], [torch.rand(3, 8, 9) for _ in range(2)]
+    assert torch.equal(everything(open_images(grey, (8, 9), 1))[0][:, 0], torch.stack(grey))
+    assert torch.equal(everything(open_images(colour, (8, 9), 3))[0], torch.stack(colour))
+    with pytest.raises(InputError, match=r"shape \(3, 8, 9\), each an image in colour or three"):
+        open_images(colour, (8, 9), 1)
     for source in (iter(batches), 7, None):
         with pytest.raises(InputError, match="cannot be read from a"):
             open_images(source, (8, 8), 1)

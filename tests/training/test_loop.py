@@ -331,6 +331,11 @@ def test_tensorboard_itself_reads_them(tmp_path):
 def test_a_log_that_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="cannot write .*log.csv"):
         Log(tmp_path / "no" / "log.csv")
+    table = tmp_path / "table.csv"
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="table.csv is there and is no log"):
+        Log(table)
+    assert table.read_text() == "a,b\n1,2\n"
 
 
 def test_states_of_several_networks(tmp_path):
