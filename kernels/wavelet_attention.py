@@ -44,12 +44,16 @@ import triton.language as tl
 from . import registration
 from .registration import DTYPES, capability, cdiv, launch, operator, shared_memory, source
 
+SMALLEST = tl.constexpr(2.0**-126)  # of float32's normal numbers
 LOG2_E = tl.constexpr(math.log2(math.e))
 # No kernel is compiled again for another size. Strides, of images, heads, rows and columns of the
 # five tensors that a kernel may have, in units of ALIGN elements.
 STRIDES = [f"{x}_{axis}" for x in "qkvog" for axis in "nhyx"]
 SIZES = ["heads", "H", "W", *STRIDES]
 INTERPRETED = tl.constexpr(registration.INTERPRETED)
+# From here on offsets inside an image, in elements, or a token's number times the number of columns
+# do not fit into 32 bits.
+WIDE_FROM = 1 << 31
 GROUP = tl.constexpr(16)  # queries of one partial sum; every BLOCK_M is a multiple
 
 
@@ -119,71 +123,84 @@ def _split(x, ROWS: tl.constexpr, COUNT: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def _image(x, n, head, stride_n, stride_h, ALIGN: tl.constexpr):
+    """x at its image n and ``head``."""
+    return x + (n.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h) * ALIGN
+
+
+@triton.jit
 def _blocks(
-    tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
-    LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    tokens, H, W, stride_y, stride_x,
+    LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of the first pixels of blocks ``tokens``, and which of these there are. Strides are
-    in units of ALIGN elements, so that the compiler knows how wide it may read."""
+    """Offsets of the first pixels of blocks ``tokens`` in their image, and which of these there
+    are. Strides are in units of ALIGN elements, so that the compiler knows how wide it may read."""
     columns = W >> LEVEL
-    # tokens // columns by a product: exact while tokens * columns < 2^40.
-    reciprocal = ((1 << 40) + columns.to(tl.int64) - 1) // columns
-    row = ((tokens.to(tl.int64) * reciprocal) >> 40).to(tl.int32)
+    # tokens // columns by a product with the reciprocal, rounded up by less than 1 / 2^BITS: exact
+    # while tokens * columns < 2^BITS.
+    BITS: tl.constexpr = 40 if WIDE else 31
+    reciprocal = ((1 << BITS) + columns.to(tl.int64) - 1) // columns
+    if WIDE:
+        row = (tokens.to(tl.int64) * reciprocal) >> BITS
+        stride_y, stride_x = stride_y.to(tl.int64), stride_x.to(tl.int64)
+    else:  # one instruction
+        row = (tokens.to(tl.uint32).to(tl.uint64) * reciprocal.to(tl.uint32).to(tl.uint64)) >> BITS
+        row = row.to(tl.int32)
     column = tokens - row * columns
-    offsets = row.to(tl.int64) * stride_y.to(tl.int64)
-    offsets = (offsets + column.to(tl.int64) * stride_x.to(tl.int64)) * (1 << LEVEL)
-    first = n.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
-    return (first + offsets) * ALIGN, tokens < (H >> LEVEL) * columns
+    offsets = row * (stride_y * (ALIGN << LEVEL)) + column * (stride_x * (ALIGN << LEVEL))
+    return offsets, tokens < (H >> LEVEL) * columns
+
+
+@triton.jit
+def _position(x, i, stride_y, stride_x, LEVEL: tl.constexpr, ALIGN: tl.constexpr):
+    """x at pixel i of its first block."""
+    y, x_ = stride_y.to(tl.int64) * (i >> LEVEL), stride_x.to(tl.int64) * (i & ((1 << LEVEL) - 1))
+    return x + (y + x_) * ALIGN
 
 
 @triton.jit
 def _load(
-    x, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
-    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    x, tokens, H, W, stride_y, stride_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The tile (tokens, 4^LEVEL DP) of blocks ``tokens``, zero where there is nothing."""
-    blocks, mask = _blocks(
-        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
-    )
+    blocks, mask = _blocks(tokens, H, W, stride_y, stride_x, LEVEL, ALIGN, WIDE)
     e = tl.arange(0, DP << (2 * LEVEL))
-    y, x_, c = e // (DP << LEVEL), (e // DP) & ((1 << LEVEL) - 1), e % DP
-    inside = (y * stride_y.to(tl.int64) + x_ * stride_x.to(tl.int64)) * ALIGN + c
-    return tl.load(x + blocks[:, None] + inside[None, :], mask[:, None] & (c < D)[None, :], 0.0)
+    position = _position(x, e // DP, stride_y, stride_x, LEVEL, ALIGN)
+    # The pointers of a block's channels stay the same in a loop over blocks.
+    pointers = (position + e % DP)[None, :] + blocks[:, None]
+    return tl.load(pointers, mask[:, None] & (e % DP < D)[None, :], 0.0)
 
 
 @triton.jit
 def _load_positions(
-    x, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
-    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    x, tokens, H, W, stride_y, stride_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The same as a tuple of 4^LEVEL tiles (tokens, DP), one a position, in float32."""
-    blocks, mask = _blocks(
-        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
-    )
+    blocks, mask = _blocks(tokens, H, W, stride_y, stride_x, LEVEL, ALIGN, WIDE)
     c = tl.arange(0, DP)
     mask = mask[:, None] & (c < D)[None, :]
     tiles = ()
     for i in tl.static_range(4**LEVEL):
-        y, x_ = stride_y.to(tl.int64) * (i >> LEVEL), stride_x.to(tl.int64) * (i % (1 << LEVEL))
-        inside = (blocks + (y + x_) * ALIGN)[:, None] + c[None, :]
-        tiles = tiles + (tl.load(x + inside, mask, 0.0).to(tl.float32),)
+        position = _position(x, i, stride_y, stride_x, LEVEL, ALIGN)
+        found = tl.load((position + c)[None, :] + blocks[:, None], mask, 0.0)
+        tiles = tiles + (found.to(tl.float32),)
     return tiles
 
 
 @triton.jit
 def _store_positions(
-    x, tiles, tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x,
-    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    x, tiles, tokens, H, W, stride_y, stride_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    blocks, mask = _blocks(
-        tokens, n, head, H, W, stride_n, stride_h, stride_y, stride_x, LEVEL, ALIGN
-    )
+    blocks, mask = _blocks(tokens, H, W, stride_y, stride_x, LEVEL, ALIGN, WIDE)
     c = tl.arange(0, DP)
     mask = mask[:, None] & (c < D)[None, :]
     for i in tl.static_range(4**LEVEL):
-        y, x_ = stride_y.to(tl.int64) * (i >> LEVEL), stride_x.to(tl.int64) * (i % (1 << LEVEL))
-        inside = (blocks + (y + x_) * ALIGN)[:, None] + c[None, :]
-        tl.store(x + inside, tiles[i].to(x.dtype.element_ty), mask)
+        position = _position(x, i, stride_y, stride_x, LEVEL, ALIGN)
+        value = tiles[i].to(x.dtype.element_ty)
+        tl.store((position + c)[None, :] + blocks[:, None], value, mask)
 
 
 @triton.jit
@@ -197,8 +214,8 @@ def _mix(tiles, gain, head, LEVEL: tl.constexpr):
 
 @triton.jit
 def _load_mixed(
-    x, scratch, gain, tokens, n, head, H, W, x_n, x_h, x_y, x_x, s_n, s_h, s_y, s_x,
-    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    x, scratch, gain, tokens, head, H, W, x_y, x_x, s_y, s_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The tile T^T diag(gain) T x, in the dtype of x.
 
@@ -207,16 +224,14 @@ def _load_mixed(
     memory; any other stays in registers, too many of them.
     """
     if gain is not None:
-        tiles = _load_positions(x, tokens, n, head, H, W, x_n, x_h, x_y, x_x, D, DP, LEVEL, ALIGN)
+        tiles = _load_positions(x, tokens, H, W, x_y, x_x, D, DP, LEVEL, ALIGN, WIDE)
         tiles = _mix(tiles, gain, head, LEVEL)
         tl.debug_barrier()
-        _store_positions(
-            scratch, tiles, tokens, n, head, H, W, s_n, s_h, s_y, s_x, D, DP, LEVEL, ALIGN
-        )
+        _store_positions(scratch, tiles, tokens, H, W, s_y, s_x, D, DP, LEVEL, ALIGN, WIDE)
         tl.debug_barrier()
-        tile = _load(scratch, tokens, n, head, H, W, s_n, s_h, s_y, s_x, D, DP, LEVEL, ALIGN)
+        tile = _load(scratch, tokens, H, W, s_y, s_x, D, DP, LEVEL, ALIGN, WIDE)
     else:
-        tile = _load(x, tokens, n, head, H, W, x_n, x_h, x_y, x_x, D, DP, LEVEL, ALIGN)
+        tile = _load(x, tokens, H, W, x_y, x_x, D, DP, LEVEL, ALIGN, WIDE)
     return tile
 
 
@@ -224,7 +239,7 @@ def _load_mixed(
 def _forward(
     q, k, v, out, mixed, lse, logit_gain, value_gain, scale, heads, H, W,
     q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x, o_n, o_h, o_y, o_x,
-    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     CHANNELS: tl.constexpr = DP << (2 * LEVEL)
@@ -235,34 +250,37 @@ def _forward(
     first = (tl.program_id(0) % tiles) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
 
+    q, k = _image(q, n, head, q_n, q_h, ALIGN), _image(k, n, head, k_n, k_h, ALIGN)
+    v, out = _image(v, n, head, v_n, v_h, ALIGN), _image(out, n, head, o_n, o_h, ALIGN)
     query = _load_mixed(
-        q, out, logit_gain, rows, n, head, H, W, q_n, q_h, q_y, q_x, o_n, o_h, o_y, o_x,
-        D, DP, LEVEL, ALIGN,
-    )  # fmt: skip
+        q, out, logit_gain, rows, head, H, W, q_y, q_x, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE
+    )
+    factor = tl.maximum(scale * LOG2_E, SMALLEST)  # -inf times this stays -inf
     acc = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for start in tl.range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        key = _load(k, columns, n, head, H, W, k_n, k_h, k_y, k_x, D, DP, LEVEL, ALIGN)
+        key = _load(k, columns, H, W, k_y, k_x, D, DP, LEVEL, ALIGN, WIDE)
         s = _dot(query, tl.trans(key), None, PRECISION)
-        s = tl.where((columns < tokens)[None, :], s * (scale * LOG2_E), float("-inf"))
-        above = tl.maximum(highest, tl.max(s, 1))
-        p = tl.exp2(s - above[:, None])
+        s = tl.where((columns < tokens)[None, :], s, float("-inf"))
+        above = tl.maximum(highest, tl.max(s, 1) * factor)  # which is positive
+        p = tl.exp2(s * factor - above[:, None])
         decay = tl.exp2(highest - above)
         total = total * decay + tl.sum(p, 1)
         highest = above
-        value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
+        value = _load(v, columns, H, W, v_y, v_x, D, DP, LEVEL, ALIGN, WIDE)
         acc = _dot(p.to(value.dtype), value, acc * decay[:, None], PRECISION)
 
     tiles = _split(acc / total[:, None], BLOCK_M, 4**LEVEL, DP)
     if mixed is not None:
-        _store_positions(mixed, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+        mixed = _image(mixed, n, head, o_n, o_h, ALIGN)
+        _store_positions(mixed, tiles, rows, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
     if lse is not None:
         at = image.to(tl.int64) * tokens + rows
         tl.store(lse + at, highest + tl.log2(total), rows < tokens)
     tiles = _mix(tiles, value_gain, head, LEVEL)
-    _store_positions(out, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    _store_positions(out, tiles, rows, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
 
 
 @triton.jit
@@ -284,7 +302,7 @@ def _backward_queries(
     q, k, v, mixed, grad, dq, lse, delta, logit_gain, value_gain, logit_parts, value_parts,
     scale, heads, H, W, q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x,
     o_n, o_h, o_y, o_x, g_n, g_h, g_y, g_x,
-    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq, delta_i = <u_i, M_g do_i> for the other kernel, and the partial sums of the gradients
@@ -296,8 +314,11 @@ def _backward_queries(
     first = (tl.program_id(0) % tiles) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
 
-    u = _load_positions(mixed, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
-    do = _load_positions(grad, rows, n, head, H, W, g_n, g_h, g_y, g_x, D, DP, LEVEL, ALIGN)
+    q, k = _image(q, n, head, q_n, q_h, ALIGN), _image(k, n, head, k_n, k_h, ALIGN)
+    v, grad = _image(v, n, head, v_n, v_h, ALIGN), _image(grad, n, head, g_n, g_h, ALIGN)
+    mixed, dq = _image(mixed, n, head, o_n, o_h, ALIGN), _image(dq, n, head, o_n, o_h, ALIGN)
+    u = _load_positions(mixed, rows, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
+    do = _load_positions(grad, rows, H, W, g_y, g_x, D, DP, LEVEL, ALIGN, WIDE)
     if value_gain is not None:
         u, do = _transform(u, LEVEL, False), _transform(do, LEVEL, False)
         _store_sums(value_parts, u, do, first, image, tokens, BLOCK_M, DP, LEVEL)
@@ -311,18 +332,16 @@ def _backward_queries(
     log_sum = tl.load(lse + at, rows < tokens, 0.0)
 
     query = _load_mixed(
-        q, dq, logit_gain, rows, n, head, H, W, q_n, q_h, q_y, q_x, o_n, o_h, o_y, o_x,
-        D, DP, LEVEL, ALIGN,
-    )  # fmt: skip
+        q, dq, logit_gain, rows, head, H, W, q_y, q_x, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE
+    )
     d_out = _load_mixed(
-        grad, dq, value_gain, rows, n, head, H, W, g_n, g_h, g_y, g_x, o_n, o_h, o_y, o_x,
-        D, DP, LEVEL, ALIGN,
-    )  # fmt: skip
+        grad, dq, value_gain, rows, head, H, W, g_y, g_x, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE
+    )
     acc = tl.zeros([BLOCK_M, DP << (2 * LEVEL)], tl.float32)
     for start in tl.range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        key = _load(k, columns, n, head, H, W, k_n, k_h, k_y, k_x, D, DP, LEVEL, ALIGN)
-        value = _load(v, columns, n, head, H, W, v_n, v_h, v_y, v_x, D, DP, LEVEL, ALIGN)
+        key = _load(k, columns, H, W, k_y, k_x, D, DP, LEVEL, ALIGN, WIDE)
+        value = _load(v, columns, H, W, v_y, v_x, D, DP, LEVEL, ALIGN, WIDE)
         s = _dot(query, tl.trans(key), None, PRECISION)
         dp = _dot(d_out, tl.trans(value), None, PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - log_sum[:, None])
@@ -332,12 +351,12 @@ def _backward_queries(
 
     tiles = _split(acc * scale, BLOCK_M, 4**LEVEL, DP)
     if logit_gain is not None:
-        pixels = _load_positions(q, rows, n, head, H, W, q_n, q_h, q_y, q_x, D, DP, LEVEL, ALIGN)
+        pixels = _load_positions(q, rows, H, W, q_y, q_x, D, DP, LEVEL, ALIGN, WIDE)
         tiles = _transform(tiles, LEVEL, False)
         bands = _transform(pixels, LEVEL, False)
         _store_sums(logit_parts, tiles, bands, first, image, tokens, BLOCK_M, DP, LEVEL)
         tiles = _transform(_weigh(tiles, logit_gain, head, LEVEL), LEVEL, True)
-    _store_positions(dq, tiles, rows, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    _store_positions(dq, tiles, rows, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -345,7 +364,7 @@ def _backward_keys(
     q, k, v, grad, dk, dv, lse, delta, logit_gain, value_gain,
     scale, heads, H, W, q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x,
     o_n, o_h, o_y, o_x, g_n, g_h, g_y, g_x,
-    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, over all queries, BLOCK_M at a time."""
@@ -356,21 +375,22 @@ def _backward_keys(
     n, head = image // heads, image % heads
     columns = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
 
+    q, grad = _image(q, n, head, q_n, q_h, ALIGN), _image(grad, n, head, g_n, g_h, ALIGN)
+    k, dk = _image(k, n, head, k_n, k_h, ALIGN), _image(dk, n, head, o_n, o_h, ALIGN)
+    v, dv = _image(v, n, head, v_n, v_h, ALIGN), _image(dv, n, head, o_n, o_h, ALIGN)
     key = _load_mixed(
-        k, dk, logit_gain, columns, n, head, H, W, k_n, k_h, k_y, k_x, o_n, o_h, o_y, o_x,
-        D, DP, LEVEL, ALIGN,
-    )  # fmt: skip
+        k, dk, logit_gain, columns, head, H, W, k_y, k_x, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE
+    )
     value = _load_mixed(
-        v, dv, value_gain, columns, n, head, H, W, v_n, v_h, v_y, v_x, o_n, o_h, o_y, o_x,
-        D, DP, LEVEL, ALIGN,
-    )  # fmt: skip
+        v, dv, value_gain, columns, head, H, W, v_y, v_x, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE
+    )
     d_key = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
     d_value = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
     for start in tl.range(0, tokens, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         at = image.to(tl.int64) * tokens + rows
-        query = _load(q, rows, n, head, H, W, q_n, q_h, q_y, q_x, D, DP, LEVEL, ALIGN)
-        do = _load(grad, rows, n, head, H, W, g_n, g_h, g_y, g_x, D, DP, LEVEL, ALIGN)
+        query = _load(q, rows, H, W, q_y, q_x, D, DP, LEVEL, ALIGN, WIDE)
+        do = _load(grad, rows, H, W, g_y, g_x, D, DP, LEVEL, ALIGN, WIDE)
         # Beyond the last query: p = 0.
         log_sum = tl.load(lse + at, rows < tokens, float("inf"))
         d_rows = tl.load(delta + at, rows < tokens, 0.0)
@@ -382,9 +402,9 @@ def _backward_keys(
         d_key = _dot(ds.to(query.dtype), query, d_key, PRECISION)
 
     tiles_k = _mix(_split(d_key * scale, BLOCK_N, 4**LEVEL, DP), logit_gain, head, LEVEL)
-    _store_positions(dk, tiles_k, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    _store_positions(dk, tiles_k, columns, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
     tiles_v = _mix(_split(d_value, BLOCK_N, 4**LEVEL, DP), value_gain, head, LEVEL)
-    _store_positions(dv, tiles_v, columns, n, head, H, W, o_n, o_h, o_y, o_x, D, DP, LEVEL, ALIGN)
+    _store_positions(dv, tiles_v, columns, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
 
 
 # (BLOCK_M, BLOCK_N, num_warps) by channels of a tile, for two-byte dtypes and 227 KiB of shared
@@ -398,6 +418,9 @@ TILES = {
     "_backward_queries": {64: (64, 64, 4), 128: (128, 64, 8), 256: (128, 32, 8), 512: (64, 16, 8)},
     "_backward_keys": {64: (64, 64, 4), 128: (64, 128, 8), 256: (64, 64, 8), 512: (32, 32, 8)},
 }
+# Of float32 in a thread's registers, of which there are 255: pointers and what is being converted
+# need the others.
+LARGEST_NUMBERS = 160
 
 
 def configurations(
@@ -431,11 +454,23 @@ def configurations(
     if stages == 1 and min(m, n) > 16:
         m, n, stages = (m // 2, n, 2) if keys else (m, n // 2, 2)
     options = [(m, n, stages, warps), (m, n, max(1, stages - 1), warps), (m, n, stages, 12 - warps)]
-    options += [(m // 2, n, stages, 4)] if m > 16 else []
-    unique = dict.fromkeys(options)
+    if (n if keys else m) > 16:
+        options.append((m, n // 2, stages, 4) if keys else (m // 2, n, stages, 4))
+    wide = kernel == "_forward" and capability == 90 and dtype.itemsize == 2
+    if wide and bytes_of(m, 2 * n, 2) <= room:
+        # What the loop does once for all of its keys, the accumulator's decay first, is done for
+        # twice as many.
+        options.insert(0, (m, 2 * n, 2, warps))
+
+    def numbers(m: int, n: int, warps: int) -> int:
+        """Of float32 that a thread keeps in registers: accumulators and logits."""
+        accumulators = 2 * n if keys else m
+        return (accumulators * max(64, channels) + m * n) // (32 * warps)
+
     return [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_stages=s, num_warps=w)
-        for m, n, s, w in unique
+        for m, n, s, w in dict.fromkeys(options)
+        if numbers(m, n, w) <= LARGEST_NUMBERS
     ]
 
 
@@ -454,6 +489,7 @@ def _launch(kernel, block: str, level: int, strided: dict[str, torch.Tensor], *a
     align = 16 // q.element_size()
     if any(s % align for s in strides):
         align = 1
+    spans = [(height - 1) * x.stride(2) + (width - 1) * x.stride(3) for x in strided.values()]
     dp = padded(d, level)
     launch(
         kernel,
@@ -468,6 +504,7 @@ def _launch(kernel, block: str, level: int, strided: dict[str, torch.Tensor], *a
         DP=dp,
         LEVEL=level,
         ALIGN=align,
+        WIDE=max(*spans, tokens * (width >> level)) >= WIDE_FROM,
         PRECISION="ieee",
     )
 
@@ -507,7 +544,8 @@ def wavelet_attention_forward(
     scale: float,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, u, lse): u and the log-sum-exp (base 2) only if ``save``, u only with a value gain."""
+    """(out, u, lse): u and the log-sum-exp (base 2) only if ``save``, u only with a value gain.
+    ``scale`` is not negative."""
     out, mixed, lse = _fake(q, k, v, logit_gain, value_gain, level, scale, save)
     if q.numel():
         q, k, v = (_readable(x) for x in (q, k, v))
@@ -603,6 +641,8 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
     """See ``diffad_fast.ops.wavelet_attention``."""
     if scale is None:
         scale = (4**level * q.shape[4]) ** -0.5
+    elif scale < 0:
+        q, scale = -q, -scale
     save = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, logit_gain, value_gain)
     )
@@ -616,7 +656,7 @@ def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool):
     types = dict.fromkeys(SIZES, "i32") | {"scale": "fp32"}
     types |= dict.fromkeys(of_dtype, f"*{DTYPES[dtype]}") | dict.fromkeys(("lse", "delta"), "*fp32")
     constants = {"D": d, "DP": padded(d, level), "LEVEL": level, "ALIGN": 16 // dtype.itemsize}
-    constants |= {"PRECISION": "ieee"}
+    constants |= {"WIDE": False, "PRECISION": "ieee"}
     if gains:
         types |= dict.fromkeys(of_gains, "*fp32")
     else:

@@ -118,7 +118,7 @@ def test_without_gains(w, g, level):
     check((1, 2, 6 * level, 2 * level, 4), level, w=w, g=g)
 
 
-@pytest.mark.parametrize("scale", [0.7, -0.5])
+@pytest.mark.parametrize("scale", [0.7, 0.0, -0.5])
 def test_scale(scale):
     check((1, 1, 2, 6, 4), 1, scale=scale)
 
@@ -181,6 +181,15 @@ def test_results_do_not_depend_on_the_tiles(monkeypatch):
         config = triton.Config({"BLOCK_M": m, "BLOCK_N": n})
         monkeypatch.setattr(kernels, "configurations", lambda *_, config=config: [config])
         check((1, 1, 10, 14, 4), 1)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_wide_offsets(level, monkeypatch):
+    """What serves images beyond 2^31 elements gives the same numbers on small ones."""
+    kernels = importlib.import_module("diffad_fast.kernels.wavelet_attention")
+    monkeypatch.setattr(kernels, "WIDE_FROM", 0)
+    for kind in ("contiguous", "sliced"):
+        check((1, 2, 12, 20, 4), level, kind=kind)
 
 
 @interpreted
