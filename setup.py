@@ -86,6 +86,8 @@ def find_nvcc() -> str | None:
 
 def output_of(command: list[str]) -> str:
     """Standard output and error of ``command``, which must succeed."""
+    if shutil.which(command[0]) is None:
+        sys.exit(f"{command[0]} is not installed: the operators need a C++ compiler, see CXX")
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.exit(f"{shlex.join(command)} failed:\n{done.stdout}")
@@ -183,8 +185,10 @@ def compile_all(commands: dict[Path, list[str]], headers: dict[str, str]) -> Non
         subprocess.run(command, check=True)
         target.with_suffix(".cmd").write_text(made_by)
 
-    jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not jobs.isdecimal():
+        sys.exit(f"MAX_JOBS={jobs!r} is no number: set it to how many compilers may run at a time")
+    with ThreadPoolExecutor(max(1, int(jobs))) as pool:
         list(pool.map(one, commands, commands.values()))
 
 
@@ -205,7 +209,8 @@ class BuildNative(build_ext):
         self.torch = Path(spec.submodule_search_locations[0])
         self.nvcc = find_nvcc()
         self.archs = cuda_archs(self.nvcc, self.here) if self.nvcc else []
-        self.headers: dict[str, str] = {}
+        # Another compiler of the same name makes other objects.
+        self.headers = {self.cxx[0]: output_of([*self.cxx, "--version"])}
         # The objects of both in one go, so that no core waits for the last one of the first.
         commands = [self.host(e) if e.name.endswith("_host") else self.operators(e)
                     for e in self.extensions]  # fmt: skip

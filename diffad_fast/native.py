@@ -21,6 +21,7 @@ try:
 except ImportError:
     _host = None
 
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # In the order of the C++ enumeration Isa.
 CPU_ISAS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
@@ -36,7 +37,13 @@ def implementations(name: str) -> dict[str, Callable]:
 
     if not loaded():
         return {}
-    operator = getattr(torch.ops.diffad_fast, name).default
+    try:
+        operator = getattr(torch.ops.diffad_fast, name).default
+    except AttributeError:
+        raise BackendError(
+            f"the native library {LIBRARY} has no operator {name!r}: it was built from another "
+            "version of the sources, so build it again (pip install -e . or make)"
+        ) from None
     return {
         backend: operator
         for backend, key in _DISPATCH_KEYS.items()
@@ -107,11 +114,10 @@ def _load(mark_unavailable: Callable[[str, str], None]) -> bool:
 
 
 def _try_load() -> str | None:
-    library = Path(__file__).with_name("_C.abi3.so")
-    if not library.exists():
-        return f"its native library {library} is missing, reinstall with a C++ compiler at hand"
+    if not LIBRARY.exists():
+        return f"its native library {LIBRARY} is missing, reinstall with a C++ compiler at hand"
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(LIBRARY)
     except OSError as error:
-        return f"its native library {library} does not load: {error}"
+        return f"its native library {LIBRARY} does not load: {error}"
     return None

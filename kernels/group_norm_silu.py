@@ -479,6 +479,7 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy, _):
+    checks.differentiated_once("group_norm_silu")
     x, statistics, *given = ctx.saved_tensors
     gradients = group_norm_silu_backward(
         dy, x, statistics, *given, ctx.num_groups, ctx.activation, any(ctx.needs_input_grad[1:5])

@@ -41,6 +41,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops import checks
 from . import registration
 from .registration import DTYPES, capability, cdiv, launch, operator, shared_memory, source
 
@@ -410,8 +411,8 @@ def _backward_keys(
 # (BLOCK_M, BLOCK_N, num_warps) by channels of a tile, for two-byte dtypes and 227 KiB of shared
 # memory. Accumulators take half of the registers: 128 of float32 a thread. What is spilled, is so
 # mostly before and after the loop, where the tiles that are transformed stand beside the
-# accumulator in float32: of the loops' instructions none to 1 in 80 goes to a spilled register on
-# sm_80 and sm_90 (1 in 25 in _backward_keys at 128 channels on sm_80), at most 1 in 18 on sm_100
+# accumulator in float32: of the loops' instructions none to 1 in 30 goes to a spilled register on
+# sm_80 and sm_90 (1 in 20 in _backward_keys at 128 channels on sm_80), at most 1 in 17 on sm_100
 # (python -m benchmarks compile-report).
 TILES = {
     "_forward": {64: (128, 64, 4), 128: (128, 64, 8), 256: (128, 32, 8), 512: (64, 32, 8)},
@@ -628,6 +629,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    checks.differentiated_once("wavelet_attention")
     q, k, v, mixed, lse, *gains = ctx.saved_tensors
     grads = wavelet_attention_backward(grad, q, k, v, mixed, lse, *gains, ctx.level, ctx.scale)
     grads = [None if x is None else g for x, g in zip((q, k, v, *gains), grads, strict=True)]

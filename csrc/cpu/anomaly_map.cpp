@@ -69,6 +69,13 @@ void run(AnomalyMapArgs& a, const Tensor& x, const std::vector<Tensor>& of_x,
     buffers.push_back(new_dense(x, {group, height, a.pitch}, wide));
     return buffers.back().mutable_data_ptr();
   };
+  // Features that lie next to each other along x, or else along the channels. The stride of an axis
+  // of one entry means nothing: 1 tells the kernels that the former are.
+  const auto features_of = [](const Tensor& f) {
+    Samples s = samples_of(f);
+    if (f.size(3) == 1 && f.stride(1) != 1) s.stride[3] = 1;
+    return s;
+  };
   for (auto& s : scales) {
     const auto dense = [](const Tensor& f, const Tensor& g, int axis) {
       return f.stride(axis) == 1 && g.stride(axis) == 1;
@@ -80,7 +87,7 @@ void run(AnomalyMapArgs& a, const Tensor& x, const std::vector<Tensor>& of_x,
     const int64_t h = s.f.size(2), w = s.f.size(3);
     bilinear(w, a.width, s.left, s.share);
     bilinear(h, a.height, s.above, s.share_y);
-    features.push_back({dtype_of(s.f, "anomaly_map"), samples_of(s.f), samples_of(s.f_hat),
+    features.push_back({dtype_of(s.f, "anomaly_map"), features_of(s.f), features_of(s.f_hat),
                         s.f.size(1), h, w, std::max<int64_t>(1, 128 / w), s.left.data(),
                         s.share.data(), s.above.data(), s.share_y.data(), buffer(h), 0,
                         a.pitch, a.width});

@@ -23,11 +23,15 @@ constexpr int64_t kGrain = 16384;
 // where there are few channels.
 constexpr int64_t kTilePixels = 64, kTileElements = 4096;
 
+// From a pixel to the next in the same row; of the only one of a row to that of the next row, since
+// the stride of an axis of one entry means nothing.
+int64_t pixel_distance(const Tensor& x) { return x.stride(x.size(3) > 1 ? 3 : 2); }
+
 // Pixels next to each other, or channels next to each other and pixels at one distance. Slices of
 // the batch and of the channels are that; anything else is copied.
 Tensor with_dense_pixels(const Tensor& x, bool channels_last) {
   using torch::headeronly::MemoryFormat;
-  const int64_t w = x.size(3), pixel = x.stride(3);
+  const int64_t w = x.size(3), pixel = pixel_distance(x);
   const bool rows = x.size(2) == 1 || x.stride(2) == w * pixel;
   if (channels_last) {
     return rows && x.stride(1) == 1 ? x : torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
@@ -37,7 +41,7 @@ Tensor with_dense_pixels(const Tensor& x, bool channels_last) {
 
 NormTensor strided(const Tensor& x, bool channels_last) {
   void* data = const_cast<void*>(x.const_data_ptr());
-  return {data, x.stride(0), channels_last ? 1 : x.stride(1), channels_last ? x.stride(3) : 1};
+  return {data, x.stride(0), channels_last ? 1 : x.stride(1), channels_last ? pixel_distance(x) : 1};
 }
 
 // A parameter of shape (C), or (N, C) `by_sample`.

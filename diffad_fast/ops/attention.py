@@ -56,7 +56,8 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
 
     S_ij = scale * sum_b w_b <Q_b[i], K_b[j]>, A = softmax_j(S), O_b[i] = g_b sum_j A_ij V_b[j],
     output = inverse Haar of O. With all gains 1 this is attention between blocks of raw pixels,
-    since the transform is orthonormal. Differentiable in the tensors.
+    since the transform is orthonormal. Differentiable in the tensors,
+    once.
 
     Raises TypeError for dtypes, ValueError for shapes, devices, level and scale.
     """
@@ -113,6 +114,7 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    checks.differentiated_once("wavelet_attention")
     *grads, logit_gain, value_gain = torch.ops.diffad_fast.wavelet_attention_backward(
         grad, *ctx.saved_tensors, ctx.level, ctx.scale
     )

@@ -33,6 +33,16 @@ def shaped(name: str, x, shape: tuple[int, ...], device: torch.device) -> None:
     on_device(name, x, device)
 
 
+def differentiated_once(name: str) -> None:
+    """For backward passes without a derivative of their own: raise RuntimeError in one that is to
+    be differentiated again."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has no second derivative: leave out create_graph=True, or compute under "
+            "use_backend('reference')"
+        )
+
+
 def on_device(name: str, x: torch.Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}, the first argument on {device}: move one")

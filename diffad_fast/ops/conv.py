@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import native, reference
@@ -17,9 +18,11 @@ CHANNEL_BLOCK, TILE, POINTS = 16, 4, 36
 # sample's last bits, must not depend on how many others there are.
 FEWEST_TILES = 4
 
-# Packed weights, by the weight, each with the version that it was packed from. They go when the
-# weight does.
+# Packed weights, by the weight, each with the version that it was packed from and a view of its
+# memory, which so is no other's. They go when the weight does.
 _packed = WeakTensorKeyDictionary()
+# Fused optimizers write without a new version.
+register_optimizer_step_post_hook(lambda *_: _packed.clear())
 
 
 class _Conv3x3(torch.autograd.Function):
@@ -33,11 +36,7 @@ class _Conv3x3(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "conv3x3 has no second derivative: leave out create_graph=True, or compute under "
-                "use_backend('reference')"
-            )
+        checks.differentiated_once("conv3x3")
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, for_residual = ctx.needs_input_grad
         if not is_channels_last(grad):
@@ -91,7 +90,7 @@ def _pack(weight):
     version = weight._version, weight.data_ptr()
     known = _packed.get(weight)
     if known is None or known[0] != version:
-        _packed[weight] = known = version, pack(weight, False)
+        _packed[weight] = known = version, pack(weight, False), weight.detach()
     return known[1]
 
 
@@ -126,9 +125,11 @@ def conv3x3(x, weight, bias=None, residual=None):
     bias and residual are then added together, in float32.
 
     Without gradients, what is made of ``weight`` is kept as long as that lives, in four times its
-    memory, and made anew when its version or place in memory changes: as everywhere in PyTorch,
-    writing through ``weight.data`` changes neither, so write under ``torch.no_grad()``. With
-    gradients the native one is differentiable once.
+    memory, and made anew after a step of an optimizer of ``torch.optim`` and when its version or
+    place in memory changes. Writing through ``weight.data`` and collectives of
+    ``torch.distributed`` change neither: write under ``torch.no_grad()``, and call
+    ``torch.autograd.graph.increment_version(weight)`` after a collective. With gradients the native
+    one is differentiable once.
 
     Raises TypeError for dtypes, ValueError for shapes and devices.
     """

@@ -305,16 +305,19 @@ def _keep_ddim_step(ctx, inputs, output):
 
 
 def _ddim_step_backward(ctx, grad):
-    """Through the reference, which also gives the derivatives in alpha and of a quantile.
+    """Through the reference, which also gives the derivatives in alpha and of a quantile, and those
+    of a gradient that is to be differentiated itself.
 
     Nothing but the inputs is kept between the passes. A step is rarely differentiated: training
     needs q_sample alone.
     """
     number_t, number_s, prediction, eta, weight, clip, ratio, largest, recompute = ctx.numbers
-    inputs = [
-        x if x is None else x.detach().requires_grad_(needed)
-        for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:6], strict=True)
-    ]
+    inputs, again = list(ctx.saved_tensors), torch.is_grad_enabled()
+    if not again:
+        inputs = [
+            x if x is None else x.detach().requires_grad_(needed)
+            for x, needed in zip(inputs, ctx.needs_input_grad[:6], strict=True)
+        ]
     x_t, model_output, alpha_t, alpha_s, noise, guide = inputs
     with torch.enable_grad():
         x_s = reference.ddim_step(
@@ -331,7 +334,7 @@ def _ddim_step_backward(ctx, grad):
             None if guide is None else (guide, weight),
         )
     wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[:6], strict=True) if needed]
-    found = iter(torch.autograd.grad(x_s, wanted, grad, allow_unused=True))
+    found = iter(torch.autograd.grad(x_s, wanted, grad, create_graph=again, allow_unused=True))
     grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:6]]
     return *grads, *[None] * len(ctx.numbers)
 

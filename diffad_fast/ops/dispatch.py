@@ -58,6 +58,13 @@ class Operator:
         Without the call's arguments no implementation refuses it.
         """
         order = PREFERENCE.get(device_type, ("reference",))
+        if _transformed():
+            if _selected not in ("auto", "reference"):
+                raise BackendError(
+                    f"backend {_selected!r} knows neither torch.func nor forward-mode automatic "
+                    "differentiation: use_backend('auto') takes the reference there"
+                )
+            return "reference"
         if _selected == "auto":
             for backend in order:
                 if backend in self.implementations and self._refusal(backend, args) is None:
@@ -91,6 +98,16 @@ class Operator:
     def _refusal(self, backend: str, args: tuple) -> str | None:
         refuses = getattr(self.implementations[backend], "refuses", None)
         return refuses(*args) if refuses is not None and args else None
+
+
+def _transformed() -> bool:
+    """Is this inside a transform of torch.func or forward-mode differentiation? Operators written
+    for plain tensors would fail there, or lose tangents in silence."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _why_no_triton() -> str | None:

@@ -28,11 +28,7 @@ class _GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "group_norm_silu has no second derivative: leave out create_graph=True, or compute "
-                "under use_backend('reference')"
-            )
+        checks.differentiated_once("group_norm_silu")
         wanted = [ctx.needs_input_grad[i] for i in (0, 2, 3, 5, 6)]
         x, stats, *parameters = ctx.saved_tensors
         found = torch.ops.diffad_fast.group_norm_silu_backward.default(

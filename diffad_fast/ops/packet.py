@@ -132,7 +132,7 @@ def channels_last(x):
     """
     n, c, h, w = x.shape
     if c == 1:
-        return x.reshape(n, h, w, 1).permute(0, 3, 1, 2)
+        return x.contiguous().view(n, h, w, 1).permute(0, 3, 1, 2)
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -28,8 +28,8 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        checks.differentiated_once("token_mlp_loss")
         gradients = ctx.saved_tensors
         # A loss that is what is differentiated; reading a number waits for nothing on a CPU, but
         # torch.compile cannot.

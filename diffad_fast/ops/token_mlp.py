@@ -173,6 +173,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_x, grad_stats):
+    checks.differentiated_once("token_mlp_loop")
     return tuple(
         torch.ops.diffad_fast.token_mlp_loop_backward(grad_x, grad_stats, ctx.saved_tensors)
     )

@@ -130,6 +130,7 @@ def errors_backward(gradient):
     """Their backward pass; ``gradient`` computes that of the prediction from that of the loss."""
 
     def backward(ctx, grad, _):
+        checks.differentiated_once("weighted_mse")
         if grad is None:
             return None, None, None
         prediction, target, weight, errors = ctx.saved_tensors

@@ -22,7 +22,7 @@ from .layout import empty_4d
 _BORDERS = {mode: index for index, mode in enumerate(rules.MODES)}
 _CROPPED = len(rules.MODES)
 
-# A plain dictionary, which torch.compile can read where it cannot call PyWavelets.
+# A plain dictionary, which torch.compile can read.
 _named_banks: dict[tuple, tuple[torch.Tensor, torch.Tensor, int]] = {}
 
 
@@ -106,9 +106,12 @@ def _filters(wavelet, device):
     if not isinstance(wavelet, str):
         return _bank(wavelet, device)
     key = (wavelet, device)
-    if key not in _named_banks:
-        _named_banks[key] = _bank(wavelet, device)
-    return _named_banks[key]
+    known = _named_banks.get(key)
+    if known is None:
+        known = _bank(wavelet, device)
+        if rules.is_kept(known[0]):
+            _named_banks[key] = known
+    return known
 
 
 def _bank(wavelet, device):
@@ -119,6 +122,9 @@ def _bank(wavelet, device):
             torch.tensor([rec_lo[::-1], rec_hi[::-1]], dtype=torch.float64, device=device),
             len(dec_lo),
         )
+
+
+rules.traced_as_constant(_bank)
 
 
 def _implementations(name, function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -104,7 +106,7 @@ def _column(alpha, ndim):
 
 def _threshold(x0, ratio, largest):
     """Dynamic thresholding (Imagen, Saharia et al. 2022, section 2.3), s at most ``largest``."""
-    magnitude = x0.reshape(len(x0), -1).abs().sort(dim=1).values
+    magnitude = x0.reshape(len(x0), math.prod(x0.shape[1:])).abs().sort(dim=1).values
     # The quantile with linear interpolation; torch.quantile refuses large tensors.
     position = ratio * (magnitude.shape[1] - 1)
     below = int(position)

@@ -17,13 +17,11 @@ def group_norm_silu(
     variance over each group of C / num_groups channels of an image; weight and bias (C,), scale
     and shift (N,C). Source: Wu & He 2018; the modulation is that of Dhariwal & Nichol 2021.
     """
-    y = F.group_norm(
-        x,
-        num_groups,
-        None if weight is None else as_dtype(weight, x.dtype),
-        None if bias is None else as_dtype(bias, x.dtype),
-        eps,
-    )
+    weight, bias = (p if p is None else as_dtype(p, x.dtype) for p in (weight, bias))
+    if weight is None and bias is not None:  # PyTorch has no gradient for that
+        weight = torch.ones_like(bias)
+    # Not F.group_norm, which refuses groups of one value.
+    y = torch.group_norm(x, num_groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + as_dtype(scale, x.dtype)[..., None, None])
     if shift is not None:

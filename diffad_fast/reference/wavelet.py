@@ -86,18 +86,18 @@ def waverec2(coeffs, wavelet="haar", mode="periodization"):
 
 def decompose(dwt2d, x, wavelet, level, mode):
     """:func:`wavedec2` by the given one-level transform."""
-    import pywt
-
-    filters = as_wavelet(wavelet)
-    most = int(pywt.dwtn_max_level(tuple(x.shape[2:]), filters))
+    check_mode(mode)
+    length = _filters(wavelet, torch.float64, torch.device("cpu"))[0].shape[1]
+    # As pywt.dwtn_max_level: the low band is not shorter than the filter.
+    most = min(max(0, (int(n) // (length - 1)).bit_length() - 1) for n in x.shape[2:])
     if level is None:
         level = most
     elif level < 0:
         raise ValueError(f"level is {level}: it must be 0 or more")
-    elif level > most:
+    elif level > most and not torch.compiler.is_compiling():  # which cannot warn
         warnings.warn(
             f"level {level} is more than the {most} that a {x.shape[2]}x{x.shape[3]} image and a "
-            f"filter of length {filters.dec_len} allow: borders affect every coefficient",
+            f"filter of length {length} allow: borders affect every coefficient",
             stacklevel=3,  # whoever called wavedec2
         )
     details = []
@@ -265,7 +265,7 @@ def as_wavelet(wavelet):
         raise ValueError(f"unknown discrete wavelet {wavelet!r}: {hint}") from None
 
 
-# A plain dictionary, which torch.compile can read where it cannot call PyWavelets.
+# A plain dictionary, which torch.compile can read.
 _named_filters: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
 
@@ -274,9 +274,17 @@ def _filters(wavelet, dtype, device):
     if not isinstance(wavelet, str):
         return _bank(wavelet, dtype, device)
     key = (wavelet, dtype, device)
-    if key not in _named_filters:
-        _named_filters[key] = _bank(wavelet, dtype, device)
-    return _named_filters[key]
+    known = _named_filters.get(key)
+    if known is None:
+        known = _bank(wavelet, dtype, device)
+        if is_kept(known[0]):
+            _named_filters[key] = known
+    return known
+
+
+def is_kept(filters):
+    """May a tensor that was made now serve later calls? Not what a trace has in its place."""
+    return type(filters) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _bank(wavelet, dtype, device):
@@ -284,3 +292,12 @@ def _bank(wavelet, dtype, device):
     with torch.inference_mode(False):  # the cached filters must serve autograd later
         banks = torch.tensor([[dec_lo, dec_hi], [rec_lo, rec_hi]], dtype=torch.float64)
         return tuple(banks.to(device=device, dtype=dtype).unbind())
+
+
+def traced_as_constant(function):
+    """As torch.compiler.assume_constant_result, which imports all of the compiler: torch.compile
+    calls ``function``, here PyWavelets, instead of tracing it."""
+    function._dynamo_marked_constant = True
+
+
+traced_as_constant(_bank)

@@ -297,9 +297,15 @@ def test_a_weight_is_packed_once_for_each_of_its_versions():
     close(ops.conv3x3(x, weight), exact(x, weight))
     weight.data = random(16, 16, 3, 3, seed=7)
     close(ops.conv3x3(x, weight), exact(x, weight))
+    for optimizer in (torch.optim.AdamW, torch.optim.SGD):  # fused: no new version
+        weight.grad = random(16, 16, 3, 3, seed=8)
+        optimizer([weight], lr=0.1, fused=True).step()
+        close(ops.conv3x3(x, weight), exact(x, weight))
     gc.collect()  # weights of other tests
     before = len(conv._packed)
-    del weight, kept
+    memory = conv._packed[weight][2]
+    assert memory.data_ptr() == weight.data_ptr() and not memory.requires_grad
+    del weight, kept, memory
     gc.collect()
     assert len(conv._packed) == before - 1
 

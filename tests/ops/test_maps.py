@@ -305,6 +305,14 @@ def test_native_reads_any_strides(cpu_isa):
         memory_format=torch.channels_last
     )
     agree(channels_last[:, 1:4], y, [f[0]], [g[0].contiguous(memory_format=torch.channels_last)])
+    # Columns that were rows: the stride of an axis of one entry may be any number.
+    columns = [
+        (a.contiguous(memory_format=layout).transpose(2, 3), b.contiguous().transpose(2, 3))
+        for a, b in [(f[0][:, :, :1], g[0][:, :, :1])]
+        for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    for pair in (*columns, columns[1][::-1], (columns[1][0], columns[1][0].flip(2))):
+        agree(x, y, [pair[0]], [pair[1]])
     x, y, f = x[:1].expand(2, 3, 20, 36), y[:, :1].expand(2, 3, 20, 36), f[1][:1]
     agree(x, y, [f.expand(2, -1, -1, -1)], [g[1]], levels=1)
 

@@ -191,6 +191,11 @@ def test_any_strides(cpu_isa):
         "every second sample of channels_last": last[::2],
         "expanded sample": base[:1].expand(4, -1, -1, -1),
         "pixel": base[:, :, 4:5, 4:5],
+        # The stride of an axis of one entry may be any number.
+        "row of channels_last, turned to a column": last[:, :, 3:4].contiguous(
+            memory_format=torch.channels_last
+        ).transpose(2, 3),
+        "row, turned to a column": base[:, :, 3:4].contiguous().transpose(2, 3),
     }
     for name, x in views.items():
         n, c = x.shape[:2]

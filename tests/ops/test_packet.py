@@ -94,7 +94,10 @@ def test_native_is_the_reference_in_float64(cpu_isa, level, channels, dtype):
         wide[::2] = x
         expected = reference.standardised_packet(x.double(), mean, deviation, level)
         with use_backend("cpu"):
-            for given in (x, x.contiguous(memory_format=torch.channels_last), wide[::2]):
+            double = x.repeat_interleave(2, 3)[..., ::2]
+            turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+            last = x.contiguous(memory_format=torch.channels_last)
+            for given in (x, last, wide[::2], double, turned):
                 found = ops.standardised_packet(given, mean, deviation, level)
                 assert found.dtype == dtype and found.stride(1) == 1
                 bound = close[dtype]

@@ -147,6 +147,13 @@ def test_multilevel_without_some_details():
     )
 
 
+def test_the_largest_level_is_pywavelets():
+    for name in WAVELETS[::7]:
+        for n in (7, 16, 63, 200):
+            found = len(ops.wavedec2(torch.zeros(1, 1, n, 300), name)) - 1
+            assert found == pywt.dwtn_max_level((n, 300), name), (name, n)
+
+
 def test_too_many_levels_warn_as_in_pywavelets():
     x = np.random.default_rng(7).standard_normal((1, 1, 9, 8))
     with pytest.warns(UserWarning, match="level 4 is more than the 1"):
@@ -442,7 +449,6 @@ def test_compiles_as_one_graph():
         low, *details = ops.dwt2d(x, "db2", "symmetric")
         return ops.idwt2d((low.tanh(), *details), "db2", "symmetric")
 
-    twice(torch.zeros(1, 1, 4, 4))  # PyWavelets gives the filters once, outside the graph
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     for size in (16, 21):
         x = normal(2, 3, size, 8).requires_grad_()

@@ -1,0 +1,115 @@
+"""Operators under what PyTorch does with functions: forward-mode differentiation, torch.func,
+second derivatives, and traces with tensors that hold nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import diffad_fast as daf
+from diffad_fast import ops, reference
+from diffad_fast.errors import BackendError
+
+LAST = torch.channels_last
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+ALPHAS = torch.linspace(0.99, 0.05, 10).double()
+STEPS = torch.tensor([2, 7])
+FUNCTIONS = {
+    "dwt2d": lambda x: ops.dwt2d(x, "db2")[1],
+    "haar_pack": lambda x: ops.haar_pack(x, 2),
+    "group_norm_silu": lambda x: ops.group_norm_silu(x, 4),
+    "conv3x3": lambda x: ops.conv3x3(x, random(16, 16, 3, 3, seed=1)),
+    "q_sample": lambda x: ops.q_sample(x, STEPS, random(2, 16, 8, 8, seed=2), ALPHAS),
+    "ddim_step": lambda x: ops.ddim_step(x, 0.3 * x.sin(), 0.3, 0.6),
+    "anomaly_map": lambda x: ops.anomaly_map(x, x.sin())[0],
+    "wavelet_attention": lambda x: ops.wavelet_attention(*[x.view(2, 1, 16, 8, 8)] * 3),
+    "weighted_mse": lambda x: ops.weighted_mse(x, x.sin(), torch.tensor([1.0, 2.0])),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_forward_mode_is_finite_differences(name):
+    f = FUNCTIONS[name]
+    x, direction = random(2, 16, 8, 8), random(2, 16, 8, 8, seed=3)
+    if name == "conv3x3":
+        x, direction = (t.to(memory_format=LAST) for t in (x, direction))
+    _, tangent = torch.func.jvp(f, (x,), (direction,))
+    step = 1e-2
+    expected = (f(x + step * direction) - f(x - step * direction)) / (2 * step)
+    assert (tangent - expected).abs().max() < 5e-3 * expected.abs().max()
+    with torch.autograd.forward_ad.dual_level():
+        dual = f(torch.autograd.forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
+
+
+@pytest.mark.native
+def test_an_ensemble_of_weights_and_a_backend_by_name():
+    x, weights = random(1, 16, 8, 8).to(memory_format=LAST), random(3, 16, 16, 3, 3)
+    found = torch.func.vmap(lambda w: ops.conv3x3(x, w))(weights)
+    expected = torch.stack([ops.conv3x3(x, w) for w in weights])  # by Winograd's algorithm
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    gradient = torch.func.grad(lambda w: ops.conv3x3(x, w).square().sum())(weights[0])
+    w = weights[0].requires_grad_()
+    (expected,) = torch.autograd.grad(ops.conv3x3(x, w).square().sum(), w)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+    with daf.use_backend("cpu"), pytest.raises(BackendError, match="torch.func"):
+        torch.func.vmap(lambda w: ops.conv3x3(x, w))(weights)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 0.5}, {"eta": 0.5}])
+def test_second_derivatives_of_a_step(backend, options):
+    def penalised(step):
+        x, y = (random(2, 3, 4, 4, seed=s).double().requires_grad_() for s in (0, 1))
+        noise = random(2, 3, 4, 4, seed=2).double()
+        value = step(x, y.tanh(), 0.3, 0.6, noise=noise, **options).sin().sum()
+        grads = torch.autograd.grad(value, (x, y), create_graph=True)
+        return torch.autograd.grad(value + sum(g.square().sum() for g in grads), (x, y))
+
+    for ours, theirs in zip(
+        penalised(ops.ddim_step), penalised(reference.ddim_step), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.native
+def test_what_has_no_second_derivative_says_so():
+    x = random(2, 1, 4, 4, 8).requires_grad_()
+    for value, name in (
+        (ops.wavelet_attention(x, x, x).sum(), "wavelet_attention"),
+        (ops.weighted_mse(x, x.detach() + 1, torch.ones(2)), "weighted_mse"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} has no second derivative"):
+            torch.autograd.grad(value, x, create_graph=True)
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_filters_of_a_trace_serve_nobody_else(module):
+    x = random(1, 1, 16, 16)
+    with FakeTensorMode():
+        module.dwt2d(torch.empty(1, 1, 16, 16), "coif2", "symmetric")
+    assert module.dwt2d(x, "coif2", "symmetric")[0].isfinite().all()
+
+    class Bands(torch.nn.Module):
+        def forward(self, x):
+            return module.dwt2d(x, "coif3", "symmetric")
+
+    program = torch.export.export(Bands(), (x,), strict=False).module()
+    for found, expected in zip(program(x), module.dwt2d(x, "coif3", "symmetric"), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("level", [None, 2])
+def test_first_use_of_a_wavelet_in_a_compiled_function(backend, level):
+    wavelet = {("cpu", None): "sym7", ("cpu", 2): "sym6"}.get((backend, level), "sym5")
+    both = torch.compile(
+        lambda x: ops.waverec2(ops.wavedec2(x, wavelet, level), wavelet),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    x = random(1, 2, 96, 64)
+    torch.testing.assert_close(both(x), x, rtol=1e-4, atol=1e-4)
