@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops import checks
 from ..ops.layout import empty_4d, is_channels_last
 from .registration import cdiv, dense, launch, operator, source, wide, widened
 

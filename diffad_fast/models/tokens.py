@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -76,9 +76,12 @@ class TokenModel(nn.Module):
         histories = []
         # Statistics of tokens need no more images than these, evenly chosen.
         some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]
-        images = [lambda: map(self._seen, self._normals(source, some))]
+        def seen(batches: Callable) -> Callable:
+            return lambda: (part for x in batches(source, some) for part in self._seen(x))
+
+        images = [seen(self._normals)]
         if config.augment:
-            images.append(lambda: map(self._seen, self._batches(source, some)))
+            images.append(seen(self._batches))
         self.representation.fit(*images)
         if config.kind == "image":
             config = self.config = config.replace(**self.representation.preprocessing.choices)
@@ -141,7 +144,7 @@ class TokenModel(nn.Module):
         batches = self._normals if augment else self._batches
         for x in batches(source, indices):
             with torch.inference_mode():
-                grids = self.representation.encode(self._seen(x))
+                grids = self._encoded(x)
             for bank, grid in zip(banks, grids, strict=True):
                 tokens = grid.reshape(len(x), -1, grid.shape[-1])
                 if tokens.shape[1] > share:
@@ -152,11 +155,22 @@ class TokenModel(nn.Module):
             return [torch.zeros(0, dim) for dim in self.representation.dims]
         return [torch.cat(bank) for bank in banks]
 
-    def _seen(self, x: torch.Tensor) -> torch.Tensor:
-        """Images as they come, or the windows of all of them, one after another."""
-        if self.config.overlap is None:
-            return x
-        return windows(x, self.config.image_size, self.config.overlap)[0].flatten(0, 1)
+    def _seen(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Samples as they come; of larger images their windows, image after image, WINDOWS at a
+        time, so that memory does not grow with the size of the images."""
+        config = self.config
+        if config.overlap is None or tuple(x.shape[2:]) == config.image_size:
+            yield x
+            return
+        height, width = config.image_size
+        corners = places(x.shape[2:], config.image_size, config.overlap)
+        every = [image[:, y : y + height, x_ : x_ + width] for image in x for y, x_ in corners]
+        for first in range(0, len(every), WINDOWS):
+            yield torch.stack(every[first : first + WINDOWS])
+
+    def _encoded(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The tokens (n,h,w,dim) of all that :meth:`_seen` gives, for each source of tokens."""
+        return joined(self.representation.encode(part) for part in self._seen(x))
 
     def _denoiser(self, dim: int) -> TokenMLP:
         with torch.random.fork_rng(devices=[]):
@@ -195,8 +209,10 @@ class TokenModel(nn.Module):
         They are logarithms of distances: what multiplies all of them in an image adds to these, and
         their spread among normals is near a Gaussian's.
         """
-        x = x.to(self.device)
-        grids = self.representation.encode(self._seen(x))
+        return joined(self._raw_maps(part) for part in self._seen(x.to(self.device)))
+
+    def _raw_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        grids = self.representation.encode(x)
         finest = max((grid.shape[1:3] for grid in grids), key=lambda s: s[0] * s[1])
         smoothing = 0.0
         if self.config.kind == "image":
@@ -233,7 +249,7 @@ class TokenModel(nn.Module):
             return self._score_audio(x)
         if config.overlap is not None and tuple(x.shape[2:]) != config.image_size:
             return self._score_windows(x)
-        maps = self.raw_maps(x)
+        maps = self._raw_maps(x)
         weights = self._weights(len(maps) // len(self.denoisers)) * len(self.denoisers)
         map_, score = fuse(maps, self.statistics, weights, 0.0, config.top_fraction)
         if config.kind == "image":
@@ -241,18 +257,28 @@ class TokenModel(nn.Module):
         return map_, score
 
     def _score_windows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean of the windows' maps wherever they overlap, and the highest of their scores."""
-        parts, corners = windows(x, self.config.image_size, self.config.overlap)
-        found = [self._score(part) for part in parts.flatten(0, 1).split(WINDOWS)]
-        maps, scores = (torch.cat(part) for part in zip(*found, strict=True))
-        maps = maps.unflatten(0, parts.shape[:2])
-        total = maps.new_zeros(len(x), *x.shape[2:])
-        count = maps.new_zeros(x.shape[2:])
-        height, width = self.config.image_size
-        for i, (top, left) in enumerate(corners):
-            total[:, top : top + height, left : left + width] += maps[:, i]
-            count[top : top + height, left : left + width] += 1
-        return total / count, scores.unflatten(0, parts.shape[:2]).amax(dim=1)
+        """The windows' maps, one fading into the next where they overlap, and the highest of their
+        scores.
+
+        A window says least at its border, where it does not see what goes on: there it weighs
+        least, and its map begins and ends without a seam.
+        """
+        size = height, width = self.config.image_size
+        corners = places(x.shape[2:], size, self.config.overlap)
+        weight = window_weight(size, x.device)
+        total = x.new_zeros(len(x), *x.shape[2:])
+        share = x.new_zeros(x.shape[2:])
+        for top, left in corners:
+            share[top : top + height, left : left + width] += weight
+        scores, number = [], 0
+        for part in self._seen(x):
+            maps, score = self._score(part)
+            scores.append(score)
+            for map_ in maps * weight:
+                image, (top, left) = number // len(corners), corners[number % len(corners)]
+                total[image, top : top + height, left : left + width] += map_
+                number += 1
+        return total / share, torch.cat(scores).view(len(x), -1).amax(dim=1)
 
     def _score_audio(self, waves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The score's curve over windows, and the map that says which bands made it.
@@ -288,12 +314,10 @@ class TokenModel(nn.Module):
     def trajectory(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the inversion of raw inputs: mean square of the latent (N,) and, of every step, the
         mean square of the way (N,S), means over tokens and sources. In mode invert only."""
-        latents, ways = [], []
-        sources = self.representation.encode(x.to(self.device))
-        for tokens, loop in zip(sources, self._prepared(), strict=True):
+        latents, ways, n = [], [], len(x)
+        for tokens, loop in zip(self._encoded(x.to(self.device)), self._prepared(), strict=True):
             rows = tokens.flatten(0, 2) * self._steps[0].alpha_t ** 0.5
             z, way = ops.token_mlp_loop(rows, *loop)
-            n = len(tokens)
             latents.append(z.square().mean(dim=1).view(n, -1).mean(dim=1))
             ways.append(way.view(n, -1, way.shape[1]).mean(dim=1))
         return torch.stack(latents).mean(dim=0), torch.stack(ways).mean(dim=0)
@@ -308,7 +332,7 @@ class TokenModel(nn.Module):
         if self.config.semantic_of == "tokens":
             return rows
         sigma = self.config.feature_sigma
-        level = torch.full((rows.shape[0],), math.log(sigma), device=rows.device)
+        level = rows.new_full((rows.shape[0],), math.log(sigma), dtype=torch.float32)
         return denoiser.features(rows * (1 + sigma**2) ** -0.5, level)
 
     def _prepared(self) -> list[tuple]:
@@ -328,10 +352,10 @@ class TokenModel(nn.Module):
             table = [ddim_row(step) for step in self._steps]
         dtype = torch.bfloat16 if config.inference_dtype == "bfloat16" else None
         with torch.inference_mode():
-            levels = torch.tensor(log_sigma, device=self.device)
+            levels = torch.tensor(log_sigma, dtype=torch.float32, device=self.device)
             return (
                 denoiser.pack(dtype), denoiser.step_bias(levels),
-                torch.tensor(table, device=self.device),
+                torch.tensor(table, dtype=torch.float32, device=self.device),
             )  # fmt: skip
 
     def _reverse_steps(self, mode: str) -> list[ReverseStep]:
@@ -409,20 +433,24 @@ def log_distance(number: torch.Tensor) -> torch.Tensor:
     return torch.where(number <= largest, number, largest).clamp(min=1e-12).log()
 
 
-def windows(
-    x: torch.Tensor, size: tuple[int, int], overlap: float
-) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Images (N,C,H,W) to their K windows (N,K,C,*size), and where these begin.
+def joined(parts: Iterable[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Lists of tensors, each of the same meaning, as one list of longer tensors."""
+    first, *more = parts
+    return [torch.cat(same) for same in zip(first, *more, strict=True)] if more else first
 
-    As few as overlap by at least that share of a side, evenly spread from border to border.
-    """
-    found = places(x.shape[2:], size, overlap)
-    parts = [x[:, :, top : top + size[0], left : left + size[1]] for top, left in found]
-    return torch.stack(parts, dim=1), found
+
+def window_weight(size: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """(height, width): how much a window counts, linearly from its borders to its middle."""
+    sides = []
+    for n in size:
+        place = torch.arange(n, device=device)
+        sides.append(torch.minimum(place + 1, n - place).float() / ((n + 1) // 2))
+    return sides[0][:, None] * sides[1]
 
 
 def places(image: Sequence[int], size: tuple[int, int], overlap: float) -> list[tuple[int, int]]:
-    """Where the windows (height, width) of an image (height, width) begin."""
+    """Where the windows (height, width) of an image (height, width) begin: as few as overlap by at
+    least that share of a side, evenly spread from border to border."""
     starts = []
     for side, window in zip(image, size, strict=True):
         room = side - window

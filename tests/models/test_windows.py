@@ -7,7 +7,7 @@ from PIL import Image
 
 import diffad_fast as daf
 from diffad_fast.errors import InputError
-from diffad_fast.models.tokens import windows
+from diffad_fast.models.tokens import WINDOWS, places
 from diffad_fast.scoring import own_part
 
 OPTIONS = {
@@ -35,29 +35,59 @@ def detector():
     (64 + 173, 0.1, [0, 43, 86, 129, 173]),
 ])  # fmt: skip
 def test_windows_cover_everything(side, overlap, starts):
-    x = torch.arange(side * 64.0).view(1, 1, side, 64)
-    parts, places = windows(x, (64, 64), overlap)
-    assert [top for top, _ in places] == starts and {left for _, left in places} == {0}
+    found = places((side, 64), (64, 64), overlap)
+    assert [top for top, _ in found] == starts and {left for _, left in found} == {0}
     gaps = np.diff(starts)
     assert (gaps <= 64 * (1 - overlap) + 1e-9).all() and starts[-1] + 64 == side
-    for i, (top, _) in enumerate(places):
-        assert torch.equal(parts[0, i], x[0, :, top : top + 64])
 
 
-def test_a_map_is_the_mean_of_its_windows(detector):
+def test_a_map_fades_from_window_to_window(detector):
+    """By weights that fall linearly from a window's middle to its borders."""
     image = textures(2, 96, 130, 1)
     out = detector.score(image)
     assert out.map.shape == (2, 96, 130)
-    parts, places = windows(image, (64, 64), 0.25)
-    total, count = np.zeros((2, 96, 130)), np.zeros((96, 130))
+    side = np.minimum(np.arange(1, 65), np.arange(64, 0, -1))
+    weight = side[:, None] * side
+    total, share = np.zeros((2, 96, 130)), np.zeros((96, 130))
     scores = []
-    for i, (top, left) in enumerate(places):
-        one = detector.score(parts[:, i])
-        total[:, top : top + 64, left : left + 64] += one.map
-        count[top : top + 64, left : left + 64] += 1
+    for top, left in places((96, 130), (64, 64), 0.25):
+        one = detector.score(image[:, :, top : top + 64, left : left + 64].contiguous())
+        total[:, top : top + 64, left : left + 64] += weight * one.map
+        share[top : top + 64, left : left + 64] += weight
         scores.append(one.score)
-    assert np.abs(out.map - total / count).max() < 1e-4
+    assert np.abs(out.map - total / share).max() < 1e-4
     assert out.score == pytest.approx(np.max(scores, axis=0), abs=1e-4)
+
+
+def test_no_seams(detector):
+    """A map does not change faster where a window begins or ends than elsewhere."""
+    map_ = detector.score(textures(16, 96, 130, 4)).map
+    steps = np.abs(np.diff(map_, axis=2)).mean(axis=(0, 1))
+    borders = {left for _, left in places((96, 130), (64, 64), 0.25)} - {0}
+    borders = sorted(borders | {left + 64 for left in borders | {0}} - {130})
+    at = np.array([b - 1 for b in borders])
+    assert steps[at].mean() < 2 * np.delete(steps, at).mean()
+
+
+def test_many_windows_go_through_in_parts(detector):
+    """More than are scored together: each image's map and score are those that it has alone."""
+    images = textures(3, 300, 300, 7)
+    assert 3 * len(places((300, 300), (64, 64), 0.25)) > 3 * WINDOWS
+    with pytest.warns(UserWarning, match="windows"):
+        out, last = detector.score(images), detector.score(images[2:])
+    assert np.array_equal(out.map[2:], last.map) and out.score[2] == last.score[0]
+
+
+def test_the_way_into_noise_of_large_images(detector):
+    images = textures(2, 96, 130, 6)
+    found = detector.trajectory(images)
+    assert found.latent_norm.shape == (2,) and found.residuals.shape == (2, 3)
+    parts = [
+        detector.trajectory(images[:, :, y : y + 64, x : x + 64].contiguous())
+        for y, x in places((96, 130), (64, 64), 0.25)
+    ]
+    expected = np.mean([part.residuals for part in parts], axis=0)
+    assert found.residuals == pytest.approx(expected, rel=1e-5)
 
 
 def test_images_of_all_sizes(detector, tmp_path):
