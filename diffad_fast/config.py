@@ -355,6 +355,11 @@ class DetectorConfig:
             raise InputError(
                 f"map_weights is three numbers of at least 0, not all 0; got {self.map_weights!r}"
             )
+        if self.haar_level == 0 and self.map_weights[:2] == (0, 0):
+            raise InputError(
+                "at haar_level=0 there are no sub-bands, and map_weights gives the other maps no "
+                f"weight: {self.map_weights!r}; give the pixel or the feature map some"
+            )
         _range("train_steps", self.train_steps, 0, math.inf)
         for name in (
             "batch_size", "token_batch", "reverse_steps", "diffusion_steps",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,8 @@ from torch import nn
 
 from . import models
 from .config import MODES, DetectorConfig
-from .data.audio import Clips, LabelledClip, labelled_clips, open_audio
-from .data.images import Images, open_images
+from .data.audio import Clips, LabelledClip, labelled_clips, normal_files, open_audio
+from .data.images import Images, is_path, mvtec_train, open_images
 from .data.vectors import Vectors, open_vectors
 from .denoisers.inference import has_bfloat16
 from .errors import BackendError, CheckpointError, InputError
@@ -74,6 +75,28 @@ class Trajectory(NamedTuple):
     residuals: np.ndarray
 
 
+def _undisturbed(call: Callable) -> Callable:
+    """``call`` without what surrounds it and would change its numbers or leave tensors that cannot
+    be trained: autocast, inference mode, and a default dtype other than float32, which belongs to
+    the whole process and is put back."""
+
+    @functools.wraps(call)
+    def alone(*args, **options):
+        device = getattr(args[0], "device", None)
+        kind = device.type if isinstance(device, torch.device) else "cpu"
+        default = torch.get_default_dtype()
+        if default != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        try:
+            with torch.autocast(kind, enabled=False), torch.inference_mode(False):
+                return call(*args, **options)
+        finally:
+            if default != torch.float32:
+                torch.set_default_dtype(default)
+
+    return alone
+
+
 class Detector:
     """Anomaly detector by diffusion: of an image's wavelet coefficients, or of tokens.
 
@@ -118,6 +141,7 @@ class Detector:
         backbone = features if isinstance(features, nn.Module) else None
         self._set_up(config, resolve_device(device), module, backbone)
 
+    @_undisturbed
     def _set_up(
         self,
         config: DetectorConfig,
@@ -134,6 +158,8 @@ class Detector:
         # What ``fit`` has settled: of each option what it was, and what it is since.
         self._settled: dict[str, list] | None = None
         self.calibrations: dict[str, Calibration] = {}
+        # Of the table that ``fit`` was given, if they had names.
+        self.columns: list[str] | None = None
         self._most_windows = 0  # of an image among the normals behind these
         self.parts: list[Part] = []
         self.history = History()
@@ -170,6 +196,8 @@ class Detector:
 
     # ---------------------------------------------------------------- fit
 
+    @_undisturbed
+    @torch.enable_grad()
     def fit(
         self,
         source,
@@ -183,10 +211,12 @@ class Detector:
         """Train on normal data and calibrate every mode on held-out normals; where these would be
         few, on all of them, each by a model that has not seen it (``DetectorConfig.cross_fit``).
 
-        source: for images a folder (searched through), a list of files, an array or tensor
-        (N,C,H,W) or (N,H,W) of uint8, uint16 or float in [0,1], or a DataLoader of such batches;
-        for audio what ``data.audio.open_audio`` takes: a folder, files, waves, (wave, rate) pairs;
-        for vectors what ``data.vectors.open_vectors`` takes.
+        source: for images a folder (of one in the MVTec AD layout its train/good, else searched
+        through), a list of files, an array or tensor (N,C,H,W) or (N,H,W) of uint8, uint16 or float
+        in [0,1], or a DataLoader of such batches; for audio what ``data.audio.open_audio`` takes: a
+        folder (of which the files of ``data.audio.training_clips`` are taken), files, waves, (wave,
+        rate) pairs; for vectors what ``data.vectors.open_vectors`` takes, whose names of columns
+        are kept: later tables with names may have them in any order, and must have the same.
         groups: one label for each sample; those of one label never stand on both sides of a
         split. strict: raise at the first unusable file instead of leaving it out with a warning.
         steps: training steps, or budget: the time that the training may take, in seconds or as
@@ -197,8 +227,9 @@ class Detector:
         and settles anew what was left to it; only a denoiser that was handed over goes on from its
         weights, and with ``train_steps=0`` a built-in one keeps them.
 
-        Returns self. Raises InputError for unusable data, KeyboardInterrupt after SIGINT or
-        SIGTERM, once the state is written.
+        Returns self. Raises InputError for unusable data and for a folder without train/good that
+        has a folder test or ground_truth below it, KeyboardInterrupt after SIGINT or SIGTERM, once
+        the state is written.
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")
@@ -207,7 +238,7 @@ class Detector:
             config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             config = config.replace(train_budget=budget)
-        samples = self._open(source, strict)
+        samples = self._open(self._normal(source), strict)
         usable = samples.load()
         if self.config.kind == "vector" and samples.coarse:
             raise InputError(samples.coarse)
@@ -223,6 +254,7 @@ class Detector:
             split = Split(list(usable), [], [], [], [])
         self._begin(config)
         self.calibrations, self.parts = {}, []
+        self.columns = samples.columns if self.config.kind == "vector" else None
         try:
             self._learn(samples, split, folds, training_checkpoint)
         finally:
@@ -230,6 +262,12 @@ class Detector:
             self._settled = {k: [v, after[k]] for k, v in before.items() if v != after[k]}
         self.calibrate(samples)
         return self
+
+    def _normal(self, source):
+        """What to train on of ``source``: of a folder, what is not there to be tested on."""
+        if self.config.kind == "vector" or not is_path(source) or not os.path.isdir(source):
+            return source
+        return mvtec_train(source) if self.config.kind == "image" else normal_files(source)
 
     def _asked(self) -> DetectorConfig:
         """The options as they were asked for: what an earlier ``fit`` has settled is open again,
@@ -281,6 +319,7 @@ class Detector:
                 "statistics and p-values"
             )
 
+    @_undisturbed
     def calibrate(self, source, modes: Sequence[str] = MODES) -> None:
         """Calibrate modes anew, as ``fit`` does, after options of scoring were changed in
         ``model.config``. source: what the detector was fitted on, in the same process.
@@ -294,7 +333,7 @@ class Detector:
             )
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
-        samples, wanted = self.open(source), self.mode
+        samples, wanted = self.open(self._normal(source)), self.mode
         usable, (_, split) = set(samples.load()), self.parts[0]
         if usable != {i for part in split[:4] for i in part}:
             raise InputError(
@@ -363,9 +402,10 @@ class Detector:
 
     def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:
         """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
-        its sampling rate."""
+        its sampling rate, columns with names in the order of those it was fitted on."""
         samples = self._open(source, strict)
         if self.config.kind == "vector" and self.calibrations:
+            samples = samples.arranged(self.columns)
             fitted, found = self.model.representation.dims[0], samples.rows.shape[1]
             if found != fitted:
                 raise InputError(
@@ -484,6 +524,7 @@ class Detector:
             skipped=skipped,
         )
 
+    @_undisturbed
     @torch.inference_mode()
     def score_batch(
         self, x: torch.Tensor, *, maps: bool = True
@@ -499,6 +540,7 @@ class Detector:
         map_ = _on_host(map_).numpy() if maps else None
         return map_, score.cpu().double().numpy()  # which waits for both
 
+    @_undisturbed
     def trajectory(self, source, *, batch_size: int | None = None) -> Trajectory:
         """How samples go from data to noise in a deterministic inversion; ``source`` as in
         :meth:`fit`. The mode is changed meanwhile: no other thread may use this detector."""
@@ -524,6 +566,7 @@ class Detector:
             raise InputError(f"a stream is of audio: this detector's kind is {self.config.kind!r}")
         return Stream(self, rate)
 
+    @_undisturbed
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """A U-Net's idea of images (N,C,H,W) of floats in [0,1], at the detector's size, without
         their anomalies: a tensor of that shape on the CPU.
@@ -638,6 +681,7 @@ class Detector:
             "features": _digest(self._features),
             "settled": json.dumps(self._settled),
             "most_windows": str(self._most_windows),
+            "columns": json.dumps(self.columns),
             "history": json.dumps(dataclasses.asdict(self.history)),
         }
         return tensors, texts
@@ -652,6 +696,7 @@ class Detector:
 
     # ------------------------------------------------------ other programs
 
+    @_undisturbed
     def export(
         self,
         path: str | os.PathLike,
@@ -827,6 +872,7 @@ def load(
     return from_state(tensors, texts, path, device=device, denoiser=denoiser, features=features)
 
 
+@_undisturbed
 def from_state(
     tensors: dict[str, torch.Tensor],
     texts: dict[str, str],
@@ -888,6 +934,7 @@ def from_state(
     detector.mode = config.mode
     detector._settled = json.loads(texts["settled"])
     detector._most_windows = int(texts["most_windows"])
+    detector.columns = json.loads(texts.get("columns", "null"))
     detector.history = History(**json.loads(texts["history"]))
     return detector
 

@@ -179,13 +179,13 @@ def _page(detector: Detector, evaluation: Evaluation) -> str:
     config, score = detector.config, evaluation.score
     metrics = evaluation.metrics
     height, width = config.image_size
-    loss = detector.history.validation_loss
+    loss = detector.history.kept_loss
     facts = [
         f"{metrics['n_normal']} normal and {metrics['n_anomalous']} defective images",
         f"{height}×{width} pixels, {config.channels} channel(s)",
         f"{config.denoiser}, mode {config.mode}",
         f"{detector.history.steps} training steps in {detector.history.seconds:.0f} s"
-        + (f", validation loss {loss[-1][1]:.4f}" if loss else ""),
+        + ("" if loss is None else f", validation loss {loss:.4f}"),
         f"{metrics['latency_ms']:.1f} ms an image on {detector.device}",
     ]
     if score.skipped:

@@ -52,6 +52,7 @@ def test_frozen():
         ({"eta": float("nan")}, "eta"),
         ({"trainsteps": 3}, "'trainsteps': did you mean 'train_steps'"),
         ({"map_weights": (0, 0, 0)}, "map_weights"),
+        ({"map_weights": (0, 0, 1), "haar_level": 0}, "no sub-bands"),
         ({"conformal_share": 0.85}, "held-out"),
         ({"learning_rate": "fast"}, "learning_rate"),
         ({"self": 1}, "unknown option 'self'"),

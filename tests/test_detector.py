@@ -639,3 +639,34 @@ def test_a_file_fetches_nothing_from_anybody(fitted):
     config = json.loads(texts["config"]) | {"features": "hf-hub:somebody/something"}
     with pytest.raises(CheckpointError, match="'hf-hub:somebody/something', weights that anybody"):
         daf.detector.from_state(tensors, texts | {"config": json.dumps(config)}, "m.diffad")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_denoisers_in_other_dtypes(dtype):
+    """Scored as they are, in every mode; trained in float32 alone."""
+    images = torch.rand(24, 1, 32, 32)
+
+    class Smooth(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x, log_sigma):
+            return self.conv(x)
+
+        def features(self, x, log_sigma):
+            return [self.conv(x)]
+
+    torch.manual_seed(0)
+    given = Smooth()
+    options = {"image_size": 32, "haar_level": 1, "train_steps": 0, "semantic_weight": 1.0}
+    plain = daf.Detector(denoiser=given, **options).fit(images)
+    other = daf.Detector(denoiser=copy.deepcopy(given).to(dtype), **options).fit(images)
+    for mode in ("reconstruct", "invert", "one_step"):
+        plain.mode = other.mode = mode
+        expected, found = plain.score(images[:8]), other.score(images[:8])
+        assert found.map.dtype == np.float32
+        tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
+        np.testing.assert_allclose(found.score, expected.score, rtol=tolerance, atol=tolerance)
+    with pytest.raises(InputError, match="training needs float32: pass denoiser.float()"):
+        daf.Detector(denoiser=Smooth().to(dtype), image_size=32, train_steps=3)

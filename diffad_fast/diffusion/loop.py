@@ -105,7 +105,7 @@ class ReverseLoop:
     def _run(self, x_t: torch.Tensor, guide: torch.Tensor | None, x: torch.Tensor | None = None):
         """From x_t, which may be overwritten; to the end of ``finish``, if there is one and x."""
         _, log_sigma, table = self._on(x_t.device)
-        n, dtype = x_t.shape[0], self._network_dtype(x_t)
+        n, dtype = x_t.shape[0], network_dtype(self.denoiser) or x_t.dtype
         apart = isinstance(self.denoiser, ConditionedDenoiser)
         levels = self.denoiser.conditioning(log_sigma) if apart else log_sigma
         denoise = self.denoiser.denoise if apart else self.denoiser
@@ -117,6 +117,8 @@ class ReverseLoop:
         x_in = x_t.to(dtype)
         for i, step in enumerate(self.steps):
             output = denoise(x_in, levels[i].expand(n, *levels.shape[1:]))
+            if output.dtype == torch.float64:
+                output = output.to(x_t.dtype)
             pull = None if guide is None else (guide, self.guidance)
             if i + 1 == len(self.steps) and self.finish is not None and x is not None:
                 return self.finish(
@@ -145,14 +147,6 @@ class ReverseLoop:
             x_in = x_t.to(dtype)
         return x_t
 
-    def _network_dtype(self, x: torch.Tensor) -> torch.dtype:
-        """That of the denoiser's weights, if they are narrower than the state."""
-        if isinstance(self.denoiser, nn.Module):
-            for parameter in self.denoiser.parameters():
-                if parameter.dtype in (torch.bfloat16, torch.float16):
-                    return parameter.dtype
-        return x.dtype
-
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The first level, the levels' log sigma and, for CUDA's kernels, the table of steps.
 
@@ -174,6 +168,14 @@ class ReverseLoop:
                 self.steps, self.prediction_type, self.eta, self.clip, self.guidance
             ).to(device)
         return first, log_sigma, table
+
+
+def network_dtype(denoiser) -> torch.dtype | None:
+    """Of the inputs that a denoiser takes, where some of its weights are not in float32."""
+    for parameter in denoiser.parameters() if isinstance(denoiser, nn.Module) else ():
+        if parameter.dtype in (torch.bfloat16, torch.float16, torch.float64):
+            return parameter.dtype
+    return None
 
 
 def _is_state_of_the_kernels(x: torch.Tensor) -> bool:

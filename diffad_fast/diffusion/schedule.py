@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import warnings
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..config import DetectorConfig
 
 
 class ReverseStep(NamedTuple):
@@ -53,9 +57,41 @@ class NoiseSchedule:
         """(T,) float64: log of sigma = sqrt((1 - alpha)/alpha), increasing with t."""
         return 0.5 * (torch.log1p(-self.alphas_cumprod) - torch.log(self.alphas_cumprod))
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest sigma."""
+        return tuple(self.log_sigma[[0, -1]].exp().tolist())
+
     def timestep(self, sigma: float) -> int:
-        """The t whose noise level is nearest to ``sigma`` on the logarithmic scale."""
+        """The t whose noise level is nearest to ``sigma`` on the logarithmic scale.
+
+        Raises InputError for a level beyond those of the schedule by more than a tenth of itself.
+        """
+        low, high = self.range
+        if not low / 1.1 <= sigma <= high * 1.1:
+            raise InputError(
+                f"the schedule {self.name!r} of {len(self)} steps has noise levels from {low:.3g} "
+                f"to {high:.3g}, not {sigma:g}: choose start_sigma among these, or another schedule"
+            )
         return int((self.log_sigma - math.log(sigma)).abs().argmin())
+
+    @staticmethod
+    def warn_untrained(config: DetectorConfig, low: float, high: float) -> None:
+        """Warn of noise levels that scores evaluate a denoiser at which is trained from ``low`` to
+        ``high``."""
+        inversion = NoiseSchedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
+        for name, levels in (
+            ("sigmas", config.sigmas),
+            ("inversion_sigmas", [math.exp(step.log_sigma) for step in inversion]),
+            ("start_sigma", [config.start_sigma]),
+        ):
+            beyond = [f"{s:.3g}" for s in levels if not low / 1.1 <= s <= high * 1.1]
+            if beyond:
+                warnings.warn(
+                    f"{name} asks the denoiser at the noise levels {', '.join(beyond)}, and it is "
+                    f"trained on those from {low:.3g} to {high:.3g}: scores of that mode say little",
+                    stacklevel=2,
+                )
 
     def reverse_steps(self, start: int, steps: int) -> list[ReverseStep]:
         """``steps`` steps from timestep ``start`` to the clean end, uniform in t.

@@ -160,7 +160,8 @@ class GatheringDetector(nn.Module):
         # An exported program runs without our operators.
         exporting = torch.compiler.is_exporting()
         with use_backend("reference") if exporting else nullcontext():
-            map_, score = self.detector.model.score(images)
+            with torch.autocast(images.device.type, enabled=False):
+                map_, score = self.detector.model.score(images)
         map_, score = map_.to(images.device), score.to(images.device)
         return InferenceBatch(pred_score=score, anomaly_map=map_[:, None])
 

@@ -101,7 +101,10 @@ class FusedDDIMScheduler(DDIMScheduler):
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """Noised samples at ``timesteps``, () or one a sample; as the stock class does it."""
+        """Noised samples at ``timesteps``, () or one a sample; as the stock class does it, which
+        also serves shapes and dtypes that differ."""
+        if original_samples.shape != noise.shape or original_samples.dtype != noise.dtype:
+            return super().add_noise(original_samples, noise, timesteps)
         self.alphas_cumprod = self.alphas_cumprod.to(original_samples.device)
         t = timesteps.to(original_samples.device, torch.int64).reshape(-1)
         return ops.q_sample(

@@ -12,6 +12,7 @@ from .. import denoisers, ops
 from ..config import DetectorConfig
 from ..denoisers import inference
 from ..diffusion import Graphed, NoiseSchedule, ReverseLoop, ReverseStep
+from ..diffusion.loop import network_dtype
 from ..errors import InputError
 from ..representations import WaveletRepresentation, feature_maps
 from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
@@ -56,6 +57,12 @@ class CoefficientModel(nn.Module):
                     "yourself and leave inference_dtype at 'float32'"
                 )
             config = config.replace(inference_dtype="float32")
+            dtype = network_dtype(denoiser)
+            if dtype is not None and config.train_steps:
+                raise InputError(
+                    f"the denoiser's weights are in {dtype}, and training needs float32: pass "
+                    "denoiser.float(), or take it as it is with train_steps=0"
+                )
         self.config = config
         self.denoiser = denoiser.to(memory_format=torch.channels_last)
         self.backbone = None if features is None else features.eval().requires_grad_(False)
@@ -98,6 +105,7 @@ class CoefficientModel(nn.Module):
         self.representation.fit(batches(split.fit))
         history = History()
         if config.train_steps:
+            self.schedule.warn_untrained(config, *self.schedule.range)
             history = Trainer(
                 self.denoiser, self.representation, source, split.fit, split.validation,
                 config, self.device, self._pictures,
@@ -209,7 +217,8 @@ class CoefficientModel(nn.Module):
         x0 = self.representation.encode(images)
         draws = torch.arange(1, len(x0) + 1, device=self.device)
         noise = ops.philox_normal(x0.shape, config.seed, draws, SAMPLE_STEP, self.device)
-        steps = self.schedule.reverse_steps(self.schedule.timestep(SAMPLE_SIGMA), SAMPLE_STEPS)
+        start = self.schedule.timestep(min(SAMPLE_SIGMA, self.schedule.range[1]))
+        steps = self.schedule.reverse_steps(start, min(SAMPLE_STEPS, start + 1))
         sampler = ReverseLoop(self.denoiser, steps, prediction_type=config.prediction_type)
         samples = decode(sampler.run(noise.contiguous(memory_format=torch.channels_last)))
         return torch.stack([images, back.eager(images), samples]).clamp(0, 1)
@@ -325,7 +334,8 @@ class CoefficientModel(nn.Module):
         alpha = (1 / (1 + sigma**2))[:, None, None, None]
         x = x0.repeat(len(sigmas), 1, 1, 1)
         x_in = (x * alpha.sqrt()).contiguous(memory_format=torch.channels_last)
-        output = self.scoring_denoiser(x_in, sigma.log())
+        denoiser = self.scoring_denoiser
+        output = denoiser(self._as_weights(x_in, denoiser), sigma.log()).to(x.dtype)
         # x_in as a state at its level: its clean estimate is D.
         if self.config.prediction_type == "v_prediction":
             clean = alpha.sqrt() * x_in - (1 - alpha).sqrt() * output
@@ -356,9 +366,18 @@ class CoefficientModel(nn.Module):
     def _features(self, x0: torch.Tensor) -> list[torch.Tensor]:
         """The denoiser's features of coefficients, at the level ``feature_sigma``."""
         sigma = self.config.feature_sigma
-        level = torch.full((x0.shape[0],), math.log(sigma), device=x0.device)
+        level = x0.new_full((x0.shape[0],), math.log(sigma), dtype=torch.float32)
         # The network expects inputs of the variance-preserving process at that level.
-        return self.scoring_denoiser.features(x0 * (1 + sigma**2) ** -0.5, level)
+        x, denoiser = x0 * (1 + sigma**2) ** -0.5, self.scoring_denoiser
+        found = denoiser.features(self._as_weights(x, denoiser), level)
+        return [f.to(x0.dtype) for f in found]
+
+    @staticmethod
+    def _as_weights(x: torch.Tensor, denoiser: nn.Module) -> torch.Tensor:
+        """x in the dtype of the weights; the built-in U-Nets take float32 whatever theirs is."""
+        if isinstance(denoiser, denoisers.WaveletUNet):
+            return x
+        return x.to(network_dtype(denoiser) or x.dtype)
 
     def _coarsest(self, x0: torch.Tensor) -> torch.Tensor:
         """(N,h,w,C): the features that see most of the image."""

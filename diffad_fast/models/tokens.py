@@ -20,7 +20,7 @@ from ..representations.tokens import SMALLEST_SMOOTHED
 from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training.augment import augmented
 from ..training.loop import History, TrainingCheckpoint
-from ..training.tokens import fit_tokens
+from ..training.tokens import SIGMA_RANGE, fit_tokens
 from .coefficients import restore_buffers
 from .fusion import fuse, resized
 
@@ -73,6 +73,8 @@ class TokenModel(nn.Module):
     def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
         """Fit the representations and train a denoiser for each; once in a model's life."""
         config = self.config
+        if config.train_steps:
+            self.schedule.warn_untrained(config, *SIGMA_RANGE)
         histories = []
         # Statistics of tokens need no more images than these, evenly chosen.
         some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]

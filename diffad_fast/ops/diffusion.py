@@ -164,11 +164,17 @@ def ddim_step_and_x0(
 
 
 def _check_ddim_step(
-    x_t, model_output, alpha_t, alpha_s, prediction_type, eta, noise, clip, dynamic_threshold, _,
-    guidance,
+    x_t, model_output, alpha_t, alpha_s, prediction_type, eta, noise, clip, dynamic_threshold,
+    again, guidance,
 ):  # fmt: skip
     check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guidance)
     checks.number("eta", eta, 0.0, 1.0)
+    divides_by_noise = prediction_type == "sample" or again or eta > 0
+    if divides_by_noise and not isinstance(alpha_t, torch.Tensor) and alpha_t == 1:
+        raise ValueError(
+            "alpha_t must be below 1 for prediction_type 'sample', use_clipped_model_output and "
+            f"eta > 0, got {alpha_t}: no noise is left to divide by"
+        )
     if eta > 0:
         if noise is None:
             raise ValueError(f"eta = {eta} needs noise: pass noise=, for example philox_normal")

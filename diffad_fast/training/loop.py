@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import threading
@@ -93,8 +94,10 @@ class TrainingCheckpoint:
     def remove(self) -> None:
         """Remove the states of all parts, if they are there."""
         path = Path(self.path)
-        for file in (path, *path.parent.glob(f"{glob.escape(path.name)}.[0-9]*")):
-            file.unlink(missing_ok=True)
+        own = re.compile(re.escape(path.name) + r"(\.\d+(-fold)?)*")
+        for file in path.parent.glob(f"{glob.escape(path.name)}*"):
+            if own.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
 
 @dataclass
@@ -115,6 +118,14 @@ class History:
     def steps(self) -> int:
         """Steps that were taken; of several networks by each."""
         return max((step for step, _ in self.loss), default=-1) + 1
+
+    @property
+    def kept_loss(self) -> float | None:
+        """The validation loss of the weights that were kept; None without any, and for several
+        networks, of which each has its own."""
+        if self.best_step is None:
+            return None
+        return dict(self.validation_loss)[self.best_step]
 
     @staticmethod
     def joined(parts: Sequence[History]) -> History:
@@ -157,7 +168,7 @@ class Loop(ABC):
             )
         self.batch, self.accumulate = batch, accumulate
         self.history = History()
-        self.total = config.train_steps
+        self.total, self.validations = config.train_steps, VALIDATIONS
         self.dtype = training_dtype(config, self.device)
 
     @abstractmethod
@@ -237,7 +248,7 @@ class Loop(ABC):
                         self._report(step, float(loss), bar, log)
                     interrupted, late = self._agreed(step, interrupted, late)
                     # An interrupted step is complete, and not taken again: its validation counts.
-                    if late or last or done % max(1, self.total // VALIDATIONS) == 0:
+                    if late or last or done % max(1, self.total // self.validations) == 0:
                         self._validate(step, log)
                     if (
                         kept and kept.pictures_every and self.processes.first
@@ -250,6 +261,8 @@ class Loop(ABC):
                     if interrupted:
                         raise KeyboardInterrupt
                     if late or self._waited() >= self.config.early_stopping > 0:
+                        if self.history.steps < done:
+                            self._report(step, float(loss), bar, log)
                         break
             except ProcessError as error:
                 # A step's update follows its exchange: this is the state after `done` steps.
@@ -453,8 +466,13 @@ class Loop(ABC):
         with torch.no_grad(), self._averaged():
             self.validation_loss()
         validation = time.monotonic() - began
-        left = budget - clock.seconds() - (VALIDATIONS + 1) * validation
-        steps = self.processes.agreed(max(1, int(left / seconds)))
+        # As many validations, and one to spare, as a quarter of the time is enough for.
+        left = budget - clock.seconds()
+        count = VALIDATIONS + 1
+        if count * validation > left / 4:
+            count = max(1, int(left / 4 / validation))
+        steps = max(1, int((left - count * validation) / seconds))
+        steps, self.validations = self.processes.agreed((steps, max(1, count - 1)))
         if steps < self.config.warmup_steps and self.processes.first:
             warnings.warn(
                 f"{budget:.3g} s, the budget or this network's share of it, are enough for {steps} "
@@ -490,6 +508,7 @@ class Loop(ABC):
         texts = {
             "step": str(step),
             "total": str(self.total),
+            "validations": str(self.validations),
             "fingerprint": self._fingerprint,
             "config": self.config.to_json(),
             "history": json.dumps(vars(self.history)),
@@ -521,6 +540,7 @@ class Loop(ABC):
             self.best = tensors["best"].to(self.device)
         self.history = History(**json.loads(texts["history"]))
         self.total = int(texts["total"])
+        self.validations = int(texts.get("validations", VALIDATIONS))
         return step
 
 
@@ -598,7 +618,8 @@ def generator(seed: int, stream: str, number: int) -> torch.Generator:
 def _deferred_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of breaking into the middle of an update.
 
-    Python allows handlers in the main thread only; elsewhere signals act as always.
+    Python allows handlers in the main thread only; elsewhere signals act as always, and so do
+    those with a handler that was not made by Python, which it could not put back.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -607,6 +628,7 @@ def _deferred_signals() -> Iterator[list[int]]:
     previous = {
         number: signal.signal(number, lambda number, frame: received.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) is not None
     }
     try:
         yield received

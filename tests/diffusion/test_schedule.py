@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import diffad_fast as daf
 from diffad_fast import ops
 from diffad_fast.diffusion import NoiseSchedule
 from diffad_fast.errors import InputError
@@ -30,6 +31,26 @@ def test_sigma_and_timestep():
     assert schedule.alphas_cumprod[t] == pytest.approx(0.5, abs=2e-3)
     for t in (0, 123, 999):
         assert schedule.timestep(math.exp(schedule.log_sigma[t])) == t
+
+
+def test_levels_that_a_schedule_does_not_have():
+    """A short linear schedule ends at sigma = 1.3, where the default asks for 3."""
+    schedule = NoiseSchedule("linear", 100)
+    low, high = schedule.range
+    alpha = schedule.alphas_cumprod[[0, -1]]
+    assert [low, high] == pytest.approx(((1 - alpha) / alpha).sqrt().tolist())
+    assert schedule.timestep(high * 1.09) == 99
+    for sigma in (high * 1.11, low / 1.11):
+        with pytest.raises(InputError, match="noise levels from 0.01 to 1.3.*start_sigma"):
+            schedule.timestep(sigma)
+    with pytest.raises(InputError, match="not 3: choose start_sigma"):
+        daf.Detector(image_size=32, denoiser="unet-tiny", schedule="linear", diffusion_steps=100)
+    detector = daf.Detector(
+        image_size=32, denoiser="unet-tiny", schedule="linear", diffusion_steps=100,
+        start_sigma=1.0, sigmas=(0.6, 4.0), inversion_sigmas=(0.1, 1.2), train_steps=1,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="sigmas asks the denoiser at the noise levels 4, and"):
+        detector.fit(torch.rand(12, 1, 32, 32))
 
 
 @pytest.mark.parametrize("start, steps", [(0, 1), (499, 1), (499, 7), (499, 500), (999, 50)])

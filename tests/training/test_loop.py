@@ -3,6 +3,7 @@
 import copy
 import csv
 import math
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -183,7 +184,17 @@ def test_training_ends_when_the_budget_is_used_up(clock):
     history = trainer.run()
     assert trainer.total == 97 and 100 <= history.seconds < 111  # a step late
     # Its weights were judged after the last step.
-    assert history.validation_loss[-1][0] == history.loss[-1][0] + 8
+    assert history.validation_loss[-1][0] == history.loss[-1][0] == history.steps - 1 == 28
+
+
+def test_validations_take_a_quarter_of_a_short_budget_at_most(clock):
+    trainer = worker.token_trainer(train_budget=20.0)
+    trainer.inputs = clock.costs(1.0, trainer.inputs)
+    trainer.validation_loss = clock.costs(2.0, trainer.validation_loss)
+    history = trainer.run()
+    # Of the 15 seconds behind the trial 2 are for the one validation that 15 / 4 are enough for.
+    assert trainer.total == 13 and [step for step, _ in history.validation_loss] == [12]
+    assert history.seconds == 20
 
 
 def test_the_smallest_budget_buys_one_step():
@@ -215,7 +226,8 @@ def test_early_stopping(monkeypatch):
     monkeypatch.setattr(trainer, "validation_loss", lambda: next(losses))
     history = trainer.run()
     assert [step for step, _ in history.validation_loss] == [5, 11, 17, 23, 29]
-    assert history.best_step == 11
+    assert history.best_step == 11 and history.kept_loss == 2.0
+    assert history.steps == 30 and history.loss[-1][0] == 29
 
 
 def test_without_held_out_samples_the_last_average_is_kept():
@@ -345,9 +357,25 @@ def test_states_of_several_networks(tmp_path):
     assert kept.part(2).log.name == "m.2.csv"
     for k in range(3):
         open(kept.part(k).path, "w").close()
-    (tmp_path / "m.training.diffad").touch()
+    open(kept.fold(1).path, "w").close()
+    open(kept.fold(1).part(2).path, "w").close()
+    others = ["m.training.2026-mine", "m.training.3.bak", "m.training.diffad"]
+    for name in others:
+        (tmp_path / name).touch()
     kept.remove()
-    assert [p.name for p in tmp_path.iterdir()] == ["m.training.diffad"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == others
+
+
+def test_handlers_that_python_has_not_made_are_left_alone(monkeypatch):
+    """Python answers None for them, and cannot put them back."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a handler was taken over"))
+    with loop._deferred_signals() as received:
+        assert received == []
+    from diffad_fast import cli
+
+    with cli._terminable():
+        pass
 
 
 def test_a_finished_training_resumes_to_itself(tmp_path):

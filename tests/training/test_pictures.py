@@ -166,6 +166,16 @@ def test_rows_are_normals_reconstructions_and_samples(channels):
         torch.testing.assert_close(row, expected.clamp(0, 1), rtol=0, atol=2e-5)
 
 
+def test_of_a_schedule_with_few_steps():
+    """Fewer than a sample takes elsewhere, and none as noisy as where it begins."""
+    detector = daf.Detector(
+        image_size=32, denoiser="unet-tiny", schedule="linear", diffusion_steps=15,
+        start_sigma=0.3, reverse_steps=3, device="cpu",
+    )  # fmt: skip
+    rows = detector.model._pictures(torch.rand(2, 1, 32, 32))
+    assert rows.shape == (3, 2, 1, 32, 32) and rows.isfinite().all()
+
+
 def test_on_the_command_line(tmp_path, monkeypatch):
     from diffad_fast.cli import main
 

@@ -1,0 +1,79 @@
+"""What a program has set around a call changes neither models nor scores."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+import diffad_fast as daf
+
+TOKENS = {
+    "image": {
+        "image_size": 32,
+        "token_width": 32,
+        "token_blocks": 1,
+        "tokens": ("cell-8",),
+        "cross_fit": 0,
+    },
+    "vector": {"kind": "vector", "token_width": 32, "token_blocks": 1},
+}
+UNET = {"image_size": 32, "denoiser": "unet-tiny", "train_steps": 4, "inference_dtype": "float32"}
+
+
+def samples(kind, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, 6) if kind == "vector" else (n, 1, 32, 32)
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+
+def fitted(kind, options):
+    options = {"train_steps": 20, **options}
+    return daf.Detector(**options, device="cpu").fit(samples(kind, 60, 0))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == dtype
+        torch.set_default_dtype(before)
+
+
+SURROUNDINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+@pytest.mark.parametrize(
+    "kind, options",
+    [("image", TOKENS["image"]), ("vector", TOKENS["vector"]), ("image", UNET)],
+    ids=["tokens", "vectors", "unet"],
+)
+def test_fit_score_and_load(name, kind, options, tmp_path):
+    new = samples(kind, 5, 1)
+    expected = fitted(kind, options)
+    with SURROUNDINGS[name]():
+        found = fitted(kind, options)
+        found.save(tmp_path / "m.diffad")
+        loaded = daf.load(tmp_path / "m.diffad", device="cpu")
+    for mode in ("reconstruct", "invert", "one_step"):
+        expected.mode = found.mode = loaded.mode = mode
+        want = expected.score(new)
+        with SURROUNDINGS[name]():
+            for detector in (expected, found, loaded):
+                got = detector.score(new)
+                np.testing.assert_array_equal(got.score, want.score)
+                np.testing.assert_array_equal(got.p_value, want.p_value)
+                if want.map is not None:
+                    np.testing.assert_array_equal(got.map, want.map)
