@@ -361,6 +361,11 @@ class DetectorConfig:
                 f"weight: {self.map_weights!r}; give the pixel or the feature map some"
             )
         _range("train_steps", self.train_steps, 0, math.inf)
+        if on_tokens and self.train_steps == 0:
+            raise InputError(
+                "train_steps=0 takes a U-Net as it is; the token MLP is nothing before it is "
+                "trained: give at least 1 step"
+            )
         for name in (
             "batch_size", "token_batch", "reverse_steps", "diffusion_steps",
             "inversion_steps", "token_width", "token_blocks",

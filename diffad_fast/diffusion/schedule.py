@@ -89,7 +89,7 @@ class NoiseSchedule:
             if beyond:
                 warnings.warn(
                     f"{name} asks the denoiser at the noise levels {', '.join(beyond)}, and it is "
-                    f"trained on those from {low:.3g} to {high:.3g}: scores of that mode say little",
+                    f"trained on those from {low:.3g} to {high:.3g}: such scores say little",
                     stacklevel=2,
                 )
 

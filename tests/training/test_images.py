@@ -164,6 +164,21 @@ def test_augmentation_depends_on_the_sample_and_not_on_its_batch(name):
     assert not torch.equal(whole, augmented(x, (name,), 1, index, epoch))
 
 
+def test_what_augments_is_drawn_apart_from_what_noises(monkeypatch):
+    """Training counts its noise from 0 up, validation in the last 2^20 of the 2^32 steps."""
+    steps, philox = [], ops.philox_normal
+
+    def recorded(shape, seed, draw=0, step=0, device=None):
+        steps.append(set(step.tolist()))
+        return philox(shape, seed, draw, step, device)
+
+    monkeypatch.setattr(ops, "philox_normal", recorded)
+    epoch = torch.tensor([0, 5])
+    augmented(torch.rand(2, 1, 16, 16), ("shift", "noise"), 0, torch.arange(2), epoch)
+    image, pixels = steps
+    assert image == {2**31, 2**31 + 5} and pixels == {3 * 2**30, 3 * 2**30 + 5}
+
+
 def test_no_augmentation_is_the_default():
     x, index, epoch = some()
     assert augmented(x, (), 0, index, epoch) is x
