@@ -76,8 +76,8 @@ class Trajectory(NamedTuple):
 
 
 def _undisturbed(call: Callable) -> Callable:
-    """``call`` without what surrounds it and would change its numbers or leave tensors that cannot
-    be trained: autocast, inference mode, and a default dtype other than float32, which belongs to
+    """``call`` without what surrounds it and would change its numbers or keep it from training:
+    autocast, no_grad and inference mode, and a default dtype other than float32, which belongs to
     the whole process and is put back."""
 
     @functools.wraps(call)
@@ -88,6 +88,7 @@ def _undisturbed(call: Callable) -> Callable:
         if default != torch.float32:
             torch.set_default_dtype(torch.float32)
         try:
+            # inference_mode(False) enables gradients, too.
             with torch.autocast(kind, enabled=False), torch.inference_mode(False):
                 return call(*args, **options)
         finally:
@@ -197,7 +198,6 @@ class Detector:
     # ---------------------------------------------------------------- fit
 
     @_undisturbed
-    @torch.enable_grad()
     def fit(
         self,
         source,

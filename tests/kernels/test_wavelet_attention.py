@@ -189,7 +189,7 @@ def test_wide_offsets(level, monkeypatch):
     kernels = importlib.import_module("diffad_fast.kernels.wavelet_attention")
     monkeypatch.setattr(kernels, "WIDE_FROM", 0)
     for kind in ("contiguous", "sliced"):
-        check((1, 2, 12, 20, 4), level, kind=kind)
+        check((1, 1, 8, 60, 4), level, kind=kind)
 
 
 @interpreted

@@ -187,14 +187,19 @@ def test_training_ends_when_the_budget_is_used_up(clock):
     assert history.validation_loss[-1][0] == history.loss[-1][0] == history.steps - 1 == 28
 
 
-def test_validations_take_a_quarter_of_a_short_budget_at_most(clock):
-    trainer = worker.token_trainer(train_budget=20.0)
+@pytest.mark.parametrize(
+    "budget, steps, validated",
+    # A trial takes 5 seconds, a validation 2: of 15 seconds 15 / 4 are enough for one, of 55 for 6,
+    # one of them to spare.
+    [(20.0, 13, [12]), (60.0, 43, [7, 15, 23, 31, 39, 42])],
+)
+def test_validations_take_a_quarter_of_a_short_budget_at_most(clock, budget, steps, validated):
+    trainer = worker.token_trainer(train_budget=budget)
     trainer.inputs = clock.costs(1.0, trainer.inputs)
     trainer.validation_loss = clock.costs(2.0, trainer.validation_loss)
     history = trainer.run()
-    # Of the 15 seconds behind the trial 2 are for the one validation that 15 / 4 are enough for.
-    assert trainer.total == 13 and [step for step, _ in history.validation_loss] == [12]
-    assert history.seconds == 20
+    assert trainer.total == steps and [s for s, _ in history.validation_loss] == validated
+    assert history.seconds <= budget
 
 
 def test_the_smallest_budget_buys_one_step():
