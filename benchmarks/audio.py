@@ -3,11 +3,12 @@
 By default the detector is trained on one class's clips of fold 1 and tested on fold 2, where the
 other classes are anomalous. `--ten-fold` is the protocol of the data set's authors: its ten folds
 as they are, each tested once by detectors trained on the other nine; mean and deviation over the
-folds, written after every fold. Beside it, on the same clips: the mean distance to the 5 nearest
-training clips, by mean and deviation of every log-mel band (standardised) or, with `--features`, by
-the mean embedding of a clip. Intervals draw whole recordings of the test folds. Test clips in which
-a shorter sound repeats, as copies of the data set have them that fill every clip to one length, are
-counted, and the AUROC is also taken without them.
+folds, written after every fold. Beside it, on the same clips, two controls: the mean distance to
+the 5 nearest training clips, and scikit-learn's local outlier factor with 20 neighbours. Both go by
+mean and deviation of every log-mel band, standardised by the training clips, or, with `--features`,
+by the mean embedding of a clip and its cosines. Intervals draw whole recordings of the test folds.
+Test clips in which a shorter sound repeats, as copies of the data set have them that fill every
+clip to one length, are counted, and the AUROC is also taken without them.
 
 `--within FOLD` is for choices, which no test may make: inside one fold, every fifth of the normal
 class's recordings is left out in turn and told from the other classes of that fold.
@@ -23,6 +24,7 @@ import time
 import numpy as np
 import torch
 from sklearn.metrics.pairwise import cosine_distances
+from sklearn.neighbors import LocalOutlierFactor
 
 from diffad_fast import Detector, metrics
 from diffad_fast.data.audio import (
@@ -44,11 +46,13 @@ from .results import write_quality
 
 CLASSES = ["air_conditioner", "drilling", "engine_idling", "jackhammer", "siren"]
 NEIGHBOURS = 5
+LOF_NEIGHBOURS = 20
 # Of the recordings of a class, left out in turn.
 PARTS = 5
 # Of a wave with itself, where it is heard again.
 REPEATS_RATE, REPEATS_AGREEMENT = 16000, 0.99
-_WHOSE = ("auroc", "nearest")
+# Key of a control in a result -> its name in tables. Earlier results have the first alone.
+CONTROLS = {"nearest": "nearest neighbours", "lof": "local outlier factor"}
 
 
 def main(argv: list[str]) -> int:
@@ -85,7 +89,7 @@ def main(argv: list[str]) -> int:
     result = {
         **_head(args),
         "runs": (runs := []),
-        "nearest": (baselines := []),
+        **{control: [] for control in CONTROLS},
         "repeats": (counted := []),
     }
     try:
@@ -106,7 +110,7 @@ def main(argv: list[str]) -> int:
         once = ~np.array([repeats(read_audio(clip.path, REPEATS_RATE)) for clip in test])
         counted.append([int((~once).sum()), len(once)])
         scores: dict[str, list[np.ndarray]] = {}
-        distances: dict[str, np.ndarray] = {}
+        distances: dict[str, dict[str, np.ndarray]] = {}
         for normal in args.normal:
             train, test = parts[normal, i]
             where = {"normal": normal, "test_folds": test_folds}
@@ -124,9 +128,10 @@ def main(argv: list[str]) -> int:
                     "auroc_without_repeats": without, **found,
                 })  # fmt: skip
                 print(f"{where} seed {seed}: {found['auroc']:.3f}", file=sys.stderr, flush=True)
-            distances[normal] = nearest(detector, train, test)
-            auroc = metrics.auroc([clip.anomaly for clip in test], distances[normal])
-            baselines.append({**where, "auroc": auroc})
+            distances[normal] = controls(detector, train, test)
+            for control, distance in distances[normal].items():
+                auroc = metrics.auroc([clip.anomaly for clip in test], distance)
+                result[control].append({**where, "auroc": auroc})
         draws.append(drawn(test, scores, distances))
         result["intervals"] = intervals(draws)
         result.setdefault("speed", speed(detector))
@@ -185,9 +190,10 @@ def within(args: argparse.Namespace) -> int:
                 detector.fit([clip.path for clip in train], groups=groups_by_recording(train))
                 score = detector.score([clip.path for clip in test], maps=False, strict=True).score
                 scores.append(metrics.auroc([clip.anomaly for clip in test], score))
-            distance = nearest(detector, train, test)
-            control = metrics.auroc([clip.anomaly for clip in test], distance)
-            found.append({"auroc": statistics.mean(scores), "nearest": control})
+            label = [clip.anomaly for clip in test]
+            distances = controls(detector, train, test)
+            beside = {name: metrics.auroc(label, d) for name, d in distances.items()}
+            found.append({"auroc": statistics.mean(scores), **beside})
             print(f"{normal} {len(found)}: {found[-1]}", file=sys.stderr, flush=True)
     result = {**_head(args), "within": args.within, "seeds": args.seeds, "aurocs": aurocs}
     write_quality(args.name, result, development_table(result))
@@ -197,10 +203,13 @@ def within(args: argparse.Namespace) -> int:
 def development_table(result: dict) -> str:
     """Markdown, in percent: of every class the mean over its splits, and the mean of these."""
     rows, machine = [], result["machine"]
+    beside = [name for name in CONTROLS if name in next(iter(result["aurocs"].values()))[0]]
+    whose = ["auroc", *beside]
     for normal, found in result["aurocs"].items():
-        rows.append([normal, *(statistics.mean(one[k] for one in found) for k in _WHOSE)])
-    rows.append(["mean", *(statistics.mean(row[i] for row in rows) for i in (1, 2))])
-    head = ["normal class", "AUROC", "nearest neighbours, AUROC"]
+        rows.append([normal, *(statistics.mean(one[k] for one in found) for k in whose)])
+    means = [statistics.mean(row[i] for row in rows) for i in range(1, 1 + len(whose))]
+    rows.append(["mean", *means])
+    head = ["normal class", "AUROC", *(f"{CONTROLS[name]}, AUROC" for name in beside)]
     return "\n".join([
         f"# Recordings of fold {result['within']} of UrbanSound8K, {PARTS} parts left out in turn",
         "",
@@ -219,10 +228,14 @@ def _recipe(result: dict) -> str:
     return f"Preset {result['preset']}" + (f" with the features of {features}" if features else "")
 
 
-def drawn(clips: list, scores: dict[str, list[np.ndarray]], distances: dict[str, np.ndarray]):
-    """AUROCs of the detector (mean over its seeds) and of the nearest neighbours, for all clips of
-    one test and for recordings that are drawn anew: (class or "mean", whose) -> a number, an array.
-    The clips are the same for every class."""
+def drawn(
+    clips: list,
+    scores: dict[str, list[np.ndarray]],
+    distances: dict[str, dict[str, np.ndarray]],
+):
+    """AUROCs of the detector (mean over its seeds) and of the controls, for all clips of one test
+    and for recordings that are drawn anew: (class or "mean", whose) -> a number, an array. The
+    clips are the same for every class."""
     kinds = np.array([clip.kind for clip in clips])
 
     def measure(rows: np.ndarray) -> dict | None:
@@ -233,8 +246,9 @@ def drawn(clips: list, scores: dict[str, list[np.ndarray]], distances: dict[str,
                 return None
             ours = [metrics.auroc(label, score[rows]) for score in scores[normal]]
             found[normal, "auroc"] = float(np.mean(ours))
-            found[normal, "nearest"] = metrics.auroc(label, distances[normal][rows])
-        for whose in _WHOSE:
+            for control, distance in distances[normal].items():
+                found[normal, control] = metrics.auroc(label, distance[rows])
+        for whose in {whose: None for _, whose in found}:
             found["mean", whose] = float(np.mean([found[normal, whose] for normal in scores]))
         return found
 
@@ -251,8 +265,9 @@ def intervals(tests: list[tuple[dict, dict]]) -> dict[str, dict[str, list[float]
     for name, whose in mean:
         result.setdefault(name, {})[whose] = stats.interval(mean[name, whose])
     for name, found in result.items():
-        whose = (name, "auroc"), (name, "nearest")
-        found["difference"] = stats.difference(observed, mean, *whose)
+        for control in [whose for whose in found if whose in CONTROLS]:
+            whose = (name, "auroc"), (name, control)
+            found[f"difference_{control}"] = stats.difference(observed, mean, *whose)
     return result
 
 
@@ -266,8 +281,9 @@ def both_kinds(clips: list, normal: str, folds: list[int]) -> list:
     return clips
 
 
-def nearest(detector: Detector, train: list, test: list) -> np.ndarray:
-    """Distances to the nearest training clips."""
+def controls(detector: Detector, train: list, test: list) -> dict[str, np.ndarray]:
+    """Of each control a number for every test clip, higher for what is less like the training
+    clips."""
     config, embedding = detector.config, detector.model.embedding
     logmel = LogMel(config.sample_rate, config.n_fft, config.hop, config.n_mels)
 
@@ -283,13 +299,18 @@ def nearest(detector: Detector, train: list, test: list) -> np.ndarray:
 
     known, new = features(train), features(test)
     if embedding is not None:
-        distance = np.sort(cosine_distances(new, known), axis=1)
-        return distance[:, :NEIGHBOURS].mean(axis=1)
-    mean, deviation = known.mean(axis=0), known.std(axis=0)
-    deviation[deviation == 0] = 1.0
-    known, new = (known - mean) / deviation, (new - mean) / deviation
-    distance = np.sort(np.linalg.norm(new[:, None] - known[None], axis=2), axis=1)
-    return distance[:, :NEIGHBOURS].mean(axis=1)
+        metric, distance = "cosine", cosine_distances(new, known)
+    else:
+        mean, deviation = known.mean(axis=0), known.std(axis=0)
+        deviation[deviation == 0] = 1.0
+        known, new = (known - mean) / deviation, (new - mean) / deviation
+        metric, distance = "euclidean", np.linalg.norm(new[:, None] - known[None], axis=2)
+    count = min(LOF_NEIGHBOURS, len(known) - 1)  # as many as one of them has
+    factor = LocalOutlierFactor(count, metric=metric, novelty=True).fit(known)
+    return {
+        "nearest": np.sort(distance, axis=1)[:, :NEIGHBOURS].mean(axis=1),
+        "lof": -factor.score_samples(new),
+    }
 
 
 def speed(detector: Detector, batch: int = 64, seconds: float = 4.0) -> dict[str, float]:
@@ -314,7 +335,7 @@ def table(result: dict) -> str:
     machine, runs = result["machine"], result["runs"]
     seeds = sorted({one["seed"] for one in runs})
     folds = sorted({tuple(one["test_folds"]) for one in runs})
-    over = _over(runs)
+    over, beside = _over(runs), _controls(result)
     speeds = ", ".join(f"{value:.0f} ({name})" for name, value in result["speed"].items())
     lines = [
         "# One class of UrbanSound8K against the others",
@@ -333,25 +354,31 @@ def table(result: dict) -> str:
         chosen = [one for one in runs if name in (one["normal"], "mean")]
         keys = ("auroc", "pauc", "auroc_without_repeats")
         row = [name, *(_spread(chosen, over, key) for key in keys)]
-        peers = [b["auroc"] for b in result["nearest"] if name in (b["normal"], "mean")]
-        row.append(f"{100 * statistics.mean(peers):.1f}")
-        for cell, whose in ((1, "auroc"), (4, "nearest")):
+        for control in beside:
+            peers = [b["auroc"] for b in result[control] if name in (b["normal"], "mean")]
+            row.append(f"{100 * statistics.mean(peers):.1f}")
+        for cell, whose in ((1, "auroc"), *enumerate(beside, 4)):
             low, high = (100 * value for value in result["intervals"][name][whose])
             row[cell] += f" ({low:.1f}–{high:.1f})"
         row.append(f"{statistics.median(one['fit_seconds'] for one in chosen):.0f}")
         row.append(f"{statistics.median(one['latency_ms'] for one in chosen):.1f}")
         rows.append(row)
     head = [
-        "normal class", "AUROC", "pAUC", "AUROC without repeats", "nearest neighbours, AUROC",
-        "fit s", "ms/clip",
+        "normal class", "AUROC", "pAUC", "AUROC without repeats",
+        *(f"{CONTROLS[control]}, AUROC" for control in beside), "fit s", "ms/clip",
     ]  # fmt: skip
     repeated, heard = map(sum, zip(*result["repeats"], strict=True))
-    mean, low, high = (100 * value for value in result["intervals"]["mean"]["difference"])
+    lines += [*grid(head, rows), ""]
+    for control in beside:
+        found = result["intervals"]["mean"]
+        # Earlier results have no other control to tell it from.
+        found = found.get(f"difference_{control}") or found["difference"]
+        mean, low, high = (100 * value for value in found)
+        lines.append(
+            f"- In the mean the detector {stats.compared(low, high)} the {CONTROLS[control]}: "
+            f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), paired."
+        )
     lines += [
-        *grid(head, rows),
-        "",
-        f"- In the mean the detector {stats.compared(low, high)} the nearest neighbours: "
-        f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), paired.",
         f"- In {repeated} of {heard} test clips a shorter sound repeats: moved by at least 0.25 s "
         f"the wave agrees with itself to {REPEATS_AGREEMENT}, as a steady tone does, too.",
     ]
@@ -370,21 +397,28 @@ def table(result: dict) -> str:
 
 
 def headlines(result: dict) -> list[list[str]]:
-    """A row of the data, our mean AUROC and the nearest neighbours'; none for other results."""
-    if "nearest" not in result:
+    """A row of the data, our mean AUROC and that of the best control; none for other results."""
+    beside = _controls(result)
+    if not beside:
         return []
     over = _over(result["runs"])
-    nearest = statistics.mean(one["auroc"] for one in result["nearest"])
+    means = {name: statistics.mean(one["auroc"] for one in result[name]) for name in beside}
+    best = max(means, key=means.get)
     cells = []
     for name, mean in (("auroc", _spread(result["runs"], over, "auroc")),
-                       ("nearest", f"{100 * nearest:.1f}")):  # fmt: skip
+                       (best, f"{100 * means[best]:.1f}")):  # fmt: skip
         low, high = (100 * value for value in result["intervals"]["mean"][name])
         cells.append(f"AUROC {mean} ({low:.1f}–{high:.1f})")
-    classes = len({one["normal"] for one in result["nearest"]})
+    classes = len({one["normal"] for one in result["runs"]})
     features = result.get("features")
     beside = f", features of {features}" if features else ""
     name = f"UrbanSound8K, mean of {classes} classes{beside}"
-    return [[name, cells[0], f"nearest clips: {cells[1]}"]]
+    return [[name, cells[0], f"{CONTROLS[best]}: {cells[1]}"]]
+
+
+def _controls(result: dict) -> list[str]:
+    """The keys of the controls that were run."""
+    return [name for name in CONTROLS if name in result]
 
 
 def _over(runs: list[dict]) -> str:

@@ -77,6 +77,8 @@ class Case:
     host: bool = False
     """The result ends on the host: timed by its clock also on a GPU."""
     gradients: bool = False
+    parameters: int | None = None
+    """Of the network that is trained: what stays in memory between steps goes by it."""
     rounds: int | None = None
     """As many, if they take no longer than ten cases: where a difference of few per cent is to be
     seen. Default: what the time allows."""

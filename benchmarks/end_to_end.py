@@ -42,11 +42,10 @@ CHECKED = 4  # images of a batch
 
 def run(runner: Run, args: argparse.Namespace) -> dict:
     """Fit, evaluate and time all detectors; the result to write."""
-    from diffad_fast.data.images import mvtec_test, mvtec_train, open_images
+    from diffad_fast.data.images import mvtec_train, open_images
 
     root, text = _data(args, runner.quick)
-    # What was chosen on a real data set was chosen on the other part of it.
-    tests = [t for t in mvtec_test(root) if not args.data or part_of(t.path) == "report"]
+    tests = _tests(root, made_up=not args.data)
     size = (args.size, args.size)
     images = {
         "train": _all(open_images(mvtec_train(root), size, 1, strict=True)),
@@ -101,6 +100,13 @@ def _data(args: argparse.Namespace, quick: bool) -> tuple[Path, str]:
     root = Path("out") / "benchmarks" / ("demo-quick" if quick else "demo")
     write_data(root, root.with_name(root.name + "-null"), texture="brick", seed=0, **sizes)
     return root, "The demo's brick texture with generated defects."
+
+
+def _tests(root: Path, made_up: bool) -> list:
+    """The test images; of a real data set those of the part that nothing was chosen on."""
+    from diffad_fast.data.images import mvtec_test
+
+    return [t for t in mvtec_test(str(root)) if made_up or part_of(t.path) == "report"]
 
 
 def _all(source) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from . import ceilings, counting, machine, stats
 from .case import OURS, REFERENCE, Case, Contender, map_tensors
-from .timing import SELDOM, DeviceClock, HostClock, rounds
+from .timing import ENOUGH, SELDOM, DeviceClock, HostClock, rounds
 from .verify import wrong
 
 ROTATED_COPIES = 32  # at most; inputs that then still fit into the caches are small ones by nature
@@ -25,17 +25,19 @@ class Effort:
     """How long to measure."""
 
     seconds: float
-    """For the rounds of one case."""
+    """For the rounds of one case, which take longer where ``each`` asks for it."""
     at_least: int
     """Rounds."""
     at_most: int = 100
+    each: int = ENOUGH
+    """Rounds of every contender, however long they take."""
     compile_seconds: float = float("inf")
     """After so much time in torch.compile the remaining compiled baselines are left out."""
 
 
 FULL = Effort(2.0, 15)
-QUICK = Effort(0.7, 7, compile_seconds=0.0)
-QUICK_GPU = Effort(0.3, 15, compile_seconds=60.0)
+QUICK = Effort(0.7, 7, each=3, compile_seconds=0.0)
+QUICK_GPU = Effort(0.3, 15, each=3, compile_seconds=60.0)
 
 
 @dataclass
@@ -116,7 +118,7 @@ class Run:
             bounds = effort.at_least, effort.at_most
             if case.rounds and not self.quick:
                 bounds = case.rounds, case.rounds
-            samples = rounds(runs, clock(self.device), effort.seconds, *bounds, OURS)
+            samples = rounds(runs, clock(self.device), effort.seconds, *bounds, OURS, effort.each)
         for name, run in runs.items():
             part = case.contenders[name].part
             samples[name] = [value / part for value in samples[name]]
@@ -142,6 +144,7 @@ class Run:
             "unit": case.unit,
             "bytes": case.bytes,
             "flops": case.flops,
+            "parameters": case.parameters,
             "sweep": dict(case.sweep),
             "served_by": served_by,
             "clock": "device" if clock is DeviceClock else "host",

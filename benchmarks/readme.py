@@ -44,7 +44,7 @@ def replaced(text: str, folder: Path = results.RESULTS) -> str:
 
 def headlines(folder: Path = results.RESULTS) -> str:
     """The newest results in short: the main case of each operator and every case lost; and our
-    detectors beside the best closed form on the same tokens."""
+    detectors beside the best of the controls that were run on the same data."""
     found = results.newest(folder)
     parts = []
     for suite in ("cpu", "gpu"):
@@ -55,10 +55,11 @@ def headlines(folder: Path = results.RESULTS) -> str:
         result = results.read(path)
         rows += [*quality.headlines(result), *audio.headlines(result)]
     if rows:
+        head = ["data", "diffad_fast", "the best of the controls that were run"]
         parts += [
             "**Detection**, in percent: mean and standard deviation over the seeds, the 95% "
             "bootstrap interval over objects or recordings in brackets.",
-            "\n".join(grid(["data", "diffad_fast", "the best control, a closed form"], rows)),
+            "\n".join(grid(head, rows)),
         ]
     if not parts:
         return "No results yet: `python -m benchmarks cpu` writes the first ones."
@@ -115,7 +116,7 @@ def _losses(result: dict) -> str:
     )
     served = [r["operator"] for r in result["rows"] if r["served_by"] == "reference"]
     names = ", ".join(dict.fromkeys(served))
-    return text + (f" No native version yet: {names}." if names else "")
+    return text + (f" Operators of this run without a native version: {names}." if names else "")
 
 
 def _section(suite: str, path: Path, result: dict) -> str:

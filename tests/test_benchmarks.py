@@ -17,6 +17,7 @@ from benchmarks import (
     cases,
     compare,
     counting,
+    end_to_end,
     harness,
     machine,
     peers,
@@ -25,21 +26,26 @@ from benchmarks import (
     results,
     scaling,
     stats,
+    timing,
 )  # fmt: skip
 from benchmarks import tables as report
 from benchmarks.__main__ import main
 from benchmarks.case import OURS, REFERENCE, Case, Contender, random
+from benchmarks.cases import detector as detector_cases
+from benchmarks.cases import metrics as metric_cases
+from benchmarks.cases import training
 from benchmarks.compile_report import parse, spills_in_loops
+from benchmarks.quality import controls
 from benchmarks.quality import run as quality
 from benchmarks.quality import tables as quality_tables
-from benchmarks.quality.data import DataSet
+from benchmarks.quality.data import DataSet, objects, part_of
 from benchmarks.timing import DeviceClock, HostClock, rounds
 from benchmarks.verify import wrong
 from diffad_fast import ops
 from diffad_fast.ops import dispatch
 
 CPU = torch.device("cpu")
-TINY = harness.Effort(seconds=0.0, at_least=3, compile_seconds=0.0)
+TINY = harness.Effort(seconds=0.0, at_least=3, each=3, compile_seconds=0.0)
 CEILINGS = {
     "copy_gb_per_s": 10.0, "clone_gb_per_s": 5.0, "copy_megabytes": 1,
     "matrix_gflop_per_s": {"float32": 100.0},
@@ -300,11 +306,28 @@ def test_a_slow_contender_runs_in_every_third_round():
             order.append(run)
             return lambda: {"a": 1.0, "b": 3.9, "c": 4.1}[run]
 
-    times = rounds({"a": "a", "b": "b", "c": "c"}, Clock(), 0.0, 99, 99, leader="a")
+    runs = {"a": "a", "b": "b", "c": "c"}
+    times = rounds(runs, Clock(), 0.0, 99, 99, leader="a", each=3)
     assert [sorted(order[3:][i:j]) for i, j in ((0, 3), (3, 5), (5, 7), (7, 10))] == [
         ["a", "b", "c"], ["a", "b"], ["a", "b"], ["a", "b", "c"]
     ]  # fmt: skip
     assert {name: len(found) for name, found in times.items()} == {"a": 7, "b": 7, "c": 3}
+
+
+@pytest.mark.parametrize("leader, fast, slow", [("a", 19, 7), (None, 7, 7)])
+def test_everybody_runs_in_seven_rounds_however_long_they_take(monkeypatch, leader, fast, slow):
+    class Clock:
+        def start(self, run):
+            return lambda: {"a": 1.0, "b": 9.0}[run]
+
+    times = rounds({"a": "a", "b": "b"}, Clock(), 0.0, 1, 99, leader)
+    assert {name: len(found) for name, found in times.items()} == {"a": fast, "b": slow}
+    # Nor are there fewer where the time is over, but not ten times.
+    clock = itertools.chain([0.0], itertools.repeat(2.0))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    times = rounds({"a": "a", "b": "b"}, Clock(), 1.0, 5, 99, leader)
+    assert {name: len(found) for name, found in times.items()} == {"a": fast, "b": slow}
+    assert harness.FULL.each == 7
 
 
 def test_a_part_of_the_work_is_scaled_and_compared_in_its_own_rounds(monkeypatch):
@@ -339,15 +362,63 @@ def test_training_goals_stand_in_the_report():
     assert report.training_goals(result) == []  # a case without goals
     row = result["rows"][0]
     row["name"] = "unet-small, batch 16, 256×256"
+    row["parameters"] = 4
     for name, peak in ((OURS, 60), (REFERENCE, 100), (f"{REFERENCE}, channels_last", 101)):
         row["contenders"][name]["counts"]["peak_bytes"] = peak
     text = report.markdown(result)
-    head = "| unet-small, batch 16, 256×256 |"
-    assert (
-        f"{head} reference | 500 samples/s | 2× (2–2) | 2.5×: missed | 60% | 60%: reached |" in text
-    )
-    other = f"{head} reference, channels_last | 500 samples/s | 1.5× (1.5–1.5) | 1.3×: reached |"
-    assert f"{other} 59% | 60%: reached |" in text
+    head = "| unet-small, batch 16, 256×256 | reference"
+    # With 5 vectors of ours and 4 of theirs: (60 + 80) / (100 + 64).
+    first = f"{head} | 500 samples/s | 2× (2–2) | 2.5×: missed |"
+    assert f"{first} 85% | 60%: missed |" in text
+    other = f"{head}, channels_last | 500 samples/s | 1.5× (1.5–1.5) | 1.3×: reached |"
+    assert f"{other} 85% | 60%: missed |" in text
+    row["contenders"][REFERENCE]["counts"]["peak_bytes"] = 170
+    assert f"{first} 60% | 60%: reached |" in report.markdown(result)
+    # Earlier results told the parameters elsewhere, or not at all.
+    del row["parameters"]
+    assert f"{first}  |  |" in report.markdown(result)
+    result["scaling"] = [{"network": "unet-small, batch 16", "parameters": 4}]
+    assert f"{first} 60% | 60%: reached |" in "\n".join(report.training_goals(result))
+
+
+def test_the_plain_loop_of_tokens_embeds_as_many_levels_as_ours():
+    from diffad_fast.training.tokens import SIGMA_RANGE
+
+    module, bank = training.token_network(8, 16, 2), random(50, 8)
+    loop = training.PlainTokens(bank, module, 1024)
+    embedded = []
+    module.embedding.register_forward_hook(lambda _, given, out: embedded.append(given[0]))
+    torch.manual_seed(1)
+    loss = loop.loss(bank)
+    (levels,) = embedded
+    ours, _ = training.token_step("cpu", 1024, 8, 16, 2)
+    assert levels.shape == ours.inputs(0)[2].shape == (32,)
+    low, high = np.log(SIGMA_RANGE)
+    steps = np.floor((levels.double().numpy() - low) / (high - low) * 32 + 1e-4)
+    assert steps.tolist() == list(range(32))
+    # The same with a level for each token.
+    torch.manual_seed(1)
+    x0 = bank[torch.randint(len(bank), (32, 32))].flatten(0, 1)
+    torch.rand(())
+    noise, log_sigma = torch.randn(32, 32, 8).flatten(0, 1), levels.repeat(32)
+    sigma = log_sigma.exp()[:, None]
+    scale = (1 + sigma**2).rsqrt()
+    error = module(scale * (x0 + sigma * noise), log_sigma) - scale * (noise - sigma * x0)
+    torch.testing.assert_close(loss, error.square().mean())
+
+
+def test_metrics_by_sorted_normals_are_exact_with_ties():
+    masks, maps = metric_cases._data(3, 64)
+    maps = maps.round(1)
+    pixels = masks.reshape(-1), maps.reshape(-1)
+    for name in ("auroc", "pauc", "f1_max"):
+        case = next(c for c in cases.load(("metrics",), "cpu", True) if c.operator.endswith(name))
+        found = case.contenders[metric_cases.BY_NORMALS].run(*pixels)
+        exact = metric_cases._EXACT[name](pixels[0], pixels[1].astype(np.float64))
+        assert found == pytest.approx(exact, abs=1e-12)
+    found = metric_cases._aupro_by_normals(masks, maps)
+    exact = metric_cases._aupro_by_sort(masks, maps.astype(np.float64))
+    assert found == pytest.approx(exact, abs=1e-12)
 
 
 def test_what_a_process_sends():
@@ -569,6 +640,146 @@ def test_a_variant_of_the_score_is_what_a_fit_with_it_gives():
         assert not np.allclose(detector.score(data.test).score, usual)
         assert len(detector.model._features(torch.zeros(1, 4, 16, 16))) == 1
     assert np.array_equal(detector.score(data.test).score, usual)
+
+
+def test_parts_stay_what_choices_were_made_on():
+    # By the name alone: another rule would report on images that options were chosen by.
+    report = ["000.png", "001.png", "x/004.bmp", "a.jpg", "f.png", "g.tif"]
+    dev = ["002.png", "y/003.png", "exp1_num_100.png", "exp1_num_101.png", "c.png", "e.png"]
+    assert [part_of(name) for name in report + dev] == ["report"] * 6 + ["dev"] * 6
+
+
+def test_a_step_larger_than_the_gap_begins_an_object():
+    names = [f"photo{i}_num_{n}.png" for i, n in enumerate((500, 100, 300, 301, 100, 702))]
+    assert objects(names, r"num_(\d+)", 202) == [0, 0, 0, 0, 0, 0]
+    assert objects(names, r"num_(\d+)", 200) == [0, 0, 0, 0, 0, 1]
+    assert objects(names, r"num_(\d+)", 199) == [1, 0, 1, 1, 0, 2]
+
+
+def test_what_was_hidden_in_the_training_is_no_test(monkeypatch):
+    # 60 training images and 60 test images of 20 objects, each of the value of its row; the test's
+    # labels go round, so that an object has both kinds.
+    train, test = -1 - np.arange(60.0), np.arange(60.0)
+    data = DataSet(
+        "values", "image", train, test, np.arange(60) % 2, np.zeros(60),
+        groups=[n // 3 for n in range(60)], test_groups=[n // 3 for n in range(60)],
+    )  # fmt: skip
+    rows, scored, fitted = np.arange(9, 60), [], []
+
+    def scorer(sign):
+        def score(images, maps):
+            scored.append(images.astype(int))
+            # All anomalies in front of all normal ones, or behind.
+            return SimpleNamespace(score=sign * (images % 2))
+
+        def open_(source):
+            return SimpleNamespace(batches=lambda n: [SimpleNamespace(x=torch.as_tensor(source))])
+
+        return SimpleNamespace(score=score, open=open_)
+
+    def fit(data, args, seed, options, polluted, groups):
+        fitted.append((polluted, groups))
+        return scorer(-1), 0.0
+
+    monkeypatch.setattr(quality, "_fit", fit)
+    found = quality._polluted(scorer(1), data, None, 0, rows)
+    assert found == {f"{share}% hidden anomalies": -1.0 for share in (2, 5, 10)}
+    for (polluted, groups), kept, count in zip(fitted, scored[::2], (1, 3, 6), strict=True):
+        hidden = polluted[60:].astype(int)
+        assert len(hidden) == count and (hidden % 2 == 1).all()
+        assert polluted[:60].tolist() == train.tolist() and groups[:60] == data.groups
+        # One group an object, none of which is one of the training's.
+        objects = hidden // 3
+        assert [groups[60:].index(name) for name in groups[60:]] == [
+            objects.tolist().index(n) for n in objects
+        ]
+        assert not set(groups[60:]) & set(data.groups)
+        assert kept.tolist() == [row for row in rows if row // 3 not in objects]
+    assert [part.tolist() for part in scored[::2]] == [part.tolist() for part in scored[1::2]]
+    # Where nothing is known of objects each is one.
+    monkeypatch.setattr(quality, "_array", lambda detector, source: source)
+    alone = DataSet("rows", "vector", train, test, data.label, data.part)
+    scored.clear()
+    quality._polluted(scorer(1), alone, None, 0, rows)
+    polluted, groups = fitted[-1]
+    assert groups is None and scored[-1].tolist() == [r for r in rows if r not in polluted[60:]]
+
+
+def test_objects_in_both_parts_are_counted_and_told():
+    part = np.array(["dev", "report", "dev", "report", "dev", "report"])
+    data = DataSet("tiles", "image", None, None, np.zeros(6), part, test_groups=[0, 0, 0, 1, 2, 2])
+    rows = np.flatnonzero(part == "report")
+    assert quality._in_both(data, rows) == 2 and quality._in_both(data, np.arange(6)) == 0
+    assert quality._in_both(DataSet("t", "vector", None, None, part, part), rows) == 0
+    one = {"name": "tiles", "n_objects": 3}
+    assert not quality_tables._both_parts(one)
+    text = quality_tables._both_parts({**one, "n_objects_in_both_parts": 2})
+    assert "2 of the 3 objects of this part stand in the other one too" in text
+
+
+def test_principal_components_keep_most_of_the_variance():
+    # Deviations on axes: the last two hold 4% of the variance, the last three 10%.
+    deviation = torch.tensor([80.0, 10.0, 6.0, 3.0, 1.0]).sqrt()
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=5)))
+    residual = controls._pca_residual(5 + signs * deviation, lambda rows: rows)
+    found = residual(5 + 2 * torch.eye(5))
+    torch.testing.assert_close(found, torch.tensor([0.0, 0, 0, 4, 4]), atol=1e-4, rtol=1e-4)
+
+
+def test_nearest_of_all_normals_are_scikit_learns():
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    rng = np.random.default_rng(0)
+    train, test = (rng.standard_normal((n, 3)) * [1, 100, 0] + [0, 5, 7] for n in (30, 9))
+    scaler = preprocessing.StandardScaler().fit(train)
+    known, new = scaler.transform(train), scaler.transform(test)
+    distance = np.sort(np.linalg.norm(new[:, None] - known[None], axis=2), axis=1)[:, :5]
+    np.testing.assert_allclose(controls.nearest(train, test), distance.mean(axis=1))
+
+
+def test_the_best_of_the_controls_stands_in_the_readme():
+    result = json.loads((results.RESULTS / "quality-tables.json").read_text(encoding="utf-8"))
+    best = max(controls.CONTROLS, key=lambda name: np.mean(
+        [[run["auroc"] for run in one["runs"][name]] for one in result["sets"]]
+    ))  # fmt: skip
+    for one in result["sets"]:
+        one["runs"].pop(controls.NEAREST, None)
+    ((_, _, cell),) = quality_tables.headlines(result)
+    assert cell.startswith(f"{best}: AUROC ")
+    for one in result["sets"]:
+        one["runs"][controls.NEAREST] = [{"auroc": 0.99, "f1_max": 0.5}] * len(result["seeds"])
+    assert quality_tables.headlines(result)[0][2] == "nearest, all normals: AUROC 99.0 ± 0.0"
+
+
+def test_a_copy_in_float64_computes_in_float64():
+    detector = detector_cases._detector(CPU, "unet-tiny", 32, 1, "one_step")
+    images = random(2, 1, 32, 32).double() / 8 + 0.5
+    with detector_cases.as_written(), torch.inference_mode():
+        exact = detector_cases.in_float64(detector)
+        (map_, _), (narrow, _) = exact.model.score(images), detector.model.score(images.float())
+    assert map_.dtype == torch.float64 and narrow.dtype == torch.float32
+    floating = [x for x in exact.model.state_dict().values() if x.is_floating_point()]
+    assert {x.dtype for x in floating} == {torch.float64}
+    torch.testing.assert_close(narrow.double(), map_, rtol=1e-3, atol=1e-3)
+
+
+def test_whole_detectors_are_tested_on_the_report_part(tmp_path):
+    from PIL import Image
+
+    names = ["000", "001", "002", "003", "004"]
+    for kind in ("good", "scratch"):
+        (tmp_path / "test" / kind).mkdir(parents=True)
+        for name in names:
+            Image.new("L", (8, 8)).save(tmp_path / "test" / kind / f"{name}.png")
+            if kind != "good":
+                masks = tmp_path / "ground_truth" / kind
+                masks.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 255).save(masks / f"{name}_mask.png")
+
+    def found(made_up):
+        return sorted(Path(test.path).stem for test in end_to_end._tests(tmp_path, made_up))
+
+    assert found(made_up=False) == sorted(2 * ["000", "001", "004"])
+    assert found(made_up=True) == sorted(2 * names)
 
 
 def test_robustness_has_a_column_for_each_method():

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from diffad_fast.evaluation import evaluate_audio
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("soxr")
 
+FOLDER = results.RESULTS
 RATE = 8000
 PITCH = {"siren": 900.0, "drilling": 300.0, "street_music": 2200.0}
 CLIPS = 2  # of a class in a fold, cut from one recording
@@ -100,7 +102,7 @@ def test_ten_folds_as_their_authors_made_them(root, tmp_path, monkeypatch):
 
     result = json.loads((tmp_path / "ten.json").read_text())
     found = {(r["normal"], r["test_folds"][0]): 100 * r["auroc"] for r in result["runs"]}
-    assert len(found) == 20 and len(result["nearest"]) == 20
+    assert len(found) == len(result["nearest"]) == len(result["lof"]) == 20
     table = (tmp_path / "ten.md").read_text()
     for name in names:
         values = [found[name, fold] for fold in range(1, 11)]
@@ -163,15 +165,27 @@ def test_choices_hear_one_fold(root, tmp_path, monkeypatch):
         assert len(tested) == CLIPS + 2 * 5 * CLIPS
 
     result = json.loads((tmp_path / "audio-fold3.json").read_text())
+    whose = ("auroc", "nearest", "lof")
     rows = [
-        [name, *(100 * statistics.mean(one[k] for one in found) for k in ("auroc", "nearest"))]
+        [name, *(100 * statistics.mean(one[k] for one in found) for k in whose)]
         for name, found in result["aurocs"].items()
     ]
-    rows.append(["mean", *(statistics.mean(row[i] for row in rows) for i in (1, 2))])
+    rows.append(["mean", *(statistics.mean(row[i] for row in rows) for i in (1, 2, 3))])
     table = (tmp_path / "audio-fold3.md").read_text()
-    for name, ours, control in rows:
-        assert f"| {name} | {ours:.1f} | {control:.1f} |" in table
+    assert "| normal class | AUROC | nearest neighbours, AUROC | local outlier factor, AUROC |" in (
+        table
+    )
+    for name, *figures in rows:
+        assert f"| {name} | {' | '.join(f'{value:.1f}' for value in figures)} |" in table
     assert audio.headlines(result) == []
+    # Earlier results have one control.
+    for found in result["aurocs"].values():
+        for one in found:
+            del one["lof"]
+    table = audio.development_table(result)
+    assert "| normal class | AUROC | nearest neighbours, AUROC |\n" in table
+    for name, ours, control, _ in rows:
+        assert f"| {name} | {ours:.1f} | {control:.1f} |\n" in table
 
 
 def test_features_stand_beside_the_preset(root, tmp_path, monkeypatch):
@@ -221,9 +235,10 @@ def test_intervals_draw_recordings_and_not_clips():
     """Many clips of few recordings say little: with one recording of two wrong, it can be 0."""
     clips = clips_of([("siren", "a", 20), ("siren", "b", 20), ("dog", "c", 20), ("dog", "d", 20)])
     score = np.array([0.0] * 20 + [2.0] * 20 + [1.0] * 40)
-    observed, drawn = audio.drawn(clips, {"siren": [score, score]}, {"siren": -score})
+    beside = {"nearest": -score, "lof": 2 * score}
+    observed, drawn = audio.drawn(clips, {"siren": [score, score]}, {"siren": beside})
     assert observed["siren", "auroc"] == observed["mean", "nearest"] == 0.5
-    assert set(drawn) == {(n, w) for n in ("siren", "mean") for w in ("auroc", "nearest")}
+    assert set(drawn) == {(n, w) for n in ("siren", "mean") for w in ("auroc", "nearest", "lof")}
     values = drawn["siren", "auroc"]
     # Of the draws of four recordings with both kinds among them, by enumeration.
     expected = [
@@ -235,6 +250,7 @@ def test_intervals_draw_recordings_and_not_clips():
     tolerance = 4 * np.std(expected) / stats.GROUP_RESAMPLES**0.5
     assert abs(values.mean() - np.mean(expected)) < tolerance
     np.testing.assert_allclose(drawn["siren", "nearest"], 1 - values, atol=1e-12)
+    np.testing.assert_allclose(drawn["siren", "lof"], values, atol=1e-12)
     other = {key: np.random.default_rng(1).permutation(found) for key, found in drawn.items()}
     observed["mean", "auroc"] = 0.6  # is told as it is, whatever the mean of the draws
     both = [(observed, drawn), (observed, other)]
@@ -242,7 +258,72 @@ def test_intervals_draw_recordings_and_not_clips():
     assert one["auroc"] == np.quantile(values, [0.025, 0.975]).tolist() == [0.0, 1.0]
     both = (values + other["siren", "auroc"]) / 2
     assert two["auroc"] == np.quantile(both, [0.025, 0.975]).tolist()
-    assert one["difference"] == pytest.approx([0.1, -1.0, 1.0])
+    assert one["difference_nearest"] == pytest.approx([0.1, -1.0, 1.0])
+    assert one["difference_lof"] == pytest.approx([0.1, 0.0, 0.0])
+
+
+def test_controls_are_standardised_by_the_training_clips(monkeypatch):
+    """In the place of log-mel spectrograms: clips of four numbers, two bands of two frames, one of
+    which varies a thousand times as much as the other, and more so in the test."""
+    rng = np.random.default_rng(0)
+    known = rng.standard_normal((30, 2, 2)) * [[1.0], [1000.0]]
+    new = rng.standard_normal((8, 2, 2)) * [[3.0], [5000.0]] + 1
+    waves = torch.from_numpy(np.concatenate([known, new]))
+
+    def open_(paths):
+        batch = SimpleNamespace(x=waves[[int(path) for path in paths]])
+        return SimpleNamespace(batches=lambda n: [batch])
+
+    monkeypatch.setattr(audio, "LogMel", lambda *sizes: lambda x: x)
+    config = SimpleNamespace(sample_rate=1, n_fft=2, hop=1, n_mels=2)
+    detector = SimpleNamespace(config=config, model=SimpleNamespace(embedding=None), open=open_)
+    clips = [LabelledClip(str(i), "siren", False) for i in range(38)]
+    found = audio.controls(detector, clips[:30], clips[30:])
+
+    features = np.concatenate([waves.mean(dim=2), waves.std(dim=2)], axis=1)
+    features = (features - features[:30].mean(axis=0)) / features[:30].std(axis=0)
+    distance = np.linalg.norm(features[:, None] - features[None, :30], axis=2)
+    nearest = np.sort(distance[30:], axis=1)[:, :5].mean(axis=1)
+    np.testing.assert_allclose(found["nearest"], nearest, rtol=1e-9)
+    # Breunig et al. 2000, with 20 neighbours; nobody is his own.
+    itself = distance[:30] + np.diag(np.full(30, np.inf))
+    reach = np.sort(itself, axis=1)[:, 19]
+
+    def density(rows):
+        chosen = np.argsort(rows, axis=1)[:, :20]
+        return chosen, 1 / np.maximum(reach[chosen], np.take_along_axis(rows, chosen, 1)).mean(1)
+
+    (_, inside), (chosen, outside) = density(itself), density(distance[30:])
+    np.testing.assert_allclose(found["lof"], inside[chosen].mean(axis=1) / outside, rtol=1e-6)
+
+
+def test_the_best_control_that_was_run_is_told():
+    runs = [{"normal": "siren", "test_folds": [2], "seed": s, "auroc": 0.8} for s in range(2)]
+    where = {"normal": "siren", "test_folds": [2]}
+    bounds = {"auroc": [0.7, 0.9], "nearest": [0.6, 0.8], "lof": [0.5, 0.95]}
+    result = {
+        "features": None, "runs": runs, "intervals": {"mean": bounds},
+        "nearest": [{**where, "auroc": 0.75}], "lof": [{**where, "auroc": 0.82}],
+    }  # fmt: skip
+    ours = ["UrbanSound8K, mean of 1 classes", "AUROC 80.0 ± 0.0 (70.0–90.0)"]
+    best = "local outlier factor: AUROC 82.0 (50.0–95.0)"
+    assert audio.headlines(result) == [[*ours, best]]
+    result["lof"][0]["auroc"] = 0.7
+    best = "nearest neighbours: AUROC 75.0 (60.0–80.0)"
+    assert audio.headlines(result) == [[*ours, best]]
+    del result["lof"]
+    assert audio.headlines(result) == [[*ours, best]]
+
+
+def test_earlier_results_without_the_outlier_factor_are_drawn_as_they_were():
+    for name in ("audio", "audio-yamnet"):
+        result = results.read(FOLDER / f"{name}.json")
+        result = {key: value for key, value in result.items() if key != "lof"}
+        for found in result["intervals"].values():
+            found["difference"] = found.pop("difference_nearest", found.get("difference"))
+        text = audio.table(result)
+        assert "local outlier factor" not in text
+        assert text.count("- In the mean the detector does not differ from the nearest") == 1
 
 
 def test_a_fold_needs_normal_clips_and_others(root):

@@ -45,6 +45,13 @@ def test_example(name, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(pattern, done.stdout), done.stdout
+    if name == "own_parts":
+        normal, broken = (
+            [float(score) for score in re.findall(r"\d+\.\d*", line)]
+            for line in done.stdout.splitlines()
+        )
+        assert len(normal) == len(broken) == 5
+        assert 1.25 * max(normal) < min(broken)
 
 
 def test_every_example_is_tested():

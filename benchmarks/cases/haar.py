@@ -36,9 +36,11 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         fixed = _bank(level)
         packed = (batch, channels * 4**level, height >> level, width >> level)
         for operator, given, others in (
-            ("haar_pack", shape, _peers(_pack_by_pywavelets, _pack_by_conv, level, fixed)),
-            ("haar_unpack", packed, _peers(_unpack_by_pywavelets, _unpack_by_conv, level, fixed)),
-        ):
+            ("haar_pack", shape,
+             _peers(_pack_by_pywavelets, _pack_by_conv, _pack_by_product, level, fixed)),
+            ("haar_unpack", packed,
+             _peers(_unpack_by_pywavelets, _unpack_by_conv, _unpack_by_product, level, fixed)),
+        ):  # fmt: skip
 
             def call(functions, x, operator=operator, level=level):
                 return getattr(functions, operator)(x, level)
@@ -98,14 +100,17 @@ def _packet_cases(n: int) -> Iterator[Case]:
         )
 
 
-def _peers(by_pywavelets, by_conv, level: int, bank: torch.Tensor) -> dict[str, Contender]:
+def _peers(by_pywavelets, by_conv, by_product, level: int, bank) -> dict[str, Contender]:
     result = {
-        "conv2d with fixed filters": Contender(
-            lambda x, filters: by_conv(x, filters, level),
+        name: Contender(
+            lambda x, filters, run=run: run(x, filters, level),
             lambda inputs: (inputs[0], bank.to(inputs[0].device)),
             graph=True,
         )
-    }
+        for name, run in (
+            ("conv2d with fixed filters", by_conv), ("matrix product and pixel_shuffle", by_product)
+        )
+    }  # fmt: skip
     if peers.get("pywt"):
         result["PyWavelets"] = numpy_inputs(lambda x: by_pywavelets(x, level))
     return result
@@ -131,6 +136,20 @@ def _unpack_by_conv(y, filters, level):
     bands = y.reshape(n, 4**level, -1, h, w).transpose(1, 2).reshape(-1, 4**level, h, w)
     x = F.conv_transpose2d(bands, filters, stride=2**level)
     return x.reshape(n, -1, *x.shape[2:])
+
+
+def _pack_by_product(x, filters, level):
+    n, c, h, w = x.shape
+    pixels = F.pixel_unshuffle(x.reshape(n * c, 1, h, w), 2**level).flatten(2)
+    bands = (filters.flatten(1) @ pixels).reshape(n, c, 4**level, h >> level, w >> level)
+    return bands.transpose(1, 2).flatten(1, 2).contiguous()
+
+
+def _unpack_by_product(y, filters, level):
+    n, _, h, w = y.shape
+    bands = y.reshape(n, 4**level, -1, h * w).transpose(1, 2)
+    pixels = (filters.flatten(1).T @ bands).reshape(-1, 4**level, h, w)
+    return F.pixel_shuffle(pixels, 2**level).reshape(n, -1, h << level, w << level)
 
 
 def _pack_by_pywavelets(x, level):

@@ -11,6 +11,7 @@ from .. import peers
 from ..case import OURS, Case, Contender
 
 THRESHOLDS = 200
+BY_NORMALS = "NumPy, normals sorted alone"
 LARGEST = 100  # maps that the slow ones are given
 
 
@@ -19,12 +20,13 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
 
     n, side = (16, 256) if quick else (64, 256)
     sklearn = peers.get("sklearn.metrics")
-    for name, ours, by_sklearn in (
-        ("auroc", metrics.auroc, lambda y, s: sklearn.roc_auc_score(y, s)),
-        ("pauc", metrics.pauc, lambda y, s: sklearn.roc_auc_score(y, s, max_fpr=0.1)),
-        ("f1_max", metrics.f1_max, lambda y, s: _f1_from_curve(sklearn, y, s)),
-    ):
-        contenders = {OURS: Contender(ours)}
+    for name, ours, by_numpy, by_sklearn in (
+        ("auroc", metrics.auroc, _auroc_by_normals, lambda y, s: sklearn.roc_auc_score(y, s)),
+        ("pauc", metrics.pauc, _pauc_by_normals,
+         lambda y, s: sklearn.roc_auc_score(y, s, max_fpr=0.1)),
+        ("f1_max", metrics.f1_max, _f1_by_normals, lambda y, s: _f1_from_curve(sklearn, y, s)),
+    ):  # fmt: skip
+        contenders = {OURS: Contender(ours), BY_NORMALS: Contender(by_numpy)}
         if sklearn:
             contenders["scikit-learn"] = Contender(by_sklearn)
         yield _case(name, n, side, _pixels, _EXACT[name], contenders)
@@ -37,6 +39,7 @@ def _aupro_case(n: int, side: int) -> Case:
 
     contenders = {OURS: Contender(metrics.aupro)}
     if n <= LARGEST:
+        contenders[BY_NORMALS] = Contender(_aupro_by_normals)
         contenders["sort of all pixels"] = Contender(_aupro_by_sort)
     others = {f"{THRESHOLDS} thresholds": _aupro_by_thresholds}
     if anomalib := peers.get("anomalib.metrics"):
@@ -105,6 +108,11 @@ def _auroc(labels, scores):
 def _pauc(labels, scores, limit=0.1):
     true, false = (np.append(0, part) for part in _curve(labels, scores))
     area = _area_to(false / false[-1], true / true[-1], limit)
+    return _standardised(area, limit)
+
+
+def _standardised(area, limit):
+    """McClish's: 0.5 by chance, 1 at best."""
     return (1 + (area - limit**2 / 2) / (limit - limit**2 / 2)) / 2
 
 
@@ -144,6 +152,51 @@ def _aupro_by_sort(masks, maps, limit=0.3):
     overlap = np.cumsum(share.reshape(-1)[order] / number)[ends]
     false = np.cumsum(~masks.reshape(-1)[order])[ends]
     return _area_to(np.append(0, false / false[-1]), np.append(0, overlap), limit) / limit
+
+
+# ---------------------------------------- in a few lines of NumPy, where anomalous pixels are few
+
+
+def _area_by_normals(scores, weights, normal, limit):
+    """Area to ``limit`` under what the anomalous pixels weigh together that are found, over the
+    share of normal ones found: each adds its weight from where it is found on, and in the middle of
+    normal ones with the same score."""
+    normal = np.sort(normal)
+    above = 1 - np.searchsorted(normal, scores, "right") / len(normal)
+    reached = 1 - np.searchsorted(normal, scores, "left") / len(normal)
+    tied = (reached - above).clip(min=1 / len(normal))
+    cut = np.clip(limit - above, 0, None) ** 2 / (2 * tied)
+    return np.dot(weights, np.where(reached > limit, cut, limit - (above + reached) / 2))
+
+
+def _auroc_by_normals(labels, scores, limit=1.0):
+    anomalous = np.sort(scores[labels])
+    weights = np.full(len(anomalous), 1 / len(anomalous))
+    return _area_by_normals(anomalous, weights, scores[~labels], limit)
+
+
+def _pauc_by_normals(labels, scores, limit=0.1):
+    return _standardised(_auroc_by_normals(labels, scores, limit), limit)
+
+
+def _f1_by_normals(labels, scores):
+    anomalous, normal = np.sort(scores[labels]), np.sort(scores[~labels])
+    true = len(anomalous) - np.searchsorted(anomalous, anomalous, "left")
+    false = len(normal) - np.searchsorted(normal, anomalous, "left")
+    return (2 * true / (true + false + len(anomalous))).max()
+
+
+def _aupro_by_normals(masks, maps, limit=0.3):
+    scores, weights, number = [], [], 0
+    for mask, map_ in zip(masks, maps, strict=True):
+        labelled, count = _regions(mask)
+        labelled = labelled[mask]
+        scores.append(map_[mask])
+        weights.append(1 / np.bincount(labelled)[labelled])
+        number += count
+    scores, weights = np.concatenate(scores), np.concatenate(weights) / number
+    order = np.argsort(scores)
+    return _area_by_normals(scores[order], weights[order], maps[~masks], limit) / limit
 
 
 # ------------------------------------------------------------------------ as others compute them

@@ -48,7 +48,8 @@ def image_case(device: torch.device, denoiser: str, side: int, batch: int) -> Ca
         trainer = image_trainer(torch.device("cpu"), denoiser, inputs[0].cpu(), reference=True)
         return trainer(inputs[0])
 
-    flops = _flops(lambda: PlainImages(images[:1], denoiser, "contiguous", "cpu").loss(images[:1]))
+    one = PlainImages(images[:1], denoiser, "contiguous", "cpu")
+    flops = _flops(lambda: one.loss(images[:1]))
     contenders = {
         OURS: Contender(
             image_trainer(device, denoiser, images), memory_format="channels_last",
@@ -77,6 +78,7 @@ def image_case(device: torch.device, denoiser: str, side: int, batch: int) -> Ca
         tolerance=1e-3,  # the loss in float32, after every step of the timing
         batch=batch,
         unit="image",
+        parameters=parameters(one.module),
         host=True,
         gradients=True,
     )
@@ -259,7 +261,7 @@ def token_case(
         return Contender(lambda _: float(loop.step()), check=finite, note=PLAIN_NOTE)
 
     _, step = token_step(device, *sizes)
-    flops = _flops(lambda: PlainTokens(bank, copy.deepcopy(module), 1).loss(bank))
+    flops = _flops(lambda: PlainTokens(bank, copy.deepcopy(module), tokens).loss(bank))
     contenders = {
         OURS: Contender(lambda _: step(), tolerance=2e-2 if device.type == "cuda" else None),
         REFERENCE: plain(),
@@ -274,34 +276,46 @@ def token_case(
         lambda device: (bank[:1],),
         lambda inputs: token_step("cpu", *sizes, torch.float64)[1](),
         contenders,
-        flops=3 * tokens * flops,
+        flops=3 * flops,
         tolerance=1e-3,
         batch=tokens,
         unit="token",
+        parameters=parameters(module),
         host=True,
         gradients=True,
     )
 
 
 class PlainTokens(PlainLoop):
-    """The same MLP through its own forward pass, every token at a level of its own."""
+    """The same MLP through its own forward pass, at as many levels in a step as ours has, spread as
+    ours are."""
 
     def __init__(self, bank, module, tokens: int, mixed=False, learning_rate=LEARNING_RATE):
+        from diffad_fast.training.tokens import LEVELS
+
         super().__init__(module, learning_rate)
-        self.samples, self.tokens, self.mixed = bank, tokens, mixed
-        self.forward = module
+        levels = max(n for n in range(1, LEVELS + 1) if tokens % n == 0)
+        self.shape = tokens // levels, levels
+        self.samples, self.mixed, self.forward = bank, mixed, module
 
     def loss(self, samples: torch.Tensor) -> torch.Tensor:
         from diffad_fast.training.tokens import SIGMA_RANGE
 
         low, high = map(math.log, SIGMA_RANGE)
-        x0 = samples[torch.randint(len(samples), (self.tokens,), device=samples.device)]
-        log_sigma = low + (high - low) * torch.rand(self.tokens, device=samples.device)
+        # (n, levels, dim): a level is embedded once, and what it adds is broadcast over n tokens.
+        x0 = samples[torch.randint(len(samples), self.shape, device=samples.device)]
+        levels = torch.arange(self.shape[1], device=samples.device)
+        u = (levels + torch.rand((), device=samples.device)) / self.shape[1]
+        log_sigma = low + (high - low) * u
         noise, sigma = torch.randn_like(x0), log_sigma.exp()[:, None]
         scale = (1 + sigma**2).rsqrt()
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.mixed):
             prediction = self.forward(scale * (x0 + sigma * noise), log_sigma)
         return F.mse_loss(prediction.float(), scale * (noise - sigma * x0))
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _flops(forward: Callable) -> int:

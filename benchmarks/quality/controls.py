@@ -1,6 +1,7 @@
 """Closed forms in the place of a detector's learned denoisers, on the very same tokens.
 
 Everything else stays: representation, smoothing, standardisation on held-out normals, fusion.
+Beside them, for vectors, nearest neighbours as scikit-learn has them, without any of it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from diffad_fast import Detector
@@ -17,6 +20,7 @@ from diffad_fast.representations import VectorTokens
 from diffad_fast.scoring import FeatureDistance
 
 CONTROLS = ("Gaussian", "PCA residual", "kNN")
+NEAREST, NEIGHBOURS = "nearest, all normals", 5
 # Share of the variance that the principal components keep.
 PCA_SHARE = 0.95
 
@@ -36,6 +40,15 @@ def controls(detector: Detector, samples) -> Iterator[tuple[str, Detector]]:
             control.model = _control(name, detector.model, samples, samples.load())
         control.calibrate(samples, [detector.mode])
         yield name, control
+
+
+def nearest(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Mean distance of rows to the NEIGHBOURS nearest of all of ``train``, by whose mean and
+    deviation both are standardised. Nothing needs to be held out for it."""
+    mean, deviation = train.mean(axis=0), train.std(axis=0)
+    deviation[deviation == 0] = 1.0
+    known = NearestNeighbors(n_neighbors=NEIGHBOURS).fit((train - mean) / deviation)
+    return known.kneighbors((test - mean) / deviation)[0].mean(axis=1)
 
 
 def _control(name: str, model, samples, indices):

@@ -25,7 +25,7 @@ from .. import stats
 from ..case import OURS
 from ..machine import describe
 from ..results import write_quality
-from .controls import CONTROLS, controls
+from .controls import CONTROLS, NEAREST, controls, nearest
 from .data import DataSet, find
 from .tables import markdown, summary
 
@@ -121,9 +121,11 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
     def put(method: str, detector: Detector, fit_seconds: float | None = None) -> None:
         score = detector.score(test, strict=True)
         sample = next(iter(detector.open(test).batches(1))).x
+        keep(method, score, {"fit_seconds": fit_seconds, "latency_ms": latency(detector, sample)})
+
+    def keep(method: str, score: Score, cost: dict) -> None:
         runs.setdefault(method, []).append(_figures(data, score, rows))
         scores.setdefault(method, []).append(score.score)
-        cost = {"fit_seconds": fit_seconds, "latency_ms": latency(detector, sample)}
         costs.setdefault(method, []).append(cost)
 
     for seed in args.seeds:
@@ -136,6 +138,11 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
         if detector.config.on_tokens and not args.without_controls:
             for name, control in controls(detector, data.train):
                 put(name, control)
+            if data.kind == "vector":
+                distance = nearest(data.train, test).astype(np.float64)
+                zero, order = np.zeros(len(distance)), np.arange(len(distance))
+                score = Score(distance, None, zero, None, None, order)
+                keep(NEAREST, score, {"fit_seconds": None, "latency_ms": None})
         if args.robustness:
             found = _polluted(detector, data, args, seed, rows) | _shifted(detector, data, rows)
             robustness.setdefault(OURS, []).append(found)
@@ -157,7 +164,7 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
     groups = rows if groups is None else np.asarray(groups)[rows]
     label = data.label[rows]
     best = max(
-        (name for name in CONTROLS if name in scores), default=None,
+        (name for name in (*CONTROLS, NEAREST) if name in scores), default=None,
         key=lambda name: _mean_auroc(label, scores[name]),
     )  # fmt: skip
     intervals, difference = _intervals(label, groups, scores, best)
@@ -167,6 +174,7 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
         "n_normal": int((label == 0).sum()),
         "n_anomalous": int(label.sum()),
         "n_objects": len(set(groups.tolist())),
+        "n_objects_in_both_parts": _in_both(data, rows),
         "runs": runs,
         "intervals": intervals,
         "best_control": best,
@@ -175,6 +183,14 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "robustness": robustness,
     }
+
+
+def _in_both(data: DataSet, rows: np.ndarray) -> int:
+    """Objects of ``rows`` of which other test images, of the other part, are left."""
+    if data.test_groups is None:
+        return 0
+    groups = np.asarray(data.test_groups)
+    return len(np.intersect1d(groups[rows], np.delete(groups, rows)))
 
 
 def _fit(
@@ -257,7 +273,8 @@ def _intervals(
 def _polluted(
     detector: Detector, data: DataSet, args: argparse.Namespace, seed: int, rows: np.ndarray
 ) -> dict:
-    """Change of the AUROC by anomalies that the training normals hide."""
+    """Change of the AUROC by anomalies that the training normals hide. It is that on the objects
+    of which nothing is hidden; hidden images of one object are one group for ``fit``."""
     found = {}
     anomalous = np.flatnonzero(data.label == 1)
     drawn = np.random.default_rng(seed).permutation(anomalous)
@@ -265,11 +282,12 @@ def _polluted(
     train = _array(detector, data.train)
     for share in (0.02, 0.05, 0.1):
         hidden = drawn[: max(1, round(share * len(train)))]
-        # What was trained on is no test any more.
-        kept = np.array([row for row in rows if row not in set(hidden.tolist())])
-        groups = None
-        if data.groups is not None:
-            groups = [*data.groups, *(f"hidden {i}" for i in hidden)]
+        # What was trained on is no test any more, nor is another photograph of it.
+        kept, groups = np.setdiff1d(rows, hidden), data.groups
+        if groups is not None:
+            objects = np.asarray(data.test_groups)
+            kept = kept[~np.isin(objects[kept], objects[hidden])]
+            groups = [*groups, *(f"hidden {name}" for name in objects[hidden])]
         polluted = np.concatenate([train, test[hidden]])
         other, _ = _fit(data, args, seed, {}, polluted, groups)
         clean = metrics.auroc(data.label[kept], detector.score(test[kept], maps=False).score)

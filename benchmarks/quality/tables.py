@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..case import OURS
 from ..grid import grid
 from ..stats import compared
-from .controls import CONTROLS
+from .controls import CONTROLS, NEAREST, NEIGHBOURS
 
 FIGURES = {
     "image": {
@@ -40,8 +40,13 @@ def summary(result: dict) -> str:
         " Gaussian, PCA residual and kNN are closed forms on the same tokens, through the same "
         "fusion and calibration."
     )
+    if any(NEAREST in one["runs"] for one in result["sets"]):
+        controls += (
+            f" {NEAREST.capitalize()}: the mean distance to the nearest {NEIGHBOURS} of all that "
+            "the others train on or hold out, standardised by these."
+        )
     lines = [
-        f"# {title} on {result['title']}, preset {result['preset']}, {result['part']} part",
+        f"# {title} on {_title(result)}, preset {result['preset']}, {result['part']} part",
         "",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}; seeds "
@@ -49,6 +54,7 @@ def summary(result: dict) -> str:
         "over the seeds; in brackets the 95% bootstrap interval over objects."
         + (controls if any(one["best_control"] for one in result["sets"]) else ""),
         *([result["note"]] if result["note"] else []),
+        *filter(None, map(_both_parts, result["sets"])),
     ]
     for kind in ("image", "vector"):
         sets = [one for one in result["sets"] if one["kind"] == kind]
@@ -61,13 +67,26 @@ def summary(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _title(result: dict) -> str:
+    return result.get("title") or ", ".join(one["name"] for one in result["sets"])
+
+
+def _both_parts(one: dict) -> str:
+    """Choices saw other photographs of the same objects: no result is without that."""
+    count = one.get("n_objects_in_both_parts", 0)
+    return count and (
+        f"The parts of {one['name']} are told by the names of single files: {count} of the "
+        f"{one['n_objects']} objects of this part stand in the other one too, on other photographs."
+    )
+
+
 def headlines(result: dict) -> list[list[str]]:
     """What a result without variants comes to: a row of the data, our figures and those of the best
     control; over several sets the means. No row for other results."""
     if result.get("variants") or not any(one["best_control"] for one in result.get("sets", [])):
         return []
     sets = result["sets"]
-    names = [name for name in sets[0]["runs"] if name in CONTROLS]
+    names = [name for name in sets[0]["runs"] if name in (*CONTROLS, NEAREST)]
     figures = {name: title for name, title in FIGURES[sets[0]["kind"]].items() if name != "f1_max"}
     first = next(iter(figures))
 
