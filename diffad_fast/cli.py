@@ -63,8 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends the program as an exception does: what is half written is removed."""
-    # torchrun ends its processes itself, and one that waits for another would not hear of it.
-    if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
+    # torchrun ends its processes itself, and one that waits for another would not hear of it. A
+    # handler that was not made by Python could not be put back.
+    mine = threading.current_thread() is threading.main_thread()
+    if "WORLD_SIZE" in os.environ or not mine or signal.getsignal(signal.SIGTERM) is None:
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -158,7 +160,7 @@ def _keep_apart(data: str, out: str | os.PathLike) -> None:
 
 def _fit_summary(detector: Detector, samples, out: str) -> str:
     left_out = f" ({len(samples.skipped)} left out)" if samples.skipped else ""
-    total, loss = len(samples.load()), detector.history.validation_loss
+    total, loss = len(samples.load()), detector.history.kept_loss
     split = detector.parts[0].split
     if len(detector.parts) > 1:
         trained = f"trained on all {total} {samples.unit}s{left_out}"
@@ -170,7 +172,7 @@ def _fit_summary(detector: Detector, samples, out: str) -> str:
         )
     return (
         f"{trained}; {detector.history.seconds:.1f} s"
-        + (f", final validation loss {loss[-1][1]:.4f}" if loss else "")
+        + ("" if loss is None else f", validation loss {loss:.4f}")
         + "".join(f"; {note}" for note in detector.history.notes)
         + f"; saved as {out}"
     )
@@ -298,6 +300,16 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(text[detector.config.kind](metrics))
 
 
+def _printable(name: str) -> str:
+    """A folder's name as standard output can show it: bytes that are no text are escaped there."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        name.encode(encoding, getattr(sys.stdout, "errors", None) or "strict")
+    except UnicodeEncodeError:
+        return name.encode(encoding, "backslashreplace").decode(encoding)
+    return name
+
+
 def _metrics_text(metrics: dict) -> str:
     """A table with a line for all images and one for each defect, and why a figure is missing."""
     from .report import FIGURES, table
@@ -305,7 +317,7 @@ def _metrics_text(metrics: dict) -> str:
     lines = [["defect", "images", *FIGURES.values()]]
     for name, row in table(metrics):
         values = ["-" if row[key] is None else f"{row[key]:.3f}" for key in FIGURES]
-        lines.append([name, str(row["n_anomalous"]), *values])
+        lines.append([_printable(name), str(row["n_anomalous"]), *values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
@@ -335,7 +347,7 @@ def _audio_text(metrics: dict) -> str:
 
     text = []
     for head, rows in tables(metrics):
-        lines = [head, *rows]
+        lines = [head, *([_printable(row[0]), *row[1:]] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text += [
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import diffad_fast as daf
-from diffad_fast import cli
+from diffad_fast import audio_report, cli
 from diffad_fast.cli import _duration, _size, main
 from diffad_fast.data import demo
 from diffad_fast.errors import InputError
@@ -123,7 +124,7 @@ def test_fit_says_what_it_did_and_leaves_one_file(root, config, tmp_path, capsys
     (line,) = stderr.splitlines()
     # 44 groups: shares of 5%, 10% and 50% are held out.
     assert line.startswith("trained on 16 of 44 images, held out 2 for validation, 4 for stat")
-    assert "22 for p-values" in line and "final validation loss" in line and str(out) in line
+    assert "22 for p-values" in line and "validation loss" in line and str(out) in line
     assert tree(tmp_path) == ["m.diffad", "m.diffad.csv"]
     fitted = daf.load(out, device="cpu")
     assert fitted.config.train_steps == 4 and len(fitted.conformal.scores) == 22
@@ -571,3 +572,45 @@ def test_names_that_are_not_utf8(model, tmp_path):
         image.save(file, "png")
     assert main(["score", str(model), str(folder), "--out", str(tmp_path / "out")]) == 0
     assert b"caf\xe9.png," in (tmp_path / "out" / "scores.csv").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_a_defect_whose_name_is_not_utf8(model, root, tmp_path, capsys):
+    test = os.path.join(os.fsencode(shutil.copytree(root, tmp_path / "set")), b"test")
+    shutil.rmtree(tmp_path / "set" / "ground_truth")
+    os.rename(os.path.join(test, b"blob-high"), os.path.join(test, b"caf\xe9"))
+    assert main(["evaluate", str(model), str(tmp_path / "set")]) == 0
+    lines = capsys.readouterr().out.splitlines()  # of strict UTF-8
+    (line,) = (line for line in lines if "caf" in line)
+    assert line.split()[:2] == ["caf\\udce9", "2"]
+    assert len({len(line) for line in lines[:8]}) == 1  # aligned
+
+
+def test_names_on_other_outputs(monkeypatch):
+    for encoding, errors, shown in (
+        ("ascii", "strict", "caf\\xe9 \\udcff"), ("latin-1", "strict", "caf\xe9 \\udcff"),
+        ("utf-8", "surrogateescape", "caf\xe9 \udcff"), ("ascii", "replace", "caf\xe9 \udcff"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding, errors))
+        assert cli._printable("caf\xe9 \udcff") == shown
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli._printable("caf\xe9") == "caf\xe9"
+
+
+def test_kinds_of_sounds_whose_names_are_not_utf8(monkeypatch):
+    figures = dict.fromkeys(audio_report.FIGURES, 0.5)
+    row = {"n_anomalous": 1, "auroc": 0.5, "pauc": 0.5}
+    metrics = {
+        **figures, "n_anomalous": 2, "n_normal": 3, "latency_ms": 1.0, "real_time": 9.0,
+        "undefined": {}, "per_kind": {"bang": row, "caf\udce9": row},
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    lines = cli._audio_text(metrics).splitlines()
+    assert lines[3].startswith("caf\\udce9") and len({len(line) for line in lines[:4]}) == 1
+
+
+def test_fit_on_a_folder_with_defects(root, tmp_path, fails):
+    copy = Path(shutil.copytree(root, tmp_path / "set"))
+    shutil.rmtree(copy / "train")
+    out = tmp_path / "m.diffad"
+    fails("fit", copy, "--out", out, *FAST, names=[f"{copy / 'ground_truth'} lies in {copy}"])

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..errors import BackendError, InputError
-from .images import Images, files_below
+from .images import Images, check_no_test, files_below, is_path
 
 __all__ = [
     "LAYOUTS",
@@ -30,6 +30,7 @@ __all__ = [
     "LabelledClip",
     "Resampler",
     "labelled_clips",
+    "normal_files",
     "open_audio",
     "read_audio",
     "read_blocks",
@@ -113,8 +114,8 @@ def open_audio(
         BackendError: soundfile or soxr is not installed.
     """
     opened_as = "audio", rate, window, step
-    if isinstance(source, (str, os.PathLike)):
-        paths = _audio_files(os.fspath(source))
+    if is_path(source):
+        paths = _audio_files(os.fsdecode(source))
         strict = strict or os.path.isfile(source)
         return Clips(_FileItems(paths, rate, window, step, highest), None, strict, opened_as)
     if _is_pair(source):
@@ -138,9 +139,9 @@ def open_audio(
         )
     if not source:
         raise InputError("the list of clips is empty: give at least one.")
-    files = sum(isinstance(item, (str, os.PathLike)) for item in source)
+    files = sum(map(is_path, source))
     if files == len(source):
-        items = _FileItems([os.fspath(path) for path in source], rate, window, step, highest)
+        items = _FileItems([os.fsdecode(path) for path in source], rate, window, step, highest)
     elif files:
         raise InputError(f"the list has {files} paths and {len(source) - files} waves: give one.")
     else:
@@ -332,6 +333,8 @@ class _Items:
 
 
 class _FileItems(_Items):
+    quick = False
+
     def __init__(self, paths: list[str], *shape):
         _package("soundfile")
         super().__init__(*shape)
@@ -354,6 +357,8 @@ class _WaveItems(_Items):
     def __init__(self, waves: list, *shape):
         super().__init__(*shape)
         self._waves = waves
+        self.quick = not any(_is_pair(wave) and wave[1] != self._rate for wave in waves)
+        """Whether nothing is resampled: a wave is read sooner than a thread is started."""
 
     def __len__(self) -> int:
         return len(self._waves)
@@ -436,9 +441,9 @@ def training_clips(
     """The normal clips to train on; arguments and errors as in `labelled_clips`.
 
     A plain folder gives root/train/good or root/train/normal, all of root/train, or all that it
-    holds if there are no parts.
+    holds; the last raises `InputError` where a folder test or ground_truth lies anywhere below it.
     """
-    root = os.fspath(root)
+    root = os.fsdecode(root)
     layout = _layout(root, layout)
     if layout == "urbansound8k":
         clips = [c for c in _urbansound8k(root, normal, folds) if not c.anomaly]
@@ -451,11 +456,21 @@ def training_clips(
         return [c for c in _dcase(root, "train") if not c.anomaly]
     parts = [os.path.join(root, "train", name) for name in (*_NORMAL_FOLDERS, "")]
     folder = next(filter(os.path.isdir, parts), root)
-    if folder == root and os.path.isdir(os.path.join(root, "test")):
-        raise InputError(
-            f"{root} has a folder test and no folder train: give the folder of normal recordings."
-        )
+    if folder == root:
+        check_no_test(root, "recordings")
     return [LabelledClip(path, "normal", False) for path in _audio_files(folder)]
+
+
+def normal_files(root: str | bytes | os.PathLike) -> list[str]:
+    """What `Detector.fit` trains on of a folder: the files of `training_clips`, or all of an
+    UrbanSound8K, where nobody has said which class is normal.
+
+    Raises InputError as these.
+    """
+    root = os.fsdecode(root)
+    if _layout(root, "auto") == "urbansound8k":
+        return _audio_files(root)
+    return [clip.path for clip in training_clips(root)]
 
 
 def groups_by_recording(clips: Sequence[LabelledClip]) -> list[str] | None:
@@ -482,7 +497,7 @@ def labelled_clips(
     Raises:
         InputError: the layout, the class or the folds are not there.
     """
-    root = os.fspath(root)
+    root = os.fsdecode(root)
     layout = _layout(root, layout)
     if layout == "urbansound8k":
         return _urbansound8k(root, normal, folds)

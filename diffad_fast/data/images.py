@@ -11,10 +11,10 @@ import io
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,8 @@ __all__ = [
 _NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _GREY_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
 _DTYPES = {"uint8", "uint16", "float16", "bfloat16", "float32", "float64"}
+# Of data sets in the MVTec AD layout: what is in them is not all normal.
+_TEST_FOLDERS = ("test", "ground_truth")
 _WORKERS = min(8, os.cpu_count() or 1)
 # Interpolation leaves values such as 1.0000001; they are clipped instead of refused.
 _ROUNDING = 1e-5
@@ -105,15 +107,15 @@ def open_images(
     opened_as = "image", size, channels
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return Images(_ArrayItems(source, size, channels, min_side), None, strict, opened_as)
-    if isinstance(source, (str, os.PathLike)):
-        paths = _image_files(os.fspath(source))
+    if is_path(source):
+        paths = _image_files(os.fsdecode(source))
         strict = strict or os.path.isfile(source)
-    elif isinstance(source, (list, tuple)) and source and _is_path(source[0]):
+    elif isinstance(source, (list, tuple)) and source and is_path(source[0]):
         for i, path in enumerate(source):
-            if not _is_path(path):
+            if not is_path(path):
                 kind = type(path).__name__
                 raise InputError(f"the list of files holds a {kind} at {i}: {path!r}.")
-        paths = [os.fspath(path) for path in source]
+        paths = [os.fsdecode(path) for path in source]
     elif isinstance(source, Iterable) and not isinstance(source, Iterator):
         if isinstance(source, Sequence) and len(source) == 0:
             raise InputError("the list of images is empty: give at least one file or batch.")
@@ -169,7 +171,8 @@ class Images:
         """Batches of usable images, in the order of `indices` (default: all, in order).
 
         Unusable files are left out, each with one warning; every batch but the last is full.
-        Threads decode about two batches ahead and end with the iteration, however that ends.
+        Threads decode about two batches ahead and end with the iteration, however that ends; what
+        needs no decoding is read without them.
 
         Raises:
             InputError: at the first unusable file if `strict`; at any unusable item of an array or
@@ -217,7 +220,7 @@ class Images:
         usable: list[int] = []
         kept: dict[int, np.ndarray] | None = {}
         size = 0
-        if isinstance(self._items, _ArrayItems) and self._items.fits:
+        if isinstance(self._items, _ArrayItems) and self._items.quick:
             kept = None
         for index, image in progress(self._decoded(None, 64), self.length, "reading", self.unit):
             usable.append(index)
@@ -240,7 +243,11 @@ class Images:
     def _decoded(
         self, indices: Iterable[int] | None, ahead: int
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """(index, usable image) in order, at most `ahead` (and one a thread) of them in flight."""
+        """(index, usable image) in order, at most `ahead` (and one a thread) of them in flight.
+
+        Where threads would cost more than the reading, or have nothing to do meanwhile, there are
+        none.
+        """
         if self._items is None and self._kept is None:
             if indices is not None:
                 raise InputError("a loader gives its images in its own order: call load() first.")
@@ -250,13 +257,18 @@ class Images:
         if self._kept is not None:
             yield from ((i, self._kept[i]) for i in wanted if i not in self._unusable)
             return
-        pending: deque[tuple[int, Future]] = deque()
+        if self._items.quick or self._is_one(indices):
+            for index in wanted:
+                if index not in self._unusable:
+                    yield from self._finished(index, partial(self._items.read, index))
+            return
+        pending: deque[tuple[int, Callable[[], np.ndarray]]] = deque()
         pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="diffad-fast-decode")
         try:
             for index in wanted:
                 if index in self._unusable:
                     continue
-                pending.append((index, pool.submit(self._items.read, index)))
+                pending.append((index, pool.submit(self._items.read, index).result))
                 if len(pending) > max(ahead, _WORKERS):
                     yield from self._finished(*pending.popleft())
             while pending:
@@ -264,9 +276,17 @@ class Images:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _finished(self, index: int, future: Future) -> Iterator[tuple[int, np.ndarray]]:
+    def _is_one(self, indices: Iterable[int] | None) -> bool:
+        """Whether a single item is asked for, as far as that can be told."""
+        if indices is None:
+            return len(self) == 1
+        return isinstance(indices, Sized) and len(indices) == 1
+
+    def _finished(
+        self, index: int, read: Callable[[], np.ndarray]
+    ) -> Iterator[tuple[int, np.ndarray]]:
         try:
-            image = future.result()
+            image = read()
         except InputError as error:
             if self._strict or self.paths is None:
                 raise
@@ -382,22 +402,33 @@ def encode_png(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def mvtec_train(root: str) -> str:
-    """The folder of normal training images: `root/train/good`, or `root` if it holds images itself.
+def mvtec_train(root: str | bytes | os.PathLike) -> str:
+    """What to train on of a folder: `root/train/good`, or all of `root` where that is not there.
 
     Raises:
-        InputError: neither is there.
+        InputError: `root` has no train/good, but somewhere below it a folder test or ground_truth.
     """
-    root = os.fspath(root)
+    root = os.fsdecode(root)
     good = os.path.join(root, "train", "good")
     if os.path.isdir(good):
         return good
-    if os.path.isdir(root) and any(_is_image(name) for name in os.listdir(root)):
-        return root
-    raise InputError(
-        f"{root} has neither a folder train/good nor images of its own: give a data set in the "
-        "MVTec AD layout or a folder of normal images."
-    )
+    check_no_test(root, "images")
+    return root
+
+
+def check_no_test(root: str, samples: str) -> None:
+    """Raise InputError if a folder test or ground_truth lies below `root`: it is no training data.
+
+    samples: what the detector sees, in the plural.
+    """
+    for folder, below, _ in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in below:
+            if name in _TEST_FOLDERS:
+                raise InputError(
+                    f"{os.path.join(folder, name)} lies in {root}, and a detector is not trained "
+                    f"on what it is tested on: give the folder of normal {samples}."
+                )
 
 
 def mvtec_test(root: str) -> list[TestImage]:
@@ -409,7 +440,7 @@ def mvtec_test(root: str) -> list[TestImage]:
     Raises:
         InputError: there is no folder `test` with images in it, or a mask is missing.
     """
-    root = os.fspath(root)
+    root = os.fsdecode(root)
     test, truth = os.path.join(root, "test"), os.path.join(root, "ground_truth")
     if not os.path.isdir(test):
         raise InputError(
@@ -443,6 +474,8 @@ def _masks(folder: str) -> dict[str, str]:
 
 
 class _FileItems:
+    quick = False
+
     def __init__(
         self,
         paths: list[str],
@@ -498,7 +531,8 @@ class _ArrayItems:
                 "(0..255), uint16 (0..65535) or floats in [0, 1]."
             )
         _check_side(*shape[-2:], min_side, "each image of the array")
-        self.fits = size is None or shape[-2:] == size
+        self.quick = size is None or shape[-2:] == size
+        """Whether an item is read as it lies: sooner than a thread is started."""
         self._array = array
         self._size = size
         self._first = 0 if first is None else first
@@ -680,8 +714,9 @@ def _formats() -> tuple[list[str], frozenset[str]]:
     return formats, frozenset(suffixes)
 
 
-def _is_path(value) -> bool:
-    return isinstance(value, (str, os.PathLike))
+def is_path(value) -> bool:
+    """Whether it names a file or folder."""
+    return isinstance(value, (str, bytes, os.PathLike))
 
 
 def _is_image(name: str) -> bool:

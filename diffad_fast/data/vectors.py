@@ -27,8 +27,16 @@ class Vectors:
     paths = None
     opened_as = ("vector",)
 
-    def __init__(self, rows: np.ndarray, labels: np.ndarray | None = None, coarse: str = ""):
+    def __init__(
+        self,
+        rows: np.ndarray,
+        labels: np.ndarray | None = None,
+        coarse: str = "",
+        columns: list[str] | None = None,
+    ):
         self.rows, self.labels = rows, labels
+        self.columns = columns
+        """The names of the D columns; None where the source has none."""
         self.coarse = coarse
         """Why nothing can be fitted on these rows in float32; "" where it can."""
         self.skipped: list[tuple[str, str]] = []
@@ -41,6 +49,34 @@ class Vectors:
     def load(self) -> list[int]:
         """The indices of the usable rows: all."""
         return list(range(len(self)))
+
+    def arranged(self, columns: list[str] | None) -> Vectors:
+        """These rows with their columns in the order of ``columns``; as they are where these or
+        their own names are None. Raises InputError where the names differ."""
+        if columns is None or self.columns is None or columns == self.columns:
+            return self
+        known, found = set(columns), set(self.columns)
+        unknown = next((name for name in self.columns if name not in known), None)
+        missing = next((name for name in columns if name not in found), None)
+        if unknown is not None or missing is not None:
+            parts = [
+                "" if unknown is None else f"has a column {unknown!r} that the fit had not",
+                "" if missing is None else f"lacks the column {missing!r}",
+            ]
+            raise InputError(
+                f"the table {' and '.join(filter(None, parts))}: give the columns of the fit, in "
+                "any order"
+            )
+        if len(found) < len(self.columns) or len(known) < len(columns):
+            names = columns if len(known) < len(columns) else self.columns
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(
+                f"the columns are not those of the fit in their order, and {twice!r} is the name "
+                "of several: give each a name of its own, or keep the order"
+            )
+        place = {name: i for i, name in enumerate(self.columns)}
+        rows = np.ascontiguousarray(self.rows[:, [place[name] for name in columns]])
+        return Vectors(rows, self.labels, self.coarse, columns)
 
     def batches(self, batch_size: int, indices: Iterable[int] | None = None) -> Iterator[Batch]:
         """Batches of rows in the order of ``indices`` (default: all, in order)."""
@@ -55,18 +91,19 @@ def open_vectors(source) -> Vectors:
 
     source: an array, tensor or data frame (N,D), or a file: .npy; .npz with an array ``X`` and
     perhaps labels ``y``, 1 for an anomaly; .csv with one line of names, whose column ``label`` is
-    taken for labels; or the pair (X, y).
+    taken for labels; or the pair (X, y). Names of columns are kept, if all are texts.
 
-    Raises InputError for another shape, for values that are not numbers, NaN or infinite, or
-    beyond float32.
+    Raises InputError for another shape, for values that are not numbers (dates and times are
+    none), NaN or infinite, or beyond float32.
     """
-    labels = None
+    labels = columns = None
     name = "the table"
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        source, labels = _read(name)
+        source, labels, columns = _read(name)
     elif isinstance(source, tuple) and len(source) == 2:
         source, labels = source
+    columns = _names(source) if columns is None else columns
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = source.float() if source.dtype == torch.bfloat16 else source
@@ -76,6 +113,8 @@ def open_vectors(source) -> Vectors:
         rows = np.asarray(source)
         if rows.dtype.kind == "c":
             raise TypeError("its values are complex")
+        if _has_times(source, rows):
+            raise TypeError("it has dates or times, so give numbers, such as days since the first")
         if rows.dtype.kind not in "fiub":
             rows = rows.astype(np.float64)
     except (TypeError, ValueError) as error:
@@ -102,7 +141,30 @@ def open_vectors(source) -> Vectors:
                 "normal row and 1 for an anomaly"
             )
         labels = labels.astype(np.int64)
-    return Vectors(rows, labels, coarse)
+    return Vectors(rows, labels, coarse, columns)
+
+
+def _names(source) -> list[str] | None:
+    """Of the columns of a data frame: of pandas, polars or pyarrow."""
+    # What pyarrow calls columns is what they hold.
+    names = getattr(source, "column_names", None)
+    names = getattr(source, "columns", None) if names is None else names
+    if names is None:
+        return None
+    names = list(names)
+    # Others are numbers that pandas gives to arrays, which are as good as none.
+    return [str(name) for name in names] if all(isinstance(n, str) for n in names) else None
+
+
+def _has_times(source, rows: np.ndarray) -> bool:
+    """Whether dates or durations in ``source``, which is ``rows`` as an array, would be taken for
+    whole numbers of some unit."""
+    # Polars has turned them into numbers already, where other columns are numbers.
+    if any(t.is_temporal() for t in getattr(source, "dtypes", ()) if hasattr(t, "is_temporal")):
+        return True
+    if rows.dtype.kind == "O":
+        return any(isinstance(x, (np.datetime64, np.timedelta64)) for x in rows.flat)
+    return rows.dtype.kind in "mM"
 
 
 def _coarse(rows: np.ndarray, name: str) -> str:
@@ -121,8 +183,8 @@ def _coarse(rows: np.ndarray, name: str) -> str:
     )
 
 
-def _read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """The table in a file and its labels, where there are any."""
+def _read(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
+    """The table in a file, and its labels and names of columns, where there are any."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in _SUFFIXES:
         raise InputError(f"{path} is no table: give a file {', '.join(_SUFFIXES)}")
@@ -131,13 +193,13 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             return _read_csv(path)
         content = np.load(path, allow_pickle=False)
         if suffix == ".npy":
-            return content, None
+            return content, None, None
         with content:
             if "X" not in content:
                 raise InputError(
                     f"{path} has no array X, only {', '.join(content) or 'nothing'}: name it X"
                 )
-            return content["X"], content["y"] if "y" in content else None
+            return content["X"], content["y"] if "y" in content else None, None
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except InputError:
@@ -146,7 +208,7 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         raise InputError(f"{path} cannot be read as a table: {error}") from None
 
 
-def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
         reader = csv.reader(file)
         names = next(reader, [])
@@ -173,9 +235,10 @@ def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             "give numbers"
         ) from None
     if "label" not in names:
-        return table, None
+        return table, None, names
     column = names.index("label")
-    return np.delete(table, column, axis=1), table[:, column]
+    del names[column]
+    return np.delete(table, column, axis=1), table[:, column], names
 
 
 def _is_number(text: str) -> bool:

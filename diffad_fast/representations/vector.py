@@ -16,7 +16,8 @@ class VectorTokens(nn.Module):
 
     scale: "feature" divides every feature by its own deviation on normal data, "global" all by the
     root of their mean variance; "auto" takes "global" from 256 features on. A feature that never
-    varies among normals is divided by that global number: what it does in new data still counts.
+    varies among normals has no unit of its own: "feature" divides it by 1, whatever the others are
+    measured in, so what it does in new data still counts.
     """
 
     def __init__(self, scale: str = "auto"):
@@ -43,13 +44,14 @@ class VectorTokens(nn.Module):
         rows = torch.cat([batch.double() for batch in batches()])
         self.mean = rows.mean(dim=0).float()
         variance = rows.var(dim=0, correction=0)
-        overall = variance.mean().sqrt().clamp(min=1e-12)
         deviation = variance.sqrt()
+        if self.by_one_scale:
+            overall = variance.mean().sqrt().clamp(min=1e-12)
+            self.deviation = overall.float().repeat(len(deviation))
+            return
         # Rounding leaves a constant feature a deviation of some 1e-16 of its size.
         varies = deviation > 1e-6 * rows.abs().amax(dim=0)
-        if self.by_one_scale:
-            varies = torch.zeros_like(varies)
-        self.deviation = torch.where(varies, deviation, overall).float()
+        self.deviation = torch.where(varies, deviation, 1.0).float()
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The grid of vectors."""

@@ -4,6 +4,7 @@ import os
 import shutil
 import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 import scipy.signal
 import torch
 
+import diffad_fast as daf
 from diffad_fast.data import audio as module
+from diffad_fast.data import images
 from diffad_fast.data.audio import (
     Resampler,
     groups_by_recording,
     labelled_clips,
+    normal_files,
     open_audio,
     read_audio,
     read_blocks,
@@ -106,6 +110,12 @@ def test_arrays_pairs_and_files_are_the_same(tmp_path):
         assert np.allclose(waves(source)[0], expected, atol=1e-4)
     resampled = waves((tone(1.0, 48000), 48000))[0]
     assert np.abs(resampled[2000:14000] - expected[2000:14000]).max() < 1e-4
+
+
+def test_names_may_be_bytes(tmp_path):
+    path = save(tmp_path / "a.wav", tone())
+    for source in (os.fsencode(tmp_path), os.fsencode(path), [os.fsencode(path)]):
+        assert opened(source).paths == [path]
 
 
 def test_lengths_are_whole_windows():
@@ -380,8 +390,52 @@ def test_training_never_takes_a_test_folder(tmp_path):
     names = [os.path.relpath(clip.path, tmp_path) for clip in training_clips(tmp_path)]
     assert names == ["train/deep/normal_2.wav", "train/normal_1.wav"]
     shutil.rmtree(tmp_path / "train")
-    with pytest.raises(InputError, match="a folder test and no folder train"):
-        training_clips(tmp_path)
+    for folder in (tmp_path, tmp_path.parent):
+        with pytest.raises(InputError, match="test lies in .*: give the folder of normal rec"):
+            training_clips(folder)
+
+
+def test_fit_takes_what_is_normal_of_a_folder(tmp_path):
+    for name in ("test/knock/1.wav", "train/good/0.wav", "train/bad/2.wav"):
+        save(tmp_path / "plain" / name, tone(0.1))
+    for part, name in (
+        ("train", "section_00_source_train_normal_0000_x.wav"),
+        ("train", "section_00_source_train_anomaly_0001_x.wav"),
+        ("test", "section_00_source_test_anomaly_0000.wav"),
+    ):
+        save(tmp_path / "fan" / part / name, tone(0.1))
+    urban = tmp_path / "urban"
+    (urban / "metadata").mkdir(parents=True)
+    for name in ("fold1/a.wav", "fold2/b.wav"):
+        save(urban / "audio" / name, tone(0.1))
+    for folder, names in (
+        ("plain", ["train/good/0.wav"]),
+        ("plain/test", ["knock/1.wav"]),
+        ("fan", ["train/section_00_source_train_normal_0000_x.wav"]),
+        ("urban", ["audio/fold1/a.wav", "audio/fold2/b.wav"]),
+    ):
+        found = normal_files(os.fsencode(tmp_path / folder))
+        assert found == [str(tmp_path / folder / name) for name in names]
+        # More are needed, and the message counts them.
+        with pytest.raises(InputError, match=f"{len(names)} usable"):
+            daf.Detector(kind="audio").fit(tmp_path / folder)
+    with pytest.raises(InputError, match="fan/test lies in"):
+        daf.Detector(kind="audio").fit(tmp_path)
+
+
+def test_waves_at_the_rate_start_no_threads(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        images, "ThreadPoolExecutor",
+        lambda *a, **k: (started.append(a), ThreadPoolExecutor(*a, **k))[1],
+    )  # fmt: skip
+    slow = tone(0.5, 8000), 8000
+    for source, threads in (
+        ([tone(0.5)] * 3, 0), ([(tone(0.5), RATE)] * 2, 0), ([tone(0.5), slow], 1), (slow, 0),
+    ):  # fmt: skip
+        started.clear()
+        assert [len(w) for w in waves(source)] == [8000] * (1 if source is slow else len(source))
+        assert len(started) == threads
 
 
 def test_bad_metadata_is_named(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import struct
 import threading
 import warnings
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+import diffad_fast as daf
 from diffad_fast.data import images as module
 from diffad_fast.data.images import (
     mvtec_test,
@@ -186,6 +188,17 @@ def test_names_are_kept_as_given(tmp_path, monkeypatch):
     assert open_images([Path("x/a.png")], (8, 8), 1).paths == ["x/a.png"]
 
 
+def test_names_may_be_bytes(tmp_path):
+    path = save(tmp_path / "x" / "a.png", pixels())
+    for source in (tmp_path / "x", path, [path]):
+        as_bytes = [os.fsencode(path)] if isinstance(source, list) else os.fsencode(source)
+        assert open_images(as_bytes, (8, 8), 1).paths == [str(path)]
+    (found,) = mvtec_test(os.fsencode(mvtec(tmp_path / "set")))[:1]
+    assert found.path == str(tmp_path / "set/test/good/0.png")
+    with pytest.raises(InputError, match="^nowhere is no file or folder"):
+        open_images(b"nowhere", (8, 8), 1)
+
+
 def test_any_order_from_disk_and_from_memory(tmp_path):
     folder = folder_of(tmp_path, 9)
     order = [7, 0, 3, 3, 8, 1]
@@ -287,6 +300,38 @@ def test_look_ahead_is_bounded_and_threads_end(tmp_path, monkeypatch):
         break
     assert len(list(open_images(folder, (16, 16), 1).batches(7))) == 9
     assert not decoding_threads()
+
+
+def test_what_needs_no_decoding_starts_no_threads(tmp_path, monkeypatch):
+    started = []
+
+    class Pool(module.ThreadPoolExecutor):
+        def __init__(self, *args, **options):
+            started.append(args)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+    array = pixels(0, (5, 1, 16, 16))
+    folder = folder_of(tmp_path, 3)
+    for source, size, indices, threads in (
+        (array, (16, 16), None, 0), (array, (16, 16), [3, 1], 0), (array, None, None, 0),
+        (array, (8, 8), None, 1), (array, (8, 8), [4], 0), (array[:1], (8, 8), None, 0),
+        (folder, (8, 8), None, 1), (folder, (8, 8), [2], 0), (folder / "001.png", (8, 8), None, 0),
+        (folder, (8, 8), iter([2]), 1),
+    ):  # fmt: skip
+        started.clear()
+        images = open_images(source, size, 1)
+        wanted = range(len(images)) if indices is None else list(indices)
+        given = iter(wanted) if hasattr(indices, "__next__") else indices
+        assert everything(images, 2, given)[1] == list(wanted)
+        assert len(started) == threads, (source, size, indices)
+    (folder / "001.png").write_bytes(b"")
+    images = open_images(folder, (8, 8), 1)
+    with pytest.warns(SkippedInput, match="left out: .*001.png"):
+        assert list(images.batches(1, [1])) == []
+    assert [path for path, _ in images.skipped] == [str(folder / "001.png")]
+    save(folder / "001.png", pixels())  # left out once, it stays out
+    assert list(images.batches(1, [1])) == []
 
 
 def test_an_error_of_the_consumer_ends_the_threads(tmp_path):
@@ -531,6 +576,39 @@ def test_mvtec_layout(tmp_path):
         assert mask.dtype == bool and mask.shape == (40, 24) and mask.sum() == 21
 
 
+@pytest.mark.parametrize("folder", ["test", "ground_truth", "a/b/test", "train/ground_truth"])
+def test_a_test_set_is_not_trained_on(tmp_path, folder):
+    for name in ("0.png", "train/bad/1.png", ".cache/test/2.png", "tests/3.png"):
+        save(tmp_path / name, pixels())
+    assert mvtec_train(tmp_path) == mvtec_train(os.fsencode(tmp_path)) == str(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"^{tmp_path / folder} lies in {tmp_path}, and.*normal"):
+        mvtec_train(tmp_path)
+    (tmp_path / "train/good").mkdir(parents=True, exist_ok=True)
+    assert mvtec_train(tmp_path) == str(tmp_path / "train/good")
+
+
+def test_fit_takes_what_is_normal_of_a_folder(tmp_path, monkeypatch):
+    for i in range(12):
+        save(tmp_path / f"train/good/{i}.png", pixels(i))
+    save(tmp_path / "test/hole/0.png", pixels())
+    detector = daf.Detector(
+        "image", 32, denoiser="unet-tiny", train_steps=1, batch_size=4, reverse_steps=1
+    )
+    opened = []
+    open_ = detector._open
+    monkeypatch.setattr(detector, "_open", lambda *a: (opened.append(a[0]), open_(*a))[1])
+    detector.fit(tmp_path)
+    assert opened[0] == str(tmp_path / "train/good")
+    before = detector.conformal.scores
+    detector.calibrate(tmp_path, ["one_step"])
+    assert np.array_equal(detector.conformal.scores, before)
+    assert len(detector.open(tmp_path)) == 13  # what is scored is searched through
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(InputError, match="test lies in .*: give the folder of normal images"):
+        detector.fit(str(tmp_path))
+
+
 def test_mvtec_without_masks_or_anomalies(tmp_path):
     save(tmp_path / "test/good/0.png", pixels())
     assert [t.defect for t in mvtec_test(tmp_path)] == ["good"]
@@ -539,9 +617,8 @@ def test_mvtec_without_masks_or_anomalies(tmp_path):
 
 
 def test_mvtec_errors(tmp_path):
-    for read, reason in ((mvtec_test, "no folder test"), (mvtec_train, "neither a folder train")):
-        with pytest.raises(InputError, match=reason):
-            read(tmp_path)
+    with pytest.raises(InputError, match="no folder test"):
+        mvtec_test(tmp_path)
     (tmp_path / "test" / "good").mkdir(parents=True)
     with pytest.raises(InputError, match="holds no images"):
         mvtec_test(tmp_path)

@@ -34,6 +34,9 @@ def test_sources(tmp_path):
         (np.array([[1.0, np.nan]]), "nan in row 0, column 1"),
         (np.array([[1.0], [1e300]]), "inf in row 1, column 0"),
         ([["a", "b"]], "not a table of numbers"),
+        (X.astype("M8[s]"), "not a table of numbers: it has dates or times"),
+        (X.astype("m8[ns]"), "it has dates or times"),
+        (np.array([[1.0, np.timedelta64(5, "ns")]], dtype=object), "it has dates or times"),
         (X + 1j, "not a table of numbers: its values are complex"),
         (np.ma.masked_greater(X, 5), "masked values"),
         ((X, [0, 1]), "4 rows and 2 labels"),
@@ -87,3 +90,63 @@ def test_differences_that_float32_cannot_hold(offset, lost):
     rows[:, 2] = 0.1 + offset  # what never varies is no loss
     coarse = open_vectors(rows).coarse
     assert ("column 1 of the table has values up to" in coarse) == lost == bool(coarse)
+
+
+class Frame:
+    """What of data frames is read: an array, names, and the types of polars."""
+
+    def __init__(self, names, dtypes=(), attribute="columns"):
+        setattr(self, attribute, names)
+        self.dtypes = dtypes
+
+    def __array__(self, dtype=None, copy=None):
+        return X
+
+
+def test_names_of_columns(tmp_path):
+    (tmp_path / "x.csv").write_text("a,label,b,c\n0,0,1,2\n3,1,4,5\n")
+    np.savez(tmp_path / "x.npz", X=X)
+    arrow = Frame([X[:, 0]] * 3)
+    arrow.column_names = ["a", "b", "c"]
+    for source, names in (
+        (tmp_path / "x.csv", ["a", "b", "c"]), (tmp_path / "x.npz", None), (X, None),
+        (Frame(np.array(["u", "v", "w"])), ["u", "v", "w"]), (Frame(range(3)), None),
+        (Frame(["u", 1, "w"]), None), (arrow, ["a", "b", "c"]), ((arrow, [0] * 4), ["a", "b", "c"]),
+    ):  # fmt: skip
+        found = open_vectors(source).columns
+        assert found == names and (names is None or {type(n) for n in found} == {str})
+
+
+def test_columns_are_arranged_by_name():
+    found = open_vectors((Frame(["c", "a", "b"]), [0, 1, 0, 1]))
+    assert found.arranged(None) is found and found.arranged(["c", "a", "b"]) is found
+    assert open_vectors(X).arranged(["a", "b"]).rows.shape == (4, 3)  # counted by the detector
+    again = found.arranged(["a", "b", "c"])
+    assert np.array_equal(again.rows, X[:, [1, 2, 0]]) and again.rows.flags.c_contiguous
+    assert again.columns == ["a", "b", "c"] and again.labels.tolist() == [0, 1, 0, 1]
+    assert found.columns == ["c", "a", "b"] and np.array_equal(found.rows, X)
+    for names, fitted, message in (
+        (["c", "x", "y"], ["a", "b", "c"], "has a column 'x' that .* and lacks the column 'a'"),
+        (["a", "b", "c"], ["a", "b"], "has a column 'c' that the fit had not: give"),
+        (["a", "b", "c"], ["a", "b", "c", "d"], "the table lacks the column 'd': give"),
+        (["a", "b", "b"], ["b", "a"], "'b' is the name of several"),
+        (["a", "b", "c"], ["c", "c", "a", "b"], "'c' is the name of several"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_vectors(Frame(names)).arranged(fitted)
+    twins = open_vectors(Frame(["a", "a", "b"]))
+    assert twins.arranged(["a", "a", "b"]) is twins
+
+
+def test_times_that_a_frame_has_made_numbers():
+    class Time:
+        def is_temporal(self):
+            return True
+
+    class Number(Time):
+        def is_temporal(self):
+            return False
+
+    assert len(open_vectors(Frame(["a", "b", "c"], [Number()] * 3))) == 4
+    with pytest.raises(InputError, match="dates or times"):
+        open_vectors(Frame(["a", "b", "c"], [Number(), Time(), Number()]))

@@ -212,6 +212,11 @@ def test_vectors_by_feature_and_by_one_scale():
         found = encoded[:, 0, 0].std(dim=0, correction=0)
         assert found[:2].tolist() == pytest.approx(expected, rel=0.1) and found[2] < 1e-5
         assert encoded.mean(dim=(0, 1, 2)).abs().max() < 1e-5
+    for constant in (1.0, 0.0):  # of half of the columns and of all of them
+        tokens = VectorTokens("feature")
+        tokens.fit(lambda k=constant: iter([torch.cat([rows[:, :1] * k, rows[:, 2:] * 1e3], 1)]))
+        assert tokens.deviation[1] == 1.0 and tokens.mean[1] == pytest.approx(5e3)
+    assert tokens.deviation.tolist() == [1.0, 1.0]
     wide = VectorTokens("auto")
     wide.fit(lambda: iter([torch.randn(50, 256)]))
     assert len(set(wide.deviation.tolist())) == 1
