@@ -73,11 +73,11 @@ class TokenModel(nn.Module):
     def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
         """Fit the representations and train a denoiser for each; once in a model's life."""
         config = self.config
-        if config.train_steps:
-            self.schedule.warn_untrained(config, *SIGMA_RANGE)
+        self.schedule.warn_untrained(config, *SIGMA_RANGE)
         histories = []
         # Statistics of tokens need no more images than these, evenly chosen.
         some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]
+
         def seen(batches: Callable) -> Callable:
             return lambda: (part for x in batches(source, some) for part in self._seen(x))
 
