@@ -165,18 +165,21 @@ def test_few_normals_give_no_label_and_one_warning():
     assert score.label is None and len(caught) == 1
 
 
+class Tiny(torch.nn.Module):
+    """A denoiser of one's own that has features."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x, log_sigma):
+        return self.conv(x)
+
+    def features(self, x, log_sigma):
+        return [self.conv(x)]
+
+
 def test_a_module_of_ones_own(tmp_path):
-    class Tiny(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
-
-        def forward(self, x, log_sigma):
-            return self.conv(x)
-
-        def features(self, x, log_sigma):
-            return [self.conv(x)]
-
     options = {**OPTIONS, "denoiser": Tiny(), "train_steps": 3}
     detector = daf.Detector(**options).fit(normals(40))
     detector.save(tmp_path / "m.diffad")
@@ -644,21 +647,8 @@ def test_a_file_fetches_nothing_from_anybody(fitted):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_denoisers_in_other_dtypes(dtype):
     """Scored as they are, in every mode; trained in float32 alone."""
-    images = torch.rand(24, 1, 32, 32)
-
-    class Smooth(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
-
-        def forward(self, x, log_sigma):
-            return self.conv(x)
-
-        def features(self, x, log_sigma):
-            return [self.conv(x)]
-
     torch.manual_seed(0)
-    given = Smooth()
+    images, given = torch.rand(24, 1, 32, 32), Tiny()
     options = {"image_size": 32, "haar_level": 1, "train_steps": 0, "semantic_weight": 1.0}
     plain = daf.Detector(denoiser=given, **options).fit(images)
     other = daf.Detector(denoiser=copy.deepcopy(given).to(dtype), **options).fit(images)
@@ -669,4 +659,4 @@ def test_denoisers_in_other_dtypes(dtype):
         tolerance = 0.1 if dtype == torch.bfloat16 else 1e-3
         np.testing.assert_allclose(found.score, expected.score, rtol=tolerance, atol=tolerance)
     with pytest.raises(InputError, match="training needs float32: pass denoiser.float()"):
-        daf.Detector(denoiser=Smooth().to(dtype), image_size=32, train_steps=3)
+        daf.Detector(denoiser=Tiny().to(dtype), image_size=32, train_steps=3)
