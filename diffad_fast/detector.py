@@ -82,7 +82,7 @@ def _undisturbed(call: Callable) -> Callable:
 
     @functools.wraps(call)
     def alone(*args, **options):
-        device = getattr(args[0], "device", None)
+        device = getattr(args[0] if args else None, "device", None)
         kind = device.type if isinstance(device, torch.device) else "cpu"
         default = torch.get_default_dtype()
         if default != torch.float32:

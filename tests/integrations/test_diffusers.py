@@ -129,6 +129,16 @@ def test_add_noise(t):
     )
 
 
+def test_add_noise_to_what_is_broadcast_or_of_another_dtype():
+    stock, ours = pair()
+    x, z = random((1, 3, 4, 4), 0), random((4, 3, 4, 4), 1)
+    t = torch.tensor([3, 700, 20, 999])
+    for image, noise, times in ((x, z, t), (x.half(), z, t), (z.half(), z, t), (x, z, t[:1])):
+        found, expected = (s.add_noise(image, noise, times) for s in (ours, stock))
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        torch.testing.assert_close(found, expected)
+
+
 def test_noise_is_drawn_as_the_stock_class_draws_it():
     x, m = random((2, 3, 4, 4), 0), random((2, 3, 4, 4), 1)
     results = []
