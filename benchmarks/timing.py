@@ -13,8 +13,8 @@ SHORTEST_MS = 0.2  # a sample below this would measure the clock
 # A contender that takes SLOW times as long as the leader runs in every SELDOM-th round: how far it
 # is behind is seen from few samples, and it would take most of the time.
 SLOW, SELDOM = 4.0, 3
-# The 95% bootstrap interval of a ratio of medians holds the true one in 72% of cases from 3 rounds,
-# in 93% from 5 and in 95% from 7.
+# With simulated noise the 95% bootstrap interval of a ratio of medians holds the true one in 72% of
+# cases from 3 rounds, in 93% from 5 and in 95% from 7.
 ENOUGH = 7
 
 
