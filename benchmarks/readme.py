@@ -44,7 +44,7 @@ def replaced(text: str, folder: Path = results.RESULTS) -> str:
 
 def headlines(folder: Path = results.RESULTS) -> str:
     """The newest results in short: the main case of each operator and every case lost; and our
-    detectors beside the best of the controls that were run on the same data."""
+    detectors beside the best of what was run on the same data."""
     found = results.newest(folder)
     parts = []
     for suite in ("cpu", "gpu"):
@@ -55,7 +55,7 @@ def headlines(folder: Path = results.RESULTS) -> str:
         result = results.read(path)
         rows += [*quality.headlines(result), *audio.headlines(result)]
     if rows:
-        head = ["data", "diffad_fast", "the best of the controls that were run"]
+        head = ["data", "diffad_fast", "the best of what was run beside it"]
         parts += [
             "**Detection**, in percent: mean and standard deviation over the seeds, the 95% "
             "bootstrap interval over objects or recordings in brackets.",

@@ -45,10 +45,16 @@ def controls(detector: Detector, samples) -> Iterator[tuple[str, Detector]]:
 def nearest(train: np.ndarray, test: np.ndarray) -> np.ndarray:
     """Mean distance of rows to the NEIGHBOURS nearest of all of ``train``, by whose mean and
     deviation both are standardised. Nothing needs to be held out for it."""
+    train, test = standardised(train, test)
+    known = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(train)
+    return known.kneighbors(test)[0].mean(axis=1)
+
+
+def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both by the mean and deviation of ``train``."""
     mean, deviation = train.mean(axis=0), train.std(axis=0)
     deviation[deviation == 0] = 1.0
-    known = NearestNeighbors(n_neighbors=NEIGHBOURS).fit((train - mean) / deviation)
-    return known.kneighbors((test - mean) / deviation)[0].mean(axis=1)
+    return (train - mean) / deviation, (test - mean) / deviation
 
 
 def _control(name: str, model, samples, indices):

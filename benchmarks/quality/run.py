@@ -25,9 +25,10 @@ from .. import stats
 from ..case import OURS
 from ..machine import describe
 from ..results import write_quality
-from .controls import CONTROLS, NEAREST, controls, nearest
+from . import public
+from .controls import NEAREST, controls, nearest
 from .data import DataSet, find
-from .tables import markdown, summary
+from .tables import OTHERS, markdown, summary
 
 # Options of variants that share a training: they change what is made of the model alone.
 SCORING = (
@@ -71,6 +72,11 @@ def main(argv: list[str]) -> int:
         "for its variants too",
     )  # fmt: skip
     parser.add_argument("--without-controls", action="store_true")
+    parser.add_argument(
+        "--dte", type=Path, metavar="CLONE",
+        help="a clone of https://github.com/vicliv/DTE, whose diffusion detectors are trained on "
+        "tables beside ours, with their defaults",
+    )  # fmt: skip
     parser.add_argument("--device")
     parser.add_argument("--name", default="quality", help="name of the result")
     parser.add_argument("--title", help="what the data sets are, in place of their names")
@@ -139,10 +145,11 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
             for name, control in controls(detector, data.train):
                 put(name, control)
             if data.kind == "vector":
-                distance = nearest(data.train, test).astype(np.float64)
-                zero, order = np.zeros(len(distance)), np.arange(len(distance))
-                score = Score(distance, None, zero, None, None, order)
-                keep(NEAREST, score, {"fit_seconds": None, "latency_ms": None})
+                nothing = {"fit_seconds": None, "latency_ms": None}
+                keep(NEAREST, _score(nearest(data.train, test)), nothing)
+        if args.dte and data.kind == "vector":
+            for name, distance, cost in public.detectors(args.dte, data.train, test, seed):
+                keep(name, _score(distance), cost)
         if args.robustness:
             found = _polluted(detector, data, args, seed, rows) | _shifted(detector, data, rows)
             robustness.setdefault(OURS, []).append(found)
@@ -164,7 +171,7 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
     groups = rows if groups is None else np.asarray(groups)[rows]
     label = data.label[rows]
     best = max(
-        (name for name in (*CONTROLS, NEAREST) if name in scores), default=None,
+        (name for name in OTHERS if name in scores), default=None,
         key=lambda name: _mean_auroc(label, scores[name]),
     )  # fmt: skip
     intervals, difference = _intervals(label, groups, scores, best)
@@ -183,6 +190,12 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "robustness": robustness,
     }
+
+
+def _score(distance: np.ndarray) -> Score:
+    """Of a method that gives nothing but that."""
+    zero, order = np.zeros(len(distance)), np.arange(len(distance))
+    return Score(distance.astype(np.float64), None, zero, None, None, order)
 
 
 def _in_both(data: DataSet, rows: np.ndarray) -> int:

@@ -10,6 +10,7 @@ from ..case import OURS
 from ..grid import grid
 from ..stats import compared
 from .controls import CONTROLS, NEAREST, NEIGHBOURS
+from .public import DETECTORS, LATENCY_ROWS
 
 FIGURES = {
     "image": {
@@ -20,6 +21,8 @@ FIGURES = {
     },
     "vector": {"auroc": "AUROC", "f1_max": "F1-max"},
 }
+# What ours is compared with.
+OTHERS = (*CONTROLS, NEAREST, *DETECTORS)
 
 
 def markdown(result: dict) -> str:
@@ -44,6 +47,12 @@ def summary(result: dict) -> str:
         controls += (
             f" {NEAREST.capitalize()}: the mean distance to the nearest {NEIGHBOURS} of all that "
             "the others train on or hold out, standardised by these."
+        )
+    if any(name in one["runs"] for one in result["sets"] for name in DETECTORS):
+        controls += (
+            f" {', '.join(DETECTORS)}: the public diffusion detectors of Livernoche et al. (ICLR "
+            "2024), by their code (github.com/vicliv/DTE) with its defaults, trained on all "
+            f"normals, standardised by these; their time is that of {LATENCY_ROWS} rows."
         )
     lines = [
         f"# {title} on {_title(result)}, preset {result['preset']}, {result['part']} part",
@@ -82,11 +91,11 @@ def _both_parts(one: dict) -> str:
 
 def headlines(result: dict) -> list[list[str]]:
     """What a result without variants comes to: a row of the data, our figures and those of the best
-    control; over several sets the means. No row for other results."""
+    of the others; over several sets the means. No row for other results."""
     if result.get("variants") or not any(one["best_control"] for one in result.get("sets", [])):
         return []
     sets = result["sets"]
-    names = [name for name in sets[0]["runs"] if name in (*CONTROLS, NEAREST)]
+    names = [name for name in sets[0]["runs"] if name in OTHERS]
     figures = {name: title for name, title in FIGURES[sets[0]["kind"]].items() if name != "f1_max"}
     first = next(iter(figures))
 
@@ -138,12 +147,12 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
 
 
 def _verdict(one: dict) -> str:
-    """Does what was learned beat the best closed form?"""
+    """Does ours beat the best of the others?"""
     if one["difference_to_best_control"] is None:
         return ""
     mean, low, high = (100 * value for value in one["difference_to_best_control"])
     return (
-        f"- {one['name']}: the learned model {compared(low, high)} its best control, "
+        f"- {one['name']}: diffad_fast {compared(low, high)} the best of the others, "
         f"{one['best_control']}: {mean:+.1f} ({low:+.1f} to {high:+.1f}), paired."
     )
 
