@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from . import exported
 from .haar import haar_pack, haar_unpack
@@ -48,7 +47,7 @@ def _tokens(x, level):
     details = []
     for finer in reversed(range(level)):
         low, detail = haar_pack(low).split([d, 3 * d], dim=1)
-        details.append(F.pixel_unshuffle(detail, 2**finer))
+        details.append(_gathered(detail, 2**finer))
     y = torch.cat([low, *reversed(details)], dim=1)
     return y.flatten(2).mT.unflatten(0, (n, heads))
 
@@ -60,8 +59,26 @@ def _pixels(tokens, level, height, width):
     y = tokens.flatten(0, 1).mT.unflatten(2, (height >> level, width >> level))
     low, *details = y.split([d] + [3 * d * 4**finer for finer in range(level)], dim=1)
     for finer, detail in enumerate(details):
-        low = haar_unpack(torch.cat([low, F.pixel_shuffle(detail, 2**finer)], dim=1))
+        low = haar_unpack(torch.cat([low, _spread(detail, 2**finer)], dim=1))
     return low.unflatten(0, (n, heads)).permute(0, 1, 3, 4, 2)
+
+
+# PyTorch's pixel_unshuffle leaves tensors without elements in their shape, on the way back of
+# pixel_shuffle, too.
+
+
+def _gathered(x, side):
+    """(M,C,h,w) -> (M,C side^2,h/side,w/side), as ``pixel_unshuffle``."""
+    m, c, h, w = x.shape
+    x = x.reshape(m, c, h // side, side, w // side, side).permute(0, 1, 3, 5, 2, 4)
+    return x.reshape(m, c * side**2, h // side, w // side)
+
+
+def _spread(x, side):
+    """Inverse of :func:`_gathered`."""
+    m, c, h, w = x.shape
+    x = x.reshape(m, c // side**2, side, side, h, w).permute(0, 1, 4, 2, 5, 3)
+    return x.reshape(m, c // side**2, h * side, w * side)
 
 
 def _per_coefficient(gain, level, d):

@@ -293,12 +293,15 @@ def test_outputs_are_written_whole(written, cpu_isa, dtype, shape, level):
     assert all(map(written, (out, lse, *grads)))
 
 
-@pytest.mark.native
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.native)])
+@pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("shape", [(0, 2, 8, 8, 4), (2, 0, 8, 8, 4), (2, 2, 0, 8, 4)])
-def test_empty(shape):
-    arguments = [*(random(shape, s) for s in range(3)), *(x.double() for x in gains(shape, 1))]
-    with use_backend("cpu"):
-        out, *grads = result_and_gradients(ops.wavelet_attention, arguments, torch.ones(shape), 1)
+def test_empty(shape, level, backend):
+    arguments = [*(random(shape, s) for s in range(3)), *(x.double() for x in gains(shape, level))]
+    with use_backend(backend):
+        out, *grads = result_and_gradients(
+            ops.wavelet_attention, arguments, torch.ones(shape), level
+        )
     assert out.shape == shape
     for x, grad in zip(arguments, grads, strict=True):
         assert grad.shape == x.shape and not grad.any()
