@@ -53,7 +53,12 @@ class FeatureExtractor(Protocol):
     way to give one."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor | Sequence[torch.Tensor]:
-        """A feature map (N,c,h,w), or several, of images (N,C,H,W) in [0, 1]."""
+        """A feature map (N,c,h,w), or several, of images (N,C,H,W) in [0, 1].
+
+        Row i stands over the pixels from i H/h to (i + 1) H/h, columns likewise: features whose
+        middles lie elsewhere, as those of a 3x3 convolution of stride 2 and padding 1, half a pixel
+        further up and to the left, move the anomaly map by as much the other way.
+        """
         ...
 
 

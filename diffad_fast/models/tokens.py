@@ -15,7 +15,7 @@ from ..diffusion import Graphed, NoiseSchedule, ReverseStep
 from ..errors import InputError
 from ..representations import WindowEmbedding, create_tokens
 from ..representations.logmel import time_map
-from ..representations.smoothing import GaussianSmoothing
+from ..representations.smoothing import GaussianSmoothing, Upsampling
 from ..representations.tokens import SMALLEST_SMOOTHED
 from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training.augment import augmented
@@ -52,6 +52,8 @@ class TokenModel(nn.Module):
         self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.config = config
         self._smoothed = GaussianSmoothing()
+        if config.kind == "image":
+            self._upsampled = Upsampling(self.representation.offset)
         self._fields: dict[tuple, torch.Tensor] = {}
         if config.prediction_type != "v_prediction":
             raise InputError(
@@ -255,7 +257,7 @@ class TokenModel(nn.Module):
         weights = self._weights(len(maps) // len(self.denoisers)) * len(self.denoisers)
         map_, score = fuse(maps, self.statistics, weights, 0.0, config.top_fraction)
         if config.kind == "image":
-            map_ = resized(map_, x.shape[2:])
+            map_ = self._upsampled(map_, x.shape[2:])
         return map_, score
 
     def _score_windows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,8 +36,9 @@ def band_energies(x, cell, levels):
     squares of the 3 ``levels`` bands, from fine to coarse, each level's in the order of
     differences along y, along x and both; then their largest squares in the same order; then the
     means of ``x``. Channels are innermost: feature k of channel c is k C + c. A band is normalised
-    such that a coefficient is 1/4^level times the difference of sums of pixels. Borders are
-    mirrored. The equations are in ``reference.band_energies``.
+    such that a coefficient is 1/4^level times the difference of sums of pixels, and stands half a
+    pixel below and to the right of the middle of these. Borders are mirrored. The equations are in
+    ``reference.band_energies``.
 
     Differentiable in x, by the reference. Results do not depend on the number of threads.
     Raises TypeError for dtypes and options, ValueError for shapes and options out of range.

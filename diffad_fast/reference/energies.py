@@ -15,9 +15,10 @@ def band_energies(x, cell, levels):
         low_l = a+b+c+d      bands (c+d)-(a+b), (b-a)+(d-c), (d-c)-(b-a), each times 4^-l
 
     has a coefficient at every pixel; that at (y,x) of a level stands over 2^l x 2^l pixels and is
-    given to (y+s,x+s), their middle. Borders are mirrored, the outermost pixel not repeated. Of
-    every cell: the mean squares of all bands, fine levels first, their largest squares, and the
-    mean of x, with the channels innermost. In float32 at least.
+    given to (y+s,x+s), half a pixel below and to the right of their middle, where no pixel is.
+    Borders are mirrored, the outermost pixel not repeated. Of every cell: the mean squares of all
+    bands, fine levels first, their largest squares, and the mean of x, with the channels innermost.
+    In float32 at least.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     h, w = x.shape[2:]

@@ -143,6 +143,12 @@ class ImageTokens(nn.Module):
         """The size of each source's tokens, after ``fit``."""
         return [whitening.dim for whitening in self.whitenings]
 
+    @property
+    def offset(self) -> float:
+        """Pixels by which tokens lie below and to the right of what they see: the half of
+        ``ops.band_energies`` in those sources that are made of them, on average over all."""
+        return 0.5 * sum(isinstance(s, EnergySource) for s in self.sources) / len(self.sources)
+
     @torch.no_grad()
     def fit(
         self,

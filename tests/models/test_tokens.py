@@ -19,9 +19,9 @@ def rows(n, seed):
     return np.random.default_rng(seed).standard_normal((n, 6)) @ MIXING + 2
 
 
-def textures(n, seed):
+def textures(n, seed, side=64):
     """Smoothed noise of one scale."""
-    x = torch.randn(n, 1, 64, 64, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(n, 1, side, side, generator=torch.Generator().manual_seed(seed))
     x = nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
     return (0.5 + 0.3 * x).clamp(0, 1)
 
@@ -143,6 +143,30 @@ def test_cells_find_a_spot(cells):
     y, x = np.unravel_index(out.map[20:].reshape(20, -1).argmax(axis=1), (64, 64))
     assert np.median(np.hypot(y - 40, x - 24)) < 12
     assert len(cells.model.map_names) == len(cells.statistics) == 8
+
+
+@pytest.mark.parametrize("tokens, side", [("cell-32", 64), ("gradient-32", 64), ("patch-32", 64),
+                                          ("cell-32", 96)])  # fmt: skip
+def test_a_map_lies_over_the_image(tokens, side):
+    """On average over defects, and over the same upside down, a map's centre is the defect's."""
+    options = {**SMALL, "denoiser": "token-mlp", "tokens": (tokens,), "cross_fit": 0}
+    detector = daf.Detector("image", side, train_steps=40, **options)
+    detector.fit(textures(40, 0, side))
+    images, draw = textures(250, 1, side), np.random.default_rng(2)
+    middles = draw.integers(side // 4, side - side // 4, (len(images), 2))
+    for image, (y, x) in zip(images[:, 0], middles, strict=True):
+        image[y - 2 : y + 3, x - 2 : x + 3] = torch.from_numpy(draw.integers(0, 2, (5, 5)))
+    turned = side - 1 - middles
+    found, near = [], np.arange(-12, 13)
+    for maps, places in (
+        (detector.score(images).map, middles),
+        (detector.score(images.flip(2, 3)).map, turned),
+    ):
+        for map_, (y, x) in zip(maps, places, strict=True):
+            part = map_[y - 12 : y + 13, x - 12 : x + 13]
+            part = (part - part.max() / 3).clip(0)
+            found.append([part.sum(axis=1) @ near, part.sum(axis=0) @ near] / part.sum())
+    assert np.abs(np.mean(found, axis=0)).max() < 0.2
 
 
 def test_augmentation_reaches_the_tokens():
