@@ -322,9 +322,10 @@ def read_image(
 ) -> np.ndarray:
     """Read one image file.
 
-    Anything that Pillow decodes: 8 or 16 bit, palette, CMYK, float; the EXIF orientation is
-    applied, alpha is dropped, grey is replicated to colour, and colour becomes grey by ITU-R 601-2
-    luma. Only the first frame is read. Resized to `size` by the antialiased bilinear filter.
+    Anything that Pillow decodes: 1, 8 or 16 bit, palette, CMYK, float in grey; the EXIF orientation
+    is applied, alpha is dropped, grey is replicated to colour, and colour becomes grey by ITU-R
+    601-2 luma. Of colours of 16 bits Pillow keeps the upper 8, and a warning says so. Only the
+    first frame is read. Resized to `size` by the antialiased bilinear filter.
 
     Args:
         path: the file.
@@ -340,6 +341,7 @@ def read_image(
             limit), constant, NaN or out of range, or smaller than `min_side`; the file is named.
     """
     with _opened(path) as image:
+        _check_depth(image, path)
         image = _upright(image)
     _check_side(image.height, image.width, min_side, path)
     if image.mode in _GREY_16 or image.mode in ("I", "F"):
@@ -653,7 +655,7 @@ def _opened(path: str) -> Iterator:
             f"{path} is a decompression bomb or far too large ({error}): shrink it, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from None
-    except MemoryError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # on damaged files decoders raise all kinds of exceptions
         if isinstance(error, OSError) and error.errno is not None:
@@ -662,6 +664,33 @@ def _opened(path: str) -> Iterator:
             ) from error
         reason = str(error) or type(error).__name__
         raise InputError(f"{path} is damaged ({reason}): replace or remove it.") from error
+
+
+def _check_depth(image, path: str) -> None:
+    """Of an image that is not decoded yet: warn of what Pillow leaves out of its values, and raise
+    InputError for what it gives wrongly without a word."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    bits, form, planes = (tags.get(tag) for tag in (258, 339, 284))
+    if bits == (8,) and form == (2,):
+        raise InputError(
+            f"{path} has signed values of 8 bits, which Pillow takes for unsigned ones: convert it "
+            "to unsigned ones."
+        )
+    if image.mode not in ("RGB", "RGBA"):
+        return
+    if planes == 2 and max(bits) > 8 and len(image.tile) > 1:
+        raise InputError(
+            f"{path} has a plane of {max(bits)}-bit values for each colour, which Pillow reads "
+            "wrongly: save the colours of a pixel side by side, or compressed."
+        )
+    if any(";16" in str(tile[3]) for tile in image.tile):
+        # Without the file's name: Python shows a text once.
+        warnings.warn(
+            "colours of 16 bits are read in 8, which is all that Pillow gives: of values that fill "
+            "a part of the 16 bits little is left; convert them to 8 bits over their whole range, "
+            "or give an array of uint16.",
+            stacklevel=3,
+        )
 
 
 def _upright(image):

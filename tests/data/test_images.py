@@ -53,16 +53,16 @@ def everything(images, batch_size=4, indices=None):
     return torch.cat([b.x for b in batches]), torch.cat([b.index for b in batches]).tolist()
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
 def png_claiming(width: int, height: int) -> bytes:
     """A PNG whose header promises more pixels than its few bytes hold."""
-
-    def chunk(kind, data):
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+    data = png_chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + data + png_chunk(b"IEND", b"")
 
 
 # --- what a file's pixels become
@@ -125,6 +125,66 @@ def test_colour_grey_and_alpha(tmp_path):
         path = save(tmp_path / "grey.png", image)
         assert np.array_equal(read_image(path, (40, 24), 1)[0], grey)
         assert np.array_equal(read_image(path, (40, 24), 3), np.stack([grey] * 3))
+
+
+def wide_png(colours) -> bytes:
+    """Of colours (H,W,C) of 16 bits, which Pillow does not write."""
+    height, width, channels = colours.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + body + png_chunk(b"IEND", b"")
+
+
+def tiff(width: int, height: int, bits: int, channels: int, data: bytes, **tags) -> bytes:
+    """Uncompressed, in one strip, or in one for each channel where planes=2."""
+    planes = tags.get("planes", 1)
+    strips = channels if planes == 2 else 1
+    entries = [(256, 3, [width]), (257, 3, [height]), (258, 3, [bits] * channels), (259, 3, [1]),
+               (262, 3, [2 if channels == 3 else 1]), (273, 4, [0] * strips), (277, 3, [channels]),
+               (278, 3, [height]), (279, 4, [len(data) // strips] * strips), (284, 3, [planes]),
+               (339, 3, [tags.get("form", 1)] * channels)]  # fmt: skip
+    place = 8 + 2 + 12 * len(entries) + 4
+    sizes = [len(values) * {3: 2, 4: 4}[kind] for _, kind, values in entries]
+    first = place + sum(size for size in sizes if size > 4)
+    head, extra = struct.pack("<2sHIH", b"II", 42, 8, len(entries)), b""
+    for tag, kind, values in entries:
+        if tag == 273:
+            values = [first + i * len(data) // strips for i in range(strips)]
+        packed = struct.pack(f"<{len(values)}{'I' if kind == 4 else 'H'}", *values)
+        if len(packed) > 4:
+            packed, extra = struct.pack("<I", place + len(extra)), extra + packed
+        head += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    return head + struct.pack("<I", 0) + extra + data
+
+
+def test_colours_of_sixteen_bits_are_read_in_eight_with_a_warning(tmp_path):
+    colours = pixels(2, (40, 24, 3), np.uint16)
+    alpha = pixels(3, (40, 24, 1), np.uint16)
+    (tmp_path / "a.png").write_bytes(wide_png(colours))
+    (tmp_path / "b.png").write_bytes(wide_png(np.concatenate([colours, alpha], axis=2)))
+    (tmp_path / "c.tif").write_bytes(tiff(24, 40, 16, 3, colours.astype("<u2").tobytes()))
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.warns(UserWarning, match="16 bits are read in 8"):
+            found = read_image(str(path), None, 3)
+        assert np.array_equal(found, colours.transpose(2, 0, 1) >> 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(save(tmp_path / "d.png", (colours >> 8).astype(np.uint8)), None, 3)
+        read_image(save(tmp_path / "e.png", colours[:, :, 0]), None, 3)
+
+
+def test_what_pillow_reads_wrongly_is_refused(tmp_path):
+    """Without the check both are read, as something else."""
+    planes = pixels(2, (3, 40, 24), np.uint16).astype("<u2").tobytes()
+    (tmp_path / "a.tif").write_bytes(tiff(24, 40, 16, 3, planes, planes=2))
+    (tmp_path / "b.tif").write_bytes(tiff(24, 40, 8, 1, pixels(3).tobytes(), form=2))
+    for name, reason in (("a", "16-bit values for each colour"), ("b", "signed values of 8 bits")):
+        with pytest.raises(InputError, match=rf"^\S*{name}\.tif has .*{reason}"):
+            read_image(str(tmp_path / f"{name}.tif"), None, 3)
+    eight = pixels(4, (3, 40, 24))
+    (tmp_path / "c.tif").write_bytes(tiff(24, 40, 8, 3, eight.tobytes(), planes=2))
+    assert np.array_equal(read_image(str(tmp_path / "c.tif"), None, 3), eight)
 
 
 def test_palette_is_looked_up(tmp_path):
