@@ -28,6 +28,9 @@ from .errors import DiffadError, InputError, SkippedInput
 from .version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
+    from .data.images import Images
     from .detector import Detector
     from .scoring import Score
 
@@ -217,9 +220,8 @@ def _score(args: argparse.Namespace) -> None:
         with open(path, "w", **how) as file, ThreadPoolExecutor() as pool:
             writer = csv.writer(file)
             writer.writerow(["path", "score", "p_value", "label", "left_out"])
-            parts = detector.score_iter(
-                args.data, maps=args.maps, batch_size=args.batch_size, strict=args.strict
-            )
+            samples = detector.open(args.data, strict=args.strict)
+            parts = detector.score_iter(samples, maps=args.maps, batch_size=args.batch_size)
             for part in parts:
                 for skipped, reason in part.skipped:
                     writer.writerow([skipped, "", "", "", reason])
@@ -233,44 +235,55 @@ def _score(args: argparse.Namespace) -> None:
                 )
                 if part.map is not None and len(part):
                     write = _write_maps if detector.config.kind == "audio" else _write_heatmaps
-                    write(detector, part, Path(args.data), staged / "heatmaps", pool)
+                    x = _scored_samples(detector, samples, part)
+                    write(detector, x, part, Path(args.data), staged / "heatmaps", pool)
+
+
+def _scored_samples(detector: Detector, samples: Images, part: Score) -> torch.Tensor:
+    """What ``part`` of ``samples`` is about; read anew where another process has scored it."""
+    last = samples.last
+    if last is None or last.index.tolist() != part.index.tolist():
+        last = next(iter(detector.open(part.paths, strict=True).batches(len(part))))
+    return last.x
 
 
 def _write_heatmaps(
-    detector: Detector, part: Score, root: Path, folder: Path, pool: ThreadPoolExecutor
-) -> None:
+    detector: Detector, x: torch.Tensor, part: Score, root: Path, folder: Path,
+    pool: ThreadPoolExecutor,
+) -> None:  # fmt: skip
     """One picture for each image of a batch, in the same tree of folders as below ``root``."""
     from .data.images import encode_png
     from .report import colour_range, overlay
 
     low, high = colour_range(detector)
     target = _targets(root, folder)
-    images = next(iter(detector.open(part.paths, strict=True).batches(len(part)))).x.numpy()
 
     def write(path: str, image, map_) -> None:
         target(path).write_bytes(encode_png(overlay(image, map_, low, high)))
 
-    list(pool.map(write, part.paths, images, part.map))
+    list(pool.map(write, part.paths, x.numpy(), part.map))
 
 
 def _write_maps(
-    detector: Detector, part: Score, root: Path, folder: Path, pool: ThreadPoolExecutor
-) -> None:
+    detector: Detector, x: torch.Tensor, part: Score, root: Path, folder: Path,
+    pool: ThreadPoolExecutor,
+) -> None:  # fmt: skip
     """One picture for each clip of a batch, as :func:`_write_heatmaps`."""
     from .audio_report import clip_figure, png
 
     target = _targets(root, folder)
-    for path, map_ in zip(part.paths, part.map, strict=True):
-        wave = next(detector.open([path], strict=True).batches(1)).x
-        target(path).write_bytes(png(clip_figure(detector, wave[0], map_)))
+    for path, wave, map_ in zip(part.paths, x, part.map, strict=True):
+        target(path).write_bytes(png(clip_figure(detector, wave, map_)))
 
 
 def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
-    """From a file below ``root`` to its picture below ``folder``, whose folder is made."""
+    """From a file below ``root`` to its picture below ``folder``, whose folder is made: of a.png
+    a.png, of others with .png at their end. So a.jpg.png needs another end, beside a.jpg or not."""
+    from .data.images import is_image
 
     def target(path: str) -> Path:
         name = Path(path).relative_to(root if root.is_dir() else root.parent)
-        if name.suffix.lower() != ".png":
+        if name.suffix.lower() != ".png" or is_image(name.stem):
             name = name.with_name(f"{name.name}.png")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         return folder / name

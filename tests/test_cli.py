@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import diffad_fast as daf
 from diffad_fast import audio_report, cli
 from diffad_fast.cli import _duration, _size, main
-from diffad_fast.data import demo
+from diffad_fast.data import demo, images
 from diffad_fast.errors import InputError
 
 # Enough held-out normals for labels, and little else.
@@ -195,6 +195,27 @@ def test_score_of_one_image_without_maps(model, root, tmp_path):
     assert tree(out) == ["heatmaps", "heatmaps/000.png", "scores.csv"]
     assert main(["score", str(model), str(image), "--out", str(out), "--no-maps"]) == 0
     assert tree(out) == ["scores.csv"]
+
+
+def test_every_image_is_read_once_and_has_its_own_heatmap(model, tmp_path, monkeypatch):
+    data, read = tmp_path / "data", []
+    data.mkdir()
+    for i, name in enumerate(["a.jpg", "a.jpg.png", "a.jpg.png.png", "a.png", "b.c.png", "d.bmp"]):
+        values = np.random.default_rng(i).integers(0, 256, (32, 32), dtype=np.uint8)
+        Image.fromarray(values).save(data / name)
+    one = images.read_image
+    monkeypatch.setattr(images, "read_image", lambda p, *how: read.append(p) or one(p, *how))
+    argv = ["score", str(model), str(data), "--out", str(tmp_path / "out"), "--batch-size", "4"]
+    assert main(argv) == 0
+    assert sorted(read) == sorted(str(path) for path in data.iterdir())
+    pictures = tree(tmp_path / "out" / "heatmaps")
+    assert pictures == ["a.jpg.png", "a.jpg.png.png", "a.jpg.png.png.png", "a.png", "b.c.png",
+                        "d.bmp.png"]  # fmt: skip
+    for name in ("a.png", "a.jpg", "a.jpg.png"):  # what a picture is called, no neighbour decides
+        out = tmp_path / f"of {name}"
+        assert main(["score", str(model), str(data / name), "--out", str(out)]) == 0
+        (found,) = (out / "heatmaps").iterdir()
+        assert found.read_bytes() == (tmp_path / "out" / "heatmaps" / found.name).read_bytes()
 
 
 def test_score_in_another_mode(model, root, tmp_path):

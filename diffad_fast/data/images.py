@@ -150,6 +150,8 @@ class Images:
         self.skipped: list[tuple[str, str]] = []
         self._items = items
         self._loader = loader
+        self.last: Batch | None = None
+        """What `batches` gave last: to look at what was scored without reading it again."""
         self._strict = strict
         self._unusable: set[int] = set()
         self._kept: dict[int, np.ndarray] | None = None
@@ -306,7 +308,8 @@ class Images:
                 out[:] = image
         index = [index for index, _ in found]
         paths = None if self.paths is None else [self.paths[i] for i in index]
-        return Batch(images, torch.tensor(index, dtype=torch.int64), paths)
+        self.last = Batch(images, torch.tensor(index, dtype=torch.int64), paths)
+        return self.last
 
     def _nothing_usable(self) -> InputError:
         if not self.skipped:
@@ -456,7 +459,7 @@ def mvtec_test(root: str) -> list[TestImage]:
             continue
         need_mask = defect != "good" and os.path.isdir(truth)
         masks = _masks(os.path.join(truth, defect)) if need_mask else {}
-        for name in sorted(filter(_is_image, os.listdir(folder))):
+        for name in sorted(filter(is_image, os.listdir(folder))):
             path, stem = os.path.join(folder, name), os.path.splitext(name)[0]
             mask = masks.get(f"{stem}_mask", masks.get(stem))
             if need_mask and mask is None:
@@ -471,7 +474,7 @@ def mvtec_test(root: str) -> list[TestImage]:
 
 
 def _masks(folder: str) -> dict[str, str]:
-    names = sorted(filter(_is_image, os.listdir(folder))) if os.path.isdir(folder) else []
+    names = sorted(filter(is_image, os.listdir(folder))) if os.path.isdir(folder) else []
     return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
 
 
@@ -748,13 +751,13 @@ def is_path(value) -> bool:
     return isinstance(value, (str, bytes, os.PathLike))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     """Whether a bare file name is visible and has an image's suffix."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in _formats()[1]
 
 
 def _image_files(source: str) -> list[str]:
-    found = files_below(source, _is_image)
+    found = files_below(source, is_image)
     if not found:
         raise InputError(f"{source} holds no image files: give a folder with images in it.")
     return found
