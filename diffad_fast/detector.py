@@ -227,9 +227,10 @@ class Detector:
         and settles anew what was left to it; only a denoiser that was handed over goes on from its
         weights, and with ``train_steps=0`` a built-in one keeps them.
 
-        Returns self. Raises InputError for unusable data and for a folder without train/good that
-        has a folder test or ground_truth below it, KeyboardInterrupt after SIGINT or SIGTERM, once
-        the state is written.
+        Returns self. Raises InputError for unusable data, for a folder without train/good that has
+        a folder test or ground_truth below it, and for the root of an UrbanSound8K, whose normal
+        class nobody has named, KeyboardInterrupt after SIGINT or SIGTERM, once the state is
+        written.
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")

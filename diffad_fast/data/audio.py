@@ -462,14 +462,8 @@ def training_clips(
 
 
 def normal_files(root: str | bytes | os.PathLike) -> list[str]:
-    """What `Detector.fit` trains on of a folder: the files of `training_clips`, or all of an
-    UrbanSound8K, where nobody has said which class is normal.
-
-    Raises InputError as these.
-    """
-    root = os.fsdecode(root)
-    if _layout(root, "auto") == "urbansound8k":
-        return _audio_files(root)
+    """What `Detector.fit` trains on of a folder: the files of `training_clips`, whose errors it
+    raises; so an UrbanSound8K, of which nobody has said which class is normal, is refused."""
     return [clip.path for clip in training_clips(root)]
 
 
@@ -548,7 +542,10 @@ def _urbansound8k(root: str, normal: str | None, folds: Sequence[int] | None) ->
     normal = names.get(str(normal), normal)
     if normal not in names.values():
         raise InputError(
-            f"the normal class is {normal!r}: choose one of {', '.join(sorted(names.values()))}."
+            f"{root} is in the UrbanSound8K layout and its normal class is {normal!r}: choose one "
+            f"of {', '.join(sorted(names.values()))}, from a shell by --layout urbansound8k "
+            "--normal CLASS, in evaluate by normal=, for fit by the paths of "
+            "data.audio.training_clips(root, normal=CLASS)."
         )
     known = {row["fold"] for row in rows}
     wanted = known if folds is None else {str(fold) for fold in folds}

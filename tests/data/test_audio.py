@@ -268,8 +268,8 @@ def test_urbansound8k(urban):
     assert clip.path.endswith(os.path.join("fold1", "1-8-0-0.wav"))
     assert clip.recording == "1" and not clip.anomaly
     for options, message in (
-        ({}, "the normal class is None: choose one of dog, drilling, siren"),
-        ({"normal": "cat"}, "the normal class is 'cat'"),
+        ({}, "normal class is None: choose one of dog, drilling, siren, .*--normal"),
+        ({"normal": "cat"}, "normal class is 'cat'"),
         ({"normal": "siren", "folds": [3]}, "no fold 3"),
         ({"normal": "siren", "layout": "mp3"}, "unknown layout 'mp3'"),
     ):
@@ -278,6 +278,14 @@ def test_urbansound8k(urban):
     Path(urban, "metadata", "UrbanSound8K.csv").write_text("name\nx\n")
     with pytest.raises(InputError, match="lacks one of the columns"):
         labelled_clips(urban, normal="siren")
+
+
+def test_no_class_of_urbansound8k_is_normal_unless_named(urban):
+    detector = daf.Detector(kind="audio")
+    with pytest.raises(InputError, match="UrbanSound8K layout .* --layout urbansound8k --normal"):
+        detector.fit(urban)
+    with pytest.raises(InputError, match="1 usable"):  # more are needed, and it counts them
+        detector.fit([c.path for c in training_clips(urban, normal="siren", folds=[1])])
 
 
 def test_clips_of_one_recording_are_one_group(urban):
@@ -404,15 +412,10 @@ def test_fit_takes_what_is_normal_of_a_folder(tmp_path):
         ("test", "section_00_source_test_anomaly_0000.wav"),
     ):
         save(tmp_path / "fan" / part / name, tone(0.1))
-    urban = tmp_path / "urban"
-    (urban / "metadata").mkdir(parents=True)
-    for name in ("fold1/a.wav", "fold2/b.wav"):
-        save(urban / "audio" / name, tone(0.1))
     for folder, names in (
         ("plain", ["train/good/0.wav"]),
         ("plain/test", ["knock/1.wav"]),
         ("fan", ["train/section_00_source_train_normal_0000_x.wav"]),
-        ("urban", ["audio/fold1/a.wav", "audio/fold2/b.wav"]),
     ):
         found = normal_files(os.fsencode(tmp_path / folder))
         assert found == [str(tmp_path / folder / name) for name in names]
