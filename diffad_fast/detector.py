@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,10 +75,25 @@ class Trajectory(NamedTuple):
     residuals: np.ndarray
 
 
+@contextmanager
+def evaluating(*modules: nn.Module | None) -> Iterator[None]:
+    """All of them in evaluation mode, and each part in its own again afterwards: somebody else may
+    be at work on modules that were handed over."""
+    parts = [part for module in modules if module is not None for part in module.modules()]
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def _undisturbed(call: Callable) -> Callable:
     """``call`` without what surrounds it and would change its numbers or keep it from training:
-    autocast, no_grad and inference mode, and a default dtype other than float32, which belongs to
-    the whole process and is put back."""
+    autocast, no_grad and inference mode, modules in training mode, and a default dtype other than
+    float32, which belongs to the whole process and is put back."""
 
     @functools.wraps(call)
     def alone(*args, **options):
@@ -89,7 +104,11 @@ def _undisturbed(call: Callable) -> Callable:
             torch.set_default_dtype(torch.float32)
         try:
             # inference_mode(False) enables gradients, too.
-            with torch.autocast(kind, enabled=False), torch.inference_mode(False):
+            with (
+                torch.autocast(kind, enabled=False),
+                torch.inference_mode(False),
+                evaluating(getattr(args[0] if args else None, "model", None)),
+            ):
                 return call(*args, **options)
         finally:
             if default != torch.float32:
@@ -155,7 +174,8 @@ class Detector:
         if features is None and config.features is not None:
             features = _backbone(config)
         self._features = features
-        self.model = models.create(config, device, denoiser, features)
+        with evaluating(denoiser, features):
+            self.model = models.create(config, device, denoiser, features)
         # What ``fit`` has settled: of each option what it was, and what it is since.
         self._settled: dict[str, list] | None = None
         self.calibrations: dict[str, Calibration] = {}

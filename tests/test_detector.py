@@ -191,6 +191,44 @@ def test_a_module_of_ones_own(tmp_path):
         np.testing.assert_array_equal(detector.score(images).score, loaded.score(images).score)
 
 
+class Moody(torch.nn.Module):
+    """A backbone of images, or a denoiser, whose answers depend on its mode."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        self.rest = torch.nn.Sequential(torch.nn.BatchNorm2d(channels), torch.nn.Dropout(0.5))
+
+    def forward(self, x, log_sigma=None):
+        return self.rest(self.convolution(x))
+
+
+@pytest.mark.parametrize(
+    "role, channels, options",
+    [
+        ("features", 1, {"denoiser": "token-mlp", "tokens": "features", "cross_fit": 0}),
+        ("features", 1, {}),
+        ("denoiser", 4, {"haar_level": 1, "map_weights": (1, 0, 1)}),
+    ],
+)
+def test_the_mode_of_ones_own_modules_is_ones_own(role, channels, options):
+    """Scores do not depend on it, and each part keeps the one that it is in."""
+    module = Moody(channels).train()
+    module.convolution.eval()
+    before = [part.training for part in module.modules()]
+    options = {**OPTIONS, "train_steps": 3, "inference_dtype": "float32", **options, role: module}
+    detector = daf.Detector(**options).fit(normals(30))
+    assert [part.training for part in module.modules()] == before
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    scores = []
+    for train in (True, False):
+        module.train(train)
+        scores.append(detector.score(normals(6, 1)).score)
+        assert all(part.training is train for part in module.modules())
+    np.testing.assert_array_equal(*scores)
+    assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+
+
 def test_colour_and_rectangles():
     images = np.stack([normals(30), normals(30, 1), normals(30, 2)], axis=1)
     images = np.concatenate([images, images], axis=3)

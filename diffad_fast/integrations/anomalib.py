@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..detector import Detector, from_state
+from ..detector import Detector, evaluating, from_state
 from ..errors import InputError
 from ..ops.dispatch import use_backend
 from ._host import require
@@ -160,8 +160,9 @@ class GatheringDetector(nn.Module):
         # An exported program runs without our operators.
         exporting = torch.compiler.is_exporting()
         with use_backend("reference") if exporting else nullcontext():
-            with torch.autocast(images.device.type, enabled=False):
-                map_, score = self.detector.model.score(images)
+            model = self.detector.model
+            with torch.autocast(images.device.type, enabled=False), evaluating(model):
+                map_, score = model.score(images)
         map_, score = map_.to(images.device), score.to(images.device)
         return InferenceBatch(pred_score=score, anomaly_map=map_[:, None])
 
