@@ -437,9 +437,9 @@ class Detector:
     def _open(self, source, strict: bool) -> Images | Clips | Vectors:
         """The same for what the detector is to be fitted on, whatever it was fitted on before."""
         config = self.config
-        size, min_side = config.image_size, config.stride
+        size, smallest = config.image_size, (config.stride, config.stride)
         if config.overlap is not None:
-            size, min_side = None, config.image_size
+            size, smallest = None, config.image_size
         clip = config.sample_rate, config.window_samples, config.step_samples
         shape = {"image": (size, config.channels), "audio": clip, "vector": ()}[config.kind]
         if isinstance(source, _OPENED):
@@ -453,7 +453,7 @@ class Detector:
             return open_vectors(source)
         if config.kind == "audio":
             return open_audio(source, *clip, highest=config.fmax, strict=strict)
-        return open_images(source, *shape, strict=strict, min_side=min_side)
+        return open_images(source, *shape, strict=strict, smallest=smallest)
 
     # -------------------------------------------------------------- score
 

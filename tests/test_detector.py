@@ -671,7 +671,7 @@ def test_windows_that_are_not_square():
     options = {"image_size": (64, 96), "overlap": 0.0, "train_steps": 2, "cross_fit": 0}
     found = daf.Detector(**options).fit(images)
     assert found.score(images[:2]).map.shape == (2, 64, 96)
-    with pytest.raises(InputError, match="64x96 pixels, smaller than the model's windows of 96x64"):
+    with pytest.raises(InputError, match="64x96 pixels and the detector needs at least 96x64"):
         found.score(images[:2].transpose(0, 2, 1))
 
 

@@ -79,7 +79,7 @@ def open_images(
     channels: int,
     *,
     strict: bool = False,
-    min_side: int | tuple[int, int] = 1,
+    smallest: tuple[int, int] = (1, 1),
 ) -> Images:
     """Open a source of images.
 
@@ -95,9 +95,7 @@ def open_images(
         channels: channels of the result; files give 1 or 3.
         strict: raise `InputError` at the first unusable file instead of leaving it out with a
             `SkippedInput` warning. A single file is always needed.
-        min_side: images with a shorter side (pixels, before resizing), or (height, width), with one
-            that is shorter than its own, are unusable: the stride or windows of the model that
-            will see them.
+        smallest: (height, width) in pixels, before resizing, of the smallest usable images.
 
     Raises:
         InputError: nothing is there, or it cannot be images of that many channels. Unusable values
@@ -106,7 +104,7 @@ def open_images(
     size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
     opened_as = "image", size, channels
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return Images(_ArrayItems(source, size, channels, min_side), None, strict, opened_as)
+        return Images(_ArrayItems(source, size, channels, smallest), None, strict, opened_as)
     if is_path(source):
         paths = _image_files(os.fsdecode(source))
         strict = strict or os.path.isfile(source)
@@ -124,13 +122,13 @@ def open_images(
                 f"the list holds arrays of shape {tuple(source[0].shape)}, each an image in colour "
                 "or three in grey: convert the colours, or give grey images as (N, 1, H, W)."
             )
-        return Images(None, _LoaderItems(source, size, channels, min_side), strict, opened_as)
+        return Images(None, _LoaderItems(source, size, channels, smallest), strict, opened_as)
     else:
         raise InputError(
             f"images cannot be read from a {type(source).__name__}: give a folder, files, an "
             "array, a tensor, or a loader that can be iterated more than once."
         )
-    return Images(_FileItems(paths, size, channels, min_side), None, strict, opened_as)
+    return Images(_FileItems(paths, size, channels, smallest), None, strict, opened_as)
 
 
 class Images:
@@ -321,7 +319,7 @@ class Images:
 
 
 def read_image(
-    path: str, size: tuple[int, int] | None, channels: int, min_side: int | tuple[int, int] = 1
+    path: str, size: tuple[int, int] | None, channels: int, smallest: tuple[int, int] = (1, 1)
 ) -> np.ndarray:
     """Read one image file.
 
@@ -334,19 +332,19 @@ def read_image(
         path: the file.
         size: (height, width) of the result; None keeps the image's own.
         channels: 1 or 3.
-        min_side: the shortest side that is accepted, in pixels, or (height, width).
+        smallest: (height, width) in pixels of the smallest image that is accepted.
 
     Returns:
         (channels, height, width) uint8, uint16 (16-bit grey), or float32 in [0, 1].
 
     Raises:
         InputError: missing, unreadable, damaged, no image, a decompression bomb (by Pillow's
-            limit), constant, NaN or out of range, or smaller than `min_side`; the file is named.
+            limit), constant, NaN or out of range, or smaller than `smallest`; the file is named.
     """
     with _opened(path) as image:
         _check_depth(image, path)
         image = _upright(image)
-    _check_side(image.height, image.width, min_side, path)
+    _check_sides(image.height, image.width, smallest, path)
     if image.mode in _GREY_16 or image.mode in ("I", "F"):
         values = np.asarray(image)[None]
         if image.mode == "I":
@@ -486,7 +484,7 @@ class _FileItems:
         paths: list[str],
         size: tuple[int, int],
         channels: int,
-        min_side: int | tuple[int, int],
+        smallest: tuple[int, int],
     ):
         if channels not in (1, 3):
             raise InputError(
@@ -494,7 +492,7 @@ class _FileItems:
                 f"(N, {channels}, H, W) instead."
             )
         self.paths = paths
-        self._how = size, channels, min_side
+        self._how = size, channels, smallest
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -511,7 +509,7 @@ class _ArrayItems:
         array: np.ndarray | torch.Tensor,
         size: tuple[int, int],
         channels: int,
-        min_side: int | tuple[int, int],
+        smallest: tuple[int, int],
         first: int | None = None,
     ):
         shape = tuple(array.shape)
@@ -535,7 +533,7 @@ class _ArrayItems:
                 f"images of dtype {dtype} have no known range: convert them to uint8 "
                 "(0..255), uint16 (0..65535) or floats in [0, 1]."
             )
-        _check_side(*shape[-2:], min_side, "each image of the array")
+        _check_sides(*shape[-2:], smallest, "each image of the array")
         self.quick = size is None or shape[-2:] == size
         """Whether an item is read as it lies: sooner than a thread is started."""
         self._array = array
@@ -563,10 +561,10 @@ class _LoaderItems:
         loader: Iterable,
         size: tuple[int, int],
         channels: int,
-        min_side: int | tuple[int, int],
+        smallest: tuple[int, int],
     ):
         self._loader = loader
-        self._how = size, channels, min_side
+        self._how = size, channels, smallest
 
     def __iter__(self) -> Iterator[np.ndarray]:
         number = 0
@@ -716,17 +714,12 @@ def _grey_or_colour(image, path: str):
         ) from None
 
 
-def _check_side(height: int, width: int, least: int | tuple[int, int], name: str) -> None:
-    if isinstance(least, tuple):
-        if height < least[0] or width < least[1]:
-            raise InputError(
-                f"{name} is {width}x{height} pixels, smaller than the model's windows of "
-                f"{least[1]}x{least[0]}: use larger images, or leave overlap out to resize them."
-            )
-    elif min(height, width) < least:
+def _check_sides(height: int, width: int, smallest: tuple[int, int], name: str) -> None:
+    if height < smallest[0] or width < smallest[1]:
         raise InputError(
-            f"{name} is {width}x{height} pixels, smaller than the model's stride of {least}: "
-            "use larger images or a model with a smaller stride."
+            f"{name} is {width}x{height} pixels and the detector needs at least "
+            f"{smallest[1]}x{smallest[0]}: use larger images; where overlap keeps images as they "
+            "are, leave it out to have them resized."
         )
 
 

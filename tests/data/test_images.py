@@ -444,7 +444,7 @@ BAD_FILES = {
     "constant.png": (lambda path: save(path, np.full((40, 40), 9, np.uint8)), "is constant"),
     "colour.png": (lambda path: save(path, FLAT), "is constant"),
     "deep.png": (lambda path: save(path, np.full((40, 40), 900, np.uint16)), "is constant"),
-    "tiny.png": (lambda path: save(path, pixels(0, (10, 12))), "is 12x10 pixels, .* stride of 16"),
+    "tiny.png": (lambda path: save(path, pixels(0, (10, 12))), "is 12x10 .* at least 16x16"),
     "nan.tif": (lambda path: save(path, np.full((40, 40), np.nan, np.float32)), "NaN or infinite"),
     "inf.tif": (lambda path: save(path, pixels(0, (40, 40), np.float32) / 0), "NaN or infinite"),
     "range.tif": (lambda path: save(path, 9 * pixels(0, (40, 40), np.float32)), r"\[0, 1\]"),
@@ -462,7 +462,7 @@ def test_bad_file_among_good_ones(tmp_path, name):
     # A folder or a dangling link is met only when it is named.
     files = sorted(map(str, folder.iterdir()))
     bad = files.index(str(folder / name))
-    images = open_images(files, (16, 16), 1, min_side=16)
+    images = open_images(files, (16, 16), 1, smallest=(16, 16))
     with pytest.warns(SkippedInput, match=reason) as seen:
         found, index = everything(images, 2)
     assert len(seen) == 1 and name in str(seen[0].message)
@@ -474,12 +474,12 @@ def test_bad_file_among_good_ones(tmp_path, name):
         assert everything(images)[1] == images.load() == index
         assert everything(images, 2, range(4))[1] == index
     with pytest.raises(InputError, match=reason):
-        everything(open_images(files, (16, 16), 1, strict=True, min_side=16))
+        everything(open_images(files, (16, 16), 1, strict=True, smallest=(16, 16)))
     with pytest.raises(InputError, match=reason):
-        open_images(files, (16, 16), 1, strict=True, min_side=16).load()
+        open_images(files, (16, 16), 1, strict=True, smallest=(16, 16)).load()
     with pytest.raises(InputError, match=reason), warnings.catch_warnings():
         warnings.simplefilter("error")
-        everything(open_images(files[bad : bad + 1], (16, 16), 1, strict=True, min_side=16))
+        everything(open_images(files[bad : bad + 1], (16, 16), 1, strict=True, smallest=(16, 16)))
     assert not decoding_threads()
 
 
@@ -574,12 +574,12 @@ def test_a_list_of_files_holds_nothing_else():
         (np.zeros((2, 8, 9, 1), np.uint8), "transpose"),
         (np.zeros((0, 1, 8, 8), np.uint8), "empty"),
         (np.zeros((2, 1, 0, 8), np.uint8), "empty"),
-        (np.zeros((2, 1, 8, 3), np.uint8), "3x8 pixels, smaller than .* 4"),
+        (np.zeros((2, 1, 8, 3), np.uint8), "3x8 pixels and .* at least 4x4"),
     ],
 )
 def test_arrays_that_are_no_images(array, reason):
     with pytest.raises(InputError, match=reason):
-        open_images(array, (8, 8), 1, min_side=4)
+        open_images(array, (8, 8), 1, smallest=(4, 4))
 
 
 @pytest.mark.parametrize(
