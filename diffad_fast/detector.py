@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import re
@@ -183,6 +184,7 @@ class Detector:
         self.columns: list[str] | None = None
         self._most_windows = 0  # of an image among the normals behind these
         self.parts: list[Part] = []
+        self._fitted_on = b""
         self.history = History()
 
     @property
@@ -273,6 +275,7 @@ class Detector:
         if count := self._folds(split):
             folds = cross_splits(usable, groups, count, self.config.seed)
             split = Split(list(usable), [], [], [], [])
+        self._fitted_on = _ends(samples, usable)
         self._begin(config)
         self.calibrations, self.parts = {}, []
         self.columns = samples.columns if self.config.kind == "vector" else None
@@ -345,7 +348,8 @@ class Detector:
         """Calibrate modes anew, as ``fit`` does, after options of scoring were changed in
         ``model.config``. source: what the detector was fitted on, in the same process.
 
-        Raises InputError for a detector that comes from a file, which knows no held-out parts.
+        Raises InputError for a detector that comes from a file, which knows no held-out parts, and
+        for a source of another length, or with another first or last sample.
         """
         if not self.parts:
             raise InputError(
@@ -355,8 +359,9 @@ class Detector:
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
         samples, wanted = self.open(self._normal(source)), self.mode
-        usable, (_, split) = set(samples.load()), self.parts[0]
-        if usable != {i for part in split[:4] for i in part}:
+        usable, (_, split) = samples.load(), self.parts[0]
+        known = {i for part in split[:4] for i in part}
+        if set(usable) != known or _ends(samples, usable) != self._fitted_on:
             raise InputError(
                 f"{len(usable)} usable {samples.unit}s are not what the detector was fitted on: "
                 "calibrate on the same source, in the same order"
@@ -825,6 +830,14 @@ class Detector:
         from .integrations.hub import from_pretrained
 
         return from_pretrained(name, **options)
+
+
+def _ends(samples: Images | Vectors, usable: Sequence[int]) -> bytes:
+    """By which a source is known again: of its first and its last usable sample."""
+    digest = hashlib.sha256()
+    for batch in samples.batches(1, indices=[usable[0], usable[-1]]):
+        digest.update(batch.x.numpy().tobytes())
+    return digest.digest()
 
 
 def _group_labels(groups, count: int) -> list[Hashable]:

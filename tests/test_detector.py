@@ -305,6 +305,9 @@ def test_calibrating_leaves_the_mode_and_knows_its_data(monkeypatch):
         assert found.mode == "one_step"
     with pytest.raises(InputError, match="50 usable rows are not what the detector was fitted on"):
         found.calibrate(x[:50])
+    for other in (x + 1, x[::-1], np.r_[x[:79], x[:1]]):  # of the same length
+        with pytest.raises(InputError, match="80 usable rows are not what the detector was fitted"):
+            found.calibrate(other)
 
     def interrupted(*_):
         raise KeyboardInterrupt

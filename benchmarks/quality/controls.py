@@ -32,6 +32,7 @@ def controls(detector: Detector, samples) -> Iterator[tuple[str, Detector]]:
     for name in CONTROLS:
         control = copy.copy(detector)
         control.calibrations, control.parts = {}, []
+        control._fitted_on = detector._fitted_on
         for model, split in detector.parts:
             control.parts.append(Part(_control(name, model, samples, split.fit), split))
         if len(detector.parts) == 1:
