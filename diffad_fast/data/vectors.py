@@ -18,6 +18,7 @@ from .images import Batch
 SAMPLE, SMALLEST_SHARE = 4096, 100 * 2.0**-24
 
 _SUFFIXES = (".npy", ".npz", ".csv")
+_GIVE_NUMBERS = "give numbers, and fill missing values or leave out their rows"
 
 
 class Vectors:
@@ -111,16 +112,22 @@ def open_vectors(source) -> Vectors:
         raise InputError(f"{name} has masked values: fill them, or leave out their rows")
     try:
         rows = np.asarray(source)
-        if rows.dtype.kind == "c":
-            raise TypeError("its values are complex")
-        if _has_times(source, rows):
-            raise TypeError("it has dates or times, so give numbers, such as days since the first")
-        if rows.dtype.kind not in "fiub":
-            rows = rows.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} is not a table of numbers: {error}") from None
     if rows.ndim != 2:
         raise InputError(f"{name} has shape {rows.shape}: vectors are rows (N, D), so reshape it")
+    wrong: object = ""
+    if rows.dtype.kind == "c":
+        wrong = "its values are complex"
+    elif _has_times(source, rows):
+        wrong = "it has dates or times, so give numbers, such as days since the first"
+    elif rows.dtype.kind not in "fiub":
+        try:
+            rows = rows.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            wrong = _no_number(rows, columns) or error
+    if wrong:
+        raise InputError(f"{name} is not a table of numbers: {wrong}")
     if 0 in rows.shape:
         raise InputError(f"{name} of shape {rows.shape} is empty: give at least one row and column")
     coarse = _coarse(rows, name)
@@ -130,8 +137,8 @@ def open_vectors(source) -> Vectors:
     if bad.any():
         row, column = np.argwhere(bad)[0]
         raise InputError(
-            f"{name} holds {rows[row, column]} in row {row}, column {column}: remove or replace "
-            "missing, infinite and huge values first"
+            f"{name} holds {rows[row, column]} in row {row}, {_called(column, columns)}: remove or "
+            "replace missing, infinite and huge values first"
         )
     if labels is not None:
         labels = np.asarray(labels).reshape(-1)
@@ -154,6 +161,22 @@ def _names(source) -> list[str] | None:
     names = list(names)
     # Others are numbers that pandas gives to arrays, which are as good as none.
     return [str(name) for name in names] if all(isinstance(n, str) for n in names) else None
+
+
+def _called(column: int, columns: list[str] | None) -> str:
+    return f"column {column if columns is None else repr(columns[column])}"
+
+
+def _no_number(rows: np.ndarray, columns: list[str] | None) -> str:
+    """The first value that is none, and where it stands; "" where there is no such value."""
+    for (row, column), value in np.ndenumerate(rows):
+        value = value.item() if isinstance(value, np.generic) else value
+        try:
+            float(value)
+        except (TypeError, ValueError):
+            place = f"row {row}, {_called(column, columns)}"
+            return f"it has {value!r} in {place}: {_GIVE_NUMBERS}"
+    return ""
 
 
 def _has_times(source, rows: np.ndarray) -> bool:
@@ -205,6 +228,8 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
     except InputError:
         raise
     except (OSError, ValueError, EOFError, csv.Error, zipfile.BadZipFile) as error:
+        if "allow_pickle" in str(error):
+            error = "it holds objects of Python, so save an array of numbers"
         raise InputError(f"{path} cannot be read as a table: {error}") from None
 
 
@@ -224,6 +249,11 @@ def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
             f"the first line of {path} holds numbers, and it is that of the names of columns: "
             "write one above it"
         )
+    if "" in names:
+        raise InputError(
+            f"column {names.index('')} of {path} has no name: give it one, or leave it out if it "
+            "numbers the rows, as pandas writes them without index=False"
+        )
     try:
         table = np.array(lines, dtype=np.float64).reshape(len(lines), len(names))
     except ValueError:
@@ -232,7 +262,7 @@ def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
         )
         raise InputError(
             f"{path} has {lines[row][column]!r} in data line {row + 1}, column {names[column]!r}: "
-            "give numbers"
+            f"{_GIVE_NUMBERS}"
         ) from None
     if "label" not in names:
         return table, None, names

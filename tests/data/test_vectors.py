@@ -33,7 +33,9 @@ def test_sources(tmp_path):
         (np.zeros((0, 3)), "empty"),
         (np.array([[1.0, np.nan]]), "nan in row 0, column 1"),
         (np.array([[1.0], [1e300]]), "inf in row 1, column 0"),
-        ([["a", "b"]], "not a table of numbers"),
+        ([[1, 2], [3, "b"]], "not a table of numbers: it has 'b' in row 1, column 1: give numbers"),
+        ([[1, 2], [3]], "not a table of numbers: .* inhomogeneous"),
+        ({"a": [1, 2]}, "reshape"),
         (X.astype("M8[s]"), "not a table of numbers: it has dates or times"),
         (X.astype("m8[ns]"), "it has dates or times"),
         (np.array([[1.0, np.timedelta64(5, "ns")]], dtype=object), "it has dates or times"),
@@ -57,12 +59,17 @@ def test_files_that_are_no_table(tmp_path):
     (tmp_path / "nameless.csv").write_text("1,2\n3,4\n")
     (tmp_path / "long.csv").write_text("a,b\n1," + "2" * 140_000 + "\n")
     np.savez(tmp_path / "other.npz", Z=X)
+    np.savez(tmp_path / "objects.npz", X=np.array([[1, "a"]], dtype=object))
+    (tmp_path / "hole.csv").write_text("a,b\n1,2\n3,\n")
+    (tmp_path / "numbered.csv").write_text(",a\n0,5\n1,7\n")
     for name, message in (
         ("x.npy", "cannot be read"), ("short.csv", "1 values in data line 2"),
         ("words.csv", "'two' in data line 1, column 'b': give numbers"),
         ("nameless.csv", "first line of .*nameless.csv holds numbers"),
         ("long.csv", "cannot be read as a table: field larger"),
-        ("other.npz", "no array X, only Z"),
+        ("other.npz", "no array X, only Z"), ("objects.npz", "objects of Python, so save"),
+        ("hole.csv", "'' in data line 2, column 'b': give numbers, and fill missing"),
+        ("numbered.csv", "column 0 of .*numbered.csv has no name: .*numbers the rows"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             open_vectors(tmp_path / name)
@@ -115,6 +122,26 @@ def test_names_of_columns(tmp_path):
     ):  # fmt: skip
         found = open_vectors(source).columns
         assert found == names and (names is None or {type(n) for n in found} == {str})
+
+
+def test_what_is_no_number_in_a_frame_is_told_with_its_column():
+    class Mixed(Frame):
+        def __init__(self, value):
+            super().__init__(["u", "v", "w"])
+            self.rows = np.array([[1, True, 2.5], [2, False, value]], dtype=object)
+
+        def __array__(self, dtype=None, copy=None):
+            return self.rows
+
+    assert open_vectors(Mixed(3)).rows.tolist() == [[1, 1, 2.5], [2, 0, 3]]
+    for value, message in (
+        ("red", "it has 'red' in row 1, column 'w': give numbers"),
+        (np.str_("red"), "it has 'red' in row 1, column 'w'"),
+        (object, "it has <class 'object'> in row 1, column 'w'"),
+        (None, "holds nan in row 1, column 'w': remove or replace missing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_vectors(Mixed(value))
 
 
 def test_columns_are_arranged_by_name():
