@@ -392,13 +392,14 @@ def test_a_wav_file_that_was_cut_off(tmp_path):
 
 
 def test_training_never_takes_a_test_folder(tmp_path):
+    root = tmp_path / "machine"
     for name in ("test/anomaly_1.wav", "train/normal_1.wav", "train/deep/normal_2.wav"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        save(tmp_path / name, tone())
-    names = [os.path.relpath(clip.path, tmp_path) for clip in training_clips(tmp_path)]
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        save(root / name, tone())
+    names = [os.path.relpath(clip.path, root) for clip in training_clips(root)]
     assert names == ["train/deep/normal_2.wav", "train/normal_1.wav"]
-    shutil.rmtree(tmp_path / "train")
-    for folder in (tmp_path, tmp_path.parent):
+    shutil.rmtree(root / "train")
+    for folder in (root, tmp_path):
         with pytest.raises(InputError, match="test lies in .*: give the folder of normal rec"):
             training_clips(folder)
 
