@@ -359,22 +359,25 @@ class Detector:
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
         samples, wanted = self.open(self._normal(source)), self.mode
-        usable, (_, split) = samples.load(), self.parts[0]
-        known = {i for part in split[:4] for i in part}
-        if set(usable) != known or _ends(samples, usable) != self._fitted_on:
+        usable, split = samples.load(), self.parts[0].split
+        known = np.concatenate([np.array(part, dtype=np.int64) for part in split[:4]])
+        same = np.array_equal(usable, np.unique(known))
+        if not same or _ends(samples, usable) != self._fitted_on:
             raise InputError(
                 f"{len(usable)} usable {samples.unit}s are not what the detector was fitted on: "
                 "calibrate on the same source, in the same order"
             )
         try:
+            found = {}
             for mode in modes:
                 self.mode = mode
-                self._calibrate(samples)
+                found[mode] = self._calibrate(samples)
+            self.calibrations |= found  # all or none, should this be interrupted
         finally:
             self.mode = wanted
 
     @torch.inference_mode()
-    def _calibrate(self, samples) -> None:
+    def _calibrate(self, samples) -> Calibration:
         """The mode's statistics on held-out normals, and with these the scores of others."""
         config, audio = self.config, self.config.kind == "audio"
         for model, _ in self.parts:
@@ -415,9 +418,8 @@ class Detector:
         held_out, groups = torch.cat(scores).numpy(), np.array(groups)
         normal = np.argsort(held_out, kind="stable")
         normal = normal[: len(normal) - int(config.contamination * len(normal))]
-        self.calibrations[self.mode] = Calibration(
-            found, Conformal(held_out[normal], groups[normal], config.false_positive_rate)
-        )
+        conformal = Conformal(held_out[normal], groups[normal], config.false_positive_rate)
+        return Calibration(found, conformal)
 
     def _windows(self, x: torch.Tensor) -> int:
         """How many windows of images x are looked at, each for itself; 0 where they are resized."""

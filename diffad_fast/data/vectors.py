@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,13 +17,16 @@ from .images import Batch
 # Rows by which a column's precision is judged, and the least deviation, as a share of the largest
 # value: a hundred roundings of float32.
 SAMPLE, SMALLEST_SHARE = 4096, 100 * 2.0**-24
+# Rows that are checked together: a table may be a file that memory does not hold.
+CHECKED = 4096
 
 _SUFFIXES = (".npy", ".npz", ".csv")
 _GIVE_NUMBERS = "give numbers, and fill missing values or leave out their rows"
 
 
 class Vectors:
-    """Rows (N,D) of one table; made by :func:`open_vectors`."""
+    """Rows (N,D) of one table, in the type and the place they came in; made by
+    :func:`open_vectors`."""
 
     unit = "row"
     paths = None
@@ -47,9 +51,9 @@ class Vectors:
 
     length = property(__len__)
 
-    def load(self) -> list[int]:
+    def load(self) -> Sequence[int]:
         """The indices of the usable rows: all."""
-        return list(range(len(self)))
+        return range(len(self))
 
     def arranged(self, columns: list[str] | None) -> Vectors:
         """These rows with their columns in the order of ``columns``; as they are where these or
@@ -84,7 +88,7 @@ class Vectors:
         order = np.arange(len(self)) if indices is None else np.fromiter(indices, np.int64)
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            yield Batch(torch.from_numpy(self.rows[part]), torch.from_numpy(part), None)
+            yield Batch(torch.from_numpy(_float32(self.rows[part])), torch.from_numpy(part), None)
 
 
 def open_vectors(source) -> Vectors:
@@ -92,7 +96,8 @@ def open_vectors(source) -> Vectors:
 
     source: an array, tensor or data frame (N,D), or a file: .npy; .npz with an array ``X`` and
     perhaps labels ``y``, 1 for an anomaly; .csv with one line of names, whose column ``label`` is
-    taken for labels; or the pair (X, y). Names of columns are kept, if all are texts.
+    taken for labels; or the pair (X, y). Names of columns are kept, if all are texts. An array, a
+    memory map among them, is not copied: it must stay as it is while these rows are used.
 
     Raises InputError for another shape, for values that are not numbers (dates and times are
     none), NaN or infinite, or beyond float32.
@@ -131,15 +136,16 @@ def open_vectors(source) -> Vectors:
     if 0 in rows.shape:
         raise InputError(f"{name} of shape {rows.shape} is empty: give at least one row and column")
     coarse = _coarse(rows, name)
-    with np.errstate(over="ignore"):
-        rows = np.ascontiguousarray(rows, dtype=np.float32)
-    bad = ~np.isfinite(rows)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        raise InputError(
-            f"{name} holds {rows[row, column]} in row {row}, {_called(column, columns)}: remove or "
-            "replace missing, infinite and huge values first"
-        )
+    for first in range(0, len(rows), CHECKED):
+        part = _float32(rows[first : first + CHECKED])
+        bad = ~np.isfinite(part)
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise InputError(
+                f"{name} holds {part[row, column]} in row {first + row}, "
+                f"{_called(column, columns)}: remove or replace missing, infinite and huge values "
+                "first"
+            )
     if labels is not None:
         labels = np.asarray(labels).reshape(-1)
         if len(labels) != len(rows) or not np.isin(labels, (0, 1)).all():
@@ -149,6 +155,11 @@ def open_vectors(source) -> Vectors:
             )
         labels = labels.astype(np.int64)
     return Vectors(rows, labels, coarse, columns)
+
+
+def _float32(rows: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(rows, dtype=np.float32)
 
 
 def _names(source) -> list[str] | None:
@@ -234,36 +245,35 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
 
 
 def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    values, number = array("d"), 0  # 8 bytes a number, where texts take 60
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
         reader = csv.reader(file)
         names = next(reader, [])
-        lines = [line for line in reader if line]
-    for number, line in enumerate(lines):
-        if len(line) != len(names):
+        if names and all(map(_is_number, names)):
             raise InputError(
-                f"{path} has {len(line)} values in data line {number + 1} but {len(names)} names: "
-                "every line needs one for each name"
+                f"the first line of {path} holds numbers, and it is that of the names of columns: "
+                "write one above it"
             )
-    if names and all(map(_is_number, names)):
-        raise InputError(
-            f"the first line of {path} holds numbers, and it is that of the names of columns: "
-            "write one above it"
-        )
-    if "" in names:
-        raise InputError(
-            f"column {names.index('')} of {path} has no name: give it one, or leave it out if it "
-            "numbers the rows, as pandas writes them without index=False"
-        )
-    try:
-        table = np.array(lines, dtype=np.float64).reshape(len(lines), len(names))
-    except ValueError:
-        row, column = next(
-            (i, j) for i, line in enumerate(lines) for j, x in enumerate(line) if not _is_number(x)
-        )
-        raise InputError(
-            f"{path} has {lines[row][column]!r} in data line {row + 1}, column {names[column]!r}: "
-            f"{_GIVE_NUMBERS}"
-        ) from None
+        if "" in names:
+            raise InputError(
+                f"column {names.index('')} of {path} has no name: give it one, or leave it out if "
+                "it numbers the rows, as pandas writes them without index=False"
+            )
+        for number, line in enumerate(filter(None, reader), 1):
+            if len(line) != len(names):
+                raise InputError(
+                    f"{path} has {len(line)} values in data line {number} but {len(names)} names: "
+                    "every line needs one for each name"
+                )
+            try:
+                values.extend(map(float, line))
+            except ValueError:
+                column = next(j for j, x in enumerate(line) if not _is_number(x))
+                raise InputError(
+                    f"{path} has {line[column]!r} in data line {number}, column "
+                    f"{names[column]!r}: {_GIVE_NUMBERS}"
+                ) from None
+    table = np.asarray(values).reshape(number, len(names))
     if "label" not in names:
         return table, None, names
     column = names.index("label")

@@ -157,7 +157,7 @@ class TokenModel(nn.Module):
                 bank.append(tokens.flatten(0, 1).clone())
         if not len(indices):
             return [torch.zeros(0, dim) for dim in self.representation.dims]
-        return [torch.cat(bank) for bank in banks]
+        return [torch.cat(banks.pop(0)) for _ in self.representation.dims]  # one by one twice
 
     def _seen(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """Samples as they come; of larger images their windows, image after image, WINDOWS at a

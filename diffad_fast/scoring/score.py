@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -48,11 +49,12 @@ class Score:
     def join(parts: Iterable[Score]) -> Score:
         """One answer from those of successive batches, which are read once.
 
-        Numbers are gathered in lists: thousands of small arrays that outlive the large temporary
-        tensors allocated around them would keep the freed memory between them from being used
-        again, and the process would grow with the data.
+        Numbers are gathered in one piece each: thousands of small arrays that outlive the large
+        temporary tensors allocated around them would keep the freed memory between them from being
+        used again, and the process would grow with the data.
         """
-        columns: dict[str, list] = {"score": [], "p_value": [], "label": [], "index": []}
+        columns = {name: array("d") for name in ("score", "p_value")}
+        columns |= {name: array("q") for name in ("label", "index")}
         maps: list[np.ndarray] = []
         paths: list[str] = []
         skipped: list[tuple[str, str]] = []
@@ -64,18 +66,18 @@ class Score:
             for name, column in columns.items():
                 values = getattr(part, name)
                 missing |= {name} if values is None else set()
-                column += [] if values is None else values.tolist()
+                column.extend([] if values is None else values.tolist())
             missing |= {name for name in ("map", "paths") if getattr(part, name) is None}
             # A copy: a GPU's maps come in page-locked memory, and one piece serves all batches.
             maps += [] if part.map is None else [part.map.copy()]
             paths += part.paths or []
         return Score(
-            score=np.array(columns["score"], dtype=np.float64),
+            score=np.array(columns["score"]),
             map=None if "map" in missing else _concatenated(maps),
-            p_value=np.array(columns["p_value"], dtype=np.float64),
-            label=None if "label" in missing else np.array(columns["label"], dtype=np.int64),
+            p_value=np.array(columns["p_value"]),
+            label=None if "label" in missing else np.array(columns["label"]),
             paths=None if "paths" in missing else paths,
-            index=np.array(columns["index"], dtype=np.int64),
+            index=np.array(columns["index"]),
             skipped=skipped,
         )
 

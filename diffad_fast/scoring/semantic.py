@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -46,11 +48,14 @@ class FeatureDistance(nn.Module):
                 kept.append(rows)
         self.whitening.fit(moments)
         if self.kind == "nearest":
-            rows = torch.cat(kept)
-            chosen = torch.randperm(len(rows), generator=generator)[:LARGEST_SAMPLE]
+            # Put together, all that is kept would be twice in memory.
+            ends = list(accumulate(map(len, kept)))
+            chosen = torch.randperm(ends[-1], generator=generator)[:LARGEST_SAMPLE].tolist()
+            owners = [bisect_right(ends, i) for i in chosen]
+            rows = torch.stack([kept[k][i - ends[k]] for k, i in zip(owners, chosen, strict=True)])
             scale = moments.covariance.trace().clamp(min=1e-12).sqrt().float()
             self.whitening.matrix = torch.eye(rows.shape[1], device=rows.device) / scale
-            self.sample = self._scaled(rows[chosen.to(rows.device)])
+            self.sample = self._scaled(rows)
 
     def _scaled(self, features: torch.Tensor) -> torch.Tensor:
         """What whitening by a diagonal comes to, without the rounding of a matrix product."""

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ..config import DetectorConfig
 from ..errors import InputError
 
@@ -36,20 +38,18 @@ def split_by_group(
     data set, most of it would be lost to training.
     Raises InputError with fewer than 8 samples or 4 groups.
     """
-    members = _members(indices, groups)
+    groups = _Groups.of(indices, groups, config.seed)
     shares = (config.validation_share, config.statistics_share, config.conformal_share)
     largest = max(1, max(shares) * len(indices))
-    order = sorted(members, key=lambda g: (len(members[g]) > largest, _position(g, config.seed)))
-    n = len(order)
-    sizes = [max(1, round(n * share)) for share in shares]
-    while sum(sizes) > n - 1:
+    order = np.lexsort((groups.position, groups.size > largest))
+    sizes = [max(1, round(len(order) * share)) for share in shares]
+    while sum(sizes) > len(order) - 1:
         sizes[sizes.index(max(sizes))] -= 1
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(sorted(i for group in order[start : start + size] for i in members[group]))
-        start += size
-    fit = sorted(i for group in order[start:] for i in members[group])
-    return Split(fit, *parts, _numbered(parts[-1], members))
+    part = np.full(len(order), len(sizes))
+    for number, chosen in enumerate(np.split(order, np.cumsum(sizes))[:-1]):
+        part[chosen] = number
+    *held_out, fit = (groups.members(part == number) for number in range(len(sizes) + 1))
+    return Split(*(found.tolist() for found, _ in (fit, *held_out)), held_out[-1][1].tolist())
 
 
 def cross_splits(
@@ -60,49 +60,57 @@ def cross_splits(
 
     Arguments otherwise, and what is raised, as for :func:`split_by_group`; nothing validates.
     """
-    members = _members(indices, groups)
-    parts: list[list[Hashable]] = [[] for _ in range(min(folds, len(members)))]
-    sizes = [0] * len(parts)
-    for group in sorted(members, key=lambda g: (-len(members[g]), _position(g, seed))):
-        smallest = sizes.index(min(sizes))
-        parts[smallest].append(group)
-        sizes[smallest] += len(members[group])
+    groups = _Groups.of(indices, groups, seed)
+    sizes = [0] * min(folds, len(groups.size))
+    part = np.empty(len(groups.size), dtype=np.int64)
+    for group in np.lexsort((groups.position, -groups.size)):
+        part[group] = smallest = sizes.index(min(sizes))
+        sizes[smallest] += groups.size[group]
     result = []
-    for part in parts:
-        held_out = sorted(i for group in part for i in members[group])
-        rest = sorted(set(indices) - set(held_out))
-        result.append(Split(rest, [], held_out, held_out, _numbered(held_out, members)))
+    for number in range(len(sizes)):
+        held_out, numbers = (found.tolist() for found in groups.members(part == number))
+        rest = groups.members(part != number)[0].tolist()
+        result.append(Split(rest, [], held_out, held_out, numbers))
     return result
 
 
-def _members(
-    indices: Sequence[int], groups: Sequence[Hashable] | None
-) -> dict[Hashable, list[int]]:
-    """The samples of each group; raises InputError where they are too few."""
-    label = (lambda i: i) if groups is None else (lambda i: groups[i])
-    members: dict[Hashable, list[int]] = {}
-    for i in indices:
-        members.setdefault(label(i), []).append(i)
-    if len(indices) < SMALLEST_SET:
-        raise InputError(
-            f"{len(indices)} usable normal sample{'' if len(indices) == 1 else 's'}: fit needs "
-            f"at least {SMALLEST_SET}, because parts are held out for calibration; cut long "
-            "recordings into clips"
-        )
-    if len(members) < 4:
-        raise InputError(
-            f"the groups put all normals into {len(members)} object(s): fit needs at least 4, "
-            "because whole groups are held out for calibration"
-        )
-    return members
+class _Groups(NamedTuple):
+    """Samples and their groups, each known by a number of its own."""
 
+    indices: np.ndarray
+    """(n,) of the samples, ascending."""
+    number: np.ndarray
+    """(n,) the group of each."""
+    size: np.ndarray
+    """(groups,) how many samples each has."""
+    position: np.ndarray
+    """(groups,) uint64, in which order they are chosen: by a hash, so that adding samples moves few
+    others to another part."""
 
-def _numbered(part: list[int], members: dict[Hashable, list[int]]) -> list[int]:
-    number = {i: n for n, group in enumerate(members.values()) for i in group}
-    return [number[i] for i in part]
+    @staticmethod
+    def of(indices: Sequence[int], groups: Sequence[Hashable] | None, seed: int) -> _Groups:
+        """Raises InputError where there are too few samples or groups."""
+        if len(indices) < SMALLEST_SET:
+            raise InputError(
+                f"{len(indices)} usable normal sample{'' if len(indices) == 1 else 's'}: fit needs "
+                f"at least {SMALLEST_SET}, because parts are held out for calibration; cut long "
+                "recordings into clips"
+            )
+        indices = np.sort(np.asarray(indices, dtype=np.int64))
+        labels, number = indices, np.arange(len(indices))
+        if groups is not None:
+            labels = {}
+            number = np.array([labels.setdefault(groups[i], len(labels)) for i in indices])
+        if len(labels) < 4:
+            raise InputError(
+                f"the groups put all normals into {len(labels)} object(s): fit needs at least 4, "
+                "because whole groups are held out for calibration"
+            )
+        hashes = (hashlib.sha256(f"{seed} {label}".encode()).digest()[:8] for label in labels)
+        position = np.fromiter((int.from_bytes(h, "big") for h in hashes), np.uint64, len(labels))
+        return _Groups(indices, number, np.bincount(number), position)
 
-
-def _position(group: Hashable, seed: int) -> bytes:
-    """Ordered by a hash and not by a shuffled list: adding samples moves few others to another
-    part."""
-    return hashlib.sha256(f"{seed} {group}".encode()).digest()
+    def members(self, of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The samples of the groups where ``of`` (groups,) is true, and the group of each."""
+        mine = of[self.number]
+        return self.indices[mine], self.number[mine]

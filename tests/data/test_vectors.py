@@ -18,7 +18,8 @@ def test_sources(tmp_path):
         (tmp_path / "x.npy", False), (str(tmp_path / "x.npz"), True), (tmp_path / "x.csv", True),
     ):  # fmt: skip
         vectors = open_vectors(source)
-        assert vectors.rows.dtype == np.float32 and np.array_equal(vectors.rows, X)
+        (batch,) = vectors.batches(9)
+        assert batch.x.dtype == torch.float32 and np.array_equal(batch.x.numpy(), X)
         assert (vectors.labels is not None) == labelled
         assert not labelled or vectors.labels.tolist() == [0, 1, 0, 1]
     batches = list(vectors.batches(2, [3, 0, 1]))
