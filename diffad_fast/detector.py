@@ -91,13 +91,43 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
             part.training = True
 
 
+_forked = False
+"""Whether this process is a fork that has computed nothing yet."""
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def _on_one_thread() -> None:
+    """A fork has none of OpenMP's threads, and what computes on several waits for them for ever."""
+    global _forked
+    _forked = False
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        warnings.warn(
+            "this process is a fork, where PyTorch's threads may hang: it computes on one thread "
+            "from now on; start processes by 'spawn' or 'forkserver' for more, or call "
+            "torch.set_num_threads(1) first",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _undisturbed(call: Callable) -> Callable:
     """``call`` without what surrounds it and would change its numbers or keep it from training:
     autocast, no_grad and inference mode, modules in training mode, and a default dtype other than
-    float32, which belongs to the whole process and is put back."""
+    float32, which belongs to the whole process and is put back. In a fork it computes on one
+    thread."""
 
     @functools.wraps(call)
     def alone(*args, **options):
+        if _forked:
+            _on_one_thread()
         device = getattr(args[0] if args else None, "device", None)
         kind = device.type if isinstance(device, torch.device) else "cpu"
         default = torch.get_default_dtype()
@@ -715,12 +745,13 @@ class Detector:
         return tensors, texts
 
     def __reduce__(self):
-        """Pickled and copied as its checkpoint, and as the modules that were handed over."""
+        """Pickled and copied as its checkpoint, and as the modules that were handed over: tensors
+        would go to other processes through a file of shared memory each."""
         options = dict(zip(("denoiser", "features"), self._given, strict=True))
         options["device"] = str(self.device)
         if not self.calibrations:
-            return _unpickled, (None, {"config": self._asked().to_json()}, options)
-        return _unpickled, (*self.state(), options)
+            return _unpickled, (self._asked().to_json(), options)
+        return _unpickled, (checkpoint.to_bytes(KIND, *self.state()), options)
 
     # ------------------------------------------------------ other programs
 
@@ -990,12 +1021,13 @@ def _backbone(config: DetectorConfig) -> nn.Module:
     return YAMNet.pretrained()
 
 
-def _unpickled(tensors: dict | None, texts: dict, options: dict) -> Detector:
-    """What :meth:`Detector.__reduce__` names; without tensors it was not fitted."""
-    if tensors is not None:
-        return from_state(tensors, texts, "the pickle", **options)
+def _unpickled(content: bytes | str, options: dict) -> Detector:
+    """What :meth:`Detector.__reduce__` names: of a checkpoint, or of an unfitted one's options."""
+    if isinstance(content, bytes):
+        name = "the pickle"
+        return from_state(*checkpoint.from_bytes(content, name, KIND), name, **options)
     detector = Detector.__new__(Detector)
-    config, device = DetectorConfig.from_json(texts["config"]), resolve_device(options["device"])
+    config, device = DetectorConfig.from_json(content), resolve_device(options["device"])
     detector._set_up(config, device, options["denoiser"], options["features"])
     return detector
 

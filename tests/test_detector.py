@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import diffad_fast as daf
+from diffad_fast.config import MODES
 from diffad_fast.data.images import open_images
 from diffad_fast.denoisers import WaveletUNet, inference
 from diffad_fast.errors import BackendError, CheckpointError, InputError
@@ -322,6 +323,27 @@ def test_calibrating_leaves_the_mode_and_knows_its_data(monkeypatch):
     before = found.conformal.scores
     found.calibrate(loader)
     assert np.array_equal(found.conformal.scores, before)
+
+
+def test_an_interrupted_calibration_leaves_nothing_half_fitted(monkeypatch):
+    X = np.random.default_rng(0).normal(size=(60, 4))
+    detector = daf.Detector("vector", token_width=32, token_blocks=1, train_steps=2)
+    calibrate, calls = daf.Detector._calibrate, []
+
+    def interrupted(self, samples):
+        calls.append(self.mode)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return calibrate(self, samples)
+
+    monkeypatch.setattr(daf.Detector, "_calibrate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detector.fit(X)
+    assert detector.mode == "one_step"
+    with pytest.raises(InputError, match="not fitted"):
+        detector.score(X)
+    detector.calibrate(X)  # what is missing
+    assert set(detector.calibrations) == set(MODES) and len(detector.score(X)) == 60
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "8", True])

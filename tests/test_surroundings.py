@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -77,3 +80,43 @@ def test_fit_score_and_load(name, kind, options, tmp_path):
                 np.testing.assert_array_equal(got.p_value, want.p_value)
                 if want.map is not None:
                     np.testing.assert_array_equal(got.map, want.map)
+
+
+# The parent's threads have computed before it starts another process.
+OTHER_PROCESS = """
+import multiprocessing, sys, warnings
+import numpy as np, torch
+import diffad_fast as daf
+
+def child(detector, x, queue):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        queue.put((detector.score(x).score, [str(w.message) for w in caught]))
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    x = np.random.default_rng(0).normal(size=(4096, 6)).astype(np.float32)
+    options = {"token_width": 32, "token_blocks": 1, "train_steps": 2}
+    detector = daf.Detector("vector", device="cpu", **options).fit(x)
+    expected = detector.score(x).score
+    context = multiprocessing.get_context(sys.argv[1])
+    queue = context.Queue()
+    process = context.Process(target=child, args=(detector, x, queue), daemon=True)
+    process.start()
+    score, warned = queue.get(timeout=100)
+    process.join(timeout=100)
+    assert process.exitcode == 0
+    np.testing.assert_array_equal(score, expected)
+    print(*warned)
+"""
+
+
+@pytest.mark.parametrize("start, warned", [("fork", "on one thread"), ("spawn", "")])
+def test_a_detector_in_another_process(tmp_path, start, warned):
+    """A fork has none of OpenMP's threads; to a spawned one the detector goes as a pickle."""
+    (tmp_path / "program.py").write_text(OTHER_PROCESS)
+    command = [sys.executable, str(tmp_path / "program.py"), start]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert warned in done.stdout and bool(done.stdout.strip()) == bool(warned)

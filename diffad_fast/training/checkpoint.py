@@ -35,7 +35,12 @@ def save(
     Raises InputError where the folder is missing or cannot be written to; ``path`` then still
     holds what it held before.
     """
-    from safetensors.torch import save as to_bytes
+    write_atomically(path, to_bytes(kind, tensors, texts))
+
+
+def to_bytes(kind: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> bytes:
+    """What :func:`save` writes."""
+    from safetensors.torch import save
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     metadata = {
@@ -45,20 +50,27 @@ def save(
         "version": __version__,
     }
     metadata["sha256"] = checksum(tensors, metadata)
-    write_atomically(path, to_bytes(tensors, metadata))
+    return save(tensors, metadata)
 
 
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read what :func:`save` wrote. Raises CheckpointError in one sentence that names the file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
-
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return from_bytes(content, path, kind)
+
+
+def from_bytes(
+    content: bytes, path: str | os.PathLike, kind: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """:func:`load` from what :func:`to_bytes` gave; ``path`` is for its messages."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     metadata = _metadata(path, content)
     if metadata.get("format") != kind:
         raise CheckpointError(
@@ -83,7 +95,7 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
             f"this one reads format {FORMAT_VERSION}: fit again, or use that version"
         )
     try:
-        tensors = from_bytes(content)
+        tensors = load(content)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from None
     if checksum(tensors, metadata) != metadata.get("sha256"):
