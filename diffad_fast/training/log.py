@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import glob
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,17 @@ from ..errors import InputError
 from .checkpoint import write_atomically
 
 COLUMNS = ("step", "seconds", "learning_rate", "loss", "validation_loss", "note")
+HEAD = ",".join(COLUMNS).encode()
+# What the names of a detector's other networks have after its own.
+OTHERS = re.compile(r"(\.fold\d+)?(\.\d+)?\.csv")
 
 
 class Log:
     """Rows of COLUMNS in a file, flushed one by one; nothing where ``path`` is None.
 
     A log that is there is continued: rows from step ``start`` on, which a resumed run repeats, go,
-    and so do pictures. TensorBoard's files go to the folder ``path`` with the suffix
+    and so do pictures. One that begins removes those of other networks that an earlier run has left
+    under its name. TensorBoard's files go to the folder ``path`` with the suffix
     ``.tensorboard``, pictures to that with ``.pictures``.
     Raises InputError where a file cannot be written, or is there and is no log.
     """
@@ -29,8 +35,17 @@ class Log:
         if path is None:
             return
         path = Path(path)
-        _check_is_log(path)
+        if _head(path) not in (b"", HEAD):  # such as the table that is fitted
+            raise InputError(
+                f"{path} is there and is no log of a training, for which that name is: move it, or "
+                "give the detector another name"
+            )
         rows = _rows(path, start) if start else []
+        for other in [] if start else path.parent.glob(f"{glob.escape(path.stem)}.*.csv"):
+            mine = OTHERS.fullmatch(other.name, len(path.stem)) and _head(other) == HEAD
+            # Unless it is that of a detector of its own.
+            if mine and not other.with_suffix("").exists():
+                other.unlink(missing_ok=True)
         self._pictures = path.with_suffix(".pictures")
         for picture in self._pictures.glob("step-*.png"):
             number = picture.stem.removeprefix("step-")
@@ -90,19 +105,13 @@ class Log:
             self._board.close()
 
 
-def _check_is_log(path: Path) -> None:
-    """Raise InputError for a file that a log would overwrite, such as the table that is fitted."""
-    head = ",".join(COLUMNS).encode()
+def _head(path: Path) -> bytes:
+    """As many bytes as HEAD has, if there are; of what cannot be read none, which opening tells."""
     try:
         with open(path, "rb") as file:
-            found = file.read(len(head))
-    except OSError:  # not there, or not to be read: opening it for writing tells
-        return
-    if found and found != head:
-        raise InputError(
-            f"{path} is there and is no log of a training, for which that name is: move it, or "
-            "give the detector another name"
-        )
+            return file.read(len(HEAD))
+    except OSError:
+        return b""
 
 
 def _rows(path: Path, start: int) -> list[dict[str, str]]:

@@ -355,6 +355,21 @@ def test_a_log_that_cannot_be_written(tmp_path):
     assert table.read_text() == "a,b\n1,2\n"
 
 
+def test_a_new_log_removes_those_of_networks_that_are_no_more(tmp_path):
+    kept = TrainingCheckpoint(tmp_path / "m.training", log=tmp_path / "m.csv")
+    stale = [kept.part(2), *(kept.fold(k).part(n) for k in (1, 12) for n in (0, 1))]
+    apart = [tmp_path / name for name in ("m.3.csv", "m.old.csv", "m.fold.csv", "mm.1.csv")]
+    for log in [*(part.log for part in stale), *apart]:
+        Log(log).__exit__()
+    (tmp_path / "m.4.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "m.3").touch()  # a detector, whose log that is
+    everything = set(tmp_path.iterdir())
+    Log(kept.log, start=20).__exit__()
+    assert set(tmp_path.iterdir()) == everything | {kept.log}
+    Log(kept.log).__exit__()
+    assert everything - set(tmp_path.iterdir()) == {part.log for part in stale}
+
+
 def test_states_of_several_networks(tmp_path):
     kept = TrainingCheckpoint(tmp_path / "m.training", log=tmp_path / "m.csv")
     assert kept.part(0) is kept
