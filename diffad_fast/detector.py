@@ -939,6 +939,19 @@ def load(
     return from_state(tensors, texts, path, device=device, denoiser=denoiser, features=features)
 
 
+class _Complete(dict):
+    """A part of a checkpoint, which has everything that is asked for or is none."""
+
+    def __init__(self, content: dict, path: str | os.PathLike):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, name: str):
+        raise CheckpointError(
+            f"{self.path} is incomplete, {name} is not in it: take a file as Detector.save wrote it"
+        )
+
+
 @_undisturbed
 def from_state(
     tensors: dict[str, torch.Tensor],
@@ -950,6 +963,7 @@ def from_state(
     features: nn.Module | None = None,
 ) -> Detector:
     """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
+    tensors, texts = _Complete(tensors, path), _Complete(texts, path)
     config, device = DetectorConfig.from_json(texts["config"]), resolve_device(device)
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
@@ -985,10 +999,12 @@ def from_state(
         first = str(error).splitlines()[1:2] or [str(error)]
         raise CheckpointError(f"{path} does not fit this denoiser: {first[0].strip()}") from None
     for mode, count in json.loads(texts["statistics"]).items():
-        entries = [part(f"statistics.{mode}.{i}.") for i in range(count)]
+        prefixes = [f"statistics.{mode}.{i}." for i in range(count)]
         statistics = [
-            MapStatistics(**{k: v.to(detector.device) for k, v in entry.items()}) if entry else None
-            for entry in entries
+            MapStatistics(*(tensors[prefix + k].to(detector.device) for k in MapStatistics._fields))
+            if part(prefix)
+            else None
+            for prefix in prefixes
         ]
         detector.calibrations[mode] = Calibration(
             statistics,

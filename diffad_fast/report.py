@@ -105,7 +105,7 @@ def result_folder(path: str | os.PathLike, *stale: str) -> Iterator[Path]:
 
     ``path`` is made if it is missing; entries of the same names in it are replaced, those named
     ``stale`` go, others stay. After an exception nothing is left behind. Raises InputError where
-    ``path`` cannot be written.
+    ``path`` cannot be written, in the block too.
     """
     path = Path(path)
     parent = _existing_parent(path)
@@ -115,15 +115,14 @@ def result_folder(path: str | os.PathLike, *stale: str) -> Iterator[Path]:
         raise InputError(f"cannot write to {path}: {error.strerror}") from None
     try:
         yield staged
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            for name in sorted({entry.name for entry in staged.iterdir()}.union(stale)):
-                if (path / name).is_dir():  # which no renaming replaces
-                    (path / name).rename(staged / f"old.{name}")
-                if (staged / name).exists():
-                    (staged / name).replace(path / name)
-        except OSError as error:
-            raise InputError(f"cannot write to {path}: {error.strerror}") from None
+        path.mkdir(parents=True, exist_ok=True)
+        for name in sorted({entry.name for entry in staged.iterdir()}.union(stale)):
+            if (path / name).is_dir():  # which no renaming replaces
+                (path / name).rename(staged / f"old.{name}")
+            if (staged / name).exists():
+                (staged / name).replace(path / name)
+    except OSError as error:
+        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

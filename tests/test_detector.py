@@ -15,6 +15,7 @@ from diffad_fast.config import MODES
 from diffad_fast.data.images import open_images
 from diffad_fast.denoisers import WaveletUNet, inference
 from diffad_fast.errors import BackendError, CheckpointError, InputError
+from diffad_fast.training import checkpoint
 from diffad_fast.training.loop import TrainingCheckpoint
 
 OPTIONS = {
@@ -97,6 +98,17 @@ def test_save_and_load(fitted, tmp_path):
     for name in ("score", "map", "p_value", "label"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert loaded.config == fitted.config
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config", "history", "statistics", "conformal.invert", "statistics.one_step.0.deviation"],
+)
+def test_an_incomplete_file_is_told(fitted, tmp_path, name):
+    parts = ({k: v for k, v in part.items() if k != name} for part in fitted.state())
+    checkpoint.save(tmp_path / "m.diffad", "diffad", *parts)  # by another program
+    with pytest.raises(CheckpointError, match=f"m.diffad is incomplete, {name} is not in it"):
+        daf.load(tmp_path / "m.diffad")
 
 
 def test_reference_backend_agrees(fitted):

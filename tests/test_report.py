@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import io
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -260,6 +262,13 @@ def test_folders_that_cannot_be(tmp_path):
             pass
     report.check_result_folder(tmp_path / "a" / "b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot write to .*out: No space left on device"):
+        with report.result_folder(tmp_path / "out") as staged, open(staged / "scores.csv", "w"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not os.listdir(tmp_path)
 
 
 def test_result_folder_replaces_its_own_entries(tmp_path, monkeypatch):

@@ -158,8 +158,8 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from None
     finally:
-        if temporary is not None:
-            os.unlink(temporary)
+        if temporary is not None:  # another process may have taken it for a leftover
+            Path(temporary).unlink(missing_ok=True)
 
 
 def remove_leftovers(path: str | os.PathLike) -> None:

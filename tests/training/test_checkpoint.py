@@ -92,6 +92,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["m.diffad"]
 
 
+def test_a_temporary_file_that_another_process_removes(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.diffad")
+    old, chmod = path.read_bytes(), os.chmod
+
+    def removed(*arguments):
+        chmod(*arguments)
+        checkpoint.remove_leftovers(path)
+
+    monkeypatch.setattr(os, "chmod", removed)
+    with pytest.raises(InputError, match="cannot write .*m.diffad: No such file"):
+        checkpoint.save(path, "diffad", {"a": torch.ones(3)}, {})
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["m.diffad"]
+
+
 def test_unwritable_places(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         checkpoint.check_writable(tmp_path / "no" / "such" / "m.diffad")
