@@ -106,7 +106,8 @@ if __name__ == "__main__":
     score, warned = queue.get(timeout=100)
     process.join(timeout=100)
     assert process.exitcode == 0
-    np.testing.assert_array_equal(score, expected)
+    # On another number of threads matrix products are summed in another order.
+    np.testing.assert_allclose(score, expected, rtol=1e-5, atol=1e-6)
     print(*warned)
 """
 
