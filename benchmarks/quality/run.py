@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
         for path in args.data
         for found in find(path, args.size, args.channels, args.group_number, args.group_gap)
     ]
+    if args.dte and not any(found.kind == "vector" for found in sets):
+        parser.error("--dte: its detectors are for tables, and none of the data sets is one")
     if args.part != "all":
         sets = [found for found in sets if (found.part == args.part).any()]
     result = {
