@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -279,7 +280,9 @@ class BuildNative(build_ext):
         return link
 
     def build_info(self) -> dict:
+        version = runpy.run_path(str(ROOT / "diffad_fast" / "version.py"))
         return {
+            "sources": version["digest_of_sources"](ROOT / "csrc"),
             "compiler": output_of([*self.cxx, "--version"]).splitlines()[0],
             "flags": shlex.join(self.cxx_flags),
             "torch": importlib.metadata.version("torch"),

@@ -38,7 +38,7 @@ std::vector<std::string> cpu_features() {
 
 PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info,
-        "What was built: a dict with compiler, flags, torch, cuda, cuda_archs and nvcc.");
+        "What was built: a dict with sources, compiler, flags, torch, cuda, cuda_archs and nvcc.");
   m.def("cpu_features", &cpu_features,
         "Names of the x86-64 instruction sets that this processor has, of those worth knowing.");
   diffad::register_metrics(m);

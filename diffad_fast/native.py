@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .errors import BackendError
+from .version import digest_of_sources
 
 try:
     from . import _host
@@ -22,6 +23,7 @@ except ImportError:
     _host = None
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
+SOURCES = Path(__file__).parents[1] / "csrc"  # in a checkout; an installed package has none
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # In the order of the C++ enumeration Isa.
 CPU_ISAS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
@@ -61,7 +63,8 @@ def loaded() -> bool:
 
 
 def build_info() -> dict:
-    """What was built: compiler, flags, torch, cuda, cuda_archs, nvcc; empty without the module."""
+    """What was built: sources (a digest), compiler, flags, torch, cuda, cuda_archs, nvcc; empty
+    without the module."""
     return _host.build_info() if _host else {}
 
 
@@ -108,9 +111,20 @@ def _load(mark_unavailable: Callable[[str, str], None]) -> bool:
         mark_unavailable("cuda", f"torch {torch.__version__} was built without CUDA")
     elif not build_info().get("cuda", True):
         mark_unavailable("cuda", "the native library was built without CUDA, no nvcc was there")
+    if why is None and (SOURCES / "ops.cpp").exists() and _stale():
+        warnings.warn(
+            f"the native library {LIBRARY} was built from other sources than {SOURCES} holds, or "
+            "for another Python: build it again (pip install -e . or make)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     if why is None and (isa := os.environ.get("DIFFAD_FAST_CPU")):
         select_cpu_isa(isa)
     return why is None
+
+
+def _stale() -> bool:
+    return build_info().get("sources") != digest_of_sources(SOURCES)
 
 
 def _try_load() -> str | None:

@@ -47,7 +47,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower(
 @pytest.mark.native
 def test_build_info():
     build = diffad_fast.info()["build"]
-    assert set(build) == {"compiler", "flags", "torch", "cuda", "cuda_archs", "nvcc"}
+    assert set(build) == {"sources", "compiler", "flags", "torch", "cuda", "cuda_archs", "nvcc"}
     assert "-O3" in build["flags"]
     for unwanted in ("-march=native", "-ffast-math", "-Ofast"):
         assert unwanted not in build["flags"]
@@ -196,6 +196,36 @@ def test_a_library_that_does_not_load_is_reported(tmp_path):
     done = python("-c", NO_EDITABLE + "import diffad_fast.ops", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("RuntimeWarning") == 1 and "does not load" in done.stderr
+
+
+@pytest.mark.native
+def test_a_library_of_other_sources_is_reported(tmp_path):
+    """An edited, a new and a renamed source are noticed; the same sources elsewhere are not."""
+    shutil.copytree(Path(diffad_fast.__file__).parent, tmp_path / "diffad_fast")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+
+    def warned() -> bool:
+        done = python("-c", NO_EDITABLE + "import diffad_fast.ops", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        told = "was built from other sources than" in done.stderr
+        assert told == ("RuntimeWarning" in done.stderr), done.stderr
+        return told
+
+    assert not warned()
+    schema = tmp_path / "csrc" / "ops.cpp"
+    was = schema.read_text()
+    schema.write_text(was.replace("int level", "int depth"))
+    assert warned()
+    schema.write_text(was)
+    assert not warned()
+    header = tmp_path / "csrc" / "common" / "haar.h"
+    header.rename(header.with_name("new.h"))
+    assert warned()
+    header.with_name("new.h").rename(header)
+    (tmp_path / "csrc" / "new.cu").touch()
+    assert warned()
+    shutil.rmtree(tmp_path / "csrc")
+    assert not warned()
 
 
 def test_import_is_light():
