@@ -18,13 +18,13 @@ def info() -> dict:
     """A plain dict, ready for JSON.
 
     ``diffad_fast``, ``python``, ``torch``, ``triton``, ``cuda``: versions, None where absent
-    (``cuda`` is the one that torch was built with). ``build``: sources (a digest), compiler,
-    flags, torch, cuda, cuda_archs and nvcc of the native libraries, None without them. ``cpu``: instruction sets,
-    the one of them that the C++ operators use (``kernels``, chosen by DIFFAD_FAST_CPU), cores that
-    this process may use, torch's threads and vector capability. ``devices``: names of the CUDA
-    devices. ``backend``: the one asked for. ``operators``: for each operator the backend that
-    serves it on each device type, None where the one asked for cannot. ``unavailable``: backends
-    that did not load, with the reason.
+    (``cuda`` is the one that torch was built with). ``build``: sources (a digest), compiler, flags,
+    torch, cuda, cuda_archs and nvcc of the native libraries, None without them. ``cpu``:
+    instruction sets, the one of them that the C++ operators use (``kernels``, chosen by
+    DIFFAD_FAST_CPU), cores that this process may use, torch's threads and vector capability.
+    ``devices``: names of the CUDA devices. ``backend``: the one asked for. ``operators``: for each
+    operator the backend that serves it on each device type, None where the one asked for cannot.
+    ``unavailable``: backends that did not load, with the reason.
     """
     return {
         "diffad_fast": __version__,
