@@ -95,6 +95,16 @@ def output_of(command: list[str]) -> str:
     return done.stdout
 
 
+def run(command: list[str]) -> None:
+    """Run a compiler, which says itself what is wrong."""
+    print(shlex.join(command), flush=True)
+    if subprocess.run(command).returncode:
+        sys.exit(
+            f"{command[0]} failed, see above: the operators build with GCC 12 or a current clang, "
+            "which CXX may name"
+        )
+
+
 def cuda_archs(nvcc: str, in_place: bool) -> list[str]:
     """Architectures as in TORCH_CUDA_ARCH_LIST: ``["8.0", "10.0+PTX"]``; see the top for
     ``in_place``."""
@@ -182,8 +192,7 @@ def compile_all(commands: dict[Path, list[str]], headers: dict[str, str]) -> Non
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         target.with_suffix(".cmd").unlink(missing_ok=True)
-        print(shlex.join(command), flush=True)
-        subprocess.run(command, check=True)
+        run(command)
         target.with_suffix(".cmd").write_text(made_by)
 
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
@@ -225,8 +234,7 @@ class BuildNative(build_ext):
         link = [] if ext.name.endswith("_host") else self.libraries_of_operators()
         command = [*self.cxx, "-shared", *map(str, self.objects[ext.name]), "-o", str(output)]
         command += link
-        print(shlex.join(command), flush=True)
-        subprocess.run(command, check=True)
+        run(command)
 
     def compile_command(self, compiler: list[str], source: str, flags: list[str], variant=""):
         target = OBJECTS / f"{source}{variant and '.' + variant}.o"

@@ -37,6 +37,15 @@ def copy_without_library(folder: Path) -> None:
     )
 
 
+@pytest.fixture
+def setup():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("diffad_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # Run in a copy: the finder of an editable install would lead back to the original.
 NO_EDITABLE = """
 import sys
@@ -111,10 +120,7 @@ def test_cuda_on_request_without_nvcc_fails():
     assert done.returncode == 0 and done.stdout.split()[-1] == diffad_fast.__version__
 
 
-def test_cuda_architectures(monkeypatch):
-    spec = importlib.util.spec_from_file_location("diffad_fast_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
+def test_cuda_architectures(setup, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;10.0+PTX")
     archs = setup.cuda_archs("nvcc", in_place=True)
     assert archs == ["8.0", "9.0a", "10.0+PTX"]
@@ -142,11 +148,8 @@ def test_cuda_architectures(monkeypatch):
         assert setup.cuda_archs("nvcc", in_place=True) == expected
 
 
-def test_environments_share_objects(tmp_path):
+def test_environments_share_objects(setup, tmp_path):
     """What an include folder holds is noted, not where it is; another version or flag rebuilds."""
-    spec = importlib.util.spec_from_file_location("diffad_fast_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
     target, source, runs = tmp_path / "a.o", tmp_path / "a.cpp", tmp_path / "runs"
     source.write_text("")
     script = f'echo "$0" >> {runs}; touch {target}; echo "{target}: {source}" > {tmp_path}/a.d'
@@ -161,6 +164,12 @@ def test_environments_share_objects(tmp_path):
     assert len(build("/one/include", "torch==2.12", "-O1")) == 3
     os.utime(source, (2**32, 2**32))
     assert len(build("/one/include", "torch==2.12", "-O1")) == 4
+
+
+def test_a_compiler_that_fails_ends_the_build_in_a_sentence(setup, tmp_path):
+    with pytest.raises(SystemExit, match="^sh failed, see above: .* GCC 12"):
+        setup.compile_all({tmp_path / "a.o": ["sh", "-c", "exit 3"]}, {})
+    assert not (tmp_path / "a.cmd").exists()
 
 
 def test_works_without_the_native_library(tmp_path):

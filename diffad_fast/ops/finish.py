@@ -80,7 +80,7 @@ def ddim_finish(
     image that its state stands for, and the residual maps against the input, in one pass.
 
     x_t, model_output: (N, 4^level C, H/2^level, W/2^level), the state in float32 or float64.
-    alpha_t: the float abar_t in (0, 1); prediction_type, clip and guidance as in
+    alpha_t: abar_t, a number; it, prediction_type, clip and guidance are as in
     :func:`ddim_step`. No noise is added at the last step whatever eta.
     images: (N,C,H,W), the input, in the dtype of ``x_t``. mean, deviation: those of each
     coefficient's channel, (4^level C,), in that dtype. level: 0 (a state is an image) to 4.
