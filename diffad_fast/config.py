@@ -334,8 +334,9 @@ class DetectorConfig:
         read = "features" in self.tokens
         if self.kind == "image" and on_tokens and read != (self.features is not None):
             raise InputError(
-                f"tokens={self.tokens!r} and features={self.features!r} do not go together: pass "
-                "features=module, or the name of a timm model, for the token source 'features'"
+                f"tokens={self.tokens!r} and features={self.features!r} do not go together: of "
+                "images, tokens=('features',) and U-Nets (denoiser='unet-small') read features, a "
+                "module or the name of a timm model, and nothing else does"
             )
         self._check_training()
         if self.overlap is not None:
