@@ -213,10 +213,13 @@ class BuildNative(build_ext):
         os.chdir(ROOT)
         self.cxx = shlex.split(os.environ.get("CXX") or "c++")
         self.cxx_flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        spec = importlib.util.find_spec("torch")
-        if spec is None:
-            sys.exit("torch is not installed: the operators are built against its headers")
-        self.torch = Path(spec.submodule_search_locations[0])
+        for package in ("torch", "pybind11"):
+            if importlib.util.find_spec(package) is None:
+                sys.exit(
+                    f"{package} is not installed: the native parts are built against its headers; "
+                    f"pip install {package}"
+                )
+        self.torch = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
         self.nvcc = find_nvcc()
         self.archs = cuda_archs(self.nvcc, self.here) if self.nvcc else []
         # Another compiler of the same name makes other objects.

@@ -1,4 +1,4 @@
-"""Fast anomaly detection with diffusion models, on images.
+"""Fast anomaly detection with diffusion models, on images, audio and tables.
 
 ``Detector`` fits on normal data and scores new data; ``load`` reads a saved one; ``ops`` are the
 operators underneath; ``metrics`` measure a detector; ``info`` tells what was built and which

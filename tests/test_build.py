@@ -166,6 +166,17 @@ def test_environments_share_objects(setup, tmp_path):
     assert len(build("/one/include", "torch==2.12", "-O1")) == 4
 
 
+@pytest.mark.parametrize("package", ["torch", "pybind11"])
+def test_a_build_without_headers_names_the_package(package, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as util; found = util.find_spec\n"
+        f"util.find_spec = lambda name, *_: None if name == {package!r} else found(name, *_)"
+    )
+    out = ["-q", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)]
+    done = python("setup.py", *out, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and f"pip install {package}" in done.stderr, done.stderr
+
+
 def test_a_compiler_that_fails_ends_the_build_in_a_sentence(setup, tmp_path):
     with pytest.raises(SystemExit, match="^sh failed, see above: .* GCC 12"):
         setup.compile_all({tmp_path / "a.o": ["sh", "-c", "exit 3"]}, {})
