@@ -378,9 +378,10 @@ class Detector:
         """Calibrate modes anew, as ``fit`` does, after options of scoring were changed in
         ``model.config``. source: what the detector was fitted on, in the same process.
 
-        Raises InputError for a detector that comes from a file, which knows no held-out parts, and
-        for a source of another length, or with another first or last sample.
+        Raises InputError before ``fit``, for a detector that comes from a file, which knows no
+        held-out parts, and for a source of another length, or with another first or last sample.
         """
+        self._require_fitted()
         if not self.parts:
             raise InputError(
                 "which normals were held out is not kept in files: fit anew, or calibrate in the "
@@ -858,7 +859,8 @@ class Detector:
         Hub, which needs huggingface_hub.
 
         options: revision, token, cache_dir, force_download and local_files_only of the download,
-        and those of :func:`load`.
+        and those of :func:`load`. Raises what that raises, InputError for a name that is neither,
+        ImportError without huggingface_hub, and huggingface_hub's own errors.
         """
         from .integrations.hub import from_pretrained
 

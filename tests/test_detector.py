@@ -279,6 +279,8 @@ def test_errors_before_and_after_fit(fitted, tmp_path):
         daf.Detector(**OPTIONS).score(normals(2))
     with pytest.raises(InputError, match="not fitted"):
         daf.Detector(**OPTIONS).save(tmp_path / "m.diffad")
+    with pytest.raises(InputError, match="not fitted"):
+        daf.Detector().calibrate(normals(20))
     with pytest.raises(InputError, match="'guess'"):
         fitted.mode = "guess"
     with pytest.raises(InputError, match="cannot write"):
