@@ -381,8 +381,8 @@ class Detector:
         Raises InputError before ``fit``, for a detector that comes from a file, which knows no
         held-out parts, and for a source of another length, or with another first or last sample.
         """
-        self._require_fitted()
         if not self.parts:
+            self._require_fitted()
             raise InputError(
                 "which normals were held out is not kept in files: fit anew, or calibrate in the "
                 "process that has fitted"
