@@ -11,9 +11,12 @@ import csv
 import math
 import os
 import re
+import shutil
 import struct
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +45,14 @@ LAYOUTS = ("auto", "folder", "urbansound8k", "dcase")
 LONGEST_SECONDS = 600.0
 # Samples of all channels in one block of a file.
 _BLOCK = 1 << 20
+# As many frames stand for a length that a file does not tell.
+_UNCOUNTED = 1 << 62
+# Of formats whose head tells how long a file is: the numbers there that make this up, their place,
+# and how many bytes they leave out.
+_LENGTHS = {
+    b"RIFF": ("<I", 4, 8), b"RIFX": (">I", 4, 8), b"RF64": ("<Q", 20, 8), b"riff": ("<Q", 16, 0),
+    b"FORM": (">I", 4, 8), b".snd": (">II", 4, 0),
+}  # fmt: skip
 # Samples of one batch: 256 MiB.
 _LARGEST_BATCH = 1 << 26
 # Samples a second of recordings, the same as of `DetectorConfig.sample_rate`.
@@ -156,8 +167,8 @@ def read_audio(path: str, rate: int, opened: Callable[[int], None] | None = None
 
     Raises:
         InputError: missing, no audio, damaged, empty, too long, NaN or far beyond [-1, 1]; cut off,
-            where the format tells the length (not OGG and MP3); a rate outside 1,000 to 768,000.
-            The file is named.
+            where the file tells its length (OGG does not, nor does MP3 without a Xing header); a
+            rate outside 1,000 to 768,000. The file is named.
     """
     blocks = read_blocks(path, rate, LONGEST_SECONDS, opened)
     return np.concatenate([np.empty(0, np.float32), *blocks])
@@ -183,32 +194,43 @@ def read_blocks(
     soundfile = _package("soundfile")
     try:
         _check_length(path)  # and libsndfile's own message tells no reason why a file is unreadable
+        source = _uncounted_mp3(path)
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): check the path and its permissions."
         ) from error
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(path if source is None else source) as file:
             own, channels, frames = file.samplerate, file.channels, file.frames
-            if frames == 0:
-                raise InputError(f"{path} holds no samples: replace or remove it.")
-            if longest_seconds is not None and frames > longest_seconds * own:
+            counted, read = frames < _UNCOUNTED, 0
+            if not counted and source is None:
                 raise InputError(
-                    f"{path} is {frames / own:.0f} s long and clips may have {longest_seconds:g} "
-                    "s: cut it, or pass its blocks (data.audio.read_blocks) to Detector.stream."
+                    f"{path} does not tell its length, as FLAC that was written to a pipe: encode "
+                    "it anew into a file."
                 )
-            resampler, read = Resampler(own, rate, path), 0
+            longest = math.inf if longest_seconds is None else longest_seconds * own
+            resampler = Resampler(own, rate, path)
             if opened is not None:
                 opened(own)
             while read < frames:
                 block = file.read(max(1, _BLOCK // channels), dtype="float32", always_2d=True)
                 if not len(block):
-                    raise InputError(
-                        f"{path} is cut off after {read / own:.3g} of {frames / own:.3g} s: "
-                        "replace or remove it."
-                    )
+                    break
                 read += len(block)
+                if (found := frames if counted else read) > longest:
+                    raise InputError(
+                        f"{path} is {found / own:.0f} s long and clips may have "
+                        f"{longest_seconds:g} s: cut it, or pass its blocks "
+                        "(data.audio.read_blocks) to Detector.stream."
+                    )
                 yield resampler.push(_mono(block, path))
+            if not read:
+                raise InputError(f"{path} holds no samples: replace or remove it.")
+            if counted and read < frames:
+                raise InputError(
+                    f"{path} is cut off after {read / own:.3g} of {frames / own:.3g} s: "
+                    "replace or remove it."
+                )
             yield resampler.finish()
     except soundfile.LibsndfileError as error:
         why = error.error_string
@@ -221,18 +243,46 @@ def read_blocks(
 
 
 def _check_length(path: str) -> None:
-    """Raise InputError for a WAV file that says it is longer; libsndfile takes what is there."""
+    """Raise InputError for a file that says it is longer; libsndfile takes what is there."""
     with open(path, "rb") as file:
-        head = file.read(8)
+        head = file.read(28)
         size = os.fstat(file.fileno()).st_size
-    if len(head) == 8 and head[:4] == b"RIFF":
-        (said,) = struct.unpack("<I", head[4:])
-        # Who writes to a pipe does not know the length, and puts 0 or about 2^31 or 2^32 there.
-        # Others count a last byte that makes the length even, and leave it out.
-        if size + 1 < said + 8 < 0x7FFF_0000:
-            raise InputError(
-                f"{path} is cut off: it has {size} of {said + 8} bytes; replace or remove it."
-            )
+    form, place, outside = _LENGTHS.get(head[:4], (None, 0, 0))
+    if form is None or len(head) < place + struct.calcsize(form):
+        return
+    said = sum(struct.unpack_from(form, head, place)) + outside
+    # Who writes to a pipe does not know the length, and puts 0 or the largest number there, some
+    # with a sign. Others count a last byte that makes the length even, and leave it out.
+    largest = 0x7FFF_0000 if form[-1] == "I" else 1 << 62
+    if size + 1 < said < largest:
+        raise InputError(f"{path} is cut off: it has {size} of {said} bytes; replace or remove it.")
+
+
+def _uncounted_mp3(path: str) -> int | None:
+    """A pipe with what an MP3 file holds after its tags, if it has no count of its frames (a Xing
+    header); None for other files.
+
+    Of such a file libsndfile would guess the length by its first frame, and read no further: of a
+    variable bit rate a part, or less than there seems to be. In a pipe it looks for the end.
+    """
+    with open(path, "rb") as file:
+        head = file.read(10)
+        # The length of an ID3 tag, in 7 bits of each byte.
+        tag = sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:]))
+        start = file.seek(10 + tag if head[:3] == b"ID3" else 0)
+        frame = file.read(64)
+    audio = len(frame) > 1 and frame[0] == 0xFF and frame[1] >= 0xE0
+    if not audio or b"Xing" in frame or b"Info" in frame:
+        return None
+    reading, writing = os.pipe()
+
+    def feed() -> None:
+        with open(writing, "wb") as pipe, open(path, "rb") as file, suppress(BrokenPipeError):
+            file.seek(start)
+            shutil.copyfileobj(file, pipe)
+
+    threading.Thread(target=feed, name="diffad-fast-feed", daemon=True).start()
+    return reading
 
 
 def check_rate(rate, name: str) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -389,6 +390,66 @@ def test_a_wav_file_that_was_cut_off(tmp_path):
     assert np.array_equal(
         read_audio(str(tmp_path / "piped.wav"), RATE), read_audio(str(tmp_path / "whole.wav"), RATE)
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("AIFF", {}), ("AU", {}), ("W64", {}), ("RF64", {}), ("WAV", {"endian": "BIG"}),
+        ("AIFF", {"subtype": "PCM_U8"}), ("W64", {"subtype": "PCM_24"}),
+    ],
+)  # fmt: skip
+def test_other_files_that_were_cut_off(tmp_path, form, options):
+    wave = tone()[:-3]  # an odd number of bytes, of 8 bits each
+    path = Path(save(tmp_path / "whole", wave, format=form, **options))
+    assert len(read_audio(str(path), RATE)) - len(wave) in (0, 1)  # libsndfile hears AIFF's padding
+    whole = path.read_bytes()
+    for length in (len(whole) // 2, len(whole) - 9):
+        path.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=f"cut off: it has {length} of {len(whole)}"):
+            read_audio(str(path), RATE)
+
+
+@pytest.mark.parametrize("rate_of_bits", ["CONSTANT", "VARIABLE"])
+@pytest.mark.parametrize("louder", [slice(0, 10), slice(10, 20)])
+def test_an_mp3_file_without_a_count_is_read_to_its_end(tmp_path, rate_of_bits, louder):
+    wave = 1e-3 * np.random.default_rng(0).standard_normal((20, RATE))
+    wave[louder] *= 300
+    whole = Path(
+        save(tmp_path / "a.mp3", wave.ravel(), bitrate_mode=rate_of_bits, compression_level=0.3)
+    )
+    content = whole.read_bytes()
+    first = content.find(content[:2], 60)  # after the frame that holds the count
+    assert b"Xing" in content[:first] or b"Info" in content[:first]
+    tag = b"ID3\x03\0\0\0\0\x10\0" + bytes(2048)
+    for number, before in enumerate((b"", tag)):
+        path = tmp_path / f"{number}.mp3"
+        path.write_bytes(before + content[first:])
+        found = read_audio(str(path), RATE)
+        # Its first frames are those of the encoder's delay, which nothing tells now.
+        assert 0 < len(found) - wave.size < 3000
+        second = read_audio(str(whole), RATE)[:RATE]
+        lag = np.argmax(scipy.signal.correlate(found[: 4 * RATE], second, "valid"))
+        assert 0 < lag < 3000
+        blocks = read_blocks(str(path), RATE)
+        next(blocks)
+        blocks.close()
+        with pytest.raises(InputError, match=r"\.mp3 is 20 s long and clips may have 10 s"):
+            list(read_blocks(str(path), RATE, 10))
+    for thread in threading.enumerate():  # what fed the blocks ends with them
+        if thread.name == "diffad-fast-feed":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_a_flac_file_without_a_length_is_named(tmp_path):
+    path = Path(save(tmp_path / "piped.flac", tone()))
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0  # the number of samples: 36 bits, and 0 where it is not known
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"piped\.flac does not tell its length"):
+        read_audio(str(path), RATE)
 
 
 def test_training_never_takes_a_test_folder(tmp_path):
