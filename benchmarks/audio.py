@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     if args.within is not None:
         try:
             return within(args)
-        except InputError as error:
+        except (InputError, ImportError) as error:
             parser.error(str(error))
     folds = [(args.train_folds, args.test_folds)]
     if args.ten_fold:
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
             for i, (train, test) in enumerate(folds)
             for normal in args.normal
         }
-    except InputError as error:
+    except (InputError, ImportError) as error:
         parser.error(str(error))
     draws = []
     for i, (_, test_folds) in enumerate(folds):
@@ -166,7 +166,8 @@ def _head(args: argparse.Namespace) -> dict:
 
 
 def backbone(name: str | None) -> str | YAMNet | None:
-    """What ``Detector(features=...)`` takes. Raises InputError for no file of weights."""
+    """What ``Detector(features=...)`` takes. Raises InputError for no file of weights, ImportError
+    without onnx for a graph."""
     return name if name in (None, "yamnet") else YAMNet(name)
 
 

@@ -1,8 +1,9 @@
 """What an evaluation of clips looks like: pictures of single clips, and one HTML page with players.
 
 A clip's picture has its spectrogram, what each band has in the score over time, and the score over
-time itself, on one axis. Colours mean the same for every clip of one detector, unless one is so far
-from normal that it would be all of the strongest: its own largest value is the end of its scale.
+time itself, on one axis. A map's colours mean the same for every clip of one detector, unless one
+is so far from normal that it would be all of the strongest: its own largest value is the end of its
+scale.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from . import report
-from .data.audio import read_audio
+from .data.audio import extended, read_audio
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -74,18 +75,19 @@ def tables(metrics: dict) -> Iterator[tuple[list[str], list[list[str]]]]:
         yield ["section", "AUROC source", "AUROC target", "pAUC"], rows
 
 
-def clip_figure(detector: Detector, wave: torch.Tensor, map_: np.ndarray) -> Figure:
+def clip_figure(detector: Detector, wave: np.ndarray, map_: np.ndarray) -> Figure:
     """Spectrogram, map and curve of one clip.
 
-    wave: (samples,) as ``data.audio.Clips`` gives it. map_: (n_mels,steps) from its score.
+    wave: (samples,) as ``data.audio.read_audio`` gives it. map_: (n_mels,steps) from its score.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     config = detector.config
     logmel = detector.model.representation.logmel
+    whole = torch.from_numpy(extended(wave, config.window_samples, config.step_samples))
     with torch.inference_mode():
-        spectrogram = logmel(wave[None].to(detector.device))[0].cpu().numpy()
+        spectrogram = logmel(whole[None].to(detector.device))[0].cpu().numpy()
     map_ = map_[:, ~np.isnan(map_[0])]
     step = config.step_samples / config.sample_rate
     seconds = map_.shape[1] * step
@@ -169,8 +171,10 @@ def _page(detector: Detector, evaluation: AudioEvaluation) -> str:
         "</div>",
         "<h2>Clips</h2>",
         "<p class='note'>Each: the spectrogram, the share of every mel band in the score over time "
-        "(the mean over the windows at that time), and their sum. Colours mean the same everywhere "
-        f"on this page. Of clips longer than {_HEARD_SECONDS} s the beginning is to be heard.</p>",
+        "(the mean over the windows at that time), and their sum. Colours of shares mean the same "
+        "everywhere on this page, but where a clip's largest share is beyond their scale; those of "
+        "spectrograms go from a clip's loudest band down by 80 dB. Of clips longer than "
+        f"{_HEARD_SECONDS} s the beginning is to be heard.</p>",
         *_cases(detector, evaluation),
         "</body></html>",
     ]
@@ -198,12 +202,11 @@ def _cases(detector: Detector, evaluation: AudioEvaluation) -> Iterator[str]:
 
 def _case(detector: Detector, evaluation: AudioEvaluation, i: int) -> str:
     clip, score = evaluation.clips[i], evaluation.score
-    wave = next(detector.open([clip.path], strict=True).batches(1)).x[0]
+    rate = detector.config.sample_rate
+    wave = read_audio(clip.path, rate)
     picture = png(clip_figure(detector, wave, score.map[i]))
     caption = html.escape(report.caption(evaluation, i, clip.kind, clip.path))
-    rate = detector.config.sample_rate
-    heard = read_audio(clip.path, rate)[: _HEARD_SECONDS * rate]  # without what makes windows whole
-    sound = base64.b64encode(_wav(heard, rate)).decode()
+    sound = base64.b64encode(_wav(wave[: _HEARD_SECONDS * rate], rate)).decode()
     return (
         f"<figure><div>{report._img(picture, 'spectrogram, anomaly map and score over time')}</div>"
         f"<audio controls preload='none' src='data:audio/wav;base64,{sound}'></audio>"

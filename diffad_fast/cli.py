@@ -272,7 +272,7 @@ def _write_maps(
     from .audio_report import clip_figure, png
 
     target = _targets(root, folder)
-    for path, wave, map_ in zip(part.paths, x, part.map, strict=True):
+    for path, wave, map_ in zip(part.paths, x.numpy(), part.map, strict=True):
         target(path).write_bytes(png(clip_figure(detector, wave, map_)))
 
 

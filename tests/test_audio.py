@@ -316,7 +316,7 @@ def test_figures_of_dcase(monkeypatch):
 
 def test_picture_and_report(detector, clips, tmp_path):
     out = detector.score([hum(1), hum(2, 3.0)])
-    figure = audio_report.clip_figure(detector, torch.from_numpy(hum(1)), out.map[0])
+    figure = audio_report.clip_figure(detector, hum(1), out.map[0])
     shown = figure.axes[1].images[0].get_array()
     width = detector.score(hum(1)).map.shape[2]  # without the filling up to the longer clip
     assert np.allclose(shown, out.map[0, :, :width])
@@ -325,6 +325,20 @@ def test_picture_and_report(detector, clips, tmp_path):
     assert page.count("<audio controls") == page.count("spectrogram, anomaly map and score") == 4
     assert "data:audio/wav;base64,UklGR" in page and "whistle/0.wav" in page
     assert "http" not in page
+
+
+def test_one_of_many_short_clips_is_named_and_pictures_name_none(detector, tmp_path, capsys):
+    (tmp_path / "test" / "normal").mkdir(parents=True)
+    for i in range(4):
+        soundfile.write(tmp_path / "test" / "normal" / f"{i}.wav", hum(i, 0.2), RATE)
+    detector.save(tmp_path / "m.diffad")
+    for command in (
+        ["score", str(tmp_path / "m.diffad"), str(tmp_path / "test"), "--out", str(tmp_path / "o")],
+        ["evaluate", str(tmp_path / "m.diffad"), str(tmp_path), "--report", str(tmp_path / "r")],
+    ):
+        assert cli.main(command) == 0
+        assert capsys.readouterr().err.count("is repeated to fill it") == 1
+    assert len(list((tmp_path / "o" / "heatmaps").rglob("*.png"))) == 4
 
 
 def test_command_line(clips, tmp_path, capsys):
@@ -467,6 +481,8 @@ def test_what_a_stream_refuses(detector):
     stream.push(np.zeros((512, 2), np.float32))
     with pytest.raises(InputError, match="has 1 channels and those before had 2"):
         stream.push(np.zeros(512, np.float32))
+    with pytest.raises(InputError, match=r"the chunk is a tuple: give an array or a tensor\."):
+        stream.push((np.zeros(512, np.float32), RATE))
 
 
 def test_the_level_is_taken_off():

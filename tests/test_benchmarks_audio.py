@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import statistics
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -334,7 +335,7 @@ def test_a_fold_needs_normal_clips_and_others(root):
             audio.both_kinds(some, "siren", [3])
 
 
-def test_what_is_missing_is_said_before_any_training(root, tmp_path, capsys):
+def test_what_is_missing_is_said_before_any_training(root, tmp_path, monkeypatch, capsys):
     few = ["--data", str(root), "--normal", "siren", "--test-folds", "11"]
     for wrong, message in (
         (few, "there is no fold 11"),
@@ -344,6 +345,12 @@ def test_what_is_missing_is_said_before_any_training(root, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             audio.main(wrong)
         assert stopped.value.code == 2 and message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    (tmp_path / "yamnet.onnx").touch()
+    for fold in ([], ["--within", "1"]):
+        with pytest.raises(SystemExit):
+            audio.main(["--data", str(root), "--features", str(tmp_path / "yamnet.onnx"), *fold])
+        assert "this integration needs onnx" in capsys.readouterr().err
 
 
 def test_repeats():

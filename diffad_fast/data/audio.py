@@ -199,8 +199,10 @@ def read_blocks(
         raise InputError(
             f"{path} cannot be read ({error.strerror}): check the path and its permissions."
         ) from error
+    fault = "is not a recording that libsndfile can read"
     try:
         with soundfile.SoundFile(path if source is None else source) as file:
+            fault = "is damaged or cut off"
             own, channels, frames = file.samplerate, file.channels, file.frames
             counted, read = frames < _UNCOUNTED, 0
             if not counted and source is None:
@@ -236,10 +238,7 @@ def read_blocks(
         why = error.error_string
         if "does not exist" in why:  # libsndfile's reason for what no decoder of MP3 knows
             why = "Format not recognised."
-        raise InputError(
-            f"{path} is not a recording that libsndfile can read ({why}): convert, replace or "
-            "remove it."
-        ) from None
+        raise InputError(f"{path} {fault} ({why}): convert, replace or remove it.") from None
 
 
 def _check_length(path: str) -> None:
@@ -446,7 +445,8 @@ def as_mono(wave, name: str, *, channels_last: bool = False) -> np.ndarray:
         wave = (wave.float() if wave.dtype == torch.bfloat16 else wave).numpy()
     if not isinstance(wave, np.ndarray):
         raise InputError(
-            f"{name} is a {type(wave).__name__}: give an array, a tensor, or a pair (wave, rate)."
+            f"{name} is a {type(wave).__name__}: give an array or a tensor"
+            + ("." if channels_last else ", or a pair (wave, rate).")
         )
     if wave.ndim not in (1, 2):
         raise InputError(f"{name} has shape {wave.shape}: a wave has (samples,) or channels too.")
