@@ -480,7 +480,7 @@ class DetectorConfig:
 
     def _check_audio(self) -> None:
         _range("sample_rate", self.sample_rate, 1000, 768000)
-        _range("n_fft", self.n_fft, 16, self.sample_rate)
+        _range("n_fft", self.n_fft, 32, self.sample_rate)
         _range("hop", self.hop, 1, self.n_fft)
         _range("n_mels", self.n_mels, 16, self.n_fft // 2)
         if self.fmax is None:

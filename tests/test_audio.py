@@ -414,6 +414,7 @@ def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):
     [
         ({"n_mels": 40}, "multiple of 16"),
         ({"n_fft": 1025}, "n_fft is 1025.*even"),
+        ({"n_fft": 30, "hop": 8}, "n_fft must be a number from 32"),
         ({"window_frames": 100}, "power of two"),
         ({"window_frames": 64, "window_step": 24}, "does not divide"),
         ({"denoiser": "unet-tiny"}, "audio needs 'token-mlp'"),

@@ -201,7 +201,8 @@ def read_blocks(
         ) from error
     fault = "is not a recording that libsndfile can read"
     try:
-        with soundfile.SoundFile(path if source is None else source) as file:
+        # As bytes: soundfile takes no name that is not UTF-8 otherwise.
+        with soundfile.SoundFile(os.fsencode(path) if source is None else source) as file:
             fault = "is damaged or cut off"
             own, channels, frames = file.samplerate, file.channels, file.frames
             counted, read = frames < _UNCOUNTED, 0

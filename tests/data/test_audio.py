@@ -119,6 +119,14 @@ def test_names_may_be_bytes(tmp_path):
         assert opened(source).paths == [path]
 
 
+def test_names_need_not_be_utf8(tmp_path):
+    path = save(tmp_path / "a.wav", tone())
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.wav")
+    shutil.copy(path, odd)
+    assert np.array_equal(read_audio(odd, RATE), read_audio(path, RATE))
+    assert opened(tmp_path).load() == [0, 1]
+
+
 def test_lengths_are_whole_windows():
     ramp = np.arange(10_000, dtype=np.float32) / 10_000
     for length, expected in ((4000, 4000), (4001, 5000), (5000, 5000), (9999, 10_000)):
