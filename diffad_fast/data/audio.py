@@ -253,7 +253,7 @@ def _check_length(path: str) -> None:
     said = sum(struct.unpack_from(form, head, place)) + outside
     # Who writes to a pipe does not know the length, and puts 0 or the largest number there, some
     # with a sign. Others count a last byte that makes the length even, and leave it out.
-    largest = 0x7FFF_0000 if form[-1] == "I" else 1 << 62
+    largest = 0x7F00_0000 if form[-1] == "I" else 1 << 62
     if size + 1 < said < largest:
         raise InputError(f"{path} is cut off: it has {size} of {said} bytes; replace or remove it.")
 

@@ -418,6 +418,16 @@ def test_other_files_that_were_cut_off(tmp_path, form, options):
             read_audio(str(path), RATE)
 
 
+def test_an_aiff_file_from_a_pipe_is_read(tmp_path):
+    path = Path(save(tmp_path / "piped.aiff", tone(), subtype="PCM_16"))
+    content, most = bytearray(path.read_bytes()), 0x7F00_0000  # what SoX puts there
+    frames, sound = content.index(b"COMM") + 10, content.index(b"SSND") + 4
+    for place, value in ((4, most + 46), (frames, most // 2), (sound, most + 8)):
+        content[place : place + 4] = value.to_bytes(4, "big")
+    path.write_bytes(content)
+    assert len(read_audio(str(path), RATE)) == RATE
+
+
 @pytest.mark.parametrize("rate_of_bits", ["CONSTANT", "VARIABLE"])
 @pytest.mark.parametrize("louder", [slice(0, 10), slice(10, 20)])
 def test_an_mp3_file_without_a_count_is_read_to_its_end(tmp_path, rate_of_bits, louder):
