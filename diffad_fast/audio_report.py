@@ -78,7 +78,8 @@ def tables(metrics: dict) -> Iterator[tuple[list[str], list[list[str]]]]:
 def clip_figure(detector: Detector, wave: np.ndarray, map_: np.ndarray) -> Figure:
     """Spectrogram, map and curve of one clip.
 
-    wave: (samples,) as ``data.audio.read_audio`` gives it. map_: (n_mels,steps) from its score.
+    wave: (samples,) at the detector's rate, as it was read or as it was scored. map_:
+    (n_mels,steps) from its score.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
