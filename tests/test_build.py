@@ -12,6 +12,7 @@ import torch
 
 import diffad_fast
 from diffad_fast import native
+from diffad_fast.version import digest_of_sources
 
 ROOT = Path(__file__).parents[1]
 
@@ -220,9 +221,9 @@ def test_a_library_that_does_not_load_is_reported(tmp_path):
 
 @pytest.mark.native
 def test_a_library_of_other_sources_is_reported(tmp_path):
-    """An edited, a new and a renamed source are noticed; the same sources elsewhere are not."""
     shutil.copytree(Path(diffad_fast.__file__).parent, tmp_path / "diffad_fast")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert digest_of_sources(tmp_path / "csrc") == native.build_info()["sources"]
 
     def warned() -> bool:
         done = python("-c", NO_EDITABLE + "import diffad_fast.ops", cwd=tmp_path)
@@ -232,20 +233,27 @@ def test_a_library_of_other_sources_is_reported(tmp_path):
         return told
 
     assert not warned()
-    schema = tmp_path / "csrc" / "ops.cpp"
-    was = schema.read_text()
-    schema.write_text(was.replace("int level", "int depth"))
-    assert warned()
-    schema.write_text(was)
-    assert not warned()
-    header = tmp_path / "csrc" / "common" / "haar.h"
-    header.rename(header.with_name("new.h"))
-    assert warned()
-    header.with_name("new.h").rename(header)
-    (tmp_path / "csrc" / "new.cu").touch()
+    schemas = tmp_path / "csrc" / "ops.cpp"
+    schemas.write_text(schemas.read_text().replace("int level", "int depth"))
     assert warned()
     shutil.rmtree(tmp_path / "csrc")
     assert not warned()
+
+
+def test_sources_have_another_digest_when_edited_renamed_or_added(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    header = tmp_path / "cpu" / "a.h"
+    header.write_text("1")
+    digests = [digest_of_sources(tmp_path)]
+    header.write_text("2")
+    digests.append(digest_of_sources(tmp_path))
+    header = header.rename(tmp_path / "cpu" / "b.h")
+    digests.append(digest_of_sources(tmp_path))
+    (tmp_path / "new.cu").touch()
+    digests.append(digest_of_sources(tmp_path))
+    assert len(set(digests)) == 4
+    (tmp_path / "notes.txt").touch()
+    assert digest_of_sources(tmp_path) == digests[-1]
 
 
 def test_import_is_light():
