@@ -110,8 +110,10 @@ class Stream:
             maps.append(map_[:, :, 0])
             done = count * self._step
             self._past = self._buffer[done - self._step : done].copy()
-            self._buffer = self._buffer[done:].copy()
+            self._buffer = self._buffer[done:]
             self._scored += count
+        if scores:  # once, and not in the loop: a chunk may be a recording of hours
+            self._buffer = self._buffer.copy()
         number = np.arange(first, self._scored)
         n_mels = self._detector.config.n_mels
         return StreamScores(
