@@ -333,10 +333,14 @@ class DetectorConfig:
             raise InputError("vectors are features themselves: leave out features")
         read = "features" in self.tokens
         if self.kind == "image" and on_tokens and read != (self.features is not None):
+            what = (
+                "pass features=module, or the name of a timm model, for the token source 'features'"
+                if read
+                else "of images, only tokens=('features',) and U-Nets (denoiser='unet-small') read "
+                "features: choose one of these, or leave features out"
+            )
             raise InputError(
-                f"tokens={self.tokens!r} and features={self.features!r} do not go together: of "
-                "images, tokens=('features',) and U-Nets (denoiser='unet-small') read features, a "
-                "module or the name of a timm model, and nothing else does"
+                f"tokens={self.tokens!r} and features={self.features!r} do not go together: {what}"
             )
         self._check_training()
         if self.overlap is not None:

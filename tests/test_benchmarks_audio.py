@@ -339,7 +339,7 @@ def test_what_is_missing_is_said_before_any_training(root, tmp_path, monkeypatch
     few = ["--data", str(root), "--normal", "siren", "--test-folds", "11"]
     for wrong, message in (
         (few, "there is no fold 11"),
-        ([*few[:3], "whistle", *few[4:5], "2"], "the normal class is 'whistle'"),
+        ([*few[:3], "whistle", *few[4:5], "2"], "its normal class is 'whistle'"),
         ([*few[:1], str(tmp_path / "nowhere")], "is not a folder"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -2,7 +2,7 @@
 //   a = low[y][x]   b = low[y][x+s]   c = low[y+s][x]   d = low[y+s][x+s]
 // of the low band below: their sum is the next low band, the differences of rows, of columns and of
 // both are the three bands of the level. A coefficient so found stands over the 2^l pixels from its
-// own on, and belongs to the one in their middle, s further down and to the right.
+// own on, and is given to the one s further down and to the right, half a pixel off their middle.
 //
 // A block of rows of cells stays in the cache for all levels, with what the coarsest band reaches
 // beyond it. The low band replaces the one below in place: rows and columns are taken upwards, and
