@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "idwt2d(Tensor a, Tensor h, Tensor v, Tensor d, Tensor filters, int border, SymInt "
       "height, SymInt width) -> Tensor");
   m.def("log_mel(Tensor waves, Tensor window, Tensor filters, int hop) -> Tensor");
+  m.def("nearest_distances(Tensor x, Tensor sample, int count) -> Tensor");
   m.def(
       "noised_velocity(Tensor x0, Tensor t, Tensor noise, Tensor alphas_cumprod, float snr_limit) "
       "-> (Tensor x_t, Tensor velocity, Tensor weight)");

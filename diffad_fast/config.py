@@ -417,8 +417,9 @@ class DetectorConfig:
         if self.learning_rate is not None:
             _range("learning_rate", self.learning_rate, 1e-9, 1.0)
         _range("ema_decay", self.ema_decay, 0.0, 1.0)
-        for name in ("weight_decay", "gradient_clip", "snr_limit"):
+        for name in ("weight_decay", "gradient_clip"):
             _range(name, getattr(self, name), 0.0, math.inf)
+        _range("snr_limit", self.snr_limit, 1e-3, math.inf)
         for name in ("validation_share", "statistics_share", "conformal_share"):
             _range(name, getattr(self, name), 0.01, 0.9)
         held_out = self.validation_share + self.statistics_share + self.conformal_share

@@ -80,10 +80,13 @@ class Trajectory(NamedTuple):
 def evaluating(*modules: nn.Module | None) -> Iterator[None]:
     """All of them in evaluation mode, and each part in its own again afterwards: somebody else may
     be at work on modules that were handed over."""
-    parts = [part for module in modules if module is not None for part in module.modules()]
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.training = False
+    left, training = [module for module in modules if module is not None], []
+    while left:  # Module.modules() takes ten times as long: a tenth of the score of a row
+        part = left.pop()
+        left += [child for child in part._modules.values() if child is not None]
+        if part.training:
+            part.training = False
+            training.append(part)
     try:
         yield
     finally:
@@ -293,8 +296,8 @@ class Detector:
             config = config.replace(train_budget=budget)
         samples = self._open(self._normal(source), strict)
         usable = samples.load()
-        if self.config.kind == "vector" and samples.coarse:
-            raise InputError(samples.coarse)
+        if self.config.kind == "vector" and (coarse := samples.coarse()):
+            raise InputError(coarse)
         if self.config.kind == "vector" and samples.labels is not None and samples.labels.any():
             raise InputError(
                 f"the table labels {int(samples.labels.astype(bool).sum())} of {len(samples)} rows "
@@ -474,12 +477,14 @@ class Detector:
 
     def _open(self, source, strict: bool) -> Images | Clips | Vectors:
         """The same for what the detector is to be fitted on, whatever it was fitted on before."""
-        config = self.config
-        size, smallest = config.image_size, (config.stride, config.stride)
-        if config.overlap is not None:
-            size, smallest = None, config.image_size
-        clip = config.sample_rate, config.window_samples, config.step_samples
-        shape = {"image": (size, config.channels), "audio": clip, "vector": ()}[config.kind]
+        config, shape = self.config, ()
+        if config.kind == "image":
+            size, smallest = config.image_size, (config.stride, config.stride)
+            if config.overlap is not None:
+                size, smallest = None, config.image_size
+            shape = size, config.channels
+        elif config.kind == "audio":
+            shape = config.sample_rate, config.window_samples, config.step_samples
         if isinstance(source, _OPENED):
             if source.opened_as != (config.kind, *shape):
                 raise InputError(
@@ -490,7 +495,7 @@ class Detector:
         if config.kind == "vector":
             return open_vectors(source)
         if config.kind == "audio":
-            return open_audio(source, *clip, highest=config.fmax, strict=strict)
+            return open_audio(source, *shape, highest=config.fmax, strict=strict)
         return open_images(source, *shape, strict=strict, smallest=smallest)
 
     # -------------------------------------------------------------- score

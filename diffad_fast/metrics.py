@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
+from numbers import Real
 
 import numpy as np
 import torch
@@ -165,8 +166,8 @@ class _Counts:
 
 
 def _check_max_fpr(max_fpr: float) -> None:
-    if not 0.0 < max_fpr <= 1.0:
-        raise InputError(f"max_fpr is {max_fpr}: give a false-positive rate in (0, 1].")
+    if not isinstance(max_fpr, Real) or not 0.0 < max_fpr <= 1.0:
+        raise InputError(f"max_fpr is {max_fpr!r}: give a false-positive rate in (0, 1].")
 
 
 def _flat_pairs(labels, scores) -> Iterator[tuple[np.ndarray, np.ndarray]]:

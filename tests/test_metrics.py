@@ -215,7 +215,7 @@ def test_other_bad_input():
         metrics.auroc([0, 1], ["a", "b"])
     with pytest.raises(InputError, match="labels hold NaN"):
         metrics.auroc([0.0, np.nan], [0.0, 1.0])
-    for max_fpr in (0.0, 1.5, float("nan")):
+    for max_fpr in (0.0, 1.5, float("nan"), "a", None):
         with pytest.raises(InputError, match="max_fpr"):
             metrics.aupro(masks, maps, max_fpr)
         with pytest.raises(InputError, match="max_fpr"):

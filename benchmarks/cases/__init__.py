@@ -13,7 +13,7 @@ from ..case import Case
 
 OPERATORS = (
     "haar", "wavelet", "attention", "norm", "conv", "noise", "diffusion", "token_mlp", "energies",
-    "spectrogram", "maps", "detector",
+    "spectrogram", "neighbours", "maps", "detector",
 )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def _control(name: str, model, samples, indices):
     copied.distances = nn.ModuleList()
     forms = dict(zip(copied.denoisers, _forms(name, copied, banks), strict=True))
     copied._loop = forms.get
-    copied._evaluate = lambda tokens, rows, form: [form(rows)]
+    copied._evaluate = lambda tokens, rows, form: form(rows)[None]
     copied.use(None)
     return copied
 

@@ -424,8 +424,7 @@ def check_no_test(root: str, samples: str) -> None:
 
     samples: what the detector sees, in the plural.
     """
-    for folder, below, _ in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    for folder, below, _ in _visible(root):
         for name in below:
             if name in _TEST_FOLDERS:
                 raise InputError(
@@ -756,16 +755,33 @@ def _image_files(source: str) -> list[str]:
     return found
 
 
+def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As ``os.walk``, in order, without hidden folders. Links to folders are followed; a folder
+    that is reached in several ways is seen once."""
+    seen = {os.path.realpath(root)}
+    for folder, below, names in os.walk(root, followlinks=True):
+        fresh = []
+        # Links last, so that a folder has its own name.
+        links = [(os.path.islink(os.path.join(folder, name)), name) for name in below]
+        for _, name in sorted(links):
+            place = os.path.realpath(os.path.join(folder, name))
+            if not name.startswith(".") and place not in seen:
+                seen.add(place)
+                fresh.append(name)
+        below[:] = fresh
+        yield folder, below, names
+
+
 def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     """``source`` itself if it is a file, else the files below it whose bare names are wanted,
-    sorted; hidden folders are left out. Raises InputError if it is neither file nor folder."""
+    sorted; hidden folders are left out, links to folders followed. Raises InputError if it is
+    neither file nor folder."""
     if os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
         raise InputError(f"{source} is no file or folder: check the path.")
     found = []
-    for folder, below, names in os.walk(source):
-        below[:] = [name for name in below if not name.startswith(".")]
+    for folder, _, names in _visible(source):
         found += [os.path.join(folder, name) for name in names if wanted(name)]
     # Not pipes and devices, which would be waited for; broken links are named when they are read.
     return sorted(path for path in found if os.path.isfile(path) or os.path.islink(path))

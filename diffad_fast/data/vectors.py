@@ -36,14 +36,12 @@ class Vectors:
         self,
         rows: np.ndarray,
         labels: np.ndarray | None = None,
-        coarse: str = "",
         columns: list[str] | None = None,
+        name: str = "the table",
     ):
-        self.rows, self.labels = rows, labels
+        self.rows, self.labels, self.name = rows, labels, name
         self.columns = columns
         """The names of the D columns; None where the source has none."""
-        self.coarse = coarse
-        """Why nothing can be fitted on these rows in float32; "" where it can."""
         self.skipped: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
@@ -81,7 +79,23 @@ class Vectors:
             )
         place = {name: i for i, name in enumerate(self.columns)}
         rows = np.ascontiguousarray(self.rows[:, [place[name] for name in columns]])
-        return Vectors(rows, self.labels, self.coarse, columns)
+        return Vectors(rows, self.labels, columns, self.name)
+
+    def coarse(self) -> str:
+        """Why nothing can be fitted on these rows: the column, if there is one, whose differences
+        float32 cannot hold beside its offset; "" where there is none."""
+        some = self.rows[:: -(-len(self.rows) // SAMPLE)].astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            deviation, largest = some.std(axis=0), np.abs(some).max(axis=0)
+            # A constant column loses nothing, whatever its rounded deviation is.
+            lost = (some.min(axis=0) < some.max(axis=0)) & (deviation < SMALLEST_SHARE * largest)
+        if not lost.any():
+            return ""
+        column = int(lost.argmax())
+        return (
+            f"column {column} of {self.name} has values up to {largest[column]:.6g} that differ by "
+            f"{deviation[column]:.3g}, too little for float32: subtract an offset first"
+        )
 
     def batches(self, batch_size: int, indices: Iterable[int] | None = None) -> Iterator[Batch]:
         """Batches of rows in the order of ``indices`` (default: all, in order)."""
@@ -135,7 +149,6 @@ def open_vectors(source) -> Vectors:
         raise InputError(f"{name} is not a table of numbers: {wrong}")
     if 0 in rows.shape:
         raise InputError(f"{name} of shape {rows.shape} is empty: give at least one row and column")
-    coarse = _coarse(rows, name)
     for first in range(0, len(rows), CHECKED):
         part = _float32(rows[first : first + CHECKED])
         bad = ~np.isfinite(part)
@@ -154,7 +167,7 @@ def open_vectors(source) -> Vectors:
                 "normal row and 1 for an anomaly"
             )
         labels = labels.astype(np.int64)
-    return Vectors(rows, labels, coarse, columns)
+    return Vectors(rows, labels, columns, name)
 
 
 def _float32(rows: np.ndarray) -> np.ndarray:
@@ -199,22 +212,6 @@ def _has_times(source, rows: np.ndarray) -> bool:
     if rows.dtype.kind == "O":
         return any(isinstance(x, (np.datetime64, np.timedelta64)) for x in rows.flat)
     return rows.dtype.kind in "mM"
-
-
-def _coarse(rows: np.ndarray, name: str) -> str:
-    """The column, if there is one, whose differences float32 cannot hold beside its offset."""
-    some = rows[:: -(-len(rows) // SAMPLE)].astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        deviation, largest = some.std(axis=0), np.abs(some).max(axis=0)
-        # A constant column loses nothing, whatever its rounded deviation is.
-        lost = (some.min(axis=0) < some.max(axis=0)) & (deviation < SMALLEST_SHARE * largest)
-    if not lost.any():
-        return ""
-    column = int(lost.argmax())
-    return (
-        f"column {column} of {name} has values up to {largest[column]:.6g} that differ by "
-        f"{deviation[column]:.3g}, too little for float32: subtract an offset first"
-    )
 
 
 def _read(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:

@@ -22,7 +22,7 @@ from ..training.augment import augmented
 from ..training.loop import History, TrainingCheckpoint
 from ..training.tokens import SIGMA_RANGE, fit_tokens
 from .coefficients import restore_buffers
-from .fusion import fuse, resized
+from .fusion import resized, standards, top_mean, weighted
 
 # Windows of large images that are scored together.
 WINDOWS = 32
@@ -187,6 +187,9 @@ class TokenModel(nn.Module):
     def use(self, statistics: list[MapStatistics] | None) -> None:
         """Standardise the maps of the configuration's mode by ``statistics`` from now on."""
         self.statistics = statistics
+        self._standards = None
+        if statistics is not None:
+            self._standards = standards(statistics, self._weights(len(statistics)))
         self._steps = self._reverse_steps(self.config.mode)
         self._loops: list[tuple] | None = None
         self._scoring = Graphed(self._score, [self])
@@ -207,15 +210,16 @@ class TokenModel(nn.Module):
     statistics_smoothing = 1.0
     """Deviation of the Gaussian for statistics per position, in cells."""
 
-    def raw_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Maps (N,h,w) of every source of tokens, on the finest grid, smoothed, not standardised.
+    def raw_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (K,N,h,w) of every source of tokens, on the finest grid, smoothed, not standardised.
 
         They are logarithms of distances: what multiplies all of them in an image adds to these, and
         their spread among normals is near a Gaussian's.
         """
-        return joined(self._raw_maps(part) for part in self._seen(x.to(self.device)))
+        parts = [self._raw_maps(part) for part in self._seen(x.to(self.device))]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def _raw_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def _raw_maps(self, x: torch.Tensor) -> torch.Tensor:
         grids = self.representation.encode(x)
         finest = max((grid.shape[1:3] for grid in grids), key=lambda s: s[0] * s[1])
         smoothing = 0.0
@@ -224,28 +228,29 @@ class TokenModel(nn.Module):
         maps = []
         for i, (tokens, loop) in enumerate(zip(grids, self._prepared(), strict=True)):
             rows = tokens.flatten(0, 2)
-            found = self._evaluate(tokens, rows, loop)
+            numbers = self._evaluate(tokens, rows, loop)
             if self.distances:
-                found.append(self._semantic(i, x, rows))
-            size = tokens.shape[1:3]
-            for map_ in found:
-                map_ = log_distance(map_).reshape(tokens.shape[:3])
-                map_ = resized(map_, finest)
-                if min(size) > SMALLEST_SMOOTHED:
-                    map_ = self._smoothed(map_, smoothing)
-                maps.append(map_)
-        return maps
+                numbers = torch.cat([numbers, self._semantic(i, x, rows)[None]])
+            found = log_distance(numbers).reshape(-1, *tokens.shape[1:3])
+            found = resized(found, finest)
+            if min(tokens.shape[1:3]) > SMALLEST_SMOOTHED:
+                found = self._smoothed(found, smoothing)
+            maps.append(found.unflatten(0, (len(numbers), -1)))
+        return torch.cat(maps) if len(maps) > 1 else maps[0]
 
     def score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(map, score (N,)) of raw inputs; the map (N,H,W) of images, (N,n_mels,steps) of clips,
         (N,1,1) of vectors."""
         return self._scoring(x.to(self.device))
 
-    def _weights(self, own: int) -> list[float]:
-        """Those of the ``own`` maps of one source of tokens."""
+    def _weights(self, count: int) -> list[float]:
+        """Those of so many maps of all sources of tokens."""
+        own = count // len(self.denoisers)
         if self.distances:
-            return [1 / (own - 1)] * (own - 1) + [self.config.semantic_weight]
-        return [1.0] * own
+            weights = [1 / (own - 1)] * (own - 1) + [self.config.semantic_weight]
+        else:
+            weights = [1.0] * own
+        return weights * len(self.denoisers)
 
     def _score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
@@ -253,9 +258,8 @@ class TokenModel(nn.Module):
             return self._score_audio(x)
         if config.overlap is not None and tuple(x.shape[2:]) != config.image_size:
             return self._score_windows(x)
-        maps = self._raw_maps(x)
-        weights = self._weights(len(maps) // len(self.denoisers)) * len(self.denoisers)
-        map_, score = fuse(maps, self.statistics, weights, 0.0, config.top_fraction)
+        map_ = weighted(self._raw_maps(x), *self._standards)
+        score = top_mean(map_, config.top_fraction)
         if config.kind == "image":
             map_ = self._upsampled(map_, x.shape[2:])
         return map_, score
@@ -371,11 +375,13 @@ class TokenModel(nn.Module):
         start = self.schedule.timestep(config.start_sigma)
         return self.schedule.reverse_steps(start, config.reverse_steps)
 
-    def _evaluate(self, tokens: torch.Tensor, rows: torch.Tensor, loop: tuple) -> list:
-        """The mode's numbers (M,), each for rows (M,dim) = tokens (N,h,w,dim)."""
+    def _evaluate(self, tokens: torch.Tensor, rows: torch.Tensor, loop: tuple) -> torch.Tensor:
+        """The mode's numbers (K,M), K for each of rows (M,dim) = tokens (N,h,w,dim)."""
         if self.config.mode == "one_step":
-            return list(ops.token_mlp_loop(rows, *loop)[1].unbind(dim=1))
-        return [r.square().mean(dim=1) for r in self._residuals(tokens, rows, loop)]
+            return ops.token_mlp_loop(rows, *loop)[1].T
+        return torch.stack(
+            [r.square().mean(dim=1) for r in self._residuals(tokens, rows, loop)]
+        )
 
     def _residuals(self, tokens: torch.Tensor, rows: torch.Tensor, loop: tuple) -> list:
         """The vectors (M,dim) whose mean squares are the mode's numbers."""

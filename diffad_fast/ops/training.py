@@ -65,7 +65,8 @@ def noised_target(x0, t, noise, alphas_cumprod, prediction_type="v_prediction", 
     """Noised samples, what the network shall say of them, and the weights of its errors.
 
     x0, t, noise, alphas_cumprod: as for :func:`q_sample`. prediction_type: "epsilon", "sample" or
-    "v_prediction". snr_limit: where min-SNR weighting stops following the signal-to-noise ratio.
+    "v_prediction". snr_limit: where min-SNR weighting stops following the signal-to-noise ratio,
+    at least 0.001.
 
     Returns (x_t, target, weight): x_t as from :func:`q_sample`; target, of its shape and dtype,
     the noise, x0 (possibly the argument itself) or the velocity
@@ -88,7 +89,7 @@ def check_target(prediction_type, snr_limit):
         raise ValueError(
             f"unknown prediction_type {prediction_type!r}: choose {', '.join(PREDICTION_TYPES)}"
         )
-    return checks.number("snr_limit", snr_limit, 0.0)
+    return checks.number("snr_limit", snr_limit, 1e-3)
 
 
 def weighted_mse(prediction, target, weight):

@@ -11,6 +11,7 @@ from .energies import band_energies
 from .finish import Finish, ddim_finish
 from .haar import haar_pack, haar_unpack
 from .maps import anomaly_map
+from .neighbours import nearest_distances
 from .noise import philox4x32, philox_normal
 from .norm import group_norm_silu
 from .packet import noised_packet, standardised_packet
@@ -33,6 +34,7 @@ __all__ = [
     "haar_unpack",
     "idwt2d",
     "log_mel",
+    "nearest_distances",
     "noised_packet",
     "noised_target",
     "philox4x32",

@@ -715,6 +715,23 @@ def test_a_pipe_is_no_file(tmp_path):
     assert [os.path.basename(path) for path in found] == ["a.png", "lost.png"]
 
 
+def test_links_to_folders_are_followed_and_each_folder_is_seen_once(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (data / "own", data / ".hidden", elsewhere / "good"):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(b"")
+    (data / "a link").symlink_to(data / "own")  # the folder's own name stays
+    (data / "more").symlink_to(elsewhere)
+    (data / "again").symlink_to(elsewhere / "good")
+    (data / "own" / "up").symlink_to(data)
+    (data / ".hidden too").symlink_to(elsewhere)
+    found = module.files_below(str(data), lambda name: name.endswith(".png"))
+    assert [os.path.relpath(path, data) for path in found] == ["again/a.png", "own/a.png"]
+    (elsewhere / "test").mkdir()
+    with pytest.raises(InputError, match="data/more/test lies in"):
+        module.check_no_test(str(data), "images")
+
+
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 def test_a_turned_tiff_and_its_mask(tmp_path, compression):
     """Pillow turns some of them while it reads the pixels, and maps others as they lie."""

@@ -334,6 +334,19 @@ void spectrograms() {
   }
 }
 
+void neighbours() {
+  for (const auto& [rows, size, samples, count] : std::vector<std::array<int64_t, 4>>{
+           {1, 1, 1, 1}, {50, 17, 33, 5}, {13, 40, 7, 7}, {97, 3, 200, 64}}) {
+    const Tensor x = random({rows, 2 * size}), sample = random({samples, size});
+    for (const Tensor& some : {x.slice(1, 0, size), x.slice(1, 0, 2 * size, 2)}) {
+      const Tensor found = call("nearest_distances", {some, sample, count})[0];
+      const Tensor all = (some.to(at::kDouble).unsqueeze(1) - sample.to(at::kDouble)).norm(2, 2);
+      const Tensor expected = std::get<0>(all.sort(1)).slice(1, 0, count);
+      expect(found, expected, 1e-12, "nearest_distances: wrong");
+    }
+  }
+}
+
 void convolution() {
   if (dtype != at::kFloat) return;  // it is written for that alone
   for (const auto& [n, inputs, outputs, height, width] : std::vector<std::array<int64_t, 5>>{
@@ -378,6 +391,7 @@ int main(int argc, char** argv) {
       {"anomaly_map", maps},
       {"band_energies", energies},
       {"log_mel", spectrograms},
+      {"nearest_distances", neighbours},
       {"conv3x3 conv3x3_pack conv3x3_weight_gradient", convolution},
   };
   std::string covered = " cpu_isa ";

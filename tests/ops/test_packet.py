@@ -161,7 +161,7 @@ def test_gradients(backend):
         ({"t": torch.zeros(1)}, TypeError, "t must be an int64"),
         ({"noise": torch.zeros(1, 16, 4, 4)}, ValueError, r"the packet, \(1, 16, 2, 2\)"),
         ({"prediction_type": "x0"}, ValueError, "'x0'.*epsilon, sample"),
-        ({"snr_limit": -1.0}, ValueError, "snr_limit.*-1"),
+        ({"snr_limit": 0.0}, ValueError, "snr_limit.*0.0"),
     ],
 )
 def test_bad_arguments(change, error, words):

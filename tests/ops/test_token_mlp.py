@@ -281,6 +281,45 @@ def test_native_mixes_dtypes_as_the_reference_does(cpu_isa_bf16, dtype, weights)
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16])
+def test_native_levels_side_by_side_are_those_one_by_one(cpu_isa_bf16, weights):
+    """Evaluations that leave x run side by side where rows are few. Bit for bit the same, one at a
+    time, in a batch of many, and in a loop of several levels that does change x in the end."""
+    dtype = torch.promote_types(weights, torch.float32)
+    x, packed, bias, table = problem(60, 13, 22, 2, 5, dtype, weights)
+    table[:, 1], table[:, 2] = 1, 0
+    x_end, stats = on_cpu((x, packed, bias, table))
+    assert torch.equal(x_end, x)
+    for count in (1, 2, 3, 4, 7, 15, 16, 33):
+        for begin in (0, 60 - count):
+            rows = slice(begin, begin + count)
+            some = on_cpu((x[rows], packed, bias, table))
+            assert torch.equal(some[0], x[rows]) and torch.equal(some[1], stats[rows])
+    for level in range(5):
+        one = on_cpu((x[:3], packed, bias[level : level + 1], table[level : level + 1]))
+        assert torch.equal(one[1][:, 0], stats[:3, level])
+    table[4, 1] = 0.5
+    changed = on_cpu((x[:3], packed, bias, table))
+    assert torch.equal(changed[0], x[:3] * 0.5) and torch.equal(changed[1], stats[:3])
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("weights", [torch.float64, torch.float32, torch.bfloat16])
+def test_native_levels_after_one_that_is_not_finite(cpu_isa_bf16, weights):
+    """0 times infinity is NaN, which a loop hands on to the levels after it: however few rows."""
+    dtype = torch.promote_types(weights, torch.float32)
+    x, packed, bias, table = problem(40, 6, 10, 2, 4, dtype, weights)
+    table[:, 1], table[:, 2] = 1, 0
+    bias[1, :, 3] = float("inf")
+    x_end, stats = on_cpu((x, packed, bias, table))
+    assert x_end.isnan().all() and stats[:, 0].isfinite().all() and stats[:, 1:].isnan().all()
+    for count in (1, 3, 15):
+        some = on_cpu((x[:count], packed, bias, table))
+        assert some[0].isnan().all()
+        assert torch.equal(some[1].nan_to_num(), stats[:count].nan_to_num())
+
+
+@pytest.mark.native
 def test_inputs_of_products_are_rounded_to_the_weights(cpu_isa_bf16):
     """With weights that are powers of two on a diagonal, rounding shows: W_out = I, no blocks."""
     width = 16

@@ -153,6 +153,20 @@ DIFFAD_SIMD Vec<double> sqrt(Vec<double> x) {
 template <class V>
 using lane_t = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
 
+// Is any lane of `a` less than that of `b`?
+template <class V>
+DIFFAD_SIMD bool any_below(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) != 0;
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ) != 0;
+#else
+  const auto below = a < b;
+  lane_t<std::remove_const_t<decltype(below)>> found = 0;
+  for (size_t i = 0; i < sizeof(a) / sizeof(a[0]); ++i) found |= below[i];
+  return found != 0;
+#endif
+}
+
 // Sum of the lanes: halves are folded onto each other, in a fixed order.
 template <class V>
 DIFFAD_SIMD lane_t<V> sum_of_lanes(V x) {

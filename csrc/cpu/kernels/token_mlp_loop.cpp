@@ -11,9 +11,8 @@ template <class C>
 void run_tile(const TokenMlpArgs& a, int64_t first, void* scratch) {
   const int64_t left = a.tokens - first;
   const int64_t tokens = left < kTokenTile ? left : kTokenTile;
-  // A panel costs as much for one token as for a vector of them: about as much as two singles.
-  if (tokens > 2) return run(a, Panels<C>(tokens), first, scratch);
-  for (int64_t t = 0; t < tokens; ++t) run(a, Single<C>{}, first + t, scratch);
+  if (tokens > Few<C>::kMost) return run(Panels<C>(a, first, tokens), scratch);
+  run(Few<C>{a, first, tokens}, scratch);
 }
 
 }  // namespace

@@ -14,15 +14,19 @@ constexpr int64_t kBf16Inputs = 32;
 constexpr int64_t kBf16Outputs = 16;
 
 struct TokenMlpArgs {
-  int64_t tokens, size, width, blocks, steps;  // M, D, W, B, S
+  // A loop has M tokens, one level and S steps. Evaluations that leave x as it is run side by side:
+  // as M S tokens, S levels and one step, where token i is row i / levels of x, and its numbers are
+  // those of row i % levels of the table.
+  int64_t tokens, levels, steps;
+  int64_t size, width, blocks;                 // D, W, B
   DType dtype;                                 // of x and x_end
   DType weight_dtype;                          // what the inputs of matrix products are rounded to
   int64_t row_in, row;  // elements from row to row of W_in, and of the other matrices
   int64_t matrix;       // and from matrix to matrix
   const void* x;
   int64_t x_stride;  // elements between tokens; the elements of a token lie side by side
-  void* x_end;       // (M, D)
-  // (M, S), and everything below, in compute_t of `dtype`, contiguous; in token_mlp_loop_bf16 the
+  void* x_end;       // (M, D); with levels, that of the first
+  // (tokens, steps), and everything below, in compute_t of `dtype`, contiguous; in token_mlp_loop_bf16 the
   // matrices are of bf16.
   void* stats;
   const void *w_in, *b_in, *w1, *w2, *b2, *w_out, *b_out, *step_bias, *table;
@@ -30,9 +34,11 @@ struct TokenMlpArgs {
 
 // Bytes of scratch memory that a call of the kernel needs.
 inline int64_t token_mlp_scratch(const TokenMlpArgs& a) {
-  const int64_t widest = a.row_in > a.row ? a.row_in : a.row;
-  const int64_t tokens = a.tokens < kTokenTile ? (a.tokens + 15) / 16 * 16 : kTokenTile;
-  return (a.size + a.width + 2 * widest) * tokens * (a.dtype == DType::kDouble ? 8 : 4);
+  const auto whole = [](int64_t n) { return (n + 15) / 16 * 16; };  // vectors, whichever way they lie
+  const int64_t tokens = a.tokens < kTokenTile ? whole(a.tokens) : kTokenTile;
+  const int64_t size = whole(a.size), width = whole(a.width), biases = a.levels > 1 ? width : 0;
+  const int64_t widest = whole(a.row_in > a.row ? a.row_in : a.row);
+  return (size + width + 2 * widest + biases) * tokens * (a.dtype == DType::kDouble ? 8 : 4);
 }
 
 // Tiles [begin, end) of kTokenTile tokens.

@@ -179,7 +179,7 @@ DIFFAD_SIMD void products_of_one(const bf16* w, int64_t row, const Pair* in, flo
       Vec<float> square[L];
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) square[i] = _mm512_loadu_ps(w + (r * kOutputs + i) * row + k);
-      transpose<float>(square);
+      transpose(square);
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i) {
         sum[r] = add_products(sum[r], bits<__m512i>(square[i]), splat_pair(in + k / 2 + i));
@@ -246,18 +246,19 @@ struct PairPanels : Panels<float> {
   }
 
   void linear_silu(const bf16* w, int64_t out_features, int64_t row, const Pair* in,
-                   const float* bias, Pair* out, const bf16*) const {
+                   const Biases<float>& bias, Pair* out, const bf16*) const {
     for_products(w, out_features, row, in, [&](int64_t o, int64_t n, const float* sums, int64_t p,
                                                auto v_count) {
       constexpr int V = v_count;
+      const Biases<float> biases = of_panel(bias, p, out_features);
       Pair* to = out + begin_of_pairs(p, out_features) + o / 2 * V * L;
       for (int64_t r = 0; r < n; r += 2) {
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
           const float* sum = sums + (r * V + v) * L;
-          const Vec<float> even = silu(load(sum) + splat(bias[o + r]));
+          const Vec<float> even = silu(load(sum) + biases.at(o + r, v * L, V * L));
           Vec<float> odd = {};
-          if (r + 1 < n) odd = silu(load(sum + V * L) + splat(bias[o + r + 1]));
+          if (r + 1 < n) odd = silu(load(sum + V * L) + biases.at(o + r + 1, v * L, V * L));
           store_pairs(to + (r / 2 * V + v) * L, even, odd);
         }
       }
@@ -267,20 +268,21 @@ struct PairPanels : Panels<float> {
 
   // Zeros in the pairs past the last feature.
   void fill(int64_t features, Pair* out) const {
-    for_pair_vectors(features, [&](int64_t, Pair* to, int64_t next) {
+    for_pair_vectors(features, [&](int64_t, int64_t, Pair* to, int64_t next) {
       for (int64_t k = (features + 1) / 2; k < pairs_of(features); ++k) {
         _mm512_storeu_si512(to + k * next, _mm512_setzero_si512());
       }
     }, out);
   }
 
-  // Calls f(offset of the state's feature 0, pair 0, distance of features and of pairs) for every
-  // vector of tokens.
+  // Calls f(its first token, offset of the state's feature 0, pair 0, distance of features and of
+  // pairs) for every vector of tokens.
   template <class F>
   DIFFAD_SIMD void for_pair_vectors(int64_t features, F&& f, Pair* out) const {
     for (int64_t p = 0; p < panels; ++p) {
       for (int v = 0; v < vectors(p); ++v) {
-        f(begin(p, features) + v * L, out + begin_of_pairs(p, features) + v * L, vectors(p) * L);
+        f(first + (2 * p + v) * L, begin(p, features) + v * L,
+          out + begin_of_pairs(p, features) + v * L, vectors(p) * L);
       }
     }
   }
@@ -297,15 +299,16 @@ struct PairPanels : Panels<float> {
     if (f < features) store_pairs(to + f / 2 * next, value(load(from + f * next)), Vec<float>{});
   }
 
-  void scale(float factor, const float* x, int64_t features, Pair* out) const {
-    for_pair_vectors(features, [&](int64_t offset, Pair* to, int64_t next) {
-      pack(features, x + offset, to, next, [&](Vec<float> y) { return splat(factor) * y; });
+  void scale(int64_t step, const float* x, int64_t features, Pair* out) const {
+    for_pair_vectors(features, [&](int64_t token, int64_t offset, Pair* to, int64_t next) {
+      const Vec<float> factor = row_of<float>(a, step, token, true).c_in;
+      pack(features, x + offset, to, next, [&](Vec<float> y) { return factor * y; });
     }, out);
     fill(features, out);
   }
 
   void layer_norm(const float* h, int64_t features, bool with_silu, Pair* out) const {
-    for_pair_vectors(features, [&](int64_t offset, Pair* to, int64_t next) {
+    for_pair_vectors(features, [&](int64_t, int64_t offset, Pair* to, int64_t next) {
       const auto [mean, scale] = moments(h + offset, features, next);
       const auto normalised = [&](Vec<float> y) { return (y - mean) * scale; };
       if (with_silu) {
@@ -321,7 +324,8 @@ struct PairPanels : Panels<float> {
 
 // ---------------------------------------------------------------------- single
 
-struct PairSingle : Single<float> {
+// Of one token.
+struct PairSingle : Few<float> {
   using Weight = bf16;
   using Operand = Pair;
 
@@ -333,7 +337,7 @@ struct PairSingle : Single<float> {
 #if defined(__AMX_BF16__)
     constexpr int kBlocks = 4;
 #else
-    constexpr int kBlocks = 2;  // as in Single
+    constexpr int kBlocks = 2;  // as in Few
 #endif
     alignas(64) float sums[kBlocks * kOutputs];
     for (int64_t o = 0; o < out_features; o += kBlocks * kOutputs) {
@@ -358,8 +362,10 @@ struct PairSingle : Single<float> {
     });
   }
 
-  void linear_silu(const bf16* w, int64_t out_features, int64_t row, const Pair* in,
-                   const float* bias, Pair* out, const bf16*) const {
+  template <class F>
+  void linear_silu(const bf16* w, int64_t out_features, int64_t row, const Pair* in, F&& biases,
+                   Pair* out, const bf16*) const {
+    const float* bias = biases(0);
     bf16* to = reinterpret_cast<bf16*>(out);
     for_products(w, out_features, row, in, [&](int64_t o, int64_t left, Vec<float> sum) {
       store(to + o, silu(sum + bias_of(bias + o, left)));
@@ -372,9 +378,10 @@ struct PairSingle : Single<float> {
     std::memset(out + features, 0, (2 * pairs_of(features) - features) * sizeof(bf16));
   }
 
-  void scale(float factor, const float* x, int64_t features, Pair* out) const {
+  void scale(int64_t step, const float* x, int64_t features, Pair* out) const {
     bf16* to = reinterpret_cast<bf16*>(out);
-    for (int64_t f = 0; f < features; f += L) store(to + f, splat(factor) * load(x + f));
+    const Vec<float> factor = row_of<float>(a, step, first, false).c_in;
+    for (int64_t f = 0; f < features; f += L) store(to + f, factor * load(x + f));
     fill(features, to);
   }
 
@@ -398,10 +405,10 @@ void token_mlp_loop_bf16(const TokenMlpArgs& args, void* scratch, int64_t begin,
     const int64_t tokens = left < kTokenTile ? left : kTokenTile;
     if (tokens > 1) {
       const Session session(L);
-      run(args, PairPanels(tokens), first, scratch);
+      run(PairPanels(args, first, tokens), scratch);
     } else {
       const Session session(1);
-      run(args, PairSingle(), first, scratch);
+      run(PairSingle{{args, first, 1}}, scratch);
     }
   }
 }

@@ -2,8 +2,9 @@
 // token has the same bits in both:
 //   Panels  the lanes of a vector are tokens. Weights are read where they lie, (outputs, inputs)
 //           row by row, a number at a time that is broadcast: nothing is packed.
-//   Single  one token, the lanes are its features. Square blocks of weights are transposed in
-//           registers on their way.
+//   Few     for some tokens, the lanes are their features. Square blocks of weights are transposed
+//           in registers on their way, once for all of these tokens.
+// Both know the arguments of the call and their first token.
 // Each output of a product is one chain of fma over the inputs in their order, and each sum over
 // features runs in kLanes chains (feature f in chain f mod kLanes) that are then folded in half
 // until one is left. So a token's result depends neither on its place in x nor on other tokens.
@@ -47,39 +48,74 @@ struct Moments {
   Vec<C> mean, scale;
 };
 
-// The numbers of a step's row of the table.
+// The row of the table, of a token or of several.
 template <class C>
 struct Row {
-  C c_in, a, b, p, q;
+  Vec<C> c_in, a, b, p, q;
 };
+
+// That of `table` for token `first`, or, lane by lane, for it and the next ones.
+template <class C>
+DIFFAD_SIMD Row<C> row_of(const TokenMlpArgs& a, int64_t step, int64_t first, bool by_lane) {
+  constexpr int L = kLanes<C>;
+  const C* table = static_cast<const C*>(a.table);
+  const auto number = [&](int column) {
+    if (a.levels == 1) return splat(table[step * 5 + column]);
+    C lanes[L];
+    for (int i = 0; i < L; ++i) lanes[i] = table[(first + (by_lane ? i : 0)) % a.levels * 5 + column];
+    return load(lanes);
+  };
+  return {number(0), number(1), number(2), number(3), number(4)};
+}
 
 // x <- a x + b m in `x`; returns (p x + q m)^2.
 template <class C>
 DIFFAD_SIMD Vec<C> update(const Row<C>& row, C* x, const C* m) {
   const Vec<C> now = load(x), y = load(m);
-  store(x, splat(row.a) * now + splat(row.b) * y);
-  const Vec<C> residual = splat(row.p) * now + splat(row.q) * y;
+  store(x, row.a * now + row.b * y);
+  const Vec<C> residual = row.p * now + row.q * y;
   return residual * residual;
 }
+
+// Biases of outputs: of all tokens the same, or each token's own, laid out like the outputs.
+template <class C>
+struct Biases {
+  const C* numbers;
+  bool own;
+  DIFFAD_SIMD Vec<C> at(int64_t output, int64_t lane, int64_t lanes) const {
+    return own ? load(numbers + output * lanes + lane) : splat(numbers[output]);
+  }
+};
 
 // ---------------------------------------------------------------------- panels
 
 static_assert(kSingleRows >= kPairRows);  // the last panel of several has the blocks of the others
 
-// R outputs of V vectors of tokens: out[r] = sum over k of w[r][k] in[k] + bias[r].
+// R outputs of V vectors of tokens, from output `o` on: out[r] = sum over k of w[r][k] in[k] + bias.
+// As many rows of weights from `ahead` on, if that is not null, are fetched meanwhile.
 template <class C, int R, int V>
-void outputs(const C* w, int64_t inputs, const C* in, const C* bias, After after, C* out) {
+void outputs(const C* w, int64_t inputs, const C* in, const Biases<C>& bias, int64_t o, After after,
+             C* out, const C* ahead) {
   constexpr int L = kLanes<C>;
+  constexpr int64_t kLine = 64 / sizeof(C), kPart = 4 * kLine;
   Vec<C> sum[R][V] = {};
-  multiply_add<C, R, V>(w, inputs, 1, in, L, V * L, inputs, sum);
+  int64_t k = 0;
+  for (; ahead != nullptr && k + kPart <= inputs; k += kPart) {
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int64_t i = k; i < k + kPart; i += kLine) __builtin_prefetch(ahead + r * inputs + i, 0, 2);
+    }
+    multiply_add<C, R, V>(w + k, inputs, 1, in + k * V * L, L, V * L, kPart, sum);
+  }
+  multiply_add<C, R, V>(w + k, inputs, 1, in + k * V * L, L, V * L, inputs - k, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      C* o = out + (r * V + v) * L;
-      Vec<C> y = sum[r][v] + splat(bias[r]);
-      if (after == After::kAddToOutput) y += load(o);
-      store(o, y);
+      C* to = out + (r * V + v) * L;
+      Vec<C> y = sum[r][v] + bias.at(o + r, v * L, V * L);
+      if (after == After::kAddToOutput) y += load(to);
+      store(to, y);
     }
   }
   if (after == After::kSilu) {
@@ -96,11 +132,14 @@ struct Panels {
   using Number = C;   // of the state
   using Weight = C;   // of matrices
   using Operand = C;  // of what goes into products
+  const TokenMlpArgs& a;
+  int64_t first;
   int64_t tokens;
   int64_t panels;
   int last;  // vectors of the last panel
 
-  explicit Panels(int64_t count) : tokens(count), panels((count + 2 * L - 1) / (2 * L)) {
+  Panels(const TokenMlpArgs& args, int64_t first_token, int64_t count)
+      : a(args), first(first_token), tokens(count), panels((count + 2 * L - 1) / (2 * L)) {
     last = count - (panels - 1) * 2 * L <= L ? 1 : 2;
   }
   int vectors(int64_t panel) const { return panel + 1 < panels ? 2 : last; }
@@ -109,49 +148,73 @@ struct Panels {
   // Where an array's panel begins.
   static int64_t begin(int64_t panel, int64_t features) { return panel * 2 * L * features; }
 
-  // out = after(w in + bias), w (outputs, inputs).
-  void product(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
-               After after, C* out) const {
+  // The biases of a step in a block, in `buffer` where each token has its own.
+  Biases<C> step_biases(int64_t step, int64_t block, C* buffer) const {
+    const C* numbers = static_cast<const C*>(a.step_bias) + block * a.width;
+    const int64_t next = a.blocks * a.width;
+    if (a.levels == 1) return {numbers + step * next, false};
+    read([&](int64_t t) { return numbers + (first + t) % a.levels * next; }, a.width, buffer);
+    return {buffer, true};
+  }
+
+  // out = after(w in + bias), w (outputs, inputs); `next`: the weights of the product after this one.
+  void product(const C* w, int64_t out_features, int64_t in_features, const C* in,
+               const Biases<C>& bias, After after, C* out, const C* next) const {
     const int64_t most = panels == 1 && last == 1 ? kSingleRows : kPairRows;
     for_even_blocks(out_features, most, [&](int64_t o, int64_t rows) {
       const C* weights = w + o * in_features;
+      // For one panel, weights are read as fast as they are worked on.
+      const C* ahead = panels > 1 ? nullptr
+                       : o + rows < out_features ? weights + rows * in_features : next;
       for (int64_t p = 0; p < panels; ++p) {
         const C* panel = in + begin(p, in_features);
+        const Biases<C> biases = of_panel(bias, p, out_features);
         C* result = out + begin(p, out_features) + o * vectors(p) * L;
         if (vectors(p) == 2) {
           with_rows<kPairRows>(rows, [&](auto r) {
-            outputs<C, r, 2>(weights, in_features, panel, bias + o, after, result);
+            outputs<C, r, 2>(weights, in_features, panel, biases, o, after, result, ahead);
           });
         } else {
           with_rows<kSingleRows>(rows, [&](auto r) {
-            outputs<C, r, 1>(weights, in_features, panel, bias + o, after, result);
+            outputs<C, r, 1>(weights, in_features, panel, biases, o, after, result, ahead);
           });
         }
       }
     });
   }
 
+  static Biases<C> of_panel(const Biases<C>& bias, int64_t panel, int64_t features) {
+    return {bias.own ? bias.numbers + begin(panel, features) : bias.numbers, bias.own};
+  }
+
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
-              bool add, C* out, const C*) const {
-    product(w, out_features, in_features, in, bias, add ? After::kAddToOutput : After::kNothing,
-            out);
+              bool add, C* out, const C* next) const {
+    product(w, out_features, in_features, in, {bias, false},
+            add ? After::kAddToOutput : After::kNothing, out, next);
   }
   void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in,
-                   const C* bias, C* out, const C*) const {
-    product(w, out_features, in_features, in, bias, After::kSilu, out);
+                   const Biases<C>& bias, C* out, const C* next) const {
+    product(w, out_features, in_features, in, bias, After::kSilu, out, next);
   }
-  void scale(C factor, const C* x, int64_t features, C* out) const {
-    for (int64_t i = 0; i < numbers(features); i += L) store(out + i, splat(factor) * load(x + i));
+  void scale(int64_t step, const C* x, int64_t features, C* out) const {
+    for_vectors(features, [&](int64_t token, int64_t offset, int64_t next) {
+      const Vec<C> factor = row_of<C>(a, step, token, true).c_in;
+      for (int64_t f = 0; f < features; ++f) {
+        store(out + offset + f * next, factor * load(x + offset + f * next));
+      }
+    });
   }
   void round(DType dtype, C* array, int64_t features) const {
     round_to(dtype, array, numbers(features));
   }
 
-  // Calls f(offset of feature 0, distance of features) for every vector of tokens.
+  // Calls f(its first token, offset of feature 0, distance of features) for every vector of tokens.
   template <class F>
   DIFFAD_SIMD void for_vectors(int64_t features, F&& f) const {
     for (int64_t p = 0; p < panels; ++p) {
-      for (int v = 0; v < vectors(p); ++v) f(begin(p, features) + v * L, vectors(p) * L);
+      for (int v = 0; v < vectors(p); ++v) {
+        f(first + (2 * p + v) * L, begin(p, features) + v * L, vectors(p) * L);
+      }
     }
   }
 
@@ -189,7 +252,7 @@ struct Panels {
 
   // out = (h - mean) / sqrt(variance + eps) over the features of each token, then SiLU if asked.
   void layer_norm(const C* h, int64_t features, bool with_silu, C* out) const {
-    for_vectors(features, [&](int64_t offset, int64_t next) {
+    for_vectors(features, [&](int64_t, int64_t offset, int64_t next) {
       const C* from = h + offset;
       const auto [mean, scale] = moments(from, features, next);
       for (int64_t f = 0; f < features; ++f) {
@@ -199,15 +262,16 @@ struct Panels {
     });
   }
 
-  // The step's update of x; stats gets the means, `stride` apart.
-  void step(const Row<C>& row, C* x, const C* m, int64_t features, C* stats, int64_t stride) const {
-    int64_t token = 0;
-    for_vectors(features, [&](int64_t offset, int64_t next) {
+  // The step's update of x, and its statistics.
+  void update_all(int64_t step, C* x, const C* m, int64_t features) const {
+    for_vectors(features, [&](int64_t token, int64_t offset, int64_t next) {
+      const Row<C> row = row_of<C>(a, step, token, true);
       const Vec<C> sum = sum_over(features, [&](int64_t f) {
         return update(row, x + offset + f * next, m + offset + f * next);
       });
       const Vec<C> mean = sum / static_cast<C>(features);
-      for (int i = 0; i < L && token < tokens; ++i, ++token) stats[token * stride] = mean[i];
+      C* stats = static_cast<C*>(a.stats) + token * a.steps + step;
+      for (int i = 0; i < L && token + i < first + tokens; ++i) stats[i * a.steps] = mean[i];
     });
   }
 
@@ -220,127 +284,75 @@ struct Panels {
     }
   }
 
-  // Tokens to panels and back. Lanes without a token are 0.
-  template <class T>
-  void read(const T* x, int64_t x_stride, int64_t features, C* array) const {
+  // row(t), the features of token t, to panels. Lanes without a token are 0.
+  template <class F>
+  void read(F&& row, int64_t features, C* array) const {
     std::memset(array, 0, numbers(features) * sizeof(C));
     for_tokens(array, features, [&](int64_t t, C* column, int64_t next) {
       for (int64_t f = 0; f < features; f += L) {
         const int64_t n = features - f < L ? features - f : L;
-        const T* from = x + t * x_stride + f;
+        const auto* from = row(t) + f;
         const Vec<C> values = n == L ? load(from) : load_partial(from, n);
         for (int64_t i = 0; i < n; ++i) column[(f + i) * next] = values[i];
       }
     });
   }
+  // And back: the first level of each row of x.
   template <class T>
   void write(C* array, int64_t features, T* x) const {
     for_tokens(array, features, [&](int64_t t, const C* column, int64_t next) {
+      if ((first + t) % a.levels != 0) return;
       for (int64_t f = 0; f < features; f += L) {
         const int64_t n = features - f < L ? features - f : L;
         C values[L] = {};
         for (int64_t i = 0; i < n; ++i) values[i] = column[(f + i) * next];
-        T* to = x + t * features + f;
+        T* to = x + (first + t) / a.levels * features + f;
         n == L ? store(to, load(values)) : store_partial(to, load(values), n);
       }
     });
   }
 };
 
-// ---------------------------------------------------------------------- single
+// ------------------------------------------------------------------------- few
 
-// Transposes a square of kLanes vectors.
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define DIFFAD_SHUFFLE
-#endif
-#endif
-#if defined(DIFFAD_SHUFFLE)
-// Lane l of a result of `unpack`: groups of G lanes are taken in turn from a and b, from the lower
-// or the upper half of each 128 bits (B lanes); those of b count from L.
-template <int L, int B, int G, bool kHigh>
-constexpr int unpacked(int l) {
-  const int group = l % B / G;
-  return l / B * B + (kHigh ? B / 2 : 0) + group / 2 * G + l % G + (group % 2 ? L : 0);
-}
-template <class C, int G, bool kHigh, int... l>
-DIFFAD_SIMD Vec<C> unpack(Vec<C> a, Vec<C> b, std::integer_sequence<int, l...>) {
-  return __builtin_shufflevector(a, b, unpacked<kLanes<C>, 16 / sizeof(C), G, kHigh>(l)...);
-}
-// Exchanges blocks of D lanes off the diagonal.
-template <class C, int D, int... l>
-DIFFAD_SIMD void exchange(Vec<C>& a, Vec<C>& b, std::integer_sequence<int, l...>) {
-  constexpr int L = kLanes<C>;
-  const Vec<C> first = __builtin_shufflevector(a, b, (l & D ? L + l - D : l)...);
-  b = __builtin_shufflevector(a, b, (l & D ? L + l : l + D)...);
-  a = first;
-}
-template <class C, int D>
-DIFFAD_SIMD void exchange_all(Vec<C> (&v)[kLanes<C>]) {
-  if constexpr (D < kLanes<C>) {
-    constexpr std::make_integer_sequence<int, kLanes<C>> lanes;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<C>; ++i) {
-      if (!(i & D)) exchange<C, D>(v[i], v[i + D], lanes);
-    }
-    exchange_all<C, 2 * D>(v);
-  }
-}
+// Some tokens, up to kMost: an array is their features one token after another, each filled up to
+// whole vectors.
 template <class C>
-DIFFAD_SIMD void transpose(Vec<C> (&v)[kLanes<C>]) {
-  constexpr int L = kLanes<C>;
-  constexpr std::make_integer_sequence<int, L> lanes;
-  Vec<C> t[L];
-#pragma GCC unroll 8
-  for (int i = 0; i < L; i += 2) {
-    t[i] = unpack<C, 1, false>(v[i], v[i + 1], lanes);
-    t[i + 1] = unpack<C, 1, true>(v[i], v[i + 1], lanes);
-  }
-  if constexpr (sizeof(C) == 4) {
-#pragma GCC unroll 4
-    for (int i = 0; i < L; i += 4) {
-      v[i] = unpack<C, 2, false>(t[i], t[i + 2], lanes);
-      v[i + 1] = unpack<C, 2, true>(t[i], t[i + 2], lanes);
-      v[i + 2] = unpack<C, 2, false>(t[i + 1], t[i + 3], lanes);
-      v[i + 3] = unpack<C, 2, true>(t[i + 1], t[i + 3], lanes);
-    }
-  } else {
-#pragma GCC unroll 8
-    for (int i = 0; i < L; ++i) v[i] = t[i];
-  }
-  exchange_all<C, 16 / sizeof(C)>(v);
-}
-#else
-template <class C>
-DIFFAD_SIMD void transpose(Vec<C> (&v)[kLanes<C>]) {
-  C square[kLanes<C>][kLanes<C>];
-  std::memcpy(square, v, sizeof(square));
-  for (int i = 0; i < kLanes<C>; ++i) {
-    for (int j = 0; j < kLanes<C>; ++j) v[i][j] = square[j][i];
-  }
-}
-#endif
-
-// One token: an array is its features, then what fills the last vector.
-template <class C>
-struct Single {
+struct Few {
   using Number = C;
   using Weight = C;
   using Operand = C;
   static constexpr int L = kLanes<C>;
-  int64_t numbers(int64_t features) const { return (features + L - 1) / L * L; }
+  // From here on a panel of one vector is faster: it needs a broadcast and an fma for every weight,
+  // this an fma for a vector of them and token, and one shuffle in four for turning them.
+  static constexpr int kMost = L / 2 > 1 ? L / 2 : 1;
+  const TokenMlpArgs& a;
+  int64_t first;
+  int64_t tokens;
 
-  // N vectors of outputs from `o` on, of which the last `out_features` may be short. The weights from
-  // `next` on, those of the block after this one, are fetched meanwhile.
-  template <int N>
+  static int64_t length(int64_t features) { return (features + L - 1) / L * L; }
+  int64_t numbers(int64_t features) const { return tokens * length(features); }
+
+  // Of token t in a block, the biases of a step.
+  auto step_biases(int64_t step, int64_t block, C*) const {
+    return [this, step, block](int64_t t) {
+      const int64_t row = a.levels == 1 ? step : (first + t) % a.levels;
+      return static_cast<const C*>(a.step_bias) + (row * a.blocks + block) * a.width;
+    };
+  }
+
+  // N vectors of outputs of T tokens from `o` on, of which the last `out_features` may be short. The
+  // weights from `next` on, those of the block after this one, are fetched meanwhile.
+  template <int N, int T, class F>
   static void block(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
-                    const C* bias, After after, C* out, const C* next) {
+                    F&& biases, After after, C* out, const C* next) {
     constexpr int64_t kLine = 64 / sizeof(C);
+    const int64_t in_length = length(inputs), out_length = length(out_features);
     // Past the end the last row is taken again: its results go into lanes that nobody reads.
     const auto row = [&](int64_t i) {
       return w + (o + i < out_features ? o + i : out_features - 1) * inputs;
     };
-    Vec<C> sum[N] = {};
+    Vec<C> sum[N][T] = {};
     int64_t k = 0;
     for (; k + L <= inputs; k += L) {
 #pragma GCC unroll 4
@@ -352,60 +364,82 @@ struct Single {
 #pragma GCC unroll 16
           for (int i = 0; i < L; ++i) __builtin_prefetch(next + (n * L + i) * inputs + k, 0, 2);
         }
-        transpose<C>(square);
+        transpose(square);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) sum[n] = fma(square[i], splat(in[k + i]), sum[n]);
+        for (int i = 0; i < L; ++i) {
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t) {
+            sum[n][t] = fma(square[i], splat(in[t * in_length + k + i]), sum[n][t]);
+          }
+        }
       }
     }
     for (; k < inputs; ++k) {
       for (int n = 0; n < N; ++n) {
         C column[L];
         for (int i = 0; i < L; ++i) column[i] = row(n * L + i)[k];
-        sum[n] = fma(load(column), splat(in[k]), sum[n]);
+        for (int t = 0; t < T; ++t) {
+          sum[n][t] = fma(load(column), splat(in[t * in_length + k]), sum[n][t]);
+        }
       }
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      C* to = out + o + n * L;
-      const int64_t rest = out_features - o - n * L;
-      Vec<C> y = sum[n] + (rest < L ? load_partial(bias + o + n * L, rest)
-                                    : load(bias + o + n * L));
-      if (after == After::kAddToOutput) y += load(to);
-      store(to, after == After::kSilu ? silu(y) : y);
+      const int64_t from = o + n * L, rest = out_features - from;
+      for (int t = 0; t < T; ++t) {
+        C* to = out + t * out_length + from;
+        const C* bias = biases(t) + from;
+        Vec<C> y = sum[n][t] + (rest < L ? load_partial(bias, rest) : load(bias));
+        if (after == After::kAddToOutput) y += load(to);
+        store(to, after == After::kSilu ? silu(y) : y);
+      }
     }
   }
 
   // `next`: the weights of the product after this one.
-  void product(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
+  template <class F>
+  void product(const C* w, int64_t out_features, int64_t in_features, const C* in, F&& biases,
                After after, C* out, const C* next) const {
-    // Chains of fma that run side by side. With more of them, so many rows are read at once that
-    // their lines push each other out of the first-level cache: rows lie powers of two apart.
-    constexpr int kBlocks = 2;
     const auto after_rows = [&](int64_t o) { return o < out_features ? w + o * in_features : next; };
-    int64_t o = 0;
-    for (; o + kBlocks * L <= out_features; o += kBlocks * L) {
-      block<kBlocks>(w, o, out_features, in_features, in, bias, after, out,
-                     after_rows(o + kBlocks * L));
-    }
-    for (; o < out_features; o += L) {
-      block<1>(w, o, out_features, in_features, in, bias, after, out, after_rows(o + L));
-    }
+    with_rows<kMost>(tokens, [&](auto count) {
+      // Chains of fma that run side by side. With more of them, so many rows are read at once that
+      // their lines push each other out of the first-level cache: rows lie powers of two apart.
+      constexpr int kBlocks = count == 1 ? 2 : 1;
+      int64_t o = 0;
+      for (; o + kBlocks * L <= out_features; o += kBlocks * L) {
+        block<kBlocks, count>(w, o, out_features, in_features, in, biases, after, out,
+                              after_rows(o + kBlocks * L));
+      }
+      for (; o < out_features; o += L) {
+        block<1, count>(w, o, out_features, in_features, in, biases, after, out, after_rows(o + L));
+      }
+    });
   }
 
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
               bool add, C* out, const C* next) const {
-    product(w, out_features, in_features, in, bias, add ? After::kAddToOutput : After::kNothing,
-            out, next);
+    product(w, out_features, in_features, in, [bias](int64_t) { return bias; },
+            add ? After::kAddToOutput : After::kNothing, out, next);
   }
-  void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in,
-                   const C* bias, C* out, const C* next) const {
-    product(w, out_features, in_features, in, bias, After::kSilu, out, next);
+  template <class F>
+  void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in, F&& biases,
+                   C* out, const C* next) const {
+    product(w, out_features, in_features, in, biases, After::kSilu, out, next);
   }
-  void scale(C factor, const C* x, int64_t features, C* out) const {
-    for (int64_t i = 0; i < numbers(features); i += L) store(out + i, splat(factor) * load(x + i));
+  void scale(int64_t step, const C* x, int64_t features, C* out) const {
+    for_tokens(features, [&](int64_t t, int64_t begin) {
+      const Vec<C> factor = row_of<C>(a, step, first + t, false).c_in;
+      for (int64_t f = 0; f < features; f += L) store(out + begin + f, factor * load(x + begin + f));
+    });
   }
   void round(DType dtype, C* array, int64_t features) const {
     round_to(dtype, array, numbers(features));
+  }
+
+  // Calls f(token, where its features begin).
+  template <class F>
+  DIFFAD_SIMD void for_tokens(int64_t features, F&& f) const {
+    for (int64_t t = 0; t < tokens; ++t) f(t, t * length(features));
   }
 
   template <class F>
@@ -433,45 +467,59 @@ struct Single {
   }
 
   void layer_norm(const C* h, int64_t features, bool with_silu, C* out) const {
-    const auto [mean, scale] = moments(h, features);
-    for (int64_t f = 0; f < features; f += L) {
-      const Vec<C> y = (load(h + f) - mean) * scale;
-      store(out + f, with_silu ? silu(y) : y);
-    }
+    for_tokens(features, [&](int64_t, int64_t begin) {
+      const auto [mean, scale] = moments(h + begin, features);
+      for (int64_t f = begin; f < begin + features; f += L) {
+        const Vec<C> y = (load(h + f) - mean) * scale;
+        store(out + f, with_silu ? silu(y) : y);
+      }
+    });
   }
 
-  void step(const Row<C>& row, C* x, const C* m, int64_t features, C* stats, int64_t) const {
-    *stats = sum_over(features, [&](int64_t f) { return update(row, x + f, m + f); }) /
-             static_cast<C>(features);
+  void update_all(int64_t step, C* x, const C* m, int64_t features) const {
+    for_tokens(features, [&](int64_t t, int64_t begin) {
+      const Row<C> row = row_of<C>(a, step, first + t, false);
+      const C sum = sum_over(features, [&](int64_t f) {
+        return update(row, x + begin + f, m + begin + f);
+      });
+      static_cast<C*>(a.stats)[(first + t) * a.steps + step] = sum / static_cast<C>(features);
+    });
   }
 
-  template <class T>
-  void read(const T* x, int64_t, int64_t features, C* array) const {
-    for (int64_t f = 0; f < features; f += L) {
-      const int64_t n = features - f < L ? features - f : L;
-      store(array + f, load_partial(x + f, n));
-    }
+  template <class F>
+  void read(F&& row, int64_t features, C* array) const {
+    for_tokens(features, [&](int64_t t, int64_t begin) {
+      for (int64_t f = 0; f < features; f += L) {
+        const int64_t n = features - f < L ? features - f : L;
+        store(array + begin + f, load_partial(row(t) + f, n));
+      }
+    });
   }
   template <class T>
   void write(const C* array, int64_t features, T* x) const {
-    for (int64_t f = 0; f < features; f += L) {
-      const int64_t n = features - f < L ? features - f : L;
-      store_partial(x + f, load(array + f), n);
-    }
+    for_tokens(features, [&](int64_t t, int64_t begin) {
+      if ((first + t) % a.levels != 0) return;
+      for (int64_t f = 0; f < features; f += L) {
+        const int64_t n = features - f < L ? features - f : L;
+        store_partial(x + (first + t) / a.levels * features + f, load(array + begin + f), n);
+      }
+    });
   }
 };
 
 // ------------------------------------------------------------------------ loop
 
-// All steps of the tokens of `tile`, which start at token `first`.
+// All steps of the tokens of `tile`.
 template <class Tile>
-void run(const TokenMlpArgs& a, const Tile& tile, int64_t first, void* scratch) {
+void run(const Tile& tile, void* scratch) {
   using C = typename Tile::Number;
   using Operand = typename Tile::Operand;
+  const TokenMlpArgs& a = tile.a;
   const int64_t size = a.size, width = a.width;
   C* x = static_cast<C*>(scratch);
   C* h = x + tile.numbers(size);
-  C* next = h + tile.numbers(width);
+  C* biases = h + tile.numbers(width);  // with several levels
+  C* next = biases + (a.levels > 1 ? tile.numbers(width) : 0);
   C* out = next + tile.numbers(a.row_in > a.row ? a.row_in : a.row);
   Operand* in = reinterpret_cast<Operand*>(next);    // what goes into a product
   Operand* inner = reinterpret_cast<Operand*>(out);  // between the two of a block
@@ -481,13 +529,12 @@ void run(const TokenMlpArgs& a, const Tile& tile, int64_t first, void* scratch) 
   for_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(compute_t<T>) == sizeof(C)) {
-      tile.read(static_cast<const T*>(a.x) + first * a.x_stride, a.x_stride, size, x);
+      const T* rows = static_cast<const T*>(a.x);
+      tile.read([&](int64_t t) { return rows + (tile.first + t) / a.levels * a.x_stride; }, size, x);
     }
   });
   for (int64_t step = 0; step < a.steps; ++step) {
-    Row<C> row;
-    std::memcpy(&row, of(a.table) + step * 5, sizeof(row));
-    tile.scale(row.c_in, x, size, in);
+    tile.scale(step, x, size, in);
     tile.round(a.weight_dtype, in, size);
     tile.linear(matrix(a.w_in), width, a.row_in, in, of(a.b_in), false, h,
                 matrix(a.blocks ? a.w1 : a.w_out));
@@ -496,8 +543,7 @@ void run(const TokenMlpArgs& a, const Tile& tile, int64_t first, void* scratch) 
       const auto* w2 = matrix(a.w2) + block * a.matrix;
       tile.layer_norm(h, width, false, in);
       tile.round(a.weight_dtype, in, width);
-      tile.linear_silu(w1, width, a.row, in, of(a.step_bias) + (step * a.blocks + block) * width,
-                       inner, w2);
+      tile.linear_silu(w1, width, a.row, in, tile.step_biases(step, block, biases), inner, w2);
       tile.round(a.weight_dtype, inner, width);
       tile.linear(w2, width, a.row, inner, of(a.b2) + block * width, true, h,
                   block + 1 < a.blocks ? w1 + a.matrix : matrix(a.w_out));
@@ -505,12 +551,12 @@ void run(const TokenMlpArgs& a, const Tile& tile, int64_t first, void* scratch) 
     tile.layer_norm(h, width, true, in);
     tile.round(a.weight_dtype, in, width);
     tile.linear(matrix(a.w_out), size, a.row, in, of(a.b_out), false, out, matrix(a.w_in));
-    tile.step(row, x, out, size, static_cast<C*>(a.stats) + first * a.steps + step, a.steps);
+    tile.update_all(step, x, out, size);
   }
   for_dtype(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(compute_t<T>) == sizeof(C)) {
-      tile.write(x, size, static_cast<T*>(a.x_end) + first * size);
+      tile.write(x, size, static_cast<T*>(a.x_end));
     }
   });
 }

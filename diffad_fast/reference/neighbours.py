@@ -1,0 +1,25 @@
+"""Distances to nearest neighbours, by a matrix product that finds them."""
+
+from __future__ import annotations
+
+import torch
+
+# Rows whose distances to all of a sample are held at a time: a million distances to 4096.
+TOGETHER = 256
+
+
+def nearest_distances(x: torch.Tensor, sample: torch.Tensor, count: int) -> torch.Tensor:
+    """As ``ops.nearest_distances``."""
+    # A program that is exported takes batches of any length.
+    parts = [x] if torch.compiler.is_exporting() else x.split(TOGETHER)
+    sample = sample.double()
+    found = []
+    for rows in parts:
+        rows = rows.double()
+        rough = torch.cdist(rows, sample, compute_mode="use_mm_for_euclid_dist")
+        # The product leaves |a|^2 - 2 ab + |b|^2, which cancels where a point is near, and what is
+        # left depends on how many rows it has: the distances are those of the differences.
+        others = sample[rough.topk(count, largest=False).indices]
+        distances = (rows[:, None] - others).square().sum(dim=-1).sqrt()
+        found.append(distances.sort(dim=1).values)
+    return torch.cat(found)
