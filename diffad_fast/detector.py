@@ -425,7 +425,7 @@ class Detector:
                     yield model, batch
                     bar.update(len(batch.index))
 
-        def maps() -> Iterator[list[torch.Tensor | None]]:
+        def maps() -> Iterator[Sequence[torch.Tensor | None]]:
             for model, batch in batches("statistics"):
                 found = model.raw_maps(batch.x)
                 # Clips have no positions in common, and not even a length: a window is a sample.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
-from numbers import Real
 
 import numpy as np
 import torch
@@ -166,7 +165,11 @@ class _Counts:
 
 
 def _check_max_fpr(max_fpr: float) -> None:
-    if not isinstance(max_fpr, Real) or not 0.0 < max_fpr <= 1.0:
+    try:
+        inside = bool(0.0 < max_fpr <= 1.0)
+    except (TypeError, ValueError, RuntimeError):
+        inside = False
+    if not inside:
         raise InputError(f"max_fpr is {max_fpr!r}: give a false-positive rate in (0, 1].")
 
 

@@ -50,6 +50,7 @@ def test_frozen():
         ({"train_steps": -1}, "train_steps .*not -1"),
         ({"eta": 2.0}, "eta .*not 2.0"),
         ({"eta": float("nan")}, "eta"),
+        ({"snr_limit": 0}, "snr_limit .*not 0"),
         ({"trainsteps": 3}, "'trainsteps': did you mean 'train_steps'"),
         ({"map_weights": (0, 0, 0)}, "map_weights"),
         ({"map_weights": (0, 0, 1), "haar_level": 0}, "no sub-bands"),

@@ -80,7 +80,7 @@ def _forms(name: str, model, banks: list[torch.Tensor]) -> list[Callable]:
             continue
         distance = FeatureDistance("mahalanobis" if name == "Gaussian" else "nearest")
         distance.fit(bank.split(8192), seed=0)
-        forms.append(distance.eval())
+        forms.append(distance)
     return forms
 
 

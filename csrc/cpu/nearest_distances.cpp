@@ -19,7 +19,7 @@ using torch::headeronly::ScalarType;
 // Differences that are worth a thread.
 constexpr int64_t kGrain = 1 << 19;
 
-Tensor with_rows(const Tensor& x, ScalarType dtype) {
+Tensor dense_rows(const Tensor& x, ScalarType dtype) {
   const Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
   return y.size(1) == 1 || y.stride(1) == 1 ? y : torch::stable::contiguous(y);
 }
@@ -29,13 +29,14 @@ Tensor nearest_distances(const Tensor& x, const Tensor& sample, int64_t count) {
                   "nearest_distances: expected x (M,D) and sample (S,D) with D > 0");
   STD_TORCH_CHECK(x.scalar_type() == sample.scalar_type() && sample.device() == x.device(),
                   "nearest_distances: x and sample differ in dtype or device");
-  STD_TORCH_CHECK(count > 0 && count <= sample.size(0) &&
-                      sample.size(0) <= std::numeric_limits<int32_t>::max(),
+  STD_TORCH_CHECK(count > 0 && count <= sample.size(0),
                   "nearest_distances: count must be from 1 to the rows of the sample");
+  STD_TORCH_CHECK(sample.size(0) <= std::numeric_limits<int32_t>::max(),
+                  "nearest_distances: the sample has more than 2^31 - 1 rows");
   NearestArgs a{};
   a.dtype = dtype_of(x, "nearest_distances") == DType::kDouble ? DType::kDouble : DType::kFloat;
   const ScalarType dtype = a.dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float;
-  const Tensor rows = with_rows(x, dtype), others = with_rows(sample, dtype);
+  const Tensor rows = dense_rows(x, dtype), others = dense_rows(sample, dtype);
   a.rows = rows.size(0);
   a.size = rows.size(1);
   a.samples = others.size(0);

@@ -18,7 +18,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Fewer rows than these leave most lanes of a vector without a token.
+// Fewer tokens than these do not fill a vector.
 constexpr int64_t kFewTokens = 16;
 // Multiply-adds below which a thread is not worth its start.
 constexpr int64_t kGrain = 1 << 19;
@@ -130,8 +130,8 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   bool done = false;
   if (tokens > 0 && tokens < kFewTokens && steps > 1 &&
       (wide ? leaves_x<double>(a.table, steps) : leaves_x<float>(a.table, steps))) {
-    // The same bits by reading the weights once. Not where the network gives infinity or NaN, which
-    // 0 times it hands on to the next level.
+    // The same numbers from fewer readings of the weights; only a zero in x keeps its sign. Not
+    // where the network gives infinity or NaN, which 0 times it hands on to the next level.
     run(steps);
     done = wide ? all_finite<double>(a.stats, tokens * steps)
                 : all_finite<float>(a.stats, tokens * steps);

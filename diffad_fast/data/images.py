@@ -425,10 +425,11 @@ def check_no_test(root: str, samples: str) -> None:
     samples: what the detector sees, in the plural.
     """
     for folder, below, _ in _visible(root):
-        for name in below:
-            if name in _TEST_FOLDERS:
+        for path in (os.path.join(folder, name) for name in below):
+            names = {os.path.basename(path), os.path.basename(os.path.realpath(path))}
+            if not names.isdisjoint(_TEST_FOLDERS):
                 raise InputError(
-                    f"{os.path.join(folder, name)} lies in {root}, and a detector is not trained "
+                    f"{path} lies in {root}, and a detector is not trained "
                     f"on what it is tested on: give the folder of normal {samples}."
                 )
 
@@ -756,20 +757,23 @@ def _image_files(source: str) -> list[str]:
 
 
 def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As ``os.walk``, in order, without hidden folders. Links to folders are followed; a folder
-    that is reached in several ways is seen once."""
-    seen = {os.path.realpath(root)}
-    for folder, below, names in os.walk(root, followlinks=True):
-        fresh = []
-        # Links last, so that a folder has its own name.
-        links = [(os.path.islink(os.path.join(folder, name)), name) for name in below]
-        for _, name in sorted(links):
-            place = os.path.realpath(os.path.join(folder, name))
-            if not name.startswith(".") and place not in seen:
+    """As ``os.walk``, without hidden folders, and links to folders are followed. A folder that is
+    reached in several ways is seen once: by its own name, where it lies below ``root``."""
+    seen, tops = set(), [root]
+    while tops:
+        links = []
+        for top in tops:
+            for folder, below, names in os.walk(top):
+                place = os.path.realpath(folder)
+                if place in seen:
+                    below[:] = []
+                    continue
                 seen.add(place)
-                fresh.append(name)
-        below[:] = fresh
-        yield folder, below, names
+                below[:] = sorted(name for name in below if not name.startswith("."))
+                yield folder, below, names
+                paths = [os.path.join(folder, name) for name in below]
+                links += [path for path in paths if os.path.islink(path)]
+        tops = links
 
 
 def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:

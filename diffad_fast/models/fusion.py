@@ -58,7 +58,7 @@ def weighted(maps: torch.Tensor, means: torch.Tensor, factors: torch.Tensor) -> 
 
 
 def top_mean(map_: torch.Tensor, top: float) -> torch.Tensor:
-    """(N,): the mean of the max(1, round(top h w)) largest values of maps (N,h,w)."""
+    """(N,): the mean of the max(1, round(top h w)) largest values of maps (N,h,w), or of curves."""
     values = map_.flatten(1)
     count = max(1, round(top * values.shape[1]))
     return values.amax(dim=1) if count == 1 else values.topk(count, dim=1).values.mean(dim=1)

@@ -185,7 +185,8 @@ class TokenModel(nn.Module):
     # -------------------------------------------------------------- score
 
     def use(self, statistics: list[MapStatistics] | None) -> None:
-        """Standardise the maps of the configuration's mode by ``statistics`` from now on."""
+        """Standardise the maps of the configuration's mode by ``statistics`` from now on, and
+        weigh them as the configuration says."""
         self.statistics = statistics
         self._standards = None
         if statistics is not None:
@@ -314,8 +315,7 @@ class TokenModel(nn.Module):
             part = (log_distance(number) - mean) / deviation * (weight / sum(weights))
             curve, bands = curve + part, bands + part[:, None] * share
         curve = curve.view(len(waves), -1)
-        count = max(1, round(self.config.top_fraction * curve.shape[1]))
-        score = curve.topk(count, dim=1).values.mean(dim=1)
+        score = top_mean(curve, self.config.top_fraction)
         bands = bands.view(*curve.shape, -1)
         return time_map(bands, representation.window, representation.step), score
 

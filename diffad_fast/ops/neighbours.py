@@ -39,13 +39,15 @@ def nearest_distances(x, sample, count):
     x: (M,D), sample: (S,D) with D at least 1, of one dtype, any strides. count: how many, from 1 to
     S.
 
-    Returns (M,count) in float64, in ascending order; infinite ones follow finite ones, NaN both.
-    Distances are those of the differences in float64, whatever the dtype: a row that is in the
-    sample is at 0 from itself. What is returned for a row does not depend on the others.
+    Returns (M,count) in float64, in ascending order. Distances are those of the differences in
+    float64, whatever the dtype.
 
-    Natively on the CPU for up to 64 neighbours: the search runs in float32, without a matrix of
-    distances, and again in float64 for rows where a bound of its rounding does not tell that none
-    was missed. Elsewhere, and for gradients, the reference serves.
+    Natively on the CPU for up to 64 neighbours, without a matrix of distances: none is missed, a
+    row of the sample is at 0 from itself, infinite distances follow finite ones and NaN both, and
+    what is returned for a row does not depend on the others. Of float32 and narrower the search
+    runs in float32, and again in float64 for rows where a bound of its rounding does not tell that
+    none was missed. Elsewhere, and for gradients, the reference serves: it finds neighbours by a
+    matrix product in float64, which cannot tell distances below some 1e-8 of the rows' lengths.
     Raises TypeError for dtypes and options, ValueError for shapes and options out of range.
     """
     checks.tensor("x", x, 2)

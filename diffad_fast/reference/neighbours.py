@@ -20,6 +20,6 @@ def nearest_distances(x: torch.Tensor, sample: torch.Tensor, count: int) -> torc
         # The product leaves |a|^2 - 2 ab + |b|^2, which cancels where a point is near, and what is
         # left depends on how many rows it has: the distances are those of the differences.
         others = sample[rough.topk(count, largest=False).indices]
-        distances = (rows[:, None] - others).square().sum(dim=-1).sqrt()
+        distances = torch.linalg.vector_norm(rows[:, None] - others, dim=-1)
         found.append(distances.sort(dim=1).values)
     return torch.cat(found)

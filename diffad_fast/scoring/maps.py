@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,11 +70,14 @@ class _Moments:
 
 
 def fit_statistics(
-    batches: Iterable[list[torch.Tensor | None]], kind: str, smoothing: float, alike: bool = False
+    batches: Iterable[Sequence[torch.Tensor | None]],
+    kind: str,
+    smoothing: float,
+    alike: bool = False,
 ) -> list[MapStatistics | None]:
     """Statistics of each map from batches of maps (n,H,W) of held-out normals.
 
-    A batch is a list with one entry a map of :data:`MAPS`, None where that map has no weight.
+    A batch has one entry a map, None where a map of :data:`MAPS` has no weight.
     ``kind`` is "position", "scalar" or "auto": then each map takes what predicts better, by the
     Gaussian log-likelihood, the even normals from the odd ones and the other way round.
     ``smoothing`` is the deviation in pixels of the Gaussian over positions. ``alike``: the maps

@@ -65,9 +65,10 @@ class FeatureDistance(nn.Module):
         x = self._scaled(features)
         rows = x.reshape(-1, x.shape[-1])
         count = min(NEIGHBOURS + 1, len(self.sample))
-        exact = ops.nearest_distances(rows, self.sample, count)
-        # Equal but for the rounding of what made the features, in batches of other sizes.
-        own = exact[:, 0] <= 1e-5 * (1 + rows.double().norm(dim=1))
-        others = max(1, count - 1)
-        means = exact[:, -others:].mean(dim=1), exact[:, :others].mean(dim=1)
-        return torch.where(own, *means).to(x.dtype).reshape(x.shape[:-1])
+        found = ops.nearest_distances(rows, self.sample, count)
+        if count > 1:
+            # Equal but for the rounding of what made the features, in batches of other sizes.
+            length = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+            own = found[:, :1] <= 1e-5 * (1 + length)
+            found = torch.where(own, found[:, 1:], found[:, :-1])
+        return found.mean(dim=1).to(x.dtype).reshape(x.shape[:-1])

@@ -717,18 +717,29 @@ def test_a_pipe_is_no_file(tmp_path):
 
 def test_links_to_folders_are_followed_and_each_folder_is_seen_once(tmp_path):
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
-    for folder in (data / "own", data / ".hidden", elsewhere / "good"):
+    for folder in (data / "own" / "deep", data / ".hidden", elsewhere / "good"):
         folder.mkdir(parents=True)
         (folder / "a.png").write_bytes(b"")
-    (data / "a link").symlink_to(data / "own")  # the folder's own name stays
+    (data / "a link").symlink_to(data / "own" / "deep")  # the folder's own name stays
     (data / "more").symlink_to(elsewhere)
     (data / "again").symlink_to(elsewhere / "good")
     (data / "own" / "up").symlink_to(data)
     (data / ".hidden too").symlink_to(elsewhere)
     found = module.files_below(str(data), lambda name: name.endswith(".png"))
-    assert [os.path.relpath(path, data) for path in found] == ["again/a.png", "own/a.png"]
-    (elsewhere / "test").mkdir()
-    with pytest.raises(InputError, match="data/more/test lies in"):
+    assert [os.path.relpath(path, data) for path in found] == ["again/a.png", "own/deep/a.png"]
+
+
+@pytest.mark.parametrize("link", ["b -> more/test", "b -> ../elsewhere/test", "test -> more/good"])
+def test_a_link_hides_no_test(tmp_path, link):
+    data = tmp_path / "data"
+    for folder in (data / "more" / "good", tmp_path / "elsewhere" / "test"):
+        folder.mkdir(parents=True)
+    name, target = link.split(" -> ")
+    if target == "more/test":
+        (data / target).mkdir()
+    module.check_no_test(str(data / "more" / "good"), "images")
+    (data / name).symlink_to(data / target)
+    with pytest.raises(InputError, match="lies in .* a detector is not trained"):
         module.check_no_test(str(data), "images")
 
 

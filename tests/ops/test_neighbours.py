@@ -69,6 +69,8 @@ def neighbours(case: str) -> tuple[torch.Tensor, torch.Tensor]:
         x = x[torch.arange(540) % 20]
     elif case == "alike":  # all of them but for the last digits
         x = 1 + 1e-6 * x
+    elif case == "whole":  # many at the same distance
+        x = (4 * x).round()
     elif case == "one shell":  # float32 cannot tell who is nearest
         x[:500] /= x[:500].norm(dim=1, keepdim=True)
         x[500:] = 0
@@ -85,7 +87,8 @@ def neighbours(case: str) -> tuple[torch.Tensor, torch.Tensor]:
     return x[500:], x[:500]
 
 
-CASES = ["plain", "far", "twins", "alike", "one shell", "tiny", "huge", "mixed", "outlier", "zero"]
+CASES = ["plain", "far", "twins", "alike", "whole", "one shell", "tiny", "huge", "mixed", "outlier"]
+CASES += ["zero"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,6 +143,11 @@ def test_strided(backend, written):
     found = ops.nearest_distances(x, sample, 3)
     torch.testing.assert_close(found, written_out(x, sample, 3), rtol=1e-12, atol=0)
     assert written(found)
+    # Rows apart, of both; one row many times.
+    x, sample = random(9, 40)[:, 3:14], random(60, 50, seed=1)[::2, 5:16]
+    for rows in (x, x[:1].expand(50, -1)):
+        found = ops.nearest_distances(rows, sample, 3)
+        torch.testing.assert_close(found, written_out(rows, sample, 3), rtol=1e-12, atol=0)
     assert ops.nearest_distances(x[:0], sample, 3).shape == (0, 3)
 
 
@@ -152,6 +160,8 @@ def test_what_the_kernel_leaves_to_the_reference():
         ops.nearest_distances(x, sample, 70)
     x.requires_grad_()
     assert gradcheck(lambda x: ops.nearest_distances(x, sample, 3), (x,))
+    ops.nearest_distances(x, x.detach(), 1).sum().backward()
+    assert (x.grad == 0).all()
     with use_backend("cpu"), pytest.raises(BackendError, match="it has no gradients"):
         ops.nearest_distances(x, sample, 3)
 

@@ -290,11 +290,22 @@ def test_native_levels_side_by_side_are_those_one_by_one(cpu_isa_bf16, weights):
     table[:, 1], table[:, 2] = 1, 0
     x_end, stats = on_cpu((x, packed, bias, table))
     assert torch.equal(x_end, x)
-    for count in (1, 2, 3, 4, 7, 15, 16, 33):
+    for count in (1, 2, 3, 4, 7, 13, 15, 16, 33):
         for begin in (0, 60 - count):
             rows = slice(begin, begin + count)
             some = on_cpu((x[rows], packed, bias, table))
             assert torch.equal(some[0], x[rows]) and torch.equal(some[1], stats[rows])
+    wide = torch.stack([x, -x], dim=2).flatten(1)  # strides of 2, and of 26
+    for strided in (wide[:3, ::2], torch.cat([x, x], dim=1)[:3, :13]):
+        assert torch.equal(on_cpu((strided, packed, bias, table))[1], stats[:3])
+    same = on_cpu((x[:1].expand(7, -1), packed, bias, table))
+    assert torch.equal(same[1], stats[:1].expand(7, -1))
+    if dtype == torch.float32:
+        for narrow in (torch.bfloat16, torch.float16):
+            many = on_cpu((x.to(narrow), packed, bias, table))
+            few = on_cpu((x[:3].to(narrow), packed, bias, table))
+            assert few[0].dtype == narrow and torch.equal(few[0], x[:3].to(narrow))
+            assert torch.equal(few[1], many[1][:3])
     for level in range(5):
         one = on_cpu((x[:3], packed, bias[level : level + 1], table[level : level + 1]))
         assert torch.equal(one[1][:, 0], stats[:3, level])

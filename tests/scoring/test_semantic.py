@@ -47,9 +47,10 @@ def test_nobody_is_his_own_neighbour():
 
 
 def test_few_neighbours():
-    one = FeatureDistance("nearest")
-    one.fit([torch.randn(3, 2)], seed=0)
-    assert one(torch.randn(4, 2)).isfinite().all() and (one(one.sample) >= 0).all()
+    for count in (1, 3):
+        one = FeatureDistance("nearest")
+        one.fit([torch.randn(count, 2)], seed=0)
+        assert one(torch.randn(4, 2)).isfinite().all() and (one(one.sample) >= 0).all()
 
 
 @pytest.mark.native

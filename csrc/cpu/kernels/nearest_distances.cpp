@@ -1,13 +1,13 @@
-// nearest_distances: the sample passes by in blocks of as many rows as a vector has lanes, turned so
-// that the lanes are the sample's, and some rows of x take their distances to it on the way.
+// nearest_distances: the sample passes by in blocks of as many rows as a vector has lanes, turned
+// so that the lanes are the sample's, and some rows of x take their distances to it on the way.
 //
 // Squared distances are sums of squared differences, feature by feature in one chain of fma. In
 // float32 a sum s of D of them is wrong by some D + 3 roundings of s, for all terms are positive
-// (Higham 2002, 3.1), unless it is so small that squares underflow. So the search runs in float32 and
-// keeps two candidates more than asked for, the last of which has the sum w: with a bound twice as
-// wide as needed, whatever was left out is no nearer than w (1 - (D + 4) 2^-23). Where the last of the
-// asked, in float64, is as near as that, none was missed; elsewhere (many twins, very large and very
-// small numbers) the row is searched again, in float64.
+// (Higham 2002, 3.1), unless it is so small that squares underflow. So the search runs in float32
+// and keeps two candidates more than asked for, the last of which has the sum w: with a bound twice
+// as wide as needed, whatever was left out is no nearer than w (1 - (D + 4) 2^-23). Where the last
+// of the asked, in float64, is as near as that, none was missed; elsewhere (equally far neighbours,
+// very large and very small numbers) the row is searched again, in float64.
 #include "nearest_distances.h"
 
 #include "simd.h"
@@ -138,12 +138,12 @@ bool settle(const NearestArgs& a, const double* x, const Candidates<float>& roug
     for (; k > 0 && sums[k - 1] > sum; --k) sums[k] = sums[k - 1];
     sums[k] = sum;
   }
-  if (rough.count == a.samples) return true;
+  if (rough.count == a.samples || sums[a.count - 1] == 0) return true;
   const double others = rough.last() * (1 - static_cast<double>(a.size + 4) * 0x1p-23);
   return rough.last() >= kSmallest && sums[a.count - 1] <= others;
 }
 
-// In the place of candidates that are missing, what is infinitely far, then what cannot be compared.
+// For candidates that are missing, what is infinitely far, then what cannot be compared.
 template <class T>
 void fill_up(const NearestArgs& a, const double* x, const Candidates<double>& found) {
   int64_t have = 0, infinite = 0;
@@ -161,22 +161,22 @@ void run_item(const NearestArgs& a, int64_t first, void* scratch) {
   const int64_t rows = left < kRowsOfItem ? left : kRowsOfItem;
   const int64_t next = a.padded(), kept = a.candidates();
   auto* wide = static_cast<double*>(scratch);
-  auto* narrow = reinterpret_cast<float*>(wide + kRowsOfItem * next);
-  auto* fine = reinterpret_cast<double*>(narrow + kRowsOfItem * next);
-  auto* rough = reinterpret_cast<float*>(fine + kRowsOfItem * kept);
-  auto* places = reinterpret_cast<int32_t*>(rough + kRowsOfItem * kept);
+  auto* narrow = reinterpret_cast<float*>(wide + rows * next);
+  auto* fine = reinterpret_cast<double*>(narrow + rows * next);
+  auto* rough = reinterpret_cast<float*>(fine + rows * kept);
+  auto* places = reinterpret_cast<int32_t*>(rough + rows * kept);
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = static_cast<const T*>(a.x) + (first + r) * a.x_stride;
     for (int64_t f = 0; f < next; ++f) {
       const T number = f < a.size ? from[f] : T(0);
       wide[r * next + f] = static_cast<double>(number);
-      narrow[r * next + f] = static_cast<float>(number);
+      if constexpr (sizeof(T) == 4) narrow[r * next + f] = number;
     }
   }
-  const auto through = [&](auto* x, auto* sums, int64_t from, int64_t to) {
+  const auto through = [&](auto* x, auto* sums, int64_t count) {
     using C = std::remove_reference_t<decltype(*x)>;
     Candidates<C> found[kRowsOfItem];
-    for (int64_t r = from; r < to; ++r) {
+    for (int64_t r = 0; r < count; ++r) {
       found[r] = {sums + r * kept, places + r * kept, kept};
       found[r].clear();
     }
@@ -184,25 +184,34 @@ void run_item(const NearestArgs& a, int64_t first, void* scratch) {
     const int64_t chunk = (kChunkBytes / row_bytes / 16 + 1) * 16;
     for (int64_t begin = 0; begin < a.samples; begin += chunk) {
       const int64_t end = begin + chunk < a.samples ? begin + chunk : a.samples;
-      for (int64_t r = from; r < to; r += kTogether) {
-        const int64_t count = to - r < kTogether ? to - r : kTogether;
-        search_for<C, T>(count, a, x + r * next, begin, end, found + r);
+      for (int64_t r = 0; r < count; r += kTogether) {
+        const int64_t together = count - r < kTogether ? count - r : kTogether;
+        search_for<C, T>(together, a, x + r * next, begin, end, found + r);
       }
     }
   };
-  if constexpr (sizeof(T) == 4) through(narrow, rough, 0, rows);
-  for (int64_t r = 0; r < rows; ++r) {
-    const double* x = wide + r * next;
-    double* sums = fine + r * kept;
-    int32_t* of_row = places + r * kept;
-    bool settled = false;
-    if constexpr (sizeof(T) == 4) settled = settle<T>(a, x, {rough + r * kept, of_row, kept}, sums);
-    if (!settled) {
-      through(wide, fine, r, r + 1);
-      fill_up<T>(a, x, {sums, of_row, kept});
-    }
+  const auto write = [&](int64_t r, const double* sums) {
     double* out = a.out + (first + r) * a.count;
     for (int64_t i = 0; i < a.count; ++i) out[i] = __builtin_sqrt(sums[i]);
+  };
+  // Rows that are open move up, in the place of settled ones.
+  int64_t open = 0, row_of[kRowsOfItem];
+  if constexpr (sizeof(T) == 4) through(narrow, rough, rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    const double* x = wide + r * next;
+    if constexpr (sizeof(T) == 4) {
+      if (settle<T>(a, x, {rough + r * kept, places + r * kept, kept}, fine)) {
+        write(r, fine);
+        continue;
+      }
+      if (open < r) std::memcpy(wide + open * next, x, next * sizeof(double));
+    }
+    row_of[open++] = r;
+  }
+  through(wide, fine, open);
+  for (int64_t k = 0; k < open; ++k) {
+    fill_up<T>(a, wide + k * next, {fine + k * kept, places + k * kept, kept});
+    write(row_of[k], fine + k * kept);
   }
 }
 

@@ -21,7 +21,9 @@ struct NearestArgs {
   int64_t padded() const { return (size + 15) / 16 * 16; }
   // Bytes of scratch memory that a call of the kernel needs: of an item's rows their numbers and
   // candidates, each in two types.
-  int64_t scratch() const { return kRowsOfItem * (12 * padded() + 16 * candidates()); }
+  int64_t scratch() const {
+    return (rows < kRowsOfItem ? rows : kRowsOfItem) * (12 * padded() + 16 * candidates());
+  }
 };
 
 // Items of kRowsOfItem rows.

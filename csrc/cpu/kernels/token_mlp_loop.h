@@ -26,15 +26,16 @@ struct TokenMlpArgs {
   const void* x;
   int64_t x_stride;  // elements between tokens; the elements of a token lie side by side
   void* x_end;       // (M, D); with levels, that of the first
-  // (tokens, steps), and everything below, in compute_t of `dtype`, contiguous; in token_mlp_loop_bf16 the
-  // matrices are of bf16.
+  // (tokens, steps), and everything below, in compute_t of `dtype`, contiguous; in
+  // token_mlp_loop_bf16 the matrices are of bf16.
   void* stats;
   const void *w_in, *b_in, *w1, *w2, *b2, *w_out, *b_out, *step_bias, *table;
 };
 
 // Bytes of scratch memory that a call of the kernel needs.
 inline int64_t token_mlp_scratch(const TokenMlpArgs& a) {
-  const auto whole = [](int64_t n) { return (n + 15) / 16 * 16; };  // vectors, whichever way they lie
+  // Vectors, whichever way they lie.
+  const auto whole = [](int64_t n) { return (n + 15) / 16 * 16; };
   const int64_t tokens = a.tokens < kTokenTile ? whole(a.tokens) : kTokenTile;
   const int64_t size = whole(a.size), width = whole(a.width), biases = a.levels > 1 ? width : 0;
   const int64_t widest = whole(a.row_in > a.row ? a.row_in : a.row);

@@ -62,7 +62,9 @@ DIFFAD_SIMD Row<C> row_of(const TokenMlpArgs& a, int64_t step, int64_t first, bo
   const auto number = [&](int column) {
     if (a.levels == 1) return splat(table[step * 5 + column]);
     C lanes[L];
-    for (int i = 0; i < L; ++i) lanes[i] = table[(first + (by_lane ? i : 0)) % a.levels * 5 + column];
+    for (int i = 0; i < L; ++i) {
+      lanes[i] = table[(first + (by_lane ? i : 0)) % a.levels * 5 + column];
+    }
     return load(lanes);
   };
   return {number(0), number(1), number(2), number(3), number(4)};
@@ -91,8 +93,8 @@ struct Biases {
 
 static_assert(kSingleRows >= kPairRows);  // the last panel of several has the blocks of the others
 
-// R outputs of V vectors of tokens, from output `o` on: out[r] = sum over k of w[r][k] in[k] + bias.
-// As many rows of weights from `ahead` on, if that is not null, are fetched meanwhile.
+// R outputs of V vectors of tokens, from output `o` on: out[r] = sum over k of w[r][k] in[k] plus its
+// bias. As many rows of weights from `ahead` on, if that is not null, are fetched meanwhile.
 template <class C, int R, int V>
 void outputs(const C* w, int64_t inputs, const C* in, const Biases<C>& bias, int64_t o, After after,
              C* out, const C* ahead) {
@@ -103,7 +105,9 @@ void outputs(const C* w, int64_t inputs, const C* in, const Biases<C>& bias, int
   for (; ahead != nullptr && k + kPart <= inputs; k += kPart) {
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-      for (int64_t i = k; i < k + kPart; i += kLine) __builtin_prefetch(ahead + r * inputs + i, 0, 2);
+      for (int64_t i = k; i < k + kPart; i += kLine) {
+        __builtin_prefetch(ahead + r * inputs + i, 0, 2);
+      }
     }
     multiply_add<C, R, V>(w + k, inputs, 1, in + k * V * L, L, V * L, kPart, sum);
   }
@@ -157,7 +161,7 @@ struct Panels {
     return {buffer, true};
   }
 
-  // out = after(w in + bias), w (outputs, inputs); `next`: the weights of the product after this one.
+  // out = after(w in + bias), w (outputs, inputs); `next`: the weights of the product after this.
   void product(const C* w, int64_t out_features, int64_t in_features, const C* in,
                const Biases<C>& bias, After after, C* out, const C* next) const {
     const int64_t most = panels == 1 && last == 1 ? kSingleRows : kPairRows;
@@ -323,7 +327,7 @@ struct Few {
   using Weight = C;
   using Operand = C;
   static constexpr int L = kLanes<C>;
-  // From here on a panel of one vector is faster: it needs a broadcast and an fma for every weight,
+  // For more a panel of one vector is faster: it needs a broadcast and an fma for every weight,
   // this an fma for a vector of them and token, and one shuffle in four for turning them.
   static constexpr int kMost = L / 2 > 1 ? L / 2 : 1;
   const TokenMlpArgs& a;
@@ -341,8 +345,8 @@ struct Few {
     };
   }
 
-  // N vectors of outputs of T tokens from `o` on, of which the last `out_features` may be short. The
-  // weights from `next` on, those of the block after this one, are fetched meanwhile.
+  // N vectors of outputs of T tokens from `o` on, of which the last may be short. The weights from
+  // `next` on, those of the block after this one, are fetched meanwhile.
   template <int N, int T, class F>
   static void block(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
                     F&& biases, After after, C* out, const C* next) {
@@ -429,7 +433,7 @@ struct Few {
   void scale(int64_t step, const C* x, int64_t features, C* out) const {
     for_tokens(features, [&](int64_t t, int64_t begin) {
       const Vec<C> factor = row_of<C>(a, step, first + t, false).c_in;
-      for (int64_t f = 0; f < features; f += L) store(out + begin + f, factor * load(x + begin + f));
+      for (int64_t f = begin; f < begin + features; f += L) store(out + f, factor * load(x + f));
     });
   }
   void round(DType dtype, C* array, int64_t features) const {
@@ -530,7 +534,8 @@ void run(const Tile& tile, void* scratch) {
     using T = decltype(zero);
     if constexpr (sizeof(compute_t<T>) == sizeof(C)) {
       const T* rows = static_cast<const T*>(a.x);
-      tile.read([&](int64_t t) { return rows + (tile.first + t) / a.levels * a.x_stride; }, size, x);
+      const auto row = [&](int64_t t) { return rows + (tile.first + t) / a.levels * a.x_stride; };
+      tile.read(row, size, x);
     }
   });
   for (int64_t step = 0; step < a.steps; ++step) {
