@@ -20,9 +20,11 @@ from . import peers
 
 def describe(device: torch.device | None = None) -> dict:
     """Machine, versions, commit, settings of PyTorch and the state of the clocks."""
+    now = datetime.datetime.now()
     cuda = torch.cuda.is_available() and (device is None or device.type == "cuda")
     return {
-        "date": datetime.date.today().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.strftime("%H:%M"),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "cpu_features": torch.backends.cpu.get_cpu_capability(),

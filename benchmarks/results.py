@@ -51,7 +51,8 @@ def newest(folder: Path = RESULTS) -> dict[str, tuple[Path, dict]]:
         result = read(path)
         if "suite" not in result:
             continue
-        rank = (not result["quick"], result["machine"]["date"], path.name)
+        when = result["machine"]["date"], result["machine"].get("time", "")
+        rank = (not result["quick"], *when, path.name)
         if result["suite"] not in found or rank > found[result["suite"]][0]:
             found[result["suite"]] = (rank, path, result)
     return {suite: entry[1:] for suite, entry in sorted(found.items())}

@@ -485,6 +485,8 @@ def test_readme_quotes_every_lost_case(tmp_path):
     (tmp_path / "a-cpu.json").write_text(json.dumps(result))
     older = {**result, "machine": {**result["machine"], "date": "2001-01-01", "cpu": "Old"}}
     (tmp_path / "b-cpu.json").write_text(json.dumps(older))
+    older = {**result["machine"], "time": "", "cpu": "Old"}  # of another machine, that day
+    (tmp_path / "c-cpu.json").write_text(json.dumps({**result, "machine": older}))
     short, page = readme.headlines(tmp_path), readme.page(tmp_path)
     for text in (short, page):
         assert "| op case |" in text and "| op lost |" in text and "| op minor |" not in text
