@@ -18,9 +18,9 @@ struct TokenMlpArgs {
   // as M S tokens, S levels and one step, where token i is row i / levels of x, and its numbers are
   // those of row i % levels of the table.
   int64_t tokens, levels, steps;
-  int64_t size, width, blocks;                 // D, W, B
-  DType dtype;                                 // of x and x_end
-  DType weight_dtype;                          // what the inputs of matrix products are rounded to
+  int64_t size, width, blocks;  // D, W, B
+  DType dtype;                  // of x and x_end
+  DType weight_dtype;           // what the inputs of matrix products are rounded to
   int64_t row_in, row;  // elements from row to row of W_in, and of the other matrices
   int64_t matrix;       // and from matrix to matrix
   const void* x;

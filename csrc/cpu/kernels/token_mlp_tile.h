@@ -93,25 +93,14 @@ struct Biases {
 
 static_assert(kSingleRows >= kPairRows);  // the last panel of several has the blocks of the others
 
-// R outputs of V vectors of tokens, from output `o` on: out[r] = sum over k of w[r][k] in[k] plus its
-// bias. As many rows of weights from `ahead` on, if that is not null, are fetched meanwhile.
+// R outputs of V vectors of tokens, from output `o` on: out[r] = sum over k of w[r][k] in[k], plus its
+// bias.
 template <class C, int R, int V>
 void outputs(const C* w, int64_t inputs, const C* in, const Biases<C>& bias, int64_t o, After after,
-             C* out, const C* ahead) {
+             C* out) {
   constexpr int L = kLanes<C>;
-  constexpr int64_t kLine = 64 / sizeof(C), kPart = 4 * kLine;
   Vec<C> sum[R][V] = {};
-  int64_t k = 0;
-  for (; ahead != nullptr && k + kPart <= inputs; k += kPart) {
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int64_t i = k; i < k + kPart; i += kLine) {
-        __builtin_prefetch(ahead + r * inputs + i, 0, 2);
-      }
-    }
-    multiply_add<C, R, V>(w + k, inputs, 1, in + k * V * L, L, V * L, kPart, sum);
-  }
-  multiply_add<C, R, V>(w + k, inputs, 1, in + k * V * L, L, V * L, inputs - k, sum);
+  multiply_add<C, R, V>(w, inputs, 1, in, L, V * L, inputs, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -161,26 +150,23 @@ struct Panels {
     return {buffer, true};
   }
 
-  // out = after(w in + bias), w (outputs, inputs); `next`: the weights of the product after this.
+  // out = after(w in + bias), w (outputs, inputs).
   void product(const C* w, int64_t out_features, int64_t in_features, const C* in,
-               const Biases<C>& bias, After after, C* out, const C* next) const {
+               const Biases<C>& bias, After after, C* out) const {
     const int64_t most = panels == 1 && last == 1 ? kSingleRows : kPairRows;
     for_even_blocks(out_features, most, [&](int64_t o, int64_t rows) {
       const C* weights = w + o * in_features;
-      // For one panel, weights are read as fast as they are worked on.
-      const C* ahead = panels > 1 ? nullptr
-                       : o + rows < out_features ? weights + rows * in_features : next;
       for (int64_t p = 0; p < panels; ++p) {
         const C* panel = in + begin(p, in_features);
         const Biases<C> biases = of_panel(bias, p, out_features);
         C* result = out + begin(p, out_features) + o * vectors(p) * L;
         if (vectors(p) == 2) {
           with_rows<kPairRows>(rows, [&](auto r) {
-            outputs<C, r, 2>(weights, in_features, panel, biases, o, after, result, ahead);
+            outputs<C, r, 2>(weights, in_features, panel, biases, o, after, result);
           });
         } else {
           with_rows<kSingleRows>(rows, [&](auto r) {
-            outputs<C, r, 1>(weights, in_features, panel, biases, o, after, result, ahead);
+            outputs<C, r, 1>(weights, in_features, panel, biases, o, after, result);
           });
         }
       }
@@ -192,13 +178,13 @@ struct Panels {
   }
 
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
-              bool add, C* out, const C* next) const {
+              bool add, C* out, const C*) const {
     product(w, out_features, in_features, in, {bias, false},
-            add ? After::kAddToOutput : After::kNothing, out, next);
+            add ? After::kAddToOutput : After::kNothing, out);
   }
   void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in,
-                   const Biases<C>& bias, C* out, const C* next) const {
-    product(w, out_features, in_features, in, bias, After::kSilu, out, next);
+                   const Biases<C>& bias, C* out, const C*) const {
+    product(w, out_features, in_features, in, bias, After::kSilu, out);
   }
   void scale(int64_t step, const C* x, int64_t features, C* out) const {
     for_vectors(features, [&](int64_t token, int64_t offset, int64_t next) {
