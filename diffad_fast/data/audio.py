@@ -107,10 +107,10 @@ def open_audio(
     """Open a source of recordings.
 
     Args:
-        source: a folder (searched recursively, in sorted order), one file, an array or tensor
-            (samples,) or (N, samples) at `rate`, a pair (wave, rate of the wave) whose wave may
-            have channels (the shorter axis), or a list of files, of waves or of such pairs. Waves
-            are floats in [-1, 1], int16 or int32.
+        source: a folder (searched recursively, links to folders too, in sorted order), one file,
+            an array or tensor (samples,) or (N, samples) at `rate`, a pair (wave, rate of the wave)
+            whose wave may have channels (the shorter axis), or a list of files, of waves or of such
+            pairs. Waves are floats in [-1, 1], int16 or int32.
         rate: of the result, samples a second.
         highest: a warning names a recording whose own rate leaves out frequencies of this
             many Hz.
@@ -492,7 +492,7 @@ def training_clips(
     """The normal clips to train on; arguments and errors as in `labelled_clips`.
 
     A plain folder gives root/train/good or root/train/normal, all of root/train, or all that it
-    holds; the last raises `InputError` where a folder test or ground_truth lies anywhere below it.
+    holds. Raises `InputError` where a folder test or ground_truth lies anywhere below what it gives.
     """
     root = os.fsdecode(root)
     layout = _layout(root, layout)
@@ -507,8 +507,7 @@ def training_clips(
         return [c for c in _dcase(root, "train") if not c.anomaly]
     parts = [os.path.join(root, "train", name) for name in (*_NORMAL_FOLDERS, "")]
     folder = next(filter(os.path.isdir, parts), root)
-    if folder == root:
-        check_no_test(root, "recordings")
+    check_no_test(folder, "recordings")
     return [LabelledClip(path, "normal", False) for path in _audio_files(folder)]
 
 

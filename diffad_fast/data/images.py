@@ -40,7 +40,7 @@ _NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _GREY_16 = {"I;16", "I;16L", "I;16B", "I;16N"}
 _DTYPES = {"uint8", "uint16", "float16", "bfloat16", "float32", "float64"}
 # Of data sets in the MVTec AD layout: what is in them is not all normal.
-_TEST_FOLDERS = ("test", "ground_truth")
+_TEST_FOLDERS = frozenset(("test", "ground_truth"))
 _WORKERS = min(8, os.cpu_count() or 1)
 # Interpolation leaves values such as 1.0000001; they are clipped instead of refused.
 _ROUNDING = 1e-5
@@ -84,11 +84,12 @@ def open_images(
     """Open a source of images.
 
     Args:
-        source: a folder (searched recursively, in sorted order; hidden files and suffixes that are
-            no image's are ignored), one file, a list or tuple of files, an array or tensor
-            (N, C, H, W) or (N, H, W), or anything that can be iterated more than once and gives
-            batches: tensors, tuples or lists that begin with one, or dicts with the key "image".
-            Such a batch may also be one image, (H, W), or (C, H, W) of several channels.
+        source: a folder (searched recursively, links to folders too, in sorted order; hidden files
+            and suffixes that are no image's are ignored), one file, a list or tuple of files, an
+            array or tensor (N, C, H, W) or (N, H, W), or anything that can be iterated more than
+            once and gives batches: tensors, tuples or lists that begin with one, or dicts with the
+            key "image". Such a batch may also be one image, (H, W), or (C, H, W) of several
+            channels.
             Arrays are uint8, uint16, or floats in [0, 1].
         image_size: (height, width) to which every image is resized, ignoring its aspect; None
             keeps every image's own size, and images of different sizes stand in different batches.
@@ -409,28 +410,32 @@ def mvtec_train(root: str | bytes | os.PathLike) -> str:
     """What to train on of a folder: `root/train/good`, or all of `root` where that is not there.
 
     Raises:
-        InputError: `root` has no train/good, but somewhere below it a folder test or ground_truth.
+        InputError: somewhere below it is a folder test or ground_truth.
     """
     root = os.fsdecode(root)
     good = os.path.join(root, "train", "good")
-    if os.path.isdir(good):
-        return good
-    check_no_test(root, "images")
-    return root
+    folder = good if os.path.isdir(good) else root
+    check_no_test(folder, "images")
+    return folder
 
 
 def check_no_test(root: str, samples: str) -> None:
-    """Raise InputError if a folder test or ground_truth lies below `root`: it is no training data.
+    """Raise InputError if a folder test or ground_truth lies below `root`, or a link leads to one
+    or into one: it is no training data.
 
     samples: what the detector sees, in the plural.
     """
     for folder, below, _ in _visible(root):
-        for path in (os.path.join(folder, name) for name in below):
-            names = {os.path.basename(path), os.path.basename(os.path.realpath(path))}
-            if not names.isdisjoint(_TEST_FOLDERS):
+        for name in below:
+            path, names = os.path.join(folder, name), [name]
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                names += os.path.relpath(target, os.path.realpath(root)).split(os.sep)
+                path = f"{path}, a link to {target},"
+            if not _TEST_FOLDERS.isdisjoint(names):
                 raise InputError(
-                    f"{path} lies in {root}, and a detector is not trained "
-                    f"on what it is tested on: give the folder of normal {samples}."
+                    f"{path} lies in {root}, and a detector is not trained on what it is tested "
+                    f"on: give the folder of normal {samples}."
                 )
 
 
@@ -764,7 +769,8 @@ def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
         links = []
         for top in tops:
             for folder, below, names in os.walk(top):
-                place = os.path.realpath(folder)
+                status = os.stat(folder)
+                place = status.st_dev, status.st_ino
                 if place in seen:
                     below[:] = []
                     continue

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
-# Rows whose distances to all of a sample are held at a time: a million distances to 4096.
-TOGETHER = 256
+# Numbers that are held at a time for each of a few tensors: a million is 8 MiB.
+TOGETHER = 1 << 20
 
 
 def nearest_distances(x: torch.Tensor, sample: torch.Tensor, count: int) -> torch.Tensor:
     """As ``ops.nearest_distances``."""
     # A program that is exported takes batches of any length.
-    parts = [x] if torch.compiler.is_exporting() else x.split(TOGETHER)
+    numbers = max(len(sample), count * x.shape[1])  # of a row
+    together = max(1, TOGETHER // numbers)
+    parts = [x] if torch.compiler.is_exporting() else x.split(together)
     sample = sample.double()
     found = []
     for rows in parts:

@@ -729,18 +729,39 @@ def test_links_to_folders_are_followed_and_each_folder_is_seen_once(tmp_path):
     assert [os.path.relpath(path, data) for path in found] == ["again/a.png", "own/deep/a.png"]
 
 
-@pytest.mark.parametrize("link", ["b -> more/test", "b -> ../elsewhere/test", "test -> more/good"])
-def test_a_link_hides_no_test(tmp_path, link):
-    data = tmp_path / "data"
-    for folder in (data / "more" / "good", tmp_path / "elsewhere" / "test"):
-        folder.mkdir(parents=True)
-    name, target = link.split(" -> ")
+@pytest.mark.parametrize(
+    "name, target",
+    [
+        ("b", "more/test"),
+        ("b", "../elsewhere/test"),
+        ("b", "../elsewhere/test/scratch"),
+        ("b", "../other/part"),
+        ("test", "more/good"),
+        ("train/good/up", "."),
+    ],
+)
+def test_a_link_hides_no_test(tmp_path, name, target):
+    """Nor does a root in a folder of that name, or a link to what is no test."""
+    data = tmp_path / "test" / "data"
+    for folder in ("data/more/good", "data/train/good", "elsewhere/test/scratch", "other"):
+        (tmp_path / "test" / folder).mkdir(parents=True)
+    (data / "fine").symlink_to(data / ".." / "other")
+    (data / "itself").symlink_to(data)
+    (data / "lost").symlink_to(data / "nowhere")
+    module.check_no_test(str(data), "images")
+    assert module.mvtec_train(data) == str(data / "train" / "good")
     if target == "more/test":
         (data / target).mkdir()
-    module.check_no_test(str(data / "more" / "good"), "images")
+    if target == "../other/part":
+        (data / target).symlink_to(data / "../elsewhere/test/scratch")
+    if name.startswith("train"):
+        (data / "test").mkdir()
     (data / name).symlink_to(data / target)
     with pytest.raises(InputError, match="lies in .* a detector is not trained"):
         module.check_no_test(str(data), "images")
+    if name.startswith("train"):
+        with pytest.raises(InputError, match="train/good/up/test lies in"):
+            module.mvtec_train(data)
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
