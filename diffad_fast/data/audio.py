@@ -492,7 +492,7 @@ def training_clips(
     """The normal clips to train on; arguments and errors as in `labelled_clips`.
 
     A plain folder gives root/train/good or root/train/normal, all of root/train, or all that it
-    holds. Raises `InputError` where a folder test or ground_truth lies anywhere below what it gives.
+    holds. Raises `InputError` where a folder test or ground_truth lies anywhere below that.
     """
     root = os.fsdecode(root)
     layout = _layout(root, layout)
