@@ -10,17 +10,20 @@ WEIGHTS = [1.0, 0.5, 2.0, 1.0]
 def statistics(kinds: str) -> list[MapStatistics]:
     """Of maps (6,5), each by position (p) or as scalars (s)."""
     shapes = [(6, 5) if kind == "p" else () for kind in kinds]
-    return [MapStatistics(torch.randn(shape), 0.1 + torch.rand(shape)) for shape in shapes]
+    return [
+        MapStatistics(torch.randn(shape).double(), 0.1 + torch.rand(shape).double())
+        for shape in shapes
+    ]
 
 
 @pytest.mark.parametrize("kinds", ["ssss", "pppp", "spsp"])
 @pytest.mark.parametrize("top", [0.0, 0.2, 1.0])
 def test_maps_of_one_size_are_fused_alike_in_few_calls(kinds, top):
-    maps, known = torch.randn(4, 3, 6, 5), statistics(kinds)
+    maps, known = torch.randn(4, 3, 6, 5).double(), statistics(kinds)
     expected, score = fuse(list(maps), known, WEIGHTS, 0.0, top)
     found = weighted(maps, *standards(known, WEIGHTS))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(top_mean(found, top), score, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(top_mean(found, top), score, rtol=0, atol=1e-13)
     one = weighted(maps[:, 1:2], *standards(known, WEIGHTS))
     assert torch.equal(one, found[1:2])
 

@@ -313,8 +313,8 @@ struct Few {
   using Weight = C;
   using Operand = C;
   static constexpr int L = kLanes<C>;
-  // For more a panel of one vector is faster: it needs a broadcast and an fma for every weight,
-  // this an fma for a vector of them and token, and one shuffle in four for turning them.
+  // For more a panel of one vector is as fast: it needs an fma for every weight, this one for every
+  // vector of weights and token, and the turning of the weights.
   static constexpr int kMost = L / 2 > 1 ? L / 2 : 1;
   const TokenMlpArgs& a;
   int64_t first;
