@@ -106,8 +106,9 @@ def _one_line_warnings() -> Iterator[None]:
 def _fit(args: argparse.Namespace) -> None:
     from .config import read_options
     from .data.audio import groups_by_recording, training_clips
+    from .data.groups import groups_by_regex
     from .data.images import mvtec_train
-    from .detector import Detector, groups_by_regex
+    from .detector import Detector
     from .training.checkpoint import check_writable
     from .training.distributed import processes
     from .training.loop import TrainingCheckpoint

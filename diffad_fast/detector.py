@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
-import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +18,11 @@ from torch import nn
 from . import models
 from .config import MODES, DetectorConfig
 from .data.audio import Clips, LabelledClip, labelled_clips, normal_files, open_audio
+from .data.groups import group_labels
 from .data.images import Images, is_path, mvtec_train, open_images
 from .data.vectors import Vectors, open_vectors
 from .denoisers.inference import has_bfloat16
-from .errors import BackendError, CheckpointError, InputError
+from .errors import CheckpointError, InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
 from .scoring import (
@@ -38,6 +36,7 @@ from .scoring import (
     split_by_group,
 )
 from .streaming import Stream
+from .surroundings import evaluating, resolve_device, undisturbed
 from .training import checkpoint
 from .training.distributed import processes
 from .training.loop import History, TrainingCheckpoint
@@ -74,78 +73,6 @@ class Trajectory(NamedTuple):
     latent_norm: np.ndarray
     path_length: np.ndarray
     residuals: np.ndarray
-
-
-@contextmanager
-def evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """All of them in evaluation mode, and each part in its own again afterwards: somebody else may
-    be at work on modules that were handed over."""
-    parts = [part for module in modules if module is not None for part in module.modules()]
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-_forked = False
-"""Whether this process is a fork that has computed nothing yet."""
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_note_fork)
-
-
-def _on_one_thread() -> None:
-    """A fork has none of OpenMP's threads, and what computes on several waits for them for ever."""
-    global _forked
-    _forked = False
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-        warnings.warn(
-            "this process is a fork, where PyTorch's threads may hang: it computes on one thread "
-            "from now on; start processes by 'spawn' or 'forkserver' for more, or call "
-            "torch.set_num_threads(1) first",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def _undisturbed(call: Callable) -> Callable:
-    """``call`` without what surrounds it and would change its numbers or keep it from training:
-    autocast, no_grad and inference mode, modules in training mode, and a default dtype other than
-    float32, which belongs to the whole process and is put back. In a fork it computes on one
-    thread."""
-
-    @functools.wraps(call)
-    def alone(*args, **options):
-        if _forked:
-            _on_one_thread()
-        device = getattr(args[0] if args else None, "device", None)
-        kind = device.type if isinstance(device, torch.device) else "cpu"
-        default = torch.get_default_dtype()
-        if default != torch.float32:
-            torch.set_default_dtype(torch.float32)
-        try:
-            # inference_mode(False) enables gradients, too.
-            with (
-                torch.autocast(kind, enabled=False),
-                torch.inference_mode(False),
-                evaluating(getattr(args[0] if args else None, "model", None)),
-            ):
-                return call(*args, **options)
-        finally:
-            if default != torch.float32:
-                torch.set_default_dtype(default)
-
-    return alone
 
 
 class Detector:
@@ -192,7 +119,7 @@ class Detector:
         backbone = features if isinstance(features, nn.Module) else None
         self._set_up(config, resolve_device(device), module, backbone)
 
-    @_undisturbed
+    @undisturbed
     def _set_up(
         self,
         config: DetectorConfig,
@@ -249,7 +176,7 @@ class Detector:
 
     # ---------------------------------------------------------------- fit
 
-    @_undisturbed
+    @undisturbed
     def fit(
         self,
         source,
@@ -300,7 +227,7 @@ class Detector:
                 f"the table labels {int(samples.labels.astype(bool).sum())} of {len(samples)} rows "
                 "as anomalies: fit on the normal ones alone"
             )
-        groups = None if groups is None else _group_labels(groups, len(samples))
+        groups = None if groups is None else group_labels(groups, len(samples))
         split, folds = split_by_group(usable, groups, self.config), []
         if count := self._folds(split):
             folds = cross_splits(usable, groups, count, self.config.seed)
@@ -373,7 +300,7 @@ class Detector:
                 "statistics and p-values"
             )
 
-    @_undisturbed
+    @undisturbed
     def calibrate(self, source, modes: Sequence[str] = MODES) -> None:
         """Calibrate modes anew, as ``fit`` does, after options of scoring were changed in
         ``model.config``. source: what the detector was fitted on, in the same process.
@@ -585,7 +512,7 @@ class Detector:
             skipped=skipped,
         )
 
-    @_undisturbed
+    @undisturbed
     @torch.inference_mode()
     def score_batch(
         self, x: torch.Tensor, *, maps: bool = True
@@ -601,7 +528,7 @@ class Detector:
         map_ = _on_host(map_).numpy() if maps else None
         return map_, score.cpu().double().numpy()  # which waits for both
 
-    @_undisturbed
+    @undisturbed
     def trajectory(self, source, *, batch_size: int | None = None) -> Trajectory:
         """How samples go from data to noise in a deterministic inversion; ``source`` as in
         :meth:`fit`. The mode is changed meanwhile: no other thread may use this detector."""
@@ -627,7 +554,7 @@ class Detector:
             raise InputError(f"a stream is of audio: this detector's kind is {self.config.kind!r}")
         return Stream(self, rate)
 
-    @_undisturbed
+    @undisturbed
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """A U-Net's idea of images (N,C,H,W) of floats in [0,1], at the detector's size, without
         their anomalies: a tensor of that shape on the CPU.
@@ -758,7 +685,7 @@ class Detector:
 
     # ------------------------------------------------------ other programs
 
-    @_undisturbed
+    @undisturbed
     def export(
         self,
         path: str | os.PathLike,
@@ -877,24 +804,6 @@ def _ends(samples: Images | Vectors, usable: Sequence[int]) -> bytes:
     return digest.digest()
 
 
-def _group_labels(groups, count: int) -> list[Hashable]:
-    """``groups`` as a list of what can be compared; raises InputError."""
-    if not hasattr(groups, "tolist") and not isinstance(groups, Iterable):
-        raise InputError(f"groups is {groups!r}: give a label for each of the {count} samples")
-    # Elements of tensors compare by identity, those of a pandas Series are found by its index.
-    labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
-    labels = [g.item() if getattr(g, "ndim", None) == 0 else g for g in labels]
-    if len(labels) != count:
-        raise InputError(f"groups has {len(labels)} labels for {count} samples")
-    for label in labels:
-        with suppress(TypeError):
-            hash(label)  # of a tuple with a list in it, too
-            if not getattr(label, "ndim", 0):
-                continue
-        raise InputError(f"groups has the label {label!r}: give a number or a text a sample")
-    return labels
-
-
 def _digest(features: nn.Module | None) -> str:
     """Of a backbone's weights; "" without one."""
     if features is None:
@@ -956,7 +865,7 @@ class _Complete(dict):
         )
 
 
-@_undisturbed
+@undisturbed
 def from_state(
     tensors: dict[str, torch.Tensor],
     texts: dict[str, str],
@@ -1050,40 +959,3 @@ def _unpickled(content: bytes | str, options: dict) -> Detector:
     config, device = DetectorConfig.from_json(content), resolve_device(options["device"])
     detector._set_up(config, device, options["denoiser"], options["features"])
     return detector
-
-
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the best there is. Raises BackendError if it is not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = device
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {str(name)!r}: choose cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BackendError(
-            f"device {device} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA "
-            "GPU(s): use cpu"
-        )
-    return device
-
-
-def groups_by_regex(paths: Sequence[str], pattern: str) -> list[str]:
-    """The group of each file: what the first parenthesis of ``pattern`` matches in its name.
-
-    Without a parenthesis, the whole match. Raises InputError where a file does not match.
-    """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"group regex {pattern!r} is not a regular expression: {error}") from None
-    groups = []
-    for path in paths:
-        match = compiled.search(Path(path).name)
-        if match is None:
-            raise InputError(f"group regex {pattern!r} does not match {Path(path).name}")
-        groups.append(match[1] if compiled.groups else match[0])
-    return groups

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..detector import Detector, evaluating, from_state
+from ..detector import Detector, from_state
 from ..errors import InputError
 from ..ops.dispatch import use_backend
+from ..surroundings import evaluating
 from ._host import require
 
 require("anomalib")

@@ -1,0 +1,105 @@
+"""Where a detector computes: the device, and what of the surrounding program must not reach it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .errors import BackendError, InputError
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the best there is. Raises BackendError if it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = device
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {str(name)!r}: choose cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BackendError(
+            f"device {device} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA "
+            "GPU(s): use cpu"
+        )
+    return device
+
+
+@contextmanager
+def evaluating(*modules: nn.Module | None) -> Iterator[None]:
+    """All of them in evaluation mode, and each part in its own again afterwards: somebody else may
+    be at work on modules that were handed over."""
+    parts = [part for module in modules if module is not None for part in module.modules()]
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+_forked = False
+"""Whether this process is a fork that has computed nothing yet."""
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def _on_one_thread() -> None:
+    """A fork has none of OpenMP's threads, and what computes on several waits for them for ever."""
+    global _forked
+    _forked = False
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+        warnings.warn(
+            "this process is a fork, where PyTorch's threads may hang: it computes on one thread "
+            "from now on; start processes by 'spawn' or 'forkserver' for more, or call "
+            "torch.set_num_threads(1) first",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def undisturbed(call: Callable) -> Callable:
+    """``call`` without what surrounds it and would change its numbers or keep it from training:
+    autocast, no_grad and inference mode, modules in training mode, and a default dtype other than
+    float32, which belongs to the whole process and is put back. In a fork it computes on one
+    thread."""
+
+    @functools.wraps(call)
+    def alone(*args, **options):
+        if _forked:
+            _on_one_thread()
+        device = getattr(args[0] if args else None, "device", None)
+        kind = device.type if isinstance(device, torch.device) else "cpu"
+        default = torch.get_default_dtype()
+        if default != torch.float32:
+            torch.set_default_dtype(torch.float32)
+        try:
+            # inference_mode(False) enables gradients, too.
+            with (
+                torch.autocast(kind, enabled=False),
+                torch.inference_mode(False),
+                evaluating(getattr(args[0] if args else None, "model", None)),
+            ):
+                return call(*args, **options)
+        finally:
+            if default != torch.float32:
+                torch.set_default_dtype(default)
+
+    return alone
