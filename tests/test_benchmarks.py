@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ from benchmarks.cases import detector as detector_cases
 from benchmarks.cases import metrics as metric_cases
 from benchmarks.cases import training
 from benchmarks.compile_report import parse, spills_in_loops
-from benchmarks.quality import controls, public
+from benchmarks.quality import anoddpm, controls, dte
 from benchmarks.quality import run as quality
 from benchmarks.quality import tables as quality_tables
 from benchmarks.quality.data import DataSet, objects, part_of
@@ -741,7 +742,7 @@ def test_nearest_of_all_normals_are_scikit_learns():
 def test_public_detectors_train_on_standardised_normals(tmp_path):
     """By a stand-in for their code: what it is given, and that its scores come back."""
     (tmp_path / "diffusion").mkdir()
-    for module, kind in public.DETECTORS.values():
+    for module, kind in dte.DETECTORS.values():
         (tmp_path / "diffusion" / f"{module}.py").write_text(
             "import numpy as np, torch\n"
             f"class {kind}:\n"
@@ -762,13 +763,68 @@ def test_public_detectors_train_on_standardised_normals(tmp_path):
     np.random.seed(5)
     expected = (test[:3, 0] - train[:, 0].mean()) / train[:, 0].std()
     expected += torch.rand(1).item() + 10 * np.random.rand()
-    found = list(public.detectors(tmp_path, train, test, seed=5))
+    found = list(dte.detectors(tmp_path, train, test, seed=5))
     assert [name for name, _, _ in found] == ["DTE-NP", "DTE-C", "DDPM"]
     for _, scores, costs in found:
         np.testing.assert_allclose(scores, [*expected, 0.0])
         assert costs["fit_seconds"] > 0 and costs["latency_ms"] > 0
     with pytest.raises(SystemExit, match="is no clone of https://github.com/vicliv/DTE"):
-        next(public.detectors(tmp_path / "diffusion", train, test, seed=5))
+        next(dte.detectors(tmp_path / "diffusion", train, test, seed=5))
+
+
+def test_a_public_detector_of_images_trains_on_normals_and_is_scored_by_its_error(tmp_path):
+    """By a stand-in for its code: a network that learns the images' mean and gives it back."""
+    (tmp_path / "UNet.py").write_text(
+        "import torch\n"
+        "class UNetModel(torch.nn.Module):\n"
+        "    def __init__(self, side, width, n_heads, in_channels):\n"
+        "        super().__init__()\n"
+        "        assert (side, width, n_heads, in_channels) == (8, 4, 2, 3)\n"
+        "        self.mean = torch.nn.Parameter(torch.zeros(in_channels, side, side))\n"
+        "def update_ema_params(target, source, decay):\n"
+        "    assert decay == 0.9999 ** (300_100 / 40)\n"
+        "    target.mean.data.mul_(decay).add_(source.mean.data, alpha=1 - decay)\n"
+    )
+    (tmp_path / "GaussianDiffusion.py").write_text(
+        "import torch\n"
+        "seen = []\n"
+        "def get_beta_schedule(count, name):\n"
+        "    return count, name\n"
+        "class GaussianDiffusionModel:\n"
+        "    def __init__(self, size, betas, img_channels, loss_type, loss_weight, noise):\n"
+        "        assert (size, betas, img_channels) == ([8, 8], (1000, 'linear'), 3)\n"
+        "        assert (loss_type, loss_weight, noise) == ('l2', 'none', 'simplex')\n"
+        "    def p_loss(self, model, x, args):\n"
+        "        assert args == {'train_start': True, 'sample_distance': 800}\n"
+        "        seen.append(x)\n"
+        "        return 1e4 * (model.mean - x).mean(), ()\n"
+        "    def forward_backward(self, model, x, see_whole_sequence, t_distance, denoise_fn):\n"
+        "        assert not model.training and t_distance == 200 and denoise_fn == 'noise_fn'\n"
+        "        assert see_whole_sequence is None\n"
+        "        return model.mean.data[None]\n"
+    )
+    rng = np.random.default_rng(0)
+    train, test = (rng.random((n, 3, 8, 8), dtype=np.float32) for n in (20, 5))
+    maps, scores, costs = anoddpm.detect(tmp_path, train, test, seed=5, steps=40, width=4)
+    # AdamW's steps against a gradient that never changes are of 1e-4, after clipping too.
+    decay, mean, averaged = 0.9999 ** (300_100 / 40), 0.0, 0.0
+    for _ in range(40):
+        mean -= 1e-4
+        averaged = decay * averaged + (1 - decay) * mean
+    expected = ((2 * test - 1 - averaged) ** 2).mean(axis=1)
+    np.testing.assert_allclose(maps, expected, rtol=1e-5)
+    np.testing.assert_allclose(scores, expected.max(axis=(1, 2)), rtol=1e-5)
+    assert costs["fit_seconds"] > 0 and costs["latency_ms"] > 0
+    seen = torch.cat(sys.modules["GaussianDiffusion"].seen).numpy()
+    for epoch in (seen[:20], seen[20:]):
+        assert {image.tobytes() for image in epoch} == {(2 * x - 1).tobytes() for x in train}
+    for name in ("GaussianDiffusion", "UNet"):
+        del sys.modules[name]
+    with pytest.raises(SystemExit, match="no clone of https://github.com/Julian-Wyatt/AnoDDPM: Ga"):
+        anoddpm.detect(tmp_path / "none", train, test, seed=5, steps=1, width=4)
+    (tmp_path / "UNet.py").write_text("import no_such_package")
+    with pytest.raises(SystemExit, match="AnoDDPM needs the package no_such_package"):
+        anoddpm.detect(tmp_path, train, test, seed=5, steps=1, width=4)
 
 
 def test_the_best_of_the_others_stands_in_the_readme():
@@ -777,7 +833,7 @@ def test_the_best_of_the_others_stands_in_the_readme():
         [[run["auroc"] for run in one["runs"][name]] for one in result["sets"]]
     ))  # fmt: skip
     for one in result["sets"]:
-        for name in (controls.NEAREST, *public.DETECTORS):
+        for name in (controls.NEAREST, *dte.DETECTORS):
             one["runs"].pop(name, None)
     ((_, _, cell),) = quality_tables.headlines(result)
     assert cell.startswith(f"{best}: AUROC ")

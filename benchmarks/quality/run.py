@@ -25,7 +25,7 @@ from .. import stats
 from ..case import OURS
 from ..machine import describe
 from ..results import write_quality
-from . import public
+from . import anoddpm, dte
 from .controls import NEAREST, controls, nearest
 from .data import DataSet, find
 from .tables import OTHERS, markdown, summary
@@ -77,6 +77,19 @@ def main(argv: list[str]) -> int:
         help="a clone of https://github.com/vicliv/DTE, whose diffusion detectors are trained on "
         "tables beside ours, with their defaults",
     )  # fmt: skip
+    parser.add_argument(
+        "--anoddpm", type=Path, metavar="CLONE",
+        help="a clone of https://github.com/Julian-Wyatt/AnoDDPM, a diffusion detector of images, "
+        "which is trained beside ours",
+    )  # fmt: skip
+    parser.add_argument(
+        "--anoddpm-steps", type=int, default=anoddpm.STEPS,
+        help="its training, an image a step (published: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--anoddpm-width", type=int, default=anoddpm.WIDTH,
+        help="channels of its U-Net at full resolution (published: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--device")
     parser.add_argument("--name", default="quality", help="name of the result")
     parser.add_argument("--title", help="what the data sets are, in place of their names")
@@ -90,6 +103,8 @@ def main(argv: list[str]) -> int:
     ]
     if args.dte and not any(found.kind == "vector" for found in sets):
         parser.error("--dte: its detectors are for tables, and none of the data sets is one")
+    if args.anoddpm and not any(found.kind == "image" for found in sets):
+        parser.error("--anoddpm: it is for images, and none of the data sets has any")
     if args.part != "all":
         sets = [found for found in sets if (found.part == args.part).any()]
     result = {
@@ -103,6 +118,8 @@ def main(argv: list[str]) -> int:
         "note": args.note,
         "sets": [_measure(found, args) for found in sets],
     }
+    if args.anoddpm:
+        result["anoddpm"] = {"steps": args.anoddpm_steps, "width": args.anoddpm_width}
     result["summary"] = summary(result)
     write_quality(args.name, result, markdown(result))
     return 0
@@ -150,8 +167,14 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
                 nothing = {"fit_seconds": None, "latency_ms": None}
                 keep(NEAREST, _score(nearest(data.train, test)), nothing)
         if args.dte and data.kind == "vector":
-            for name, distance, cost in public.detectors(args.dte, data.train, test, seed):
+            for name, distance, cost in dte.detectors(args.dte, data.train, test, seed):
                 keep(name, _score(distance), cost)
+        if args.anoddpm and data.kind == "image":
+            found, distance, cost = anoddpm.detect(
+                args.anoddpm, _array(detector, data.train), _array(detector, test), seed,
+                args.anoddpm_steps, args.anoddpm_width,
+            )  # fmt: skip
+            keep(anoddpm.NAME, _score(distance, found), cost)
         if args.robustness:
             found = _polluted(detector, data, args, seed, rows) | _shifted(detector, data, rows)
             robustness.setdefault(OURS, []).append(found)
@@ -194,10 +217,10 @@ def _measure(data: DataSet, args: argparse.Namespace) -> dict:
     }
 
 
-def _score(distance: np.ndarray) -> Score:
+def _score(distance: np.ndarray, maps: np.ndarray | None = None) -> Score:
     """Of a method that gives nothing but that."""
     zero, order = np.zeros(len(distance)), np.arange(len(distance))
-    return Score(distance.astype(np.float64), None, zero, None, None, order)
+    return Score(distance.astype(np.float64), maps, zero, None, None, order)
 
 
 def _in_both(data: DataSet, rows: np.ndarray) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from ..case import OURS
 from ..grid import grid
 from ..stats import compared
+from . import anoddpm
 from .controls import CONTROLS, NEAREST, NEIGHBOURS
-from .public import DETECTORS, LATENCY_ROWS
+from .dte import DETECTORS, LATENCY_ROWS
 
 FIGURES = {
     "image": {
@@ -22,7 +23,7 @@ FIGURES = {
     "vector": {"auroc": "AUROC", "f1_max": "F1-max"},
 }
 # What ours is compared with.
-OTHERS = (*CONTROLS, NEAREST, *DETECTORS)
+OTHERS = (*CONTROLS, NEAREST, *DETECTORS, anoddpm.NAME)
 
 
 def markdown(result: dict) -> str:
@@ -53,6 +54,16 @@ def summary(result: dict) -> str:
             f" {', '.join(DETECTORS)}: the public diffusion detectors of Livernoche et al. (ICLR "
             "2024), by their code (github.com/vicliv/DTE) with its defaults, trained on all "
             f"normals, standardised by these; their time is that of {LATENCY_ROWS} rows."
+        )
+    if any(anoddpm.NAME in one["runs"] for one in result["sets"]):
+        width, steps = (result["anoddpm"][name] for name in ("width", "steps"))
+        controls += (
+            f" {anoddpm.NAME}: the public diffusion detector of Wyatt et al. (CVPR Workshops 2022) "
+            f"by its code ({anoddpm.REPOSITORY}) and recipe, trained on all normals, but with "
+            f"{width} instead of {anoddpm.WIDTH} channels for {steps:,} instead of "
+            f"{anoddpm.STEPS:,} steps of one image; its map is the squared error after "
+            f"{anoddpm.DISTANCE} reverse steps, its score the mean of the highest "
+            f"{anoddpm.TOP:.0%} of that."
         )
     lines = [
         f"# {title} on {_title(result)}, preset {result['preset']}, {result['part']} part",

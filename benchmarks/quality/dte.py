@@ -8,10 +8,8 @@ been diffused, DTE-C by a classifier, DTE-NP by the nearest normals.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .clones import imported
 from .controls import standardised
 
+REPOSITORY = "github.com/vicliv/DTE"
 DETECTORS = {
     "DTE-NP": ("non_param_dte", "DTENonParametric"),
     "DTE-C": ("dte", "DTECategorical"),
@@ -37,7 +37,7 @@ def detectors(
     """(name, scores of ``test``, costs) of each with its defaults, trained on all of ``train``."""
     train, test = standardised(train, test)
     for name, (module, kind) in DETECTORS.items():
-        make = getattr(_imported(clone, module), kind)
+        make = getattr(imported(clone, f"diffusion.{module}", REPOSITORY), kind)
         torch.manual_seed(seed)
         np.random.seed(seed)
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -55,16 +55,3 @@ def detectors(
         scores = np.nan_to_num(np.asarray(scores, dtype=np.float64), nan=0.0)
         latency = statistics.median(times) * 1e3
         yield name, scores, {"fit_seconds": seconds, "latency_ms": latency}
-
-
-def _imported(clone: Path, module: str):
-    if not (clone / "diffusion" / f"{module}.py").is_file():
-        raise SystemExit(
-            f"{clone} is no clone of https://github.com/vicliv/DTE: "
-            f"diffusion/{module}.py is missing there"
-        )
-    sys.path.insert(0, str(clone))
-    try:
-        return importlib.import_module(f"diffusion.{module}")
-    finally:
-        sys.path.remove(str(clone))
