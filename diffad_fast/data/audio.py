@@ -53,6 +53,7 @@ _LENGTHS = {
     b"RIFF": ("<I", 4, 8), b"RIFX": (">I", 4, 8), b"RF64": ("<Q", 20, 8), b"riff": ("<Q", 16, 0),
     b"FORM": (">I", 4, 8), b".snd": (">II", 4, 0),
 }  # fmt: skip
+_LARGEST_MP3_FRAME = 1441  # bytes: 320 kbit/s at 32 kHz, padded
 # Samples of one batch: 256 MiB.
 _LARGEST_BATCH = 1 << 26
 # Samples a second of recordings, the same as of `DetectorConfig.sample_rate`.
@@ -168,7 +169,8 @@ def read_audio(path: str, rate: int, opened: Callable[[int], None] | None = None
     Raises:
         InputError: missing, no audio, damaged, empty, too long, NaN or far beyond [-1, 1]; cut off,
             where the file tells its length (OGG does not, nor does MP3 without a Xing header); a
-            rate outside 1,000 to 768,000. The file is named.
+            rate outside 1,000 to 768,000; files joined end to end to one, of which libsndfile would
+            read the first (but FLAC). The file is named.
     """
     blocks = read_blocks(path, rate, LONGEST_SECONDS, opened)
     return np.concatenate([np.empty(0, np.float32), *blocks])
@@ -243,19 +245,49 @@ def read_blocks(
 
 
 def _check_length(path: str) -> None:
-    """Raise InputError for a file that says it is longer; libsndfile takes what is there."""
+    """Raise InputError for a file that says it is longer, or in which another one follows:
+    libsndfile takes what is there, and no more than the first."""
     with open(path, "rb") as file:
         head = file.read(28)
         size = os.fstat(file.fileno()).st_size
-    form, place, outside = _LENGTHS.get(head[:4], (None, 0, 0))
-    if form is None or len(head) < place + struct.calcsize(form):
-        return
-    said = sum(struct.unpack_from(form, head, place)) + outside
-    # Who writes to a pipe does not know the length, and puts 0 or the largest number there, some
-    # with a sign. Others count a last byte that makes the length even, and leave it out.
-    largest = 0x7F00_0000 if form[-1] == "I" else 1 << 62
-    if size + 1 < said < largest:
-        raise InputError(f"{path} is cut off: it has {size} of {said} bytes; replace or remove it.")
+        if head[:4] == b"OggS" and _is_chained(file):
+            raise _joined(path)
+        form, place, outside = _LENGTHS.get(head[:4], (None, 0, 0))
+        if form is None or len(head) < place + struct.calcsize(form):
+            return
+        said = sum(struct.unpack_from(form, head, place)) + outside
+        # Who writes to a pipe does not know the length, and puts 0 or the largest number there,
+        # some with a sign. Others count a last byte that makes the length even, and leave it out.
+        largest = 0x7F00_0000 if form[-1] == "I" else 1 << 62
+        if size + 1 < said < largest:
+            raise InputError(
+                f"{path} is cut off: it has {size} of {said} bytes; replace or remove it."
+            )
+        if len(head) < said < size:
+            file.seek(said)
+            if head[:4] in file.read(5):  # a last byte that was left out may stand before it
+                raise _joined(path)
+
+
+def _joined(path: str) -> InputError:
+    return InputError(
+        f"{path} goes on after its end, as files that were joined do, and only the first would be "
+        "heard: write them as one recording, or as several files."
+    )
+
+
+def _is_chained(file) -> bool:
+    """Does a stream of this OGG file begin after another one? (RFC 3533: those of one link of a
+    chain all begin before any goes on.)"""
+    file.seek(0)
+    gone_on = False
+    while len(page := file.read(27)) == 27 and page[:4] == b"OggS":
+        begins = page[5] & 2
+        if begins and gone_on:
+            return True
+        gone_on |= not begins
+        file.seek(sum(file.read(page[26])), os.SEEK_CUR)
+    return False
 
 
 def _uncounted_mp3(path: str) -> int | None:
@@ -266,13 +298,17 @@ def _uncounted_mp3(path: str) -> int | None:
     variable bit rate a part, or less than there seems to be. In a pipe it looks for the end.
     """
     with open(path, "rb") as file:
-        head = file.read(10)
-        # The length of an ID3 tag, in 7 bits of each byte.
-        tag = sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:]))
-        start = file.seek(10 + tag if head[:3] == b"ID3" else 0)
-        frame = file.read(64)
-    audio = len(frame) > 1 and frame[0] == 0xFF and frame[1] >= 0xE0
-    if not audio or b"Xing" in frame or b"Info" in frame:
+        start, frame = _mp3_frame(file, 0)
+        count = max(frame.find(name, 0, 64) for name in (b"Xing", b"Info"))
+        if count >= 0:
+            # Flags; if the first is set the number of frames, if the second is that of bytes.
+            flags = frame[count + 7]
+            place = count + 8 + 4 * (flags & 1)
+            said = int.from_bytes(frame[place : place + 4], "big") if flags & 2 else 0
+            # Some leave out the frame with the count.
+            if said and _mp3_frame(file, start + said)[1][_LARGEST_MP3_FRAME:]:
+                raise _joined(path)
+    if not frame or count >= 0:
         return None
     reading, writing = os.pipe()
 
@@ -283,6 +319,19 @@ def _uncounted_mp3(path: str) -> int | None:
 
     threading.Thread(target=feed, name="diffad-fast-feed", daemon=True).start()
     return reading
+
+
+def _mp3_frame(file, place: int) -> tuple[int, bytes]:
+    """Where a frame of MP3 begins, at ``place`` or after a tag there, and what the file holds from
+    there, a little more than one frame at most; nothing if no frame begins."""
+    file.seek(place)
+    head = file.read(10)
+    if head[:3] == b"ID3":
+        # Its length, in 7 bits of each byte.
+        place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:]))
+    file.seek(place)
+    found = file.read(_LARGEST_MP3_FRAME + 64)
+    return place, found if found[:1] == b"\xff" and found[1:2] >= b"\xe0" else b""
 
 
 def check_rate(rate, name: str) -> None:

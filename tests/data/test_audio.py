@@ -460,6 +460,38 @@ def test_an_mp3_file_without_a_count_is_read_to_its_end(tmp_path, rate_of_bits, 
             assert not thread.is_alive()
 
 
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("WAV", {}), ("AIFF", {}), ("AU", {}), ("W64", {}), ("RF64", {}),
+        ("OGG", {"subtype": "VORBIS"}), ("OGG", {"subtype": "OPUS"}),
+        ("MP3", {"bitrate_mode": "CONSTANT"}), ("MP3", {"bitrate_mode": "VARIABLE"}),
+    ],
+)  # fmt: skip
+def test_files_joined_end_to_end_are_named(tmp_path, form, options):
+    """libsndfile reads the first."""
+    path = Path(save(tmp_path / "joined", tone(seconds=3), format=form, **options))
+    whole, tag = path.read_bytes(), b"ID3\x03\0\0\0\0\x10\0" + bytes(2048)
+    path.write_bytes(whole + b"APETAGEX" + bytes(8000))  # what stands after an end otherwise
+    assert len(read_audio(str(path), RATE)) >= 3 * RATE
+    for between in (b"", tag) if form == "MP3" else (b"",):
+        path.write_bytes(whole + between + whole)
+        with pytest.raises(InputError, match="joined goes on after its end, as files that were jo"):
+            read_audio(str(path), RATE)
+
+
+def test_an_ogg_file_of_two_streams_at_once_is_read(tmp_path):
+    """Both begin before either goes on, so the file is no chain."""
+    pages = []
+    for seconds in (1, 2):
+        path = Path(save(tmp_path / "a.ogg", tone(seconds=seconds)))
+        content = path.read_bytes()
+        second = content.index(b"OggS", 4)
+        pages += [content[:second], content[second:]]
+    path.write_bytes(pages[0] + pages[2] + pages[1] + pages[3])
+    assert len(read_audio(str(path), RATE)) in (RATE, 2 * RATE)
+
+
 def test_a_flac_file_without_a_length_is_named(tmp_path):
     path = Path(save(tmp_path / "piped.flac", tone()))
     content = bytearray(path.read_bytes())
