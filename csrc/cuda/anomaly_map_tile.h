@@ -145,22 +145,41 @@ __device__ __forceinline__ int64_t before_pixel(int64_t i, int64_t size, int64_t
   return left;
 }
 
-__device__ __forceinline__ float standardised(float value, const MapStatistic (&statistic)[2],
-                                              int64_t y, int64_t x) {
-  float number[2];
+// Of R pixels below each other, from (y, x) on.
+template <int R>
+__device__ __forceinline__ void read(const MapStatistic& statistic, int64_t y, int64_t x,
+                                     float (&value)[R]) {
+  const float* data = statistic.data + y * statistic.y + x * statistic.x;
   DIFFAD_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const MapStatistic& s = statistic[i];
-    number[i] = s.data ? s.data[y * s.y + x * s.x] : s.number;
+  for (int k = 0; k < R; ++k) value[k] = statistic.data ? data[k * statistic.y] : statistic.number;
+}
+
+// total += weight (value - mean) / deviation, of R pixels below each other. Numbers, the usual case,
+// take one division for all of them: a division is a dozen instructions, and these bound the kernel.
+template <int R>
+__device__ __forceinline__ void add_standardised(const float (&value)[R], float weight,
+                                                 const MapStatistic (&statistic)[2], int64_t y,
+                                                 int64_t x, float (&total)[R]) {
+  const MapStatistic &mean = statistic[0], &deviation = statistic[1];
+  if (!mean.data && !deviation.data) {
+    const float factor = weight / deviation.number;
+    DIFFAD_UNROLL
+    for (int k = 0; k < R; ++k) total[k] += (value[k] - mean.number) * factor;
+    return;
   }
-  return (value - number[0]) / number[1];
+  float means[R], deviations[R];
+  read(mean, y, x, means);
+  read(deviation, y, x, deviations);
+  DIFFAD_UNROLL
+  for (int k = 0; k < R; ++k) total[k] += weight * ((value[k] - means[k]) / deviations[k]);
 }
 
 template <int R, int kLevel, class T>
 __device__ __forceinline__ void weighted_tiles(const WeightedArgs<T>& a) {
   constexpr int kPitch = SubBandTile<R, kLevel>::kPitch;
   __shared__ SubBandTile<R, kLevel> tile;
-  __shared__ int64_t above[kMostScales][R];  // of the strip's rows, in each scale
+  // Of the strip's rows in each scale: where the row above and the one below begin, and its share.
+  __shared__ int64_t above[kMostScales][R], below[kMostScales][R];
   __shared__ float share_y[kMostScales][R];
   const int thread = threadIdx.x;
 
@@ -171,9 +190,11 @@ __device__ __forceinline__ void weighted_tiles(const WeightedArgs<T>& a) {
     const bool active = thread < a.columns && column < a.width;
     if (kLevel > 0) tile.clear();
     for (int k = thread; k < a.scales * R; k += blockDim.x) {
-      const int scale = k / R, row = k % R;
-      above[scale][row] =
-          before_pixel(top + row, a.height, a.scale[scale].height, share_y[scale][row]);
+      const int s = k / R, row = k % R;
+      const MapScale& scale = a.scale[s];
+      const int64_t y = before_pixel(top + row, a.height, scale.height, share_y[s][row]);
+      above[s][row] = y * scale.width;
+      below[s][row] = (y + 1 < scale.height ? y + 1 : y) * scale.width;
     }
 
     float magnitude[R] = {};
@@ -205,39 +226,50 @@ __device__ __forceinline__ void weighted_tiles(const WeightedArgs<T>& a) {
     if (active) {
       const float share = 1.0f / static_cast<float>(a.channels);
       const int64_t place = (n * a.height + top) * a.width + column;
-      float total[R], distance[R] = {};
+      float total[R], map[R];
       DIFFAD_UNROLL
       for (int k = 0; k < R; ++k) total[k] = a.base ? a.base[place + k * a.width] : 0.0f;
+      if (a.weight[0] != 0) {
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) map[k] = magnitude[k] * share;
+        add_standardised(map, a.weight[0], a.statistic[0], top, column, total);
+      }
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) map[k] = 0;
       for (int s = 0; s < a.scales; ++s) {
         const MapScale& scale = a.scale[s];
         float u;
         const int64_t left = before_pixel(column, a.width, scale.width, u);
-        const int64_t right = left + 1 < scale.width ? left + 1 : left;
-        const float* cosines = scale.cosines + n * scale.height * scale.width;
+        const float* cosines = scale.cosines + n * scale.height * scale.width + left;
+        const int64_t right = left + 1 < scale.width ? 1 : 0;
+        const auto across = [&](int64_t row) {
+          return cosines[row] * (1 - u) + cosines[row + right] * u;
+        };
+        // Many rows of pixels lie between the same two of the scale: these are read once.
+        int64_t first = -1, second = -1;
+        float upper = 0, lower = 0;
         DIFFAD_UNROLL
         for (int k = 0; k < R; ++k) {
-          const int64_t row = above[s][k], next = row + 1 < scale.height ? row + 1 : row;
+          if (above[s][k] != first) {  // the same for all threads
+            first = above[s][k];
+            upper = first == second ? lower : across(first);
+            second = below[s][k];
+            lower = second == first ? upper : across(second);
+          }
           const float v = share_y[s][k];
-          const float *first = cosines + row * scale.width, *second = cosines + next * scale.width;
-          distance[k] += (first[left] * (1 - u) + first[right] * u) * (1 - v) +
-                         (second[left] * (1 - u) + second[right] * u) * v;
+          map[k] += upper * (1 - v) + lower * v;
         }
+      }
+      if (a.scales > 0) {
+        add_standardised(map, a.weight[1], a.statistic[1], top, column, total);
+      }
+      if (kLevel > 0) {
+        DIFFAD_UNROLL
+        for (int k = 0; k < R; ++k) map[k] = tile.sum(k, thread) * share;
+        add_standardised(map, a.weight[2], a.statistic[2], top, column, total);
       }
       DIFFAD_UNROLL
-      for (int k = 0; k < R; ++k) {
-        if (a.weight[0] != 0) {
-          total[k] += a.weight[0] *
-                      standardised(magnitude[k] * share, a.statistic[0], top + k, column);
-        }
-        if (a.scales > 0) {
-          total[k] += a.weight[1] * standardised(distance[k], a.statistic[1], top + k, column);
-        }
-        if (kLevel > 0) {
-          const float bands = tile.sum(k, thread) * share;
-          total[k] += a.weight[2] * standardised(bands, a.statistic[2], top + k, column);
-        }
-        a.result[place + k * a.width] = total[k];
-      }
+      for (int k = 0; k < R; ++k) a.result[place + k * a.width] = total[k];
     }
     __syncthreads();  // the next tile clears the details and writes the shares
   }

@@ -171,7 +171,11 @@ __global__ void __launch_bounds__(1024)
 threshold_kernel(const StepArgs<C, X, M> args, double ratio, C largest, C* limits) {
   using Key = decltype(key_of(C{}));
   constexpr int kBits = sizeof(Key) * 8;
-  __shared__ unsigned long long histogram[256];
+  // A column of counters for each lane of a warp: most values share their first byte, and equal ones
+  // of a warp do not collide. A lane counts less than 2^32 as long as a sample has less than 2^37.
+  constexpr int kLanes = 32;
+  __shared__ uint32_t counts[256 * kLanes];
+  __shared__ int64_t histogram[256];
   __shared__ Key chosen;
   __shared__ int64_t left, equal;
   __shared__ Key next_key[32];
@@ -193,23 +197,29 @@ threshold_kernel(const StepArgs<C, X, M> args, double ratio, C largest, C* limit
     Key prefix = 0;
     int64_t same = 0;  // elements equal to the one of rank `rank` in the end
     for (int shift = kBits - 8; shift >= 0; shift -= 8) {
-      for (int i = threadIdx.x; i < 256; i += blockDim.x) histogram[i] = 0;
+      for (int i = threadIdx.x; i < 256 * kLanes; i += blockDim.x) counts[i] = 0;
       __syncthreads();
       const Key above = shift + 8 == kBits ? Key{0} : ~Key{0} << (shift + 8);
       for (int64_t i = threadIdx.x; i < args.size; i += blockDim.x) {
         const Key key = key_at(i);
-        if ((key & above) == prefix) atomicAdd(&histogram[key >> shift & 255], 1ull);
+        if ((key & above) == prefix) {
+          atomicAdd(&counts[(key >> shift & 255) * kLanes + threadIdx.x % kLanes], 1u);
+        }
+      }
+      __syncthreads();
+      for (int i = threadIdx.x; i < 256; i += blockDim.x) {
+        int64_t sum = 0;
+        for (int k = 0; k < kLanes; ++k) sum += counts[i * kLanes + (k + i) % kLanes];
+        histogram[i] = sum;
       }
       __syncthreads();
       if (threadIdx.x == 0) {
         int64_t r = rank;
         int bin = 0;
-        while (bin < 255 && r >= static_cast<int64_t>(histogram[bin])) {
-          r -= static_cast<int64_t>(histogram[bin++]);
-        }
+        while (bin < 255 && r >= histogram[bin]) r -= histogram[bin++];
         chosen = prefix | static_cast<Key>(bin) << shift;
         left = r;
-        equal = static_cast<int64_t>(histogram[bin]);
+        equal = histogram[bin];
       }
       __syncthreads();
       prefix = chosen, rank = left, same = equal;

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "../common/haar.h"
 
@@ -20,6 +21,31 @@ template <class scalar_t, int kCount>
 struct alignas(sizeof(scalar_t) * kCount) HaarRun {
   scalar_t v[kCount];
 };
+
+// Writes a run at once. nvcc takes the assignment of one apart into a store for each value, which
+// writes a fourth of each 16 bytes at a time; so it is spelled out.
+template <class scalar_t, int kCount>
+DIFFAD_INLINE void put(scalar_t* to, const HaarRun<scalar_t, kCount>& run) {
+#ifdef __CUDA_ARCH__
+  constexpr int kWords = sizeof(run) / 4;
+  if constexpr (kWords > 0) {
+    uint32_t w[kWords];
+    memcpy(w, &run, sizeof(run));
+    if constexpr (kWords == 1) {
+      asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(w[0]) : "memory");
+    } else if constexpr (kWords == 2) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(w[0]), "r"(w[1]) : "memory");
+    } else {
+      static_assert(kWords == 4, "a run has at most 16 bytes");
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w[0]), "r"(w[1]),
+                   "r"(w[2]), "r"(w[3])
+                   : "memory");
+    }
+    return;
+  }
+#endif
+  *reinterpret_cast<HaarRun<scalar_t, kCount>*>(to) = run;
+}
 
 // L, and how many neighbouring values of the image a thread reads at once.
 template <class scalar_t, int R, bool kLast>
@@ -135,7 +161,7 @@ DIFFAD_INLINE void haar_block(const HaarGeometry& g, int64_t n, uint32_t i,
         DIFFAD_UNROLL
         for (int l = 0; l < L; ++l) run.v[l] = static_cast<scalar_t>(v[l][y][x]);
         const int64_t at = packed + (spread(y) + 2 * spread(x)) * band;
-        *reinterpret_cast<HaarRun<scalar_t, L>*>(out + at) = run;
+        put(out + at, run);
       }
     }
   } else {
@@ -150,7 +176,7 @@ DIFFAD_INLINE void haar_block(const HaarGeometry& g, int64_t n, uint32_t i,
           run.v[e] = static_cast<scalar_t>(v[l][y][x]);
         }
         const int64_t at = image + y * g.image.y + k * (kLast ? g.image.x : V);
-        *reinterpret_cast<HaarRun<scalar_t, V>*>(out + at) = run;
+        put(out + at, run);
       }
     }
   }

@@ -17,29 +17,27 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int kMostThreads = 256;
-
-template <int W, int kTiles>
-__global__ void __launch_bounds__(kMostThreads, 1) token_mlp_kernel(const TokenMlpTask task) {
+template <int W, int kTiles, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, 1) token_mlp_kernel(const TokenMlpTask task) {
   extern __shared__ __align__(128) char shared[];
-  TokenMlp<W, kTiles>(task, shared).run();
+  TokenMlp<W, kTiles, kWarps>(task, shared).run();
 }
 
 void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "token_mlp_loop: ", cudaGetErrorString(error));
 }
 
-template <int W, int kTiles>
-void launch(const TokenMlpTask& task, int warps, int processors, cudaStream_t stream) {
-  const auto kernel = token_mlp_kernel<W, kTiles>;
+template <int W, int kTiles, int kWarps>
+void launch(const TokenMlpTask& task, int processors, cudaStream_t stream) {
+  const auto kernel = token_mlp_kernel<W, kTiles, kWarps>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTokenMlpShared));
   int resident = 0;  // thread blocks that a processor holds at once
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * warps,
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * kWarps,
                                                       kTokenMlpShared));
-  const int per_block = warps * 16 * kTiles;
+  const int per_block = kWarps * 16 * kTiles;
   const int tiles = (task.tokens + per_block - 1) / per_block;
   const int grid = std::min(tiles, std::max(1, resident) * processors);
-  kernel<<<grid, 32 * warps, kTokenMlpShared, stream>>>(task);
+  kernel<<<grid, 32 * kWarps, kTokenMlpShared, stream>>>(task);
   check_launch("token_mlp_loop");
 }
 
@@ -77,10 +75,11 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
                            bf16(b2), bf16(w_out), bf16(b_out)};
     const Tensor bias = as(step_bias, ScalarType::Float), rows = as(table, ScalarType::Float);
     const auto weight = [&](int i) { return static_cast<const uint16_t*>(kept[i].const_data_ptr()); };
+    constexpr int read_at_once[] = {16, 4, 16, 16, 4, 16, 2};  // bytes
     for (int i = 0; i < 7; ++i) {
-      const bool read_by_units = i == 0 || i == 2 || i == 3 || i == 5;
-      STD_TORCH_CHECK(!read_by_units || reinterpret_cast<uintptr_t>(weight(i)) % 16 == 0,
-                      "token_mlp_loop: weights must start at multiples of 16 bytes; clone them");
+      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weight(i)) % read_at_once[i] == 0,
+                      "token_mlp_loop: weights must start at multiples of 16 bytes, biases of 4; "
+                      "clone them");
     }
     TokenMlpTask task{};
     task.tokens = static_cast<int>(x.size(0));
@@ -104,13 +103,9 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
     // Many tokens: as many as registers hold, so that weights are read least often. Few: more
     // thread blocks, until every processor has one.
     const bool many = task.tokens >= 128 * processors;
-    if (width == 256) {
-      launch<256, 1>(task, many ? 8 : 4, processors, stream);
-    } else if (many) {
-      launch<128, 2>(task, 8, processors, stream);
-    } else {
-      launch<128, 1>(task, 4, processors, stream);
-    }
+    const auto run = width == 256 ? (many ? launch<256, 1, 8> : launch<256, 1, 4>)
+                                  : (many ? launch<128, 2, 8> : launch<128, 1, 4>);
+    run(task, processors, stream);
   }
   return {outer == ScalarType::Float ? x_end : torch::stable::to(x_end, outer), stats};
 }

@@ -51,14 +51,16 @@ __device__ __forceinline__ float bf16_to_float(uint16_t x) {
 // two. tanh_approx is off by 2^-11 of its value, this by 2^-12 of |x|, and what follows rounds to 2^-9.
 __device__ __forceinline__ float silu_of_twice(float h) { return h + h * tanh_approx(h); }
 
-// W: width. kTiles: groups of 16 tokens of a warp.
-template <int W, int kTiles>
+// W: width. kTiles: groups of 16 tokens of a warp. kWarps: of a thread block.
+template <int W, int kTiles, int kWarps>
 struct TokenMlp {
   static constexpr int N = kStageHalf / 2 / W;
   // Of the right factors of into_h, so many are loaded ahead of their products. All 16 of width 256
   // would push h out of the registers.
   static constexpr int kAhead = W == 256 ? 8 : W;
   static constexpr int kSteps = W / 16;  // steps of 16 along a product's inputs
+  // Copies that are asked for in one go: as many as there are registers for.
+  static constexpr int kFetched = W == 128 && kTiles == 1 ? W : 2;
   static_assert(W % N == 0 && N % 16 == 0, "stages cut the width evenly");
 
   const TokenMlpTask& task;
@@ -74,35 +76,40 @@ struct TokenMlp {
 
   // ------------------------------------------------------------------ weights
 
-  // kRows rows of kUnits units, `pitch` numbers apart, the first at `from`; zeros beyond `rows` and
-  // `columns`. A thread's units lie below each other, so that little is to be worked out for each:
-  // registers are full, and a warp that copies does not multiply.
-  template <int kRows, int kUnits>
+  // kRows rows of kUnits units, `pitch` numbers apart, the first at `from`; where not all of them are
+  // there, zeros beyond `rows` and `columns`. A thread's units lie below each other, so that little
+  // is to be worked out for each: a warp that copies does not multiply.
+  template <int kRows, int kUnits, bool kWhole>
   __device__ void fetch_half(char* half, const uint16_t* from, int pitch, int rows,
                              int columns) const {
-    const int unit = threadIdx.x % kUnits, step = blockDim.x / kUnits;
-    int r = threadIdx.x / kUnits;
-    if (unit * 8 >= columns) rows = 0;
-    const uint16_t* at = from + static_cast<int64_t>(r) * pitch + unit * 8;
-#pragma unroll 1
-    for (; r < kRows; r += step, at += step * pitch) {
-      copy_async(half + unit_at<kUnits>(r, unit), r < rows ? at : from, r < rows);
+    constexpr int kStep = 32 * kWarps / kUnits;
+    static_assert(kStep > 0 && kRows % kStep == 0, "every thread has as many units");
+    const int unit = threadIdx.x % kUnits, first = threadIdx.x / kUnits;
+    if (!kWhole && unit * 8 >= columns) rows = 0;
+    const uint16_t* at = from + static_cast<int64_t>(first) * pitch + unit * 8;
+    char* const top = half + unit_at<kUnits>(first, unit);
+#pragma unroll kFetched
+    for (int r = 0; r < kRows; r += kStep) {
+      const bool there = kWhole || first + r < rows;
+      // Every eighth row is permuted alike.
+      char* to = kStep % 8 ? half + unit_at<kUnits>(first + r, unit) : top + r * kUnits * 16;
+      copy_async(to, there ? at + r * pitch : from, there);
     }
   }
   __device__ void fetch(int stage, char* buffer) const {
     const int block_stages = task.blocks * (W / N);
     if (stage < in_stages()) {
-      fetch_half<W, N / 8>(buffer + kStageHalf, task.w_in + stage * N, task.pitch, W,
-                           task.pitch - stage * N);
+      fetch_half<W, N / 8, false>(buffer + kStageHalf, task.w_in + stage * N, task.pitch, W,
+                                  task.pitch - stage * N);
     } else if (stage < in_stages() + block_stages) {
       const int64_t matrix = static_cast<int64_t>((stage - in_stages()) / (W / N)) * W * W;
       const int i = (stage - in_stages()) % (W / N);
-      fetch_half<N, W / 8>(buffer, task.w1 + matrix + i * N * W, W, N, W);
-      fetch_half<W, N / 8>(buffer + kStageHalf, task.w2 + matrix + i * N, W, W, N);
+      fetch_half<N, W / 8, true>(buffer, task.w1 + matrix + i * N * W, W, N, W);
+      fetch_half<W, N / 8, true>(buffer + kStageHalf, task.w2 + matrix + i * N, W, W, N);
     } else {
       const int row = (stage - in_stages() - block_stages) * N;
-      fetch_half<N, W / 8>(buffer, task.w_out + static_cast<int64_t>(row) * W, W, task.size - row,
-                           W);
+      fetch_half<N, W / 8, false>(buffer, task.w_out + static_cast<int64_t>(row) * W, W,
+                                  task.size - row, W);
     }
   }
 
@@ -369,7 +376,7 @@ struct TokenMlp {
   }
 
   __device__ void run() {
-    const int per_block = blockDim.x / 32 * (16 * kTiles);
+    constexpr int per_block = kWarps * 16 * kTiles;
     const int stride = gridDim.x * per_block;
     int first = blockIdx.x * per_block;  // of the thread block
     if (first < task.tokens) fetch(0, shared);

@@ -149,9 +149,14 @@ int main() {
   char* shared = static_cast<char*>(std::aligned_alloc(1024, diffad::kTokenMlpShared));
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
     std::memset(shared, 0xff, diffad::kTokenMlpShared);  // NaN
-    if (n[0] == 128 && n[1] == 1) body = [&] { diffad::TokenMlp<128, 1>(task, shared).run(); };
-    if (n[0] == 128 && n[1] == 2) body = [&] { diffad::TokenMlp<128, 2>(task, shared).run(); };
-    if (n[0] == 256 && n[1] == 1) body = [&] { diffad::TokenMlp<256, 1>(task, shared).run(); };
+    const auto is = [&](int width, int tiles, int warps) {
+      return n[0] == width && n[1] == tiles && n[2] == warps;
+    };
+    if (is(128, 1, 4)) body = [&] { diffad::TokenMlp<128, 1, 4>(task, shared).run(); };
+    if (is(128, 2, 8)) body = [&] { diffad::TokenMlp<128, 2, 8>(task, shared).run(); };
+    if (is(256, 1, 4)) body = [&] { diffad::TokenMlp<256, 1, 4>(task, shared).run(); };
+    if (is(256, 1, 8)) body = [&] { diffad::TokenMlp<256, 1, 8>(task, shared).run(); };
+    if (is(128, 1, 1)) body = [&] { diffad::TokenMlp<128, 1, 1>(task, shared).run(); };
     slots.assign(blockDim.x, {});
     pending.assign(blockDim.x, {});
     run_block(blockDim.x);

@@ -520,11 +520,12 @@ def emulator(native_program):
     "width, tiles, warps, grid, m, d, blocks, steps",
     [
         (128, 1, 1, 1, 3, 1, 1, 1),
-        (128, 1, 2, 1, 70, 20, 1, 2),  # three tiles of tokens, the last one short
-        (128, 2, 1, 2, 37, 64, 1, 1),
-        (128, 2, 1, 1, 20, 131, 0, 2),  # more than two stages of D
-        (256, 1, 1, 1, 16, 33, 1, 1),
-        (256, 1, 1, 1, 9, 40, 0, 2),
+        (128, 1, 1, 2, 37, 64, 1, 1),  # three tiles of tokens, the last one short
+        # As they are launched.
+        (128, 1, 4, 1, 70, 20, 1, 2),
+        (128, 2, 8, 1, 20, 131, 0, 2),  # more than two stages of D
+        (256, 1, 4, 1, 16, 33, 1, 1),
+        (256, 1, 8, 1, 9, 40, 0, 2),
     ],
 )
 def test_the_cuda_kernel_in_emulation(emulator, width, tiles, warps, grid, m, d, blocks, steps):
