@@ -107,7 +107,7 @@ def _analyse(x, filters, a, h, v, d, images: tl.int64, height, width, rows: tl.i
     zero = widened(tl.zeros((BLOCK,), x.dtype.element_ty))
     places, factors, low_taps, high_taps = (), (), (), ()
     for t in tl.static_range(LENGTH):
-        i, factor = _extended(2 * column - BEFORE + t, width, columns.to(tl.int32), BORDER)
+        i, factor = _extended(2 * column - BEFORE + t, width, tl.cast(columns, tl.int32), BORDER)
         places = places + (i * x_w,)
         factors = factors + (factor,)
         low_taps = low_taps + (tl.load(filters + LENGTH - 1 - t).to(zero.dtype),)
@@ -122,7 +122,7 @@ def _analyse(x, filters, a, h, v, d, images: tl.int64, height, width, rows: tl.i
     for step in range(0, ROWS + LEAD):
         for half in tl.static_range(2):
             e = 2 * (first + step) + half - BEFORE
-            line, row_factor = _extended(e, height, rows.to(tl.int32), BORDER)
+            line, row_factor = _extended(e, height, tl.cast(rows, tl.int32), BORDER)
             # The last program's rows may need nothing any more.
             needed = real & (row_factor != 0) & (e < 2 * rows + LENGTH)
             low, high = zero, zero

@@ -90,8 +90,8 @@ def _haar(image, packed, mean, deviation, noise, t, alphas_cumprod, target, weig
 
     y = y0 * SIDE + tl.arange(0, ROWS * SIDE)
     x = b0 * SIDE + tl.arange(0, BLOCKS * SIDE)
-    there = (y < rows.to(tl.int64) * SIDE)[:, None, None] & (c < CHANNELS)
-    there = there & (x < columns.to(tl.int64) * SIDE)[:, None]
+    there = (y < tl.cast(rows, tl.int64) * SIDE)[:, None, None] & (c < CHANNELS)
+    there = there & (x < tl.cast(columns, tl.int64) * SIDE)[:, None]
     samples = (y * i_h)[:, None, None] + (x * i_w)[:, None] + c.to(tl.int64) * i_c + n * i_n
 
     row = (y0 + tl.arange(0, ROWS))[:, None, None, None]

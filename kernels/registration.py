@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 import triton.language as tl
+from torch._library.triton import triton_ops_to_kernels
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.cache import get_cache_manager
 
@@ -60,6 +61,13 @@ def operator(fake: Callable) -> Callable[[Callable], Callable]:
             definition.register_fake(fake)
         else:  # its own trace, without data, is its fake
             definition = torch.library.triton_op(name, function, mutates_args=())
+            # What torch.compile keeps on disk is known by the source of an operator's kernels, for
+            # which PyTorch looks in its function, not in `launch`.
+            triton_ops_to_kernels[name] = [
+                kernel
+                for kernel in function.__globals__.values()
+                if isinstance(kernel, triton.runtime.JITFunction)
+            ]
         dispatched = getattr(getattr(torch.ops, NAMESPACE), function.__name__)
         differentiable: list[type[torch.autograd.Function]] = []
 

@@ -143,7 +143,7 @@ def _blocks(
     reciprocal = ((1 << BITS) + columns.to(tl.int64) - 1) // columns
     if WIDE:
         row = (tokens.to(tl.int64) * reciprocal) >> BITS
-        stride_y, stride_x = stride_y.to(tl.int64), stride_x.to(tl.int64)
+        stride_y, stride_x = tl.cast(stride_y, tl.int64), tl.cast(stride_x, tl.int64)
     else:  # one instruction
         row = (tokens.to(tl.uint32).to(tl.uint64) * reciprocal.to(tl.uint32).to(tl.uint64)) >> BITS
         row = row.to(tl.int32)
@@ -155,7 +155,8 @@ def _blocks(
 @triton.jit
 def _position(x, i, stride_y, stride_x, LEVEL: tl.constexpr, ALIGN: tl.constexpr):
     """x at pixel i of its first block."""
-    y, x_ = stride_y.to(tl.int64) * (i >> LEVEL), stride_x.to(tl.int64) * (i & ((1 << LEVEL) - 1))
+    y = tl.cast(stride_y, tl.int64) * (i >> LEVEL)
+    x_ = tl.cast(stride_x, tl.int64) * (i & ((1 << LEVEL) - 1))
     return x + (y + x_) * ALIGN
 
 

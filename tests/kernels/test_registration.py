@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
     "triton" in dispatch.unavailable(), reason=dispatch.unavailable().get("triton", "")
 )
 ROOT = Path(__file__).parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if "triton" not in dispatch.unavailable():
     from diffad_fast.kernels import registration
@@ -234,6 +235,55 @@ print(done.asm["ptx"].count("{instruction}"), done.metadata.shared)
     assert count >= 16 and shared <= {80: 163, 90: 227}[capability] << 10
 
 
+def test_compiled_graphs_on_disk_are_known_by_the_kernels():
+    code = """
+import importlib, pkgutil
+import diffad_fast.kernels
+from torch._library.triton import get_triton_kernels_for_op
+for module in pkgutil.iter_modules(diffad_fast.kernels.__path__):
+    importlib.import_module(f"diffad_fast.kernels.{module.name}")
+for name in dir(torch.ops.diffad_fast_triton):
+    found = get_triton_kernels_for_op(f"diffad_fast_triton::{name}")
+    if hasattr(getattr(torch.ops.diffad_fast_triton, name), "default"):
+        assert found, name
+        if name.startswith("wavelet_attention"):
+            assert {"_forward", "_backward_queries", "_backward_keys"} <= {
+                k.__name__ for k in found
+            }
+        print(name)
+"""
+    assert len(run(code).split()) > 10
+
+
+def test_an_integer_of_1_is_a_constant_to_torch_compile():
+    """Sizes and strides that are 1 have no methods then."""
+    code = """
+import importlib, pkgutil
+import diffad_fast.kernels
+from triton.backends.compiler import GPUTarget
+done = set()
+for module in pkgutil.iter_modules(diffad_fast.kernels.__path__):
+    module = importlib.import_module(f"diffad_fast.kernels.{module.name}")
+    for make in getattr(module, "COMPILE", {}).values():
+        source, options = make(90)
+        kernel, types = source.fn, dict(source.signature)
+        if kernel in done:
+            continue
+        done.add(kernel)
+        # Height and width of what is cut into blocks are no less than a block's.
+        ones = {k for k, t in types.items() if t in ("i32", "i64") and k not in ("H", "W")}
+        types |= dict.fromkeys(ones, "constexpr")
+        place = {p.name: (p.num,) for p in kernel.params}
+        constants = {**source.constants, **{place[k]: 1 for k in ones}}
+        of_ones = {place[k] for k in ones}
+        attributes = {k: v for k, v in source.attrs.items() if k not in of_ones}
+        source = triton.compiler.ASTSource(kernel, types, constants, attributes)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        print(kernel.__name__)
+"""
+    assert len(run(code).split()) > 10
+
+
 def names_of(call) -> set[str]:
     """The operators that PyTorch's dispatcher sees during ``call``."""
     with torch.autograd.profiler.profile() as profile:
@@ -249,7 +299,7 @@ class Seen(TorchDispatchMode):
 def test_a_plain_call_does_not_go_through_the_dispatcher():
     from diffad_fast.kernels.haar import haar_pack, standardise_packet
 
-    x = torch.randn(1, 1, 4, 4)
+    x = torch.randn(1, 1, 4, 4, device=DEVICE)
     name = "diffad_fast_triton::haar_pack"
     assert name not in names_of(lambda: haar_pack(x, 1))
     assert name not in names_of(lambda: haar_pack(x.clone().requires_grad_(), 1).sum().backward())
@@ -261,7 +311,7 @@ def test_a_plain_call_does_not_go_through_the_dispatcher():
         gradients += torch.autograd.grad(pack(leaf, 1).square().sum(), leaf)
     assert torch.equal(*gradients)
     # An operator without a gradient says so instead of giving a constant.
-    statistics = torch.ones(4)
+    statistics = torch.ones(4, device=DEVICE)
     result = standardise_packet(x.clone().requires_grad_(), 0 * statistics, statistics, 1)
     with pytest.raises(RuntimeError, match="standardise_packet"):
         result.sum().backward()
@@ -309,6 +359,7 @@ def test_numpy_numbers_are_taken():
                 assert torch.equal(a, b), name
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none")
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     """Triton launches on the current device."""
     current, launched = [0], []

@@ -140,9 +140,8 @@ def test_opcheck():
     torch.library.opcheck(namespace.rotation, (x0, noise, levels(2), ALPHAS, False, True, 2, 5.0))
     weight = torch.rand(2, device=DEVICE)
     torch.library.opcheck(namespace.weighted_mse_forward, (x0, noise, weight))
-    torch.library.opcheck(
-        namespace.weighted_mse_backward, (torch.tensor(2.0), x0.detach(), noise, weight)
-    )
+    grad = torch.tensor(2.0, device=DEVICE)
+    torch.library.opcheck(namespace.weighted_mse_backward, (grad, x0.detach(), noise, weight))
 
 
 def test_torch_compile():
