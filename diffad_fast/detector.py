@@ -824,7 +824,8 @@ def _on_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in the host's memory; from a GPU it is on its way there, in the current stream."""
     if not x.is_cuda:
         return x.cpu()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    page_locked = torch.empty(x.shape, dtype=x.dtype, pin_memory=True, device="cpu")
+    return page_locked.copy_(x, non_blocking=True)
 
 
 def _nothing(skipped: list[tuple[str, str]]) -> Score:

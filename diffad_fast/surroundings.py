@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -48,13 +49,55 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
             part.training = True
 
 
+class _Settings:
+    """Those of the whole process on which numbers depend, at PyTorch's own defaults while any
+    thread is inside: the default dtype, and products of float32 in float32 (``high`` and ``medium``
+    would take TF32 or bfloat16 for them)."""
+
+    def __init__(self):
+        self._turn, self._inside = threading.Lock(), 0
+        self._put_back: list[Callable[[], object]] = []
+
+    def __enter__(self) -> None:
+        with self._turn:
+            self._inside += 1
+            if self._inside == 1:
+                self._set()
+
+    def __exit__(self, *_) -> None:
+        with self._turn:
+            self._inside -= 1
+            while self._inside == 0 and self._put_back:
+                self._put_back.pop()()
+
+    def _set(self) -> None:
+        def put_back(*call) -> None:
+            self._put_back.append(functools.partial(*call))
+
+        dtype = torch.get_default_dtype()
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            put_back(torch.set_default_dtype, dtype)
+        try:
+            precision = torch.get_float32_matmul_precision()
+        except RuntimeError:  # it was chosen for each library, where this function knows no answer
+            for library in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                put_back(setattr, library, "fp32_precision", library.fp32_precision)
+                library.fp32_precision = "ieee"
+        else:
+            if precision != "highest":
+                torch.set_float32_matmul_precision("highest")
+                put_back(torch.set_float32_matmul_precision, precision)
+
+
+_settings = _Settings()
 _forked = False
 """Whether this process is a fork that has computed nothing yet."""
 
 
 def _note_fork() -> None:
-    global _forked
-    _forked = True
+    global _forked, _settings
+    _forked, _settings = True, _Settings()
 
 
 os.register_at_fork(after_in_child=_note_fork)
@@ -77,8 +120,8 @@ def _on_one_thread() -> None:
 
 def undisturbed(call: Callable) -> Callable:
     """``call`` without what surrounds it and would change its numbers or keep it from training:
-    autocast, no_grad and inference mode, modules in training mode, and a default dtype other than
-    float32, which belongs to the whole process and is put back. In a fork it computes on one
+    autocast, no_grad and inference mode, modules in training mode, a default device, and the
+    settings of the whole process that :class:`_Settings` names. In a fork it computes on one
     thread."""
 
     @functools.wraps(call)
@@ -87,19 +130,15 @@ def undisturbed(call: Callable) -> Callable:
             _on_one_thread()
         device = getattr(args[0] if args else None, "device", None)
         kind = device.type if isinstance(device, torch.device) else "cpu"
-        default = torch.get_default_dtype()
-        if default != torch.float32:
-            torch.set_default_dtype(torch.float32)
-        try:
-            # inference_mode(False) enables gradients, too.
-            with (
-                torch.autocast(kind, enabled=False),
-                torch.inference_mode(False),
-                evaluating(getattr(args[0] if args else None, "model", None)),
-            ):
-                return call(*args, **options)
-        finally:
-            if default != torch.float32:
-                torch.set_default_dtype(default)
+        elsewhere = torch.get_default_device().type != "cpu"
+        # inference_mode(False) enables gradients, too.
+        with (
+            _settings,
+            torch.device("cpu") if elsewhere else nullcontext(),
+            torch.autocast(kind, enabled=False),
+            torch.inference_mode(False),
+            evaluating(getattr(args[0] if args else None, "model", None)),
+        ):
+            return call(*args, **options)
 
     return alone

@@ -6,12 +6,14 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 import diffad_fast as daf
+from diffad_fast import surroundings
 
 TOKENS = {
     "image": {
@@ -29,7 +31,7 @@ UNET = {"image_size": 32, "denoiser": "unet-tiny", "train_steps": 4, "inference_
 def samples(kind, n, seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (n, 6) if kind == "vector" else (n, 1, 32, 32)
-    return torch.rand(shape, generator=generator, dtype=torch.float32)
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def fitted(kind, options):
@@ -48,12 +50,40 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+@contextlib.contextmanager
+def precision(name):
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        assert torch.get_float32_matmul_precision() == name
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def precision_of_a_library(name):
+    libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [library.fp32_precision for library in libraries]
+    for library in libraries:
+        library.fp32_precision = name
+    try:
+        yield
+    finally:
+        assert [library.fp32_precision for library in libraries] == [name, name]
+        for library, usual in zip(libraries, before, strict=True):
+            library.fp32_precision = usual
+
+
 SURROUNDINGS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
+    "default device": lambda: torch.device("meta"),
+    "TF32": lambda: precision("high"),
+    "bfloat16 products": lambda: precision("medium"),
+    "of a library": lambda: precision_of_a_library("tf32"),
 }
 
 
@@ -80,6 +110,28 @@ def test_fit_score_and_load(name, kind, options, tmp_path):
                 np.testing.assert_array_equal(got.p_value, want.p_value)
                 if want.map is not None:
                     np.testing.assert_array_equal(got.map, want.map)
+
+
+def test_settings_of_the_process_are_put_back_by_the_last_thread():
+    """A thread that is done changes nothing for one that is not."""
+    detector = fitted("vector", TOKENS["vector"])
+    seen, inside, gone = [], threading.Barrier(2), threading.Event()
+
+    @surroundings.undisturbed
+    def call(model, last):
+        inside.wait(10)
+        if last:
+            assert gone.wait(10)
+        seen.append((torch.get_default_dtype(), torch.get_float32_matmul_precision()))
+
+    with default_dtype(torch.float64), precision("high"):
+        threads = [threading.Thread(target=call, args=(detector, last)) for last in (False, True)]
+        for thread in threads:
+            thread.start()
+        threads[0].join(10)
+        gone.set()
+        threads[1].join(10)
+        assert seen == 2 * [(torch.float32, "highest")]
 
 
 # The parent's threads have computed before it starts another process.

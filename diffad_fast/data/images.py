@@ -299,7 +299,8 @@ class Images:
             yield index, image
 
     def _batch(self, found: list[tuple[int, np.ndarray]]) -> Batch:
-        images = torch.empty((len(found), *found[0][1].shape), dtype=torch.float32)
+        shape = len(found), *found[0][1].shape
+        images = torch.empty(shape, dtype=torch.float32, device="cpu")
         for out, (_, image) in zip(images.numpy(), found, strict=True):
             if image.dtype.kind == "u":
                 np.divide(image, np.iinfo(image.dtype).max, out=out, dtype=np.float32)
@@ -307,7 +308,8 @@ class Images:
                 out[:] = image
         index = [index for index, _ in found]
         paths = None if self.paths is None else [self.paths[i] for i in index]
-        self.last = Batch(images, torch.tensor(index, dtype=torch.int64), paths)
+        numbers = torch.tensor(index, dtype=torch.int64, device="cpu")
+        self.last = Batch(images, numbers, paths)
         return self.last
 
     def _nothing_usable(self) -> InputError:
