@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from diffad_fast.diffusion.graphs import recover
+
 from . import ceilings, counting, machine, stats
 from .case import OURS, REFERENCE, Case, Contender, map_tensors
 from .timing import ENOUGH, SELDOM, DeviceClock, HostClock, rounds
@@ -230,8 +232,12 @@ def _captured(run: Callable) -> Callable:
             with torch.cuda.stream(stream):
                 run(*inputs)  # compiles and loads what a capture must not
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
-                    output = run(*inputs)
+                try:
+                    with torch.cuda.graph(graph, stream=stream):
+                        output = run(*inputs)
+                except Exception:
+                    recover(stream.device)
+                    raise
             torch.cuda.current_stream().wait_stream(stream)
             replays.append((graph, output))
         graph, output = replays[0]

@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -263,10 +264,21 @@ class Detector:
         if self._settled is None:
             self.model.config = config
             return
+        self._release()
         denoiser = self._given[0]
         if denoiser is None and not config.on_tokens and not config.train_steps:
             denoiser = self.model.denoiser
         self.model = models.create(config, self.device, denoiser, self._features)
+
+    def _release(self, *, but: object = None) -> None:
+        """Give back the memory of the graphs of all models ``but`` one."""
+        for model in (self.model, *(part.model for part in self.parts)):
+            if model is not but:
+                model.release()
+
+    def __del__(self):
+        with suppress(Exception):  # half made, or at the end of the process
+            self._release()
 
     def _folds(self, split: Split) -> int:
         """Of a cross-fitted calibration; 0 where parts are held out instead."""
@@ -333,6 +345,7 @@ class Detector:
             self.calibrations |= found  # all or none, should this be interrupted
         finally:
             self.mode = wanted
+            self._release(but=self.model)
 
     @torch.inference_mode()
     def _calibrate(self, samples) -> Calibration:

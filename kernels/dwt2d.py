@@ -173,10 +173,14 @@ def _synthesise(a, h, v, d, filters, x, images: tl.int64, height: tl.int64, widt
         tap = filters + LENGTH - 1 - parity - 2 * j
         low_taps = low_taps + (tl.load(tap).to(zero.dtype),)
         high_taps = high_taps + (tl.load(tap + LENGTH).to(zero.dtype),)
-    lows, highs = (), ()
+    # The filters themselves, for the rows: a step ends at an even and at an odd one.
+    lows, highs, low_filter, high_filter = (), (), (), ()
     for _ in tl.static_range(HALF):
         lows = lows + (zero,)
         highs = highs + (zero,)
+    for t in tl.static_range(LENGTH):
+        low_filter = low_filter + (tl.load(filters + LENGTH - 1 - t).to(zero.dtype),)
+        high_filter = high_filter + (tl.load(filters + 2 * LENGTH - 1 - t).to(zero.dtype),)
     place, row = _place(n, channel, column, height, width, CHANNELS, CHANNELS_LAST)
     # Each step filters a row of coefficients along W, shifts it into the window of the last HALF
     # and gives the two rows of the result that end there.
@@ -199,9 +203,8 @@ def _synthesise(a, h, v, d, filters, x, images: tl.int64, height: tl.int64, widt
             e = 2 * (start + step) + half - BEFORE
             value = zero
             for j in tl.static_range(HALF):
-                weight = filters + LENGTH - 1 - half - 2 * j
-                value += tl.load(weight).to(zero.dtype) * lows[HALF - 1 - j]
-                value += tl.load(weight + LENGTH).to(zero.dtype) * highs[HALF - 1 - j]
+                value += low_filter[half + 2 * j] * lows[HALF - 1 - j]
+                value += high_filter[half + 2 * j] * highs[HALF - 1 - j]
             there = real & (e >= first) & (e < first + ROWS) & (e < height)
             tl.store(x + place + e * row, value.to(x.dtype.element_ty), there)
 

@@ -476,6 +476,8 @@ _PARAMETER_CONFIGS = {
 
 def _setup(ctx, inputs, output):
     x, weight, bias, scale, shift, ctx.num_groups, _, ctx.activation = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # which would fill one with zeros for it
     ctx.save_for_backward(x, output[1], weight, bias, scale, shift)
 
 

@@ -20,21 +20,24 @@ from .. import ops
 # is under way does not survive.
 CAPTURING = threading.Lock()
 
-# A call that has not come before, and one that has come once: the last, smaller batch of a data set
-# is not worth a capture.
-NEW, ONCE = "new", "once"
+# Calls by which a graph has to be used again, or it makes room for another: a capture takes as long
+# as some nine of them.
+RECENT = 64
+# Shapes without a graph of which something is remembered.
+REMEMBERED = 64
 
 
 class Graphed:
     """``function(x)``, in inference mode; on a CUDA device by one launch.
 
     There a shape that comes a second time is captured as one CUDA graph, which then replays: no
-    Python, no synchronisation, no allocation. The last ``graphs`` of them are kept, one for each
-    shape, dtype, layout and version of the tensors of ``modules``: these modules' parts, and
-    whatever the function reads beside them, have to stay the same. Where capture is impossible the
-    function runs eagerly, after a warning that says why; where a trial shows no gain, too, and
-    always on a CPU. Results are tensors in tuples, lists or dicts. Threads may share it: they take
-    turns, as a graph has one set of buffers.
+    Python, no synchronisation, no allocation. At most ``graphs`` of them are kept, one for each
+    shape, dtype and layout; a further one waits until one of them has not been used for a while.
+    All are forgotten when a tensor of ``modules`` changes; these modules' parts, and whatever the
+    function reads beside them, have to stay the same. Where capture is impossible the function runs
+    eagerly, after a warning that says why; where a trial shows no gain, too, and always on a CPU.
+    Results are tensors in tuples, lists or dicts. Threads may share it: they take turns, as a graph
+    has one set of buffers.
     """
 
     def __init__(self, function: Callable, modules: Iterable[nn.Module], graphs: int = 4):
@@ -46,19 +49,32 @@ class Graphed:
             for part in module.modules()
             for place in (part._parameters, part._buffers)
         ]
-        self._forget()
+        self._begin()
 
-    def _forget(self) -> None:
-        self._captured: OrderedDict[Hashable, CapturedCall | str | None] = OrderedDict()
+    def _begin(self) -> None:
         self._turn = threading.Lock()
+        self._calls = 0
+        # The one longest unused first, each with the call that it was used by.
+        self._captured: OrderedDict[Hashable, tuple[CapturedCall, int]] = OrderedDict()
+        # The last, smaller batch of a data set is not worth a capture: shapes that have come once,
+        # and whether they are worth one should they come again.
+        self._seen: OrderedDict[Hashable, bool] = OrderedDict()
+        self._read: list[int] = []
+
+    def forget(self) -> None:
+        """Give back the memory of all graphs. It is not left to the end of this object: that waits
+        for Python's collector of cycles, which knows nothing of a GPU's memory."""
+        with self._turn:
+            self._captured.clear()
+            self._seen.clear()
 
     def __getstate__(self) -> dict:
         """Copies, in another process too, capture graphs of their own."""
-        return {k: v for k, v in vars(self).items() if k not in ("_captured", "_turn")}
+        return {k: vars(self)[k] for k in ("function", "graphs", "_places")}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._forget()
+        self._begin()
 
     @torch.inference_mode()
     def __call__(self, x: torch.Tensor):
@@ -70,23 +86,43 @@ class Graphed:
 
     def _graph(self, x: torch.Tensor) -> CapturedCall | None:
         """The captured call for tensors like x; None where it runs eagerly."""
-        key = (x.shape, x.dtype, x.device, x.stride(), ops.dispatch.selected(), *self._versions())
-        captured = self._captured.get(key, NEW)
-        if captured is NEW:
-            captured = ONCE
-        elif captured is ONCE:
-            captured = self._capture_or_warn(x)
-        self._captured[key] = captured
-        self._captured.move_to_end(key)
-        while len(self._captured) > self.graphs:
-            self._captured.popitem(last=False)
-        return captured if isinstance(captured, CapturedCall) else None
+        read = [*self._versions()]
+        if read != self._read:
+            self._captured.clear()
+            self._seen.clear()
+            self._read = read
+        key = x.shape, x.dtype, x.device, x.stride(), ops.dispatch.selected()
+        self._calls += 1
+        captured, _ = self._captured.get(key, (None, 0))
+        if captured is None:
+            captured = self._new(key, x)
+        if captured is not None:
+            self._captured[key] = captured, self._calls
+            self._captured.move_to_end(key)
+        return captured
+
+    def _new(self, key: Hashable, x: torch.Tensor) -> CapturedCall | None:
+        """A graph for a shape that has none, if it has come before and there is room."""
+        worth_it = self._seen.pop(key, None)
+        self._seen[key] = worth_it is not False
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        if not worth_it:
+            return None
+        if len(self._captured) >= self.graphs:
+            oldest, (_, used) = next(iter(self._captured.items()))
+            if self._calls - used <= RECENT:
+                return None
+            del self._captured[oldest]
+        captured = self._capture_or_warn(x)
+        self._seen[key] = captured is not None
+        return captured
 
     def _capture_or_warn(self, x: torch.Tensor) -> CapturedCall | None:
         try:
             captured = CapturedCall(self.function, x)
         except Exception as error:
-            _recover(x.device)
+            recover(x.device)
             warnings.warn(
                 f"scoring runs without a CUDA graph, its capture failed: {error}",
                 RuntimeWarning,
@@ -146,12 +182,15 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _recover(device: torch.device) -> None:
+def recover(device: torch.device) -> None:
     """After a capture that failed: by its headers PyTorch 2.11 leaves its generator of random
     numbers marked as under capture, where it refuses to draw, until another one has ended."""
     with suppress(Exception), CAPTURING, torch.cuda.device(device):
-        side = _side_stream(device)
-        with torch.cuda.stream(side), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side):
+        side, graph = _side_stream(device), torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.stream(side),
+            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+        ):
             torch.zeros(1, device=device)
 
 

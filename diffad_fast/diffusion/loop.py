@@ -72,6 +72,10 @@ class ReverseLoop:
         """The whole pass for a batch x (N,...), in inference mode."""
         return self.graphed(x)
 
+    def forget(self) -> None:
+        """Give back the memory of the graphs."""
+        self.graphed.forget()
+
     def eager(self, x: torch.Tensor):
         """The same without a graph."""
         x0 = x if self.prepare is None else self.prepare(x)

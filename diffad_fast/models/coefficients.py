@@ -80,6 +80,7 @@ class CoefficientModel(nn.Module):
             self._steps(inverts)  # raises for steps that the schedule does not have
         # In a tuple, or it would be a part of the model and of its state.
         self._in_bfloat16: tuple[nn.Module, ...] = ()
+        self._scoring: Graphed | ReverseLoop | None = None
         self.use(None)
 
     # ---------------------------------------------------------------- fit
@@ -145,9 +146,15 @@ class CoefficientModel(nn.Module):
     def use(self, statistics: list[MapStatistics | None] | None) -> None:
         """Standardise the maps of the configuration's mode by ``statistics`` from now on."""
         self.statistics = statistics
+        self.release()
         # Made at the first score and kept, with the graphs that it captures on a GPU, until what
         # they read is replaced.
         self._scoring = None
+
+    def release(self) -> None:
+        """Give back the memory of the graphs."""
+        if self._scoring is not None:
+            self._scoring.forget()
 
     @property
     def map_names(self) -> list[str]:

@@ -68,6 +68,7 @@ class TokenModel(nn.Module):
         for mode in MODES:
             self._reverse_steps(mode)  # raises for steps that the schedule does not have
         self.to(device).eval()
+        self._scoring: Graphed | None = None
         self.use(None)
 
     # ---------------------------------------------------------------- fit
@@ -193,7 +194,13 @@ class TokenModel(nn.Module):
             self._standards = standards(statistics, self._weights(len(statistics)))
         self._steps = self._reverse_steps(self.config.mode)
         self._loops: list[tuple] | None = None
+        self.release()
         self._scoring = Graphed(self._score, [self])
+
+    def release(self) -> None:
+        """Give back the memory of the graphs."""
+        if self._scoring is not None:
+            self._scoring.forget()
 
     @property
     def map_names(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Numbers that are held at a time for each of a few tensors: a million is 8 MiB.
+# Numbers that are held at a time for each of a few tensors: a million is 8 MiB, in a CPU's caches.
 TOGETHER = 1 << 20
 
 
@@ -12,7 +12,8 @@ def nearest_distances(x: torch.Tensor, sample: torch.Tensor, count: int) -> torc
     """As ``ops.nearest_distances``."""
     # A program that is exported takes batches of any length.
     numbers = max(len(sample), count * x.shape[1])  # of a row
-    together = max(1, TOGETHER // numbers)
+    most = TOGETHER if x.device.type == "cpu" else 16 * TOGETHER  # a GPU is to be filled
+    together = max(1, most // numbers)
     parts = [x] if torch.compiler.is_exporting() else x.split(together)
     sample = sample.double()
     found = []

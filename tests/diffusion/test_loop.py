@@ -387,7 +387,7 @@ def graph_of(run, x):
 
 
 def test_what_is_captured(captures):
-    """A shape that comes twice; again when a weight changes; the oldest is forgotten."""
+    """A shape that comes twice; again when a weight changes; one for which there is room."""
     unet = nn.Conv2d(3, 3, 1)
     run = ReverseLoop(lambda x, level: unet(x), NoiseSchedule().reverse_steps(500, 2),
                       modules=[unet], graphs=2)  # fmt: skip
@@ -402,11 +402,32 @@ def test_what_is_captured(captures):
     unet.weight = nn.Parameter(unet.weight.detach().clone())
     assert graph_of(run, a) is None
     del captures[:]
-    for x in (a, b, b, c, c, a):
+    for x in (a, b, b, c, c, c):
         graph_of(run, x)
-    assert captures == [(1, 3, 4, 4), (2, 3, 4, 4), (3, 3, 4, 4)]
-    assert graph_of(run, b) is None  # pushed out
+    assert captures == [(1, 3, 4, 4), (2, 3, 4, 4)]
+    assert graph_of(run, a) is not None and graph_of(run, b) is not None
+    for _ in range(graphs.RECENT):
+        assert graph_of(run, a) is not None
+    assert graph_of(run, c) is not None  # in the place of what was not used for so long
+    assert graph_of(run, b) is None and graph_of(run, a) is not None
+    assert captures[2:] == [(3, 3, 4, 4)]
     assert len(run.graphed._captured) == 2
+    run.forget()
+    assert not run.graphed._captured
+    assert graph_of(run, a) is None and graph_of(run, a) is not None
+    for n in range(2 * graphs.REMEMBERED):  # what is remembered of shapes is bounded
+        graph_of(run, torch.randn(1, 3, 4 + n, 4))
+    assert len(run.graphed._seen) == graphs.REMEMBERED
+
+
+def test_many_shapes_do_not_capture_again_and_again(captures):
+    unet = nn.Conv2d(3, 3, 1)
+    run = ReverseLoop(lambda x, level: unet(x), NoiseSchedule().reverse_steps(500, 2),
+                      modules=[unet])  # fmt: skip
+    replays = 0
+    for i in range(400):
+        replays += graph_of(run, torch.randn(1, 3, 4, 4 + i % 8)) is not None
+    assert len(captures) == 4 and replays > 180
 
 
 def test_a_failed_capture_says_so_once_and_runs_eagerly(captures, monkeypatch):
@@ -491,7 +512,7 @@ def test_a_graph_without_gain_is_not_used(captures, monkeypatch):
     run = ReverseLoop(exact_denoiser("v_prediction"), NoiseSchedule().reverse_steps(500, 2))
     x = gaussian()
     for graph_takes, used in ((5.0, False), (1.0, True)):
-        run.graphed._captured.clear()
+        run.forget()
         monkeypatch.setattr(
             graphs, "elapsed",
             lambda call, x, t=graph_takes: t if isinstance(call, FakeCapture) else 2.0,
@@ -524,7 +545,7 @@ def test_replays_are_the_eager_loop(options, dtype):
                     with torch.inference_mode():
                         assert torch.equal(run(x), run.eager(x))
         torch.cuda.synchronize()
-    assert any(isinstance(c, graphs.CapturedCall) for c in run.graphed._captured.values())
+    assert run.graphed._captured
 
 
 @pytest.mark.gpu
