@@ -8,7 +8,6 @@ import json
 import os
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -277,8 +276,10 @@ class Detector:
                 model.release()
 
     def __del__(self):
-        with suppress(Exception):  # half made, or at the end of the process
+        try:
             self._release()
+        except Exception:  # half made, or at the end of the process, when names are gone
+            pass
 
     def _folds(self, split: Split) -> int:
         """Of a cross-fitted calibration; 0 where parts are held out instead."""
