@@ -11,8 +11,8 @@ and the adjoint, whose sum over o has F/2 terms since t = e + B - 2 o must lie i
     x[e] = sum_o f[F-1-(e + B - 2 o)] c[o].
 
 A program owns some columns of the result (of one channel, or of neighbouring channels in
-channels_last) and ROWS of its rows. It walks down the rows of the source that these need, filters
-each along W once, and keeps the last ones in registers, where they are filtered along H.
+channels_last) and a share of its rows. It walks down the rows of the source that these need,
+filters each along W once, and keeps the last ones in registers, where they are filtered along H.
 
 Gradients gather: they are the other operator. A border that repeats samples sends several e to one
 sample; its adjoint first gives the gradient of the extended signal, then adds what lies beyond the
@@ -71,8 +71,8 @@ def _extended(i, size, count, BORDER: tl.constexpr):
 
 
 @triton.jit
-def _lanes(columns, images, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-           ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _lanes(columns, images, share, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
     """Image, channel and column of each lane, which lanes exist, and the program's first row."""
     lanes = images * CHANNELS * columns
     blocks = tl.cdiv(lanes, BLOCK)
@@ -84,7 +84,7 @@ def _lanes(columns, images, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     else:
         column, rest = lane % columns, lane // columns
         channel, n = rest % CHANNELS, rest // CHANNELS
-    return n, channel, column.to(tl.int32), lane < lanes, (program // blocks).to(tl.int32) * ROWS
+    return n, channel, column.to(tl.int32), lane < lanes, (program // blocks).to(tl.int32) * share
 
 
 @triton.jit
@@ -99,9 +99,9 @@ def _place(n, channel, column, rows, columns, CHANNELS: tl.constexpr,
 @triton.jit
 def _analyse(x, filters, a, h, v, d, images: tl.int64, height, width, rows: tl.int64,
              columns: tl.int64, x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
-             CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, LENGTH: tl.constexpr,
-             BORDER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    n, channel, column, real, first = _lanes(columns, images, CHANNELS, CHANNELS_LAST, ROWS, BLOCK)
+             share: tl.int32, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+             LENGTH: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    n, channel, column, real, first = _lanes(columns, images, share, CHANNELS, CHANNELS_LAST, BLOCK)
     BEFORE: tl.constexpr = LENGTH // 2 - 1 if BORDER == 5 or BORDER == 9 else LENGTH - 2
     x += n * x_n + channel * x_c
     zero = widened(tl.zeros((BLOCK,), x.dtype.element_ty))
@@ -119,7 +119,7 @@ def _analyse(x, filters, a, h, v, d, images: tl.int64, height, width, rows: tl.i
     place, row = _place(n, channel, column, rows, columns, CHANNELS, CHANNELS_LAST)
     # Each step filters two rows along W and shifts them into the window of the last LENGTH.
     LEAD: tl.constexpr = (LENGTH - 2) // 2
-    for step in range(0, ROWS + LEAD):
+    for step in range(0, share + LEAD):
         for half in tl.static_range(2):
             e = 2 * (first + step) + half - BEFORE
             line, row_factor = _extended(e, height, tl.cast(rows, tl.int32), BORDER)
@@ -153,11 +153,11 @@ def _analyse(x, filters, a, h, v, d, images: tl.int64, height, width, rows: tl.i
 @triton.jit
 def _synthesise(a, h, v, d, filters, x, images: tl.int64, height: tl.int64, width: tl.int64, rows,
                 columns, c_n: tl.int64, c_c: tl.int64, c_h: tl.int64, c_w: tl.int64,
-                CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, LENGTH: tl.constexpr,
-                BEFORE: tl.constexpr, WRAP: tl.constexpr, ROWS: tl.constexpr,
+                share: tl.int32, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+                LENGTH: tl.constexpr, BEFORE: tl.constexpr, WRAP: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
-    """x[e] for e = 0 .. height - 1, in the equation's terms with BEFORE for B. ROWS is even."""
-    n, channel, column, real, first = _lanes(width, images, CHANNELS, CHANNELS_LAST, ROWS, BLOCK)
+    """x[e] for e = 0 .. height - 1, in the equation's terms with BEFORE for B. share is even."""
+    n, channel, column, real, first = _lanes(width, images, share, CHANNELS, CHANNELS_LAST, BLOCK)
     HALF: tl.constexpr = LENGTH // 2
     # t = e + BEFORE - 2 o = parity + 2 j at the coefficient o = (e + BEFORE) // 2 - j.
     parity = (column + BEFORE) % 2
@@ -185,7 +185,7 @@ def _synthesise(a, h, v, d, filters, x, images: tl.int64, height: tl.int64, widt
     # Each step filters a row of coefficients along W, shifts it into the window of the last HALF
     # and gives the two rows of the result that end there.
     start = (first + BEFORE) // 2 - (HALF - 1)
-    for step in range(0, HALF + ROWS // 2):
+    for step in range(0, HALF + share // 2):
         line = start + step
         if WRAP:
             line = _modulo(line, rows)
@@ -205,17 +205,44 @@ def _synthesise(a, h, v, d, filters, x, images: tl.int64, height: tl.int64, widt
             for j in tl.static_range(HALF):
                 value += low_filter[half + 2 * j] * lows[HALF - 1 - j]
                 value += high_filter[half + 2 * j] * highs[HALF - 1 - j]
-            there = real & (e >= first) & (e < first + ROWS) & (e < height)
+            there = real & (e >= first) & (e < first + share) & (e < height)
             tl.store(x + place + e * row, value.to(x.dtype.element_ty), there)
 
 
-def _configs(length: int) -> list[triton.Config]:
-    """More rows share a halo of length - 2 of them."""
-    return [triton.Config({"ROWS": 4 if length == 2 else 16, "BLOCK": 128}, num_warps=4)]
+BLOCK = 128
+CONFIGS = [triton.Config({"BLOCK": BLOCK}, num_warps=4)]
+# By their registers, some 80 of 65,536 in each of 128 threads.
+PROGRAMS_AT_ONCE = 6  # on a multiprocessor
 
 
-def _grid(lanes: int, rows: int):
-    return lambda meta: (cdiv(lanes, meta["BLOCK"]) * cdiv(rows, meta["ROWS"]),)
+def _launch(kernel, lanes: int, rows: int, length: int, *args, **constants) -> None:
+    """Run ``kernel`` on ``lanes`` columns, of which each program takes its share of ``rows``."""
+    blocks, share = cdiv(lanes, BLOCK), _smallest_share(length)
+    device = args[0].device
+    if device.type == "cuda" and isinstance(blocks, int) and isinstance(rows, int):
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        share = shared_rows(blocks, rows, length, processors)
+    grid = (blocks * cdiv(rows, share),)
+    launch(kernel, CONFIGS, lambda _: grid, *args, share, LENGTH=length, **constants)
+
+
+def _smallest_share(length: int) -> int:
+    return 4 if length == 2 else 16
+
+
+@functools.lru_cache(1024)
+def shared_rows(blocks: int, rows: int, length: int, processors: int) -> int:
+    """Rows of a program, where there are ``blocks`` of columns. Its first ones need length - 2 more
+    of the source; programs beyond those that run at once wait until the first are done. Of shares
+    that take as long, the smallest."""
+    at_once, halo = PROGRAMS_AT_ONCE * processors, (length - 2) // 2
+
+    def time(share: int) -> int:
+        return cdiv(blocks * cdiv(rows, share), at_once) * (share + halo)
+
+    least = _smallest_share(length)
+    most = max(least, rows + rows % 2)
+    return min((min(s, most) for s in range(least, most + 2, 2)), key=time)
 
 
 def _fake_dwt2d(x, filters, border, rows, columns):
@@ -232,10 +259,10 @@ def dwt2d(
     if x.numel() == 0:
         return bands
     length = filters.shape[1]
-    launch(
-        _analyse, _configs(length), _grid(n * channels * columns, rows),
-        x, filters, *bands, n, height, width, rows, columns, *x.stride(), CHANNELS=channels,
-        CHANNELS_LAST=is_channels_last(bands[0]), LENGTH=length, BORDER=border,
+    _launch(
+        _analyse, n * channels * columns, rows, length,
+        x, filters, *bands, n, height, width, rows, columns, *x.stride(),
+        CHANNELS=channels, CHANNELS_LAST=is_channels_last(bands[0]), BORDER=border,
     )  # fmt: skip
     return bands
 
@@ -270,10 +297,10 @@ def idwt2d(
     bands = [y if y.stride() == a.stride() else _like(y, a) for y in (a, h, v, d)]
     if any(y.stride() != bands[0].stride() for y in bands):
         bands = [_like(y, a) for y in bands]
-    launch(
-        _synthesise, _configs(length), _grid(n * channels * size[1], size[0]),
+    _launch(
+        _synthesise, n * channels * size[1], size[0], length,
         *bands, filters, x, n, *size, rows, columns, *bands[0].stride(), CHANNELS=channels,
-        CHANNELS_LAST=is_channels_last(x), LENGTH=length, BEFORE=0 if folded else before, WRAP=wrap,
+        CHANNELS_LAST=is_channels_last(x), BEFORE=0 if folded else before, WRAP=wrap,
     )  # fmt: skip
     if folded:
         mode = rules.MODES[border]
@@ -333,7 +360,7 @@ idwt2d.register_autograd(_backward_idwt2d, setup_context=_setup_idwt2d)
 
 def _variant(kernel, length: int, dtype: str, capability: int):
     types = {p.name: f"*{dtype}" for p in kernel.params if not p.is_constexpr}
-    types |= {p.name: "i64" for p in kernel.params if p.annotation == "i64"}
+    types |= {p.name: p.annotation for p in kernel.params if p.annotation in ("i32", "i64")}
     sizes = ("height", "width") if kernel is _analyse else ("rows", "columns")
     types |= dict.fromkeys(sizes, "i32") | {"filters": "*fp64"}
     constants = {"CHANNELS": 3, "CHANNELS_LAST": False, "LENGTH": length}
@@ -341,7 +368,7 @@ def _variant(kernel, length: int, dtype: str, capability: int):
         constants["BORDER"] = PERIODIZATION if length == 2 else SYMMETRIC
     else:
         constants |= {"BEFORE": max(length - 2, 0), "WRAP": length == 2}
-    return source(kernel, _configs(length)[0], types, **constants)
+    return source(kernel, CONFIGS[0], types, **constants)
 
 
 COMPILE = {

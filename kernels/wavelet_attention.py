@@ -47,7 +47,8 @@ from .registration import DTYPES, capability, cdiv, launch, operator, shared_mem
 
 SMALLEST = tl.constexpr(2.0**-126)  # of float32's normal numbers
 LOG2_E = tl.constexpr(math.log2(math.e))
-# No kernel is compiled again for another size. Strides, of images, heads, rows and columns of the
+# A kernel is compiled for other sizes once at most: for those that its tiles do not cover as
+# `are_whole` has it, or from WIDE_FROM on. Strides, of images, heads, rows and columns of the
 # five tensors that a kernel may have, in units of ALIGN elements.
 STRIDES = [f"{x}_{axis}" for x in "qkvog" for axis in "nhyx"]
 SIZES = ["heads", "H", "W", *STRIDES]
@@ -175,6 +176,51 @@ def _load(
 
 
 @triton.jit
+def _tile(
+    H, W, stride_y, stride_x, BLOCK: tl.constexpr,
+    DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Offsets of the tile (BLOCK, 4^LEVEL DP) of an image's first blocks, in elements."""
+    blocks, _ = _blocks(
+        tl.arange(0, BLOCK), H, W, stride_y, stride_x, LEVEL, ALIGN, WIDE
+    )
+    e = tl.arange(0, DP << (2 * LEVEL))
+    y, x_ = e // DP >> LEVEL, e // DP & ((1 << LEVEL) - 1)
+    if WIDE:
+        stride_y, stride_x = tl.cast(stride_y, tl.int64), tl.cast(stride_x, tl.int64)
+    return blocks[:, None] + ((y * stride_y + x_ * stride_x) * ALIGN + e % DP)[None, :]
+
+
+@triton.jit
+def _stream(
+    x, offsets, tokens, row, column, H, W, stride_y, stride_x,
+    D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The tile of blocks ``tokens``, the first of which is (row, column), in a loop over tiles."""
+    if WHOLE:
+        if WIDE:
+            stride_y, stride_x = tl.cast(stride_y, tl.int64), tl.cast(stride_x, tl.int64)
+        x += (row * stride_y + column * stride_x) * (ALIGN << LEVEL)
+        if D < DP:
+            channel = tl.arange(0, DP << (2 * LEVEL)) % DP
+            tile = tl.load(x + offsets, (channel < D)[None, :], 0.0)
+        else:
+            tile = tl.load(x + offsets)
+    else:
+        tile = _load(x, tokens, H, W, stride_y, stride_x, D, DP, LEVEL, ALIGN, WIDE)
+    return tile
+
+
+@triton.jit
+def _next(row, column, columns, BLOCK: tl.constexpr):
+    """The first block of the next tile, where tiles are WHOLE."""
+    column += BLOCK
+    ends = column >= columns
+    return tl.where(ends, row + tl.maximum(BLOCK // columns, 1), row), tl.where(ends, 0, column)
+
+
+@triton.jit
 def _load_positions(
     x, tokens, H, W, stride_y, stride_x,
     D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
@@ -242,7 +288,7 @@ def _forward(
     q, k, v, out, mixed, lse, logit_gain, value_gain, scale, heads, H, W,
     q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x, o_n, o_h, o_y, o_x,
     D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     CHANNELS: tl.constexpr = DP << (2 * LEVEL)
     tokens = (H >> LEVEL) * (W >> LEVEL)
@@ -261,18 +307,27 @@ def _forward(
     acc = tl.zeros([BLOCK_M, CHANNELS], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    k_tile = _tile(H, W, k_y, k_x, BLOCK_N, DP, LEVEL, ALIGN, WIDE)
+    v_tile = _tile(H, W, v_y, v_x, BLOCK_N, DP, LEVEL, ALIGN, WIDE)
+    y, x = tl.program_id(0) * 0, tl.program_id(0) * 0
     for start in tl.range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        key = _load(k, columns, H, W, k_y, k_x, D, DP, LEVEL, ALIGN, WIDE)
+        key = _stream(
+            k, k_tile, columns, y, x, H, W, k_y, k_x, D, DP, LEVEL, ALIGN, WIDE, WHOLE
+        )
         s = _dot(query, tl.trans(key), None, PRECISION)
-        s = tl.where((columns < tokens)[None, :], s, float("-inf"))
+        if not WHOLE:
+            s = tl.where((columns < tokens)[None, :], s, float("-inf"))
         above = tl.maximum(highest, tl.max(s, 1) * factor)  # which is positive
         p = tl.exp2(s * factor - above[:, None])
         decay = tl.exp2(highest - above)
         total = total * decay + tl.sum(p, 1)
         highest = above
-        value = _load(v, columns, H, W, v_y, v_x, D, DP, LEVEL, ALIGN, WIDE)
+        value = _stream(
+            v, v_tile, columns, y, x, H, W, v_y, v_x, D, DP, LEVEL, ALIGN, WIDE, WHOLE
+        )
         acc = _dot(p.to(value.dtype), value, acc * decay[:, None], PRECISION)
+        y, x = _next(y, x, W >> LEVEL, BLOCK_N)
 
     tiles = _split(acc / total[:, None], BLOCK_M, 4**LEVEL, DP)
     if mixed is not None:
@@ -305,7 +360,7 @@ def _backward_queries(
     scale, heads, H, W, q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x,
     o_n, o_h, o_y, o_x, g_n, g_h, g_y, g_x,
     D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq, delta_i = <u_i, M_g do_i> for the other kernel, and the partial sums of the gradients
     of the gains, one for each position in a block."""
@@ -340,16 +395,25 @@ def _backward_queries(
         grad, dq, value_gain, rows, head, H, W, g_y, g_x, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE
     )
     acc = tl.zeros([BLOCK_M, DP << (2 * LEVEL)], tl.float32)
+    k_tile = _tile(H, W, k_y, k_x, BLOCK_N, DP, LEVEL, ALIGN, WIDE)
+    v_tile = _tile(H, W, v_y, v_x, BLOCK_N, DP, LEVEL, ALIGN, WIDE)
+    y, x = tl.program_id(0) * 0, tl.program_id(0) * 0
     for start in tl.range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
-        key = _load(k, columns, H, W, k_y, k_x, D, DP, LEVEL, ALIGN, WIDE)
-        value = _load(v, columns, H, W, v_y, v_x, D, DP, LEVEL, ALIGN, WIDE)
+        key = _stream(
+            k, k_tile, columns, y, x, H, W, k_y, k_x, D, DP, LEVEL, ALIGN, WIDE, WHOLE
+        )
+        value = _stream(
+            v, v_tile, columns, y, x, H, W, v_y, v_x, D, DP, LEVEL, ALIGN, WIDE, WHOLE
+        )
         s = _dot(query, tl.trans(key), None, PRECISION)
         dp = _dot(d_out, tl.trans(value), None, PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - log_sum[:, None])
-        p = tl.where((columns < tokens)[None, :], p, 0.0)
+        if not WHOLE:
+            p = tl.where((columns < tokens)[None, :], p, 0.0)
         ds = p * (dp - d_rows[:, None])
         acc = _dot(ds.to(key.dtype), key, acc, PRECISION)
+        y, x = _next(y, x, W >> LEVEL, BLOCK_N)
 
     tiles = _split(acc * scale, BLOCK_M, 4**LEVEL, DP)
     if logit_gain is not None:
@@ -367,7 +431,7 @@ def _backward_keys(
     scale, heads, H, W, q_n, q_h, q_y, q_x, k_n, k_h, k_y, k_x, v_n, v_h, v_y, v_x,
     o_n, o_h, o_y, o_x, g_n, g_h, g_y, g_x,
     D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, over all queries, BLOCK_M at a time."""
     CHANNELS: tl.constexpr = DP << (2 * LEVEL)
@@ -388,20 +452,30 @@ def _backward_keys(
     )
     d_key = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
     d_value = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
+    q_tile = _tile(H, W, q_y, q_x, BLOCK_M, DP, LEVEL, ALIGN, WIDE)
+    g_tile = _tile(H, W, g_y, g_x, BLOCK_M, DP, LEVEL, ALIGN, WIDE)
+    y, x = tl.program_id(0) * 0, tl.program_id(0) * 0
     for start in tl.range(0, tokens, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         at = image.to(tl.int64) * tokens + rows
-        query = _load(q, rows, H, W, q_y, q_x, D, DP, LEVEL, ALIGN, WIDE)
-        do = _load(grad, rows, H, W, g_y, g_x, D, DP, LEVEL, ALIGN, WIDE)
-        # Beyond the last query: p = 0.
-        log_sum = tl.load(lse + at, rows < tokens, float("inf"))
-        d_rows = tl.load(delta + at, rows < tokens, 0.0)
+        query = _stream(
+            q, q_tile, rows, y, x, H, W, q_y, q_x, D, DP, LEVEL, ALIGN, WIDE, WHOLE
+        )
+        do = _stream(
+            grad, g_tile, rows, y, x, H, W, g_y, g_x, D, DP, LEVEL, ALIGN, WIDE, WHOLE
+        )
+        if WHOLE:
+            log_sum, d_rows = tl.load(lse + at), tl.load(delta + at)
+        else:  # beyond the last query: p = 0
+            log_sum = tl.load(lse + at, rows < tokens, float("inf"))
+            d_rows = tl.load(delta + at, rows < tokens, 0.0)
         s = _dot(key, tl.trans(query), None, PRECISION)
         p = tl.exp2(s * (scale * LOG2_E) - log_sum[None, :])
         d_value = _dot(p.to(do.dtype), do, d_value, PRECISION)
         dp = _dot(value, tl.trans(do), None, PRECISION)
         ds = p * (dp - d_rows[None, :])
         d_key = _dot(ds.to(query.dtype), query, d_key, PRECISION)
+        y, x = _next(y, x, W >> LEVEL, BLOCK_M)
 
     tiles_k = _mix(_split(d_key * scale, BLOCK_N, 4**LEVEL, DP), logit_gain, head, LEVEL)
     _store_positions(dk, tiles_k, columns, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
@@ -484,6 +558,7 @@ def padded(d: int, level: int) -> int:
 def _launch(kernel, block: str, level: int, strided: dict[str, torch.Tensor], *args) -> None:
     """Run ``kernel`` on its ``args``, sizes and strides excepted, a program for each ``block`` of
     tokens. ``strided`` names the tensors whose strides it takes."""
+    other = "BLOCK_N" if block == "BLOCK_M" else "BLOCK_M"
     q = strided["q"]
     n, heads, height, width, d = q.shape
     tokens = (height >> level) * (width >> level)
@@ -493,9 +568,11 @@ def _launch(kernel, block: str, level: int, strided: dict[str, torch.Tensor], *a
         align = 1
     spans = [(height - 1) * x.stride(2) + (width - 1) * x.stride(3) for x in strided.values()]
     dp = padded(d, level)
+    configs = configurations(kernel.__name__, dp << (2 * level), q.dtype, capability(q.device))
+    streamed = [c.kwargs[other] for c in (configs if registration.AUTOTUNE else configs[:1])]
     launch(
         kernel,
-        configurations(kernel.__name__, dp << (2 * level), q.dtype, capability(q.device)),
+        configs,
         lambda meta: (n * heads * cdiv(tokens, meta[block]),),
         *args,
         heads,
@@ -507,8 +584,15 @@ def _launch(kernel, block: str, level: int, strided: dict[str, torch.Tensor], *a
         LEVEL=level,
         ALIGN=align,
         WIDE=max(*spans, tokens * (width >> level)) >= WIDE_FROM,
+        WHOLE=all(are_whole(size, tokens, width >> level) for size in streamed),
         PRECISION="ieee",
     )
+
+
+def are_whole(size: int, tokens: int, columns: int) -> bool:
+    """Do tiles of ``size`` blocks cover all ``tokens``, each whole rows of blocks or a part of one?
+    Then a loop over tiles needs no masks, and goes on by a scalar."""
+    return tokens % size == 0 and (columns % size == 0 or size % columns == 0)
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -659,7 +743,7 @@ def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool):
     types = dict.fromkeys(SIZES, "i32") | {"scale": "fp32"}
     types |= dict.fromkeys(of_dtype, f"*{DTYPES[dtype]}") | dict.fromkeys(("lse", "delta"), "*fp32")
     constants = {"D": d, "DP": padded(d, level), "LEVEL": level, "ALIGN": 16 // dtype.itemsize}
-    constants |= {"WIDE": False, "PRECISION": "ieee"}
+    constants |= {"WIDE": False, "WHOLE": True, "PRECISION": "ieee"}
     if gains:
         types |= dict.fromkeys(of_gains, "*fp32")
     else:

@@ -62,6 +62,34 @@ def test_modes(wavelet, mode):
         inverse(bands, wavelet, mode, shape[2:])
 
 
+@pytest.mark.parametrize("share", [2, 6, 22])
+def test_shares_of_rows(share, monkeypatch):
+    """A GPU has as many as it runs programs at once."""
+    from diffad_fast.kernels import dwt2d
+
+    monkeypatch.setattr(dwt2d, "_smallest_share", lambda length: share)
+    monkeypatch.setattr(dwt2d, "shared_rows", lambda *_: share)
+    for mode in ("symmetric", "periodization"):
+        bands = forward(random(1, 2, 21, 7), "db4", mode)
+        inverse(bands, "db4", mode, (21, 7))
+
+
+def test_programs_that_run_at_once():
+    from diffad_fast.kernels.dwt2d import PROGRAMS_AT_ONCE, shared_rows
+
+    for blocks, rows, length in ((192, 131, 8), (3, 131, 8), (1000, 131, 16), (40, 9, 8)):
+        share = shared_rows(blocks, rows, length, 132)
+        at_once, halo = 132 * PROGRAMS_AT_ONCE, (length - 2) // 2
+
+        def time(share, at_once=at_once, halo=halo, blocks=blocks, rows=rows):
+            return -(-blocks * -(-rows // share) // at_once) * (share + halo)
+
+        assert share % 2 == 0 and share >= 16
+        assert time(share) == min(time(s) for s in range(16, max(rows, 16) + 2, 2))
+    assert shared_rows(192, 131, 8, 132) == 34  # all programs at once, each about a fourth
+    assert shared_rows(192, 128, 2, 132) == 4  # nothing is read twice: small shares
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_images_shorter_than_the_filter(mode):
     shape = (1, 1, 3, 2)

@@ -131,6 +131,34 @@ def test_shapes(level, heads, rows, columns, d):
     check((1, heads, rows << level, columns << level, d), level)
 
 
+@interpreted
+@pytest.mark.parametrize(
+    "level, rows, columns, kind",
+    [  # of blocks; tiles are 32 queries and 16 keys
+        (1, 4, 32, "contiguous"),  # a part of a row is a tile
+        (1, 8, 8, "sliced"),  # some rows are
+        (1, 3, 64, "channels_last"),
+        (2, 16, 4, "channels_last"),
+    ],
+)
+def test_tiles_that_cover_all_blocks(level, rows, columns, kind, monkeypatch):
+    kernels = importlib.import_module("diffad_fast.kernels.wavelet_attention")
+    launched, launch = [], kernels.launch
+
+    def seen(*args, **constants):
+        launched.append(constants["WHOLE"])
+        launch(*args, **constants)
+
+    monkeypatch.setattr(kernels, "launch", seen)
+    shape = (2, 2, rows << level, columns << level, 3)
+    check(shape, level, kind=kind)
+    monkeypatch.setattr(kernels, "WIDE_FROM", 0)
+    check(shape, level, kind=kind, w=False)
+    assert launched == 6 * [True]
+    check((1, 1, 2 << level, 24 << level, 3), level)  # a tile has one and a half rows
+    assert launched[6:] == 3 * [False]
+
+
 def test_gains_of_zero():
     """The gradient of a value gain does not divide by it."""
     zero = torch.zeros(1, 4, device=DEVICE)
