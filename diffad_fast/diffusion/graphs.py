@@ -62,11 +62,16 @@ class Graphed:
         self._read: list[int] = []
 
     def forget(self) -> None:
-        """Give back the memory of all graphs. It is not left to the end of this object: that waits
-        for Python's collector of cycles, which knows nothing of a GPU's memory."""
-        with self._turn:
-            self._captured.clear()
-            self._seen.clear()
+        """Give back the memory of all graphs, unless a call is under way. It is not left to the end
+        of this object: that waits for Python's collector of cycles, which knows nothing of a GPU's
+        memory."""
+        # Without waiting: the collector may call this in the midst of a call.
+        if self._turn.acquire(blocking=False):
+            try:
+                self._captured.clear()
+                self._seen.clear()
+            finally:
+                self._turn.release()
 
     def __getstate__(self) -> dict:
         """Copies, in another process too, capture graphs of their own."""
