@@ -55,14 +55,15 @@ class _Settings:
     would take TF32 or bfloat16 for them)."""
 
     def __init__(self):
-        self._turn, self._inside = threading.Lock(), 0
+        # A signal's handler may call a detector, too.
+        self._turn, self._inside = threading.RLock(), 0
         self._put_back: list[Callable[[], object]] = []
 
     def __enter__(self) -> None:
         with self._turn:
-            self._inside += 1
-            if self._inside == 1:
+            if not self._inside:
                 self._set()
+            self._inside += 1
 
     def __exit__(self, *_) -> None:
         with self._turn:
@@ -78,16 +79,26 @@ class _Settings:
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
             put_back(torch.set_default_dtype, dtype)
+        # Two ways lead to the products' precision: for all libraries, which writes into each, and
+        # for one, of which the first then knows nothing and raises.
+        libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         try:
             precision = torch.get_float32_matmul_precision()
-        except RuntimeError:  # it was chosen for each library, where this function knows no answer
-            for library in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-                put_back(setattr, library, "fp32_precision", library.fp32_precision)
+        except RuntimeError:
+            precision = None
+        if precision == "highest" and {x.fp32_precision for x in libraries} <= {"none", "ieee"}:
+            return
+        general = torch.backends.fp32_precision  # what the others inherit; first, to see their own
+        torch.backends.fp32_precision = "none"
+        put_back(setattr, torch.backends, "fp32_precision", general)
+        for library in libraries:
+            put_back(setattr, library, "fp32_precision", library.fp32_precision)
+        if precision is None:
+            for library in libraries:
                 library.fp32_precision = "ieee"
         else:
-            if precision != "highest":
-                torch.set_float32_matmul_precision("highest")
-                put_back(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+            put_back(torch.set_float32_matmul_precision, precision)
 
 
 _settings = _Settings()

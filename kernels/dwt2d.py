@@ -217,11 +217,13 @@ PROGRAMS_AT_ONCE = 6  # on a multiprocessor
 
 def _launch(kernel, lanes: int, rows: int, length: int, *args, **constants) -> None:
     """Run ``kernel`` on ``lanes`` columns, of which each program takes its share of ``rows``."""
+    # Rows that a program goes through before its first one is there.
+    halo = (length - 2) // 2 if kernel is _analyse else length
     blocks, share = cdiv(lanes, BLOCK), _smallest_share(length)
     device = args[0].device
     if device.type == "cuda" and isinstance(blocks, int) and isinstance(rows, int):
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        share = shared_rows(blocks, rows, length, processors)
+        share = shared_rows(blocks, rows, halo, _smallest_share(length), processors)
     grid = (blocks * cdiv(rows, share),)
     launch(kernel, CONFIGS, lambda _: grid, *args, share, LENGTH=length, **constants)
 
@@ -231,18 +233,16 @@ def _smallest_share(length: int) -> int:
 
 
 @functools.lru_cache(1024)
-def shared_rows(blocks: int, rows: int, length: int, processors: int) -> int:
-    """Rows of a program, where there are ``blocks`` of columns. Its first ones need length - 2 more
-    of the source; programs beyond those that run at once wait until the first are done. Of shares
-    that take as long, the smallest."""
-    at_once, halo = PROGRAMS_AT_ONCE * processors, (length - 2) // 2
+def shared_rows(blocks: int, rows: int, halo: int, least: int, processors: int) -> int:
+    """Rows of a program, an even number from ``least`` on, where there are ``blocks`` of columns.
+    Each needs ``halo`` rows more, and programs beyond those that run at once wait until the first
+    are done. Of shares that take as long, the smallest."""
 
     def time(share: int) -> int:
-        return cdiv(blocks * cdiv(rows, share), at_once) * (share + halo)
+        rounds = cdiv(blocks * cdiv(rows, share), PROGRAMS_AT_ONCE * processors)
+        return rounds * (share + halo)
 
-    least = _smallest_share(length)
-    most = max(least, rows + rows % 2)
-    return min((min(s, most) for s in range(least, most + 2, 2)), key=time)
+    return min(range(least, max(least, rows) + 2, 2), key=time)
 
 
 def _fake_dwt2d(x, filters, border, rows, columns):

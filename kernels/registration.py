@@ -10,7 +10,7 @@ than most of the kernels take the GPU; it does where anything but autograd has t
 like), dtype and architecture; the first is the default. Nothing is timed unless
 ``DIFFAD_FAST_AUTOTUNE=1`` asks for it: another tile sums in another order, and results should
 repeat bit for bit from process to process. Then Triton's autotuner tries all of them once for each
-set of constants and dtypes, never for other sizes H, W or N, and the times are kept in Triton's
+set of constants and dtypes, not for every size H, W or N, and the times are kept in Triton's
 cache folder (``TRITON_CACHE_DIR``), a file for each kernel, its source, constants, dtypes,
 configurations, GPU architecture and version of Triton.
 """
@@ -27,11 +27,15 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 import triton.language as tl
-from torch._library.triton import triton_ops_to_kernels
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.cache import get_cache_manager
 
 from ..ops.layout import is_channels_last
+
+try:
+    from torch._library.triton import triton_ops_to_kernels
+except ImportError:  # it is PyTorch's own: another version may have none
+    triton_ops_to_kernels = {}
 
 INTERPRETED = triton.knobs.runtime.interpret
 AUTOTUNE = os.environ.get("DIFFAD_FAST_AUTOTUNE") == "1" and not INTERPRETED

@@ -47,8 +47,8 @@ from .registration import DTYPES, capability, cdiv, launch, operator, shared_mem
 
 SMALLEST = tl.constexpr(2.0**-126)  # of float32's normal numbers
 LOG2_E = tl.constexpr(math.log2(math.e))
-# A kernel is compiled for other sizes once at most: for those that its tiles do not cover as
-# `are_whole` has it, or from WIDE_FROM on. Strides, of images, heads, rows and columns of the
+# For other sizes a kernel is compiled again only where its tiles cover all blocks (`are_whole`), or
+# no longer do, and from WIDE_FROM on. Strides, of images, heads, rows and columns of the
 # five tensors that a kernel may have, in units of ALIGN elements.
 STRIDES = [f"{x}_{axis}" for x in "qkvog" for axis in "nhyx"]
 SIZES = ["heads", "H", "W", *STRIDES]
@@ -213,6 +213,13 @@ def _stream(
 
 
 @triton.jit
+def _first():
+    """The first block, row and column, of the first tile: as tensors, which a loop can change."""
+    zero = tl.program_id(0) * 0
+    return zero, zero
+
+
+@triton.jit
 def _next(row, column, columns, BLOCK: tl.constexpr):
     """The first block of the next tile, where tiles are WHOLE."""
     column += BLOCK
@@ -309,7 +316,7 @@ def _forward(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     k_tile = _tile(H, W, k_y, k_x, BLOCK_N, DP, LEVEL, ALIGN, WIDE)
     v_tile = _tile(H, W, v_y, v_x, BLOCK_N, DP, LEVEL, ALIGN, WIDE)
-    y, x = tl.program_id(0) * 0, tl.program_id(0) * 0
+    y, x = _first()
     for start in tl.range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         key = _stream(
@@ -327,7 +334,8 @@ def _forward(
             v, v_tile, columns, y, x, H, W, v_y, v_x, D, DP, LEVEL, ALIGN, WIDE, WHOLE
         )
         acc = _dot(p.to(value.dtype), value, acc * decay[:, None], PRECISION)
-        y, x = _next(y, x, W >> LEVEL, BLOCK_N)
+        if WHOLE:
+            y, x = _next(y, x, W >> LEVEL, BLOCK_N)
 
     tiles = _split(acc / total[:, None], BLOCK_M, 4**LEVEL, DP)
     if mixed is not None:
@@ -397,7 +405,7 @@ def _backward_queries(
     acc = tl.zeros([BLOCK_M, DP << (2 * LEVEL)], tl.float32)
     k_tile = _tile(H, W, k_y, k_x, BLOCK_N, DP, LEVEL, ALIGN, WIDE)
     v_tile = _tile(H, W, v_y, v_x, BLOCK_N, DP, LEVEL, ALIGN, WIDE)
-    y, x = tl.program_id(0) * 0, tl.program_id(0) * 0
+    y, x = _first()
     for start in tl.range(0, tokens, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         key = _stream(
@@ -413,7 +421,8 @@ def _backward_queries(
             p = tl.where((columns < tokens)[None, :], p, 0.0)
         ds = p * (dp - d_rows[:, None])
         acc = _dot(ds.to(key.dtype), key, acc, PRECISION)
-        y, x = _next(y, x, W >> LEVEL, BLOCK_N)
+        if WHOLE:
+            y, x = _next(y, x, W >> LEVEL, BLOCK_N)
 
     tiles = _split(acc * scale, BLOCK_M, 4**LEVEL, DP)
     if logit_gain is not None:
@@ -454,7 +463,7 @@ def _backward_keys(
     d_value = tl.zeros([BLOCK_N, CHANNELS], tl.float32)
     q_tile = _tile(H, W, q_y, q_x, BLOCK_M, DP, LEVEL, ALIGN, WIDE)
     g_tile = _tile(H, W, g_y, g_x, BLOCK_M, DP, LEVEL, ALIGN, WIDE)
-    y, x = tl.program_id(0) * 0, tl.program_id(0) * 0
+    y, x = _first()
     for start in tl.range(0, tokens, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         at = image.to(tl.int64) * tokens + rows
@@ -475,7 +484,8 @@ def _backward_keys(
         dp = _dot(value, tl.trans(do), None, PRECISION)
         ds = p * (dp - d_rows[None, :])
         d_key = _dot(ds.to(query.dtype), query, d_key, PRECISION)
-        y, x = _next(y, x, W >> LEVEL, BLOCK_M)
+        if WHOLE:
+            y, x = _next(y, x, W >> LEVEL, BLOCK_M)
 
     tiles_k = _mix(_split(d_key * scale, BLOCK_N, 4**LEVEL, DP), logit_gain, head, LEVEL)
     _store_positions(dk, tiles_k, columns, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
@@ -736,14 +746,14 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
     return wavelet_attention_forward(q, k, v, logit_gain, value_gain, level, float(scale), save)[0]
 
 
-def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool):
+def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool, whole: bool):
     """A kernel of a training step as :func:`_launch` would have it compiled, for COMPILE."""
     of_dtype = ("q", "k", "v", "out", "mixed", "grad", "dq", "dk", "dv")
     of_gains = ("logit_gain", "value_gain", "logit_parts", "value_parts")
     types = dict.fromkeys(SIZES, "i32") | {"scale": "fp32"}
     types |= dict.fromkeys(of_dtype, f"*{DTYPES[dtype]}") | dict.fromkeys(("lse", "delta"), "*fp32")
     constants = {"D": d, "DP": padded(d, level), "LEVEL": level, "ALIGN": 16 // dtype.itemsize}
-    constants |= {"WIDE": False, "WHOLE": True, "PRECISION": "ieee"}
+    constants |= {"WIDE": False, "WHOLE": whole, "PRECISION": "ieee"}
     if gains:
         types |= dict.fromkeys(of_gains, "*fp32")
     else:
@@ -765,11 +775,12 @@ def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool):
 
 COMPILE = {
     f"{kernel.__name__[1:]}, level {level}, d {d}, {DTYPES[dtype]}{note}": _variant(
-        kernel, d, level, dtype, not note
+        kernel, d, level, dtype, "no gains" not in note, "cut tiles" not in note
     )
     for level, d, dtype, note in (
         (1, 64, torch.bfloat16, ""),
         (1, 64, torch.bfloat16, ", no gains"),
+        (1, 64, torch.bfloat16, ", cut tiles"),
         (1, 32, torch.bfloat16, ""),
         (2, 32, torch.bfloat16, ""),
         (1, 32, torch.float32, ""),

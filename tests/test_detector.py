@@ -629,6 +629,20 @@ def test_the_memory_of_graphs_is_given_back_at_once(options):
     assert not before._captured
 
 
+def test_models_of_folds_keep_no_graphs():
+    images = torch.rand(40, 1, 32, 32)
+    detector = daf.Detector(
+        image_size=32, tokens=("cell-8",), train_steps=1, cross_fit=2, device="cpu"
+    ).fit(images)
+    models = [part.model for part in detector.parts]
+    assert len(models) == 2 and detector.model not in models
+    for model in (detector.model, *models):
+        model._scoring._captured["a shape"] = "a graph", 0
+    detector._release(but=detector.model)
+    assert detector.model._scoring._captured
+    assert not any(model._scoring._captured for model in models)
+
+
 def test_one_row_for_statistics():
     x = np.random.default_rng(0).normal(size=(8, 4))
     found = daf.Detector(kind="vector", train_steps=20).fit(x)

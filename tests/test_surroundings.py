@@ -50,28 +50,55 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+def precisions():
+    """Of products, in all of the places in which PyTorch keeps them."""
+    places = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = "mixed"
+    return legacy, *(place.fp32_precision for place in places)
+
+
 @contextlib.contextmanager
-def precision(name):
-    torch.set_float32_matmul_precision(name)
+def precision(set_it):
+    usual = precisions()
+    set_it()
+    changed = precisions()
     try:
         yield
     finally:
-        assert torch.get_float32_matmul_precision() == name
+        now = precisions()
         torch.set_float32_matmul_precision("highest")
+        for place, name in zip(
+            (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul),
+            usual[1:], strict=True,
+        ):  # fmt: skip
+            place.fp32_precision = name
+        assert now == changed != usual == precisions()
 
 
-@contextlib.contextmanager
-def precision_of_a_library(name):
-    libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [library.fp32_precision for library in libraries]
-    for library in libraries:
-        library.fp32_precision = name
-    try:
-        yield
-    finally:
-        assert [library.fp32_precision for library in libraries] == [name, name]
-        for library, usual in zip(libraries, before, strict=True):
-            library.fp32_precision = usual
+PRECISIONS = {
+    "TF32": lambda: torch.set_float32_matmul_precision("high"),
+    "bfloat16 products": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "of a library": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "of all libraries": lambda: setattr(torch.backends, "fp32_precision", "bf16"),
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_products_are_in_float32_inside(name):
+    @surroundings.undisturbed
+    def call(fails):
+        assert set(precisions()[2:]) <= {"ieee", "none"}
+        if fails:
+            raise KeyError(fails)
+
+    with precision(PRECISIONS[name]):
+        call(None)
+        with pytest.raises(KeyError):
+            call("in the call")
 
 
 SURROUNDINGS = {
@@ -81,9 +108,7 @@ SURROUNDINGS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "default device": lambda: torch.device("meta"),
-    "TF32": lambda: precision("high"),
-    "bfloat16 products": lambda: precision("medium"),
-    "of a library": lambda: precision_of_a_library("tf32"),
+    "products in bfloat16": lambda: precision(PRECISIONS["bfloat16 products"]),
 }
 
 
@@ -124,7 +149,7 @@ def test_settings_of_the_process_are_put_back_by_the_last_thread():
             assert gone.wait(10)
         seen.append((torch.get_default_dtype(), torch.get_float32_matmul_precision()))
 
-    with default_dtype(torch.float64), precision("high"):
+    with default_dtype(torch.float64), precision(PRECISIONS["TF32"]):
         threads = [threading.Thread(target=call, args=(detector, last)) for last in (False, True)]
         for thread in threads:
             thread.start()

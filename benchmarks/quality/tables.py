@@ -11,7 +11,7 @@ from ..grid import grid
 from ..stats import compared
 from . import anoddpm
 from .controls import CONTROLS, NEAREST, NEIGHBOURS
-from .dte import DETECTORS, LATENCY_ROWS
+from .dte import DETECTORS, LATENCY_ROWS, REPOSITORY
 
 FIGURES = {
     "image": {
@@ -52,18 +52,18 @@ def summary(result: dict) -> str:
     if any(name in one["runs"] for one in result["sets"] for name in DETECTORS):
         controls += (
             f" {', '.join(DETECTORS)}: the public diffusion detectors of Livernoche et al. (ICLR "
-            "2024), by their code (github.com/vicliv/DTE) with its defaults, trained on all "
+            f"2024), by their code ({REPOSITORY}) with its defaults, trained on all "
             f"normals, standardised by these; their time is that of {LATENCY_ROWS} rows."
         )
     if any(anoddpm.NAME in one["runs"] for one in result["sets"]):
         width, steps = (result["anoddpm"][name] for name in ("width", "steps"))
         controls += (
             f" {anoddpm.NAME}: the public diffusion detector of Wyatt et al. (CVPR Workshops 2022) "
-            f"by its code ({anoddpm.REPOSITORY}) and recipe, trained on all normals, but with "
-            f"{width} instead of {anoddpm.WIDTH} channels for {steps:,} instead of "
-            f"{anoddpm.STEPS:,} steps of one image; its map is the squared error after "
-            f"{anoddpm.DISTANCE} reverse steps, its score the mean of the highest "
-            f"{anoddpm.TOP:.0%} of that."
+            f"by its code ({anoddpm.REPOSITORY}) and recipe, trained on all normals: {width} "
+            f"channels (published: {anoddpm.WIDTH}), {steps:,} steps of one image (published: "
+            f"{anoddpm.STEPS:,}), weights averaged over the same part of the training; its map is "
+            f"the squared error after {anoddpm.DISTANCE} reverse steps, its score the mean of the "
+            f"highest {anoddpm.TOP:.0%} of that."
         )
     lines = [
         f"# {title} on {_title(result)}, preset {result['preset']}, {result['part']} part",

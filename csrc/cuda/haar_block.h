@@ -22,8 +22,8 @@ struct alignas(sizeof(scalar_t) * kCount) HaarRun {
   scalar_t v[kCount];
 };
 
-// Writes a run at once. nvcc takes the assignment of one apart into a store for each value, which
-// writes a fourth of each 16 bytes at a time; so it is spelled out.
+// Writes a run at once. nvcc takes the assignment of one, as a copy by way of a vector type, apart
+// into a store for each value, which writes a fourth of each 16 bytes at a time; so it is spelled out.
 template <class scalar_t, int kCount>
 DIFFAD_INLINE void put(scalar_t* to, const HaarRun<scalar_t, kCount>& run) {
 #ifdef __CUDA_ARCH__

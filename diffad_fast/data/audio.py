@@ -302,7 +302,7 @@ def _uncounted_mp3(path: str) -> int | None:
         count = max(frame.find(name, 0, 64) for name in (b"Xing", b"Info"))
         if count >= 0:
             # Flags; if the first is set the number of frames, if the second is that of bytes.
-            flags = frame[count + 7]
+            flags = int.from_bytes(frame[count + 4 : count + 8], "big")
             place = count + 8 + 4 * (flags & 1)
             said = int.from_bytes(frame[place : place + 4], "big") if flags & 2 else 0
             # Some leave out the frame with the count.
@@ -322,16 +322,19 @@ def _uncounted_mp3(path: str) -> int | None:
 
 
 def _mp3_frame(file, place: int) -> tuple[int, bytes]:
-    """Where a frame of MP3 begins, at ``place`` or after a tag there, and what the file holds from
-    there, a little more than one frame at most; nothing if no frame begins."""
-    file.seek(place)
-    head = file.read(10)
-    if head[:3] == b"ID3":
-        # Its length, in 7 bits of each byte.
-        place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(head[6:]))
-    file.seek(place)
-    found = file.read(_LARGEST_MP3_FRAME + 64)
-    return place, found if found[:1] == b"\xff" and found[1:2] >= b"\xe0" else b""
+    """Where a frame of MP3 begins, at ``place`` or after the tags there, and what the file holds
+    from there, a little more than one frame at most; nothing if no frame begins."""
+    while True:
+        file.seek(place)
+        found = file.read(_LARGEST_MP3_FRAME + 64)
+        if found[:3] == b"ID3":  # its length in 7 bits of each byte
+            place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(found[6:10]))
+        elif found[:3] == b"TAG":  # of ID3's first version
+            place += 128
+        elif found[:8] == b"APETAGEX":
+            place += 32 + int.from_bytes(found[12:16], "little")
+        else:
+            return place, found if found[:1] == b"\xff" and found[1:2] >= b"\xe0" else b""
 
 
 def check_rate(rate, name: str) -> None:

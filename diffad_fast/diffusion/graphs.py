@@ -131,7 +131,7 @@ class Graphed:
             warnings.warn(
                 f"scoring runs without a CUDA graph, its capture failed: {error}",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
             return None
         return captured if self._gains(captured, x) else None

@@ -471,12 +471,27 @@ def test_an_mp3_file_without_a_count_is_read_to_its_end(tmp_path, rate_of_bits, 
 def test_files_joined_end_to_end_are_named(tmp_path, form, options):
     """libsndfile reads the first."""
     path = Path(save(tmp_path / "joined", tone(seconds=3), format=form, **options))
-    whole, tag = path.read_bytes(), b"ID3\x03\0\0\0\0\x10\0" + bytes(2048)
-    path.write_bytes(whole + b"APETAGEX" + bytes(8000))  # what stands after an end otherwise
-    assert len(read_audio(str(path), RATE)) >= 3 * RATE
-    for between in (b"", tag) if form == "MP3" else (b"",):
+    whole, tags = path.read_bytes(), [b""]
+    if form == "MP3":
+        ape = b"APETAGEX" + (2000).to_bytes(4, "little") + (5032).to_bytes(4, "little") + bytes(16)
+        tags += [b"ID3\x03\0\0\0\0\x10\0" + bytes(2048), b"TAG" + bytes(125), ape + bytes(5032)]
+        tags.append(tags[3] + tags[2] + tags[1])
+    for tag in (*tags, bytes(8000)):  # what stands after an end otherwise
+        path.write_bytes(whole + tag)
+        assert len(read_audio(str(path), RATE)) >= 3 * RATE
+    for between in tags:
         path.write_bytes(whole + between + whole)
         with pytest.raises(InputError, match="joined goes on after its end, as files that were jo"):
+            read_audio(str(path), RATE)
+
+
+def test_an_mp3_file_cut_off_in_its_count_is_named(tmp_path):
+    path = Path(save(tmp_path / "a.mp3", tone(seconds=2), bitrate_mode="VARIABLE"))
+    content = path.read_bytes()
+    count = max(content.find(b"Xing"), content.find(b"Info"))
+    for length in range(count, count + 20):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match=r"a\.mp3"):
             read_audio(str(path), RATE)
 
 

@@ -420,6 +420,19 @@ def test_what_is_captured(captures):
     assert len(run.graphed._seen) == graphs.REMEMBERED
 
 
+def test_forgetting_waits_for_nobody(captures):
+    """Python's collector may ask for it in the midst of a call."""
+    unet = nn.Conv2d(3, 3, 1)
+    run = ReverseLoop(Shrink(unet), NoiseSchedule().reverse_steps(500, 2), modules=[unet])
+    x = torch.randn(1, 3, 4, 4)
+    graph_of(run, x), graph_of(run, x)
+    with run.graphed._turn:
+        run.forget()
+    assert run.graphed._captured
+    run.forget()
+    assert not run.graphed._captured and graph_of(run, x) is None
+
+
 def test_many_shapes_do_not_capture_again_and_again(captures):
     unet = nn.Conv2d(3, 3, 1)
     run = ReverseLoop(lambda x, level: unet(x), NoiseSchedule().reverse_steps(500, 2),

@@ -75,19 +75,13 @@ def test_shares_of_rows(share, monkeypatch):
 
 
 def test_programs_that_run_at_once():
-    from diffad_fast.kernels.dwt2d import PROGRAMS_AT_ONCE, shared_rows
+    from diffad_fast.kernels.dwt2d import shared_rows
 
-    for blocks, rows, length in ((192, 131, 8), (3, 131, 8), (1000, 131, 16), (40, 9, 8)):
-        share = shared_rows(blocks, rows, length, 132)
-        at_once, halo = 132 * PROGRAMS_AT_ONCE, (length - 2) // 2
-
-        def time(share, at_once=at_once, halo=halo, blocks=blocks, rows=rows):
-            return -(-blocks * -(-rows // share) // at_once) * (share + halo)
-
-        assert share % 2 == 0 and share >= 16
-        assert time(share) == min(time(s) for s in range(16, max(rows, 16) + 2, 2))
-    assert shared_rows(192, 131, 8, 132) == 34  # all programs at once, each about a fourth
-    assert shared_rows(192, 128, 2, 132) == 4  # nothing is read twice: small shares
+    assert shared_rows(192, 131, 3, 16, 132) == 34  # 768 of 792 at once, each about a fourth
+    assert shared_rows(192, 131, 3, 16, 1 << 20) == 16  # all at once, however many
+    assert shared_rows(792, 131, 3, 16, 132) == 132  # not a row twice: one for each column
+    assert shared_rows(192, 128, 0, 4, 132) == 4  # no row twice anyway
+    assert shared_rows(40, 9, 3, 16, 132) == 16  # more than there are
 
 
 @pytest.mark.parametrize("mode", MODES)

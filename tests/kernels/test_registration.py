@@ -167,7 +167,7 @@ assert attend() == ([(128, 4)], 0, []) and not files()
 registration.AUTOTUNE = True
 assert attend() == ([(64, 4)], 4, [])
 (first,) = files()
-for other in (dict(n=3), dict(side=12)):  # no size is in the key
+for other in (dict(n=3), dict(side=12)):  # in the key is no size, but whether tiles cover it
     assert attend(**other) == ([(64, 4)], 0, [])
 for other in (dict(d=32), dict(dtype=torch.bfloat16)):
     assert attend(**other)[1:] == (4, [])

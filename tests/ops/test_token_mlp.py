@@ -543,6 +543,19 @@ def test_the_cuda_kernel_in_emulation(emulator, width, tiles, warps, grid, m, d,
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["b_in", "b2"])
+def test_cuda_refuses_biases_at_odd_addresses(name):
+    """It reads two at once; an access at another address would end the use of the device."""
+    x, weights, bias, table = problem(20, 64, 128, 2, 3, torch.float32, torch.bfloat16)
+    weights = weights._replace(**{k: v.cuda() for k, v in weights._asdict().items()})
+    usual = getattr(weights, name)
+    moved = usual.new_zeros(usual.numel() + 1)[1:].view_as(usual).copy_(usual)
+    weights = weights._replace(**{name: moved})
+    with pytest.raises(RuntimeError, match="biases of 4; clone them"):
+        ops.token_mlp_loop(x.cuda(), weights, bias.cuda(), table.cuda())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.parametrize("m, d", [(1, 1), (1000, 64), (70000, 33), (50, 1536)])
