@@ -497,7 +497,7 @@ def _backward_keys(
 # memory. Accumulators take half of the registers: 128 of float32 a thread. What is spilled, is so
 # mostly before and after the loop, where the tiles that are transformed stand beside the
 # accumulator in float32: of the loops' instructions none to 1 in 30 goes to a spilled register on
-# sm_80 and sm_90 (1 in 20 in _backward_keys at 128 channels on sm_80), at most 1 in 17 on sm_100
+# sm_80 and sm_90 (1 in 19 in _backward_keys at 256 channels on sm_90), at most 1 in 16 on sm_100
 # (python -m benchmarks compile-report).
 TILES = {
     "_forward": {64: (128, 64, 4), 128: (128, 64, 8), 256: (128, 32, 8), 512: (64, 32, 8)},
