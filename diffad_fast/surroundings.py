@@ -72,31 +72,31 @@ class _Settings:
                 self._put_back.pop()()
 
     def _set(self) -> None:
-        def put_back(*call) -> None:
-            self._put_back.append(functools.partial(*call))
-
         dtype = torch.get_default_dtype()
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
-            put_back(torch.set_default_dtype, dtype)
-        # Two ways lead to the products' precision: for all libraries, which writes into each, and
-        # for one, of which the first then knows nothing and raises.
-        libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+            self._put_back.append(functools.partial(torch.set_default_dtype, dtype))
         try:
             precision = torch.get_float32_matmul_precision()
-        except RuntimeError:
+        except RuntimeError:  # not of all libraries at once, but of one: it does not know which
             precision = None
-        if precision == "highest" and {x.fp32_precision for x in libraries} <= {"none", "ieee"}:
-            return
+        if precision != "highest":
+            self._set_precision(precision)
+
+    def _set_precision(self, precision: str | None) -> None:
+        def put_back(*call) -> None:
+            self._put_back.append(functools.partial(*call))
+
         general = torch.backends.fp32_precision  # what the others inherit; first, to see their own
         torch.backends.fp32_precision = "none"
         put_back(setattr, torch.backends, "fp32_precision", general)
+        libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         for library in libraries:
             put_back(setattr, library, "fp32_precision", library.fp32_precision)
         if precision is None:
             for library in libraries:
                 library.fp32_precision = "ieee"
-        else:
+        else:  # writes into both
             torch.set_float32_matmul_precision("highest")
             put_back(torch.set_float32_matmul_precision, precision)
 
@@ -141,7 +141,7 @@ def undisturbed(call: Callable) -> Callable:
             _on_one_thread()
         device = getattr(args[0] if args else None, "device", None)
         kind = device.type if isinstance(device, torch.device) else "cpu"
-        elsewhere = torch.get_default_device().type != "cpu"
+        elsewhere = not torch.empty(0).is_cpu  # by a default device
         # inference_mode(False) enables gradients, too.
         with (
             _settings,
