@@ -29,15 +29,16 @@ DIFFAD_INLINE void put(scalar_t* to, const HaarRun<scalar_t, kCount>& run) {
 #ifdef __CUDA_ARCH__
   constexpr int kWords = sizeof(run) / 4;
   if constexpr (kWords > 0) {
+    const auto at = static_cast<uint64_t>(__cvta_generic_to_global(to));
     uint32_t w[kWords];
     memcpy(w, &run, sizeof(run));
     if constexpr (kWords == 1) {
-      asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(w[0]) : "memory");
+      asm volatile("st.global.b32 [%0], %1;" ::"l"(at), "r"(w[0]) : "memory");
     } else if constexpr (kWords == 2) {
-      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(w[0]), "r"(w[1]) : "memory");
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(w[0]), "r"(w[1]) : "memory");
     } else {
       static_assert(kWords == 4, "a run has at most 16 bytes");
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w[0]), "r"(w[1]),
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(w[0]), "r"(w[1]),
                    "r"(w[2]), "r"(w[3])
                    : "memory");
     }
