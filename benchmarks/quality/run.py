@@ -105,6 +105,8 @@ def main(argv: list[str]) -> int:
         parser.error("--dte: its detectors are for tables, and none of the data sets is one")
     if args.anoddpm and not any(found.kind == "image" for found in sets):
         parser.error("--anoddpm: it is for images, and none of the data sets has any")
+    if min(args.anoddpm_steps, args.anoddpm_width) < 1:
+        parser.error("--anoddpm-steps and --anoddpm-width are at least 1")
     if args.part != "all":
         sets = [found for found in sets if (found.part == args.part).any()]
     result = {
