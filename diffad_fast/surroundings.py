@@ -50,9 +50,9 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
 
 
 class _Settings:
-    """Those of the whole process on which numbers depend, at PyTorch's own defaults while any
-    thread is inside: the default dtype, and products of float32 in float32 (``high`` and ``medium``
-    would take TF32 or bfloat16 for them)."""
+    """Settings of the whole process, at PyTorch's own defaults while any thread is inside: the
+    default dtype, and products of float32 in float32 (``high`` and ``medium`` would take TF32 or
+    bfloat16 for them). Those of convolutions are the caller's."""
 
     def __init__(self):
         # A signal's handler may call a detector, too.
@@ -61,9 +61,13 @@ class _Settings:
 
     def __enter__(self) -> None:
         with self._turn:
-            if not self._inside:
-                self._set()
             self._inside += 1
+            try:
+                if self._inside == 1:
+                    self._set()
+            except BaseException:
+                self.__exit__()
+                raise
 
     def __exit__(self, *_) -> None:
         with self._turn:
@@ -93,6 +97,8 @@ class _Settings:
         libraries = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         for library in libraries:
             put_back(setattr, library, "fp32_precision", library.fp32_precision)
+        if general == "ieee":
+            torch.backends.fp32_precision = general
         if precision is None:
             for library in libraries:
                 library.fp32_precision = "ieee"

@@ -217,7 +217,7 @@ PROGRAMS_AT_ONCE = 6  # on a multiprocessor
 
 def _launch(kernel, lanes: int, rows: int, length: int, *args, **constants) -> None:
     """Run ``kernel`` on ``lanes`` columns, of which each program takes its share of ``rows``."""
-    # Rows that a program goes through before its first one is there.
+    # Rows' worth of steps beyond its share.
     halo = (length - 2) // 2 if kernel is _analyse else length
     blocks, share = cdiv(lanes, BLOCK), _smallest_share(length)
     device = args[0].device

@@ -15,6 +15,7 @@ import diffad_fast as daf
 from diffad_fast.config import MODES
 from diffad_fast.data.images import open_images
 from diffad_fast.denoisers import WaveletUNet, inference
+from diffad_fast.diffusion import Graphed
 from diffad_fast.errors import BackendError, CheckpointError, InputError
 from diffad_fast.training import checkpoint
 from diffad_fast.training.loop import TrainingCheckpoint
@@ -629,18 +630,26 @@ def test_the_memory_of_graphs_is_given_back_at_once(options):
     assert not before._captured
 
 
-def test_models_of_folds_keep_no_graphs():
+def test_models_of_folds_keep_no_graphs(monkeypatch):
+    used = []
+
+    def call(graphed, x):
+        graphed._captured["a shape"] = "a graph", 0
+        used.append(graphed)
+        return graphed.function(x)
+
+    monkeypatch.setattr(Graphed, "__call__", torch.inference_mode()(call))
     images = torch.rand(40, 1, 32, 32)
     detector = daf.Detector(
         image_size=32, tokens=("cell-8",), train_steps=1, cross_fit=2, device="cpu"
     ).fit(images)
     models = [part.model for part in detector.parts]
     assert len(models) == 2 and detector.model not in models
-    for model in (detector.model, *models):
-        model._scoring._captured["a shape"] = "a graph", 0
-    detector._release(but=detector.model)
+    of_folds = [model._scoring for model in models]
+    assert all(any(g is u for u in used) for g in of_folds)
+    assert not any(graphed._captured for graphed in of_folds)
+    detector.score(images)
     assert detector.model._scoring._captured
-    assert not any(model._scoring._captured for model in models)
 
 
 def test_one_row_for_statistics():

@@ -69,6 +69,9 @@ def precision(set_it):
         yield
     finally:
         now = precisions()
+        if changed[1] != usual[1]:  # what a library inherits is not made its own
+            torch.backends.fp32_precision = usual[1]
+            assert precisions() == usual
         torch.set_float32_matmul_precision("highest")
         for place, name in zip(
             (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul),

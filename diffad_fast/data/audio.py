@@ -53,7 +53,8 @@ _LENGTHS = {
     b"RIFF": ("<I", 4, 8), b"RIFX": (">I", 4, 8), b"RF64": ("<Q", 20, 8), b"riff": ("<Q", 16, 0),
     b"FORM": (">I", 4, 8), b".snd": (">II", 4, 0),
 }  # fmt: skip
-_LARGEST_MP3_FRAME = 1441  # bytes: 320 kbit/s at 32 kHz, padded
+# Bytes: 8 kbit/s at 24 kHz, and 320 at 32 kHz, padded.
+_SMALLEST_MP3_FRAME, _LARGEST_MP3_FRAME = 24, 1441
 # Samples of one batch: 256 MiB.
 _LARGEST_BATCH = 1 << 26
 # Samples a second of recordings, the same as of `DetectorConfig.sample_rate`.
@@ -305,8 +306,10 @@ def _uncounted_mp3(path: str) -> int | None:
             flags = int.from_bytes(frame[count + 4 : count + 8], "big")
             place = count + 8 + 4 * (flags & 1)
             said = int.from_bytes(frame[place : place + 4], "big") if flags & 2 else 0
-            # Some leave out the frame with the count.
-            if said and _mp3_frame(file, start + said)[1][_LARGEST_MP3_FRAME:]:
+            # Some leave out the frame with the count: then one more follows, and perhaps a tag.
+            after = _mp3_frame(file, start + said)[1] if said else b""
+            layer_3 = after[1:2] and after[1] & 6 == 2
+            if layer_3 and after.find(after[:2], _SMALLEST_MP3_FRAME) > 0:
                 raise _joined(path)
     if not frame or count >= 0:
         return None
@@ -324,17 +327,21 @@ def _uncounted_mp3(path: str) -> int | None:
 def _mp3_frame(file, place: int) -> tuple[int, bytes]:
     """Where a frame of MP3 begins, at ``place`` or after the tags there, and what the file holds
     from there, a little more than one frame at most; nothing if no frame begins."""
-    while True:
+    for _ in range(64):  # more tags are none
         file.seek(place)
         found = file.read(_LARGEST_MP3_FRAME + 64)
-        if found[:3] == b"ID3":  # its length in 7 bits of each byte
+        if found[:3] == b"ID3":  # its length in 7 bits of each byte, and a foot by a flag
             place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(found[6:10]))
+            place += 10 if found[5:6] and found[5] & 16 else 0
         elif found[:3] == b"TAG":  # of ID3's first version
             place += 128
         elif found[:8] == b"APETAGEX":
             place += 32 + int.from_bytes(found[12:16], "little")
+        elif found[:1] == b"\xff" and found[1:2] >= b"\xe0":
+            return place, found
         else:
-            return place, found if found[:1] == b"\xff" and found[1:2] >= b"\xe0" else b""
+            break
+    return place, b""
 
 
 def check_rate(rate, name: str) -> None:

@@ -474,7 +474,9 @@ def test_files_joined_end_to_end_are_named(tmp_path, form, options):
     whole, tags = path.read_bytes(), [b""]
     if form == "MP3":
         ape = b"APETAGEX" + (2000).to_bytes(4, "little") + (5032).to_bytes(4, "little") + bytes(16)
+        foot = b"ID3\x04\0\x10\0\0\x10\0" + bytes(2048 + 10)
         tags += [b"ID3\x03\0\0\0\0\x10\0" + bytes(2048), b"TAG" + bytes(125), ape + bytes(5032)]
+        tags.append(foot)
         tags.append(tags[3] + tags[2] + tags[1])
     for tag in (*tags, bytes(8000)):  # what stands after an end otherwise
         path.write_bytes(whole + tag)
@@ -483,6 +485,22 @@ def test_files_joined_end_to_end_are_named(tmp_path, form, options):
         path.write_bytes(whole + between + whole)
         with pytest.raises(InputError, match="joined goes on after its end, as files that were jo"):
             read_audio(str(path), RATE)
+
+
+def test_an_mp3_file_whose_count_leaves_a_frame_out_is_read(tmp_path):
+    path = Path(save(tmp_path / "a.mp3", tone(seconds=3), bitrate_mode="CONSTANT"))
+    content = bytearray(path.read_bytes())
+    count = max(content.find(b"Xing"), content.find(b"Info"))
+    assert content[count + 7] & 3 == 3
+    assert int.from_bytes(content[count + 12 : count + 16], "big") == len(content)
+    last = content.rfind(content[:2])
+    content[count + 12 : count + 16] = last.to_bytes(4, "big")
+    for tag in (b"", b"TAG" + bytes(125), b"APETAGEX" + bytes(8000), bytes(8000)):
+        path.write_bytes(content + tag)
+        assert len(read_audio(str(path), RATE)) >= 3 * RATE
+    path.write_bytes(content + content)
+    with pytest.raises(InputError, match="goes on after its end"):
+        read_audio(str(path), RATE)
 
 
 def test_an_mp3_file_cut_off_in_its_count_is_named(tmp_path):
