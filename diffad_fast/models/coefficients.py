@@ -20,11 +20,11 @@ from ..training import batch
 from ..training.distributed import processes
 from ..training.images import Trainer
 from ..training.loop import History, TrainingCheckpoint
+from ..training.philox_steps import PICTURE_STEPS
 from .fusion import fuse, resized
 
 # Samples for the pictures of a training start at what is nearly noise alone.
 SAMPLE_SIGMA, SAMPLE_STEPS = 20.0, 20
-SAMPLE_STEP = 2**32 - 2**19  # of philox_normal; the validation's end before it
 
 
 class CoefficientModel(nn.Module):
@@ -223,7 +223,7 @@ class CoefficientModel(nn.Module):
         back = self._loop(lambda images, x0, x0_hat: decode(x0_hat), False, self.denoiser)
         x0 = self.representation.encode(images)
         draws = torch.arange(1, len(x0) + 1, device=self.device)
-        noise = ops.philox_normal(x0.shape, config.seed, draws, SAMPLE_STEP, self.device)
+        noise = ops.philox_normal(x0.shape, config.seed, draws, PICTURE_STEPS.start, self.device)
         start = self.schedule.timestep(min(SAMPLE_SIGMA, self.schedule.range[1]))
         steps = self.schedule.reverse_steps(start, min(SAMPLE_STEPS, start + 1))
         sampler = ReverseLoop(self.denoiser, steps, prediction_type=config.prediction_type)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
+from .philox_steps import AUGMENTATION_STEPS, PIXEL_STEPS
 
 # What each name of DetectorConfig.augment may do at most.
 SHIFT = 1 / 16  # of a side
@@ -30,10 +31,6 @@ LUMINANCE = (
     49, 64, 78, 87, 103, 121, 120, 101,
     72, 92, 95, 98, 112, 100, 103, 99,
 )  # fmt: skip
-# Of philox_normal's 2^32 steps the epochs' noise has the first half, what is drawn for an image the
-# third quarter, and the noise in its pixels the last.
-FIRST_STEP = 2**31
-PIXEL_STEP = FIRST_STEP + 2**30
 
 
 def augmented(
@@ -50,7 +47,8 @@ def augmented(
     if not names:
         return x
     # Uniform in (-1, 1): a normal number through its distribution function.
-    z = ops.philox_normal((len(x), 10), seed, draw=index + 1, step=epoch + FIRST_STEP)
+    step = epoch + AUGMENTATION_STEPS.start
+    z = ops.philox_normal((len(x), 10), seed, draw=index + 1, step=step)
     uniform = torch.erf(z.to(x.device) / math.sqrt(2))
     left, top, right, down, turn, light, offset, blur, noise, loss = uniform.unbind(dim=1)
     each = (slice(None), None, None, None)
@@ -73,7 +71,8 @@ def augmented(
     if "blur" in names:
         x = _blurred(x, BLUR * blur.clamp(min=0))
     if "noise" in names:
-        field = ops.philox_normal(x.shape, seed, draw=index + 1, step=epoch + PIXEL_STEP)
+        step = epoch + PIXEL_STEPS.start
+        field = ops.philox_normal(x.shape, seed, draw=index + 1, step=step)
         x = (x + (NOISE * noise.clamp(min=0))[each] * field.to(x.device)).clamp(0, 1)
     if "compress" in names:
         compressed = _compressed(x, 100 - (100 - QUALITY) * loss.abs())

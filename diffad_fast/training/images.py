@@ -21,11 +21,10 @@ from ..diffusion import NoiseSchedule
 from ..representations import WaveletRepresentation
 from .augment import augmented
 from .loop import Loop, generator, stratified, visits
+from .philox_steps import VALIDATION_STEPS
 
 # Evaluations in a validation, if there are fewer held-out images each at several levels.
 VALIDATION = 64
-# Of philox_normal's 2^32 steps; the rest are epochs' and, from 2^31 on, the augmentation's.
-VALIDATION_STEP = 2**32 - 2**20
 # Share of a GPU's free memory that decoded images may take; bytes of a host's.
 GPU_SHARE, HOST_BYTES = 0.4, 4 << 30
 IDENTIFYING = 32  # images that tell one data set from another
@@ -143,7 +142,7 @@ class Trainer(Loop):
             first += len(places)
             x, index = batch.x.to(self.device), batch.index.to(self.device)
             for k in range(repeats):
-                step = torch.full_like(index, VALIDATION_STEP + k)
+                step = torch.full_like(index, VALIDATION_STEPS[k])
                 t = self._timestep(u[places + k * n]).to(self.device)
                 total += float(self._loss(x, index, step, t)) * len(places)
         self.processes.add(total)

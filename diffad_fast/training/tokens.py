@@ -11,6 +11,7 @@ from .. import ops
 from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
 from .loop import History, Loop, TrainingCheckpoint, generator, stratified, visits
+from .philox_steps import VALIDATION_STEPS
 
 # Noise levels are drawn uniformly in log sigma between these: below, a token of unit variance is
 # as good as clean, above as good as noise.
@@ -20,7 +21,6 @@ SIGMA_RANGE = (0.1, 10.0)
 LEVELS = 32
 # Evaluations in a validation: fewer held-out tokens are each seen at several levels.
 VALIDATION = 8192
-VALIDATION_STEP = 2**32 - 2**20  # of philox_normal; the steps below are epochs'
 
 
 def fit_tokens(
@@ -91,7 +91,7 @@ class TokenTrainer(Loop):
         for part in places.split(1024):
             rows = part * n // VALIDATION if n > VALIDATION else part % n
             log_sigma = _log_sigma(u[part]).to(self.device)
-            step = torch.full_like(part, VALIDATION_STEP)
+            step = torch.full_like(part, VALIDATION_STEPS.start)
             x, target = self._noised(
                 self.validation[rows.to(self.device)],
                 part.to(self.device), step.to(self.device), log_sigma,

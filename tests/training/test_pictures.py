@@ -16,6 +16,7 @@ from diffad_fast.errors import InputError
 from diffad_fast.models import coefficients
 from diffad_fast.training import checkpoint
 from diffad_fast.training.loop import TrainingCheckpoint
+from diffad_fast.training.philox_steps import PICTURE_STEPS
 
 
 def drawing(images):
@@ -152,7 +153,7 @@ def test_rows_are_normals_reconstructions_and_samples(channels):
     schedule = model.schedule
     steps = schedule.reverse_steps(schedule.timestep(20.0), coefficients.SAMPLE_STEPS)
     fields = [
-        ops.philox_normal((1, *x0.shape[1:]), 5, k, coefficients.SAMPLE_STEP) for k in (1, 2, 3)
+        ops.philox_normal((1, *x0.shape[1:]), 5, k, PICTURE_STEPS.start) for k in (1, 2, 3)
     ]
     for row, expected in zip(
         rows,
