@@ -19,18 +19,19 @@ KINDS = ("image", "audio", "vector")
 MODES = ("reconstruct", "invert", "one_step")
 SCHEDULES = ("linear", "cosine", "scaled_linear")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-TRAIN_DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 TRAIN_COMPILE = ("auto", True, False)
 AUGMENTATIONS = (
     "flip-horizontal", "flip-vertical", "shift", "rotate", "brightness", "exposure", "blur",
     "noise", "compress",
 )  # fmt: skip
-INFERENCE_DTYPES = ("auto", "float32", "bfloat16")
 STATISTICS = ("auto", "position", "scalar")
 INTENSITIES = ("auto", "linear", "log")
 SCALES = ("auto", "feature", "global")
 SEMANTIC_OF = ("denoiser", "tokens", "features")
 SEMANTICS = ("mahalanobis", "nearest")
+RATES = 1000, 768_000
+"""Samples a second that recordings may have, before they are resampled and after."""
 
 # Whole recipes, by kind. `python -m benchmarks quality` measures them.
 _CELLS = {"denoiser": "token-mlp", "token_width": 128, "token_blocks": 2, "token_batch": 512}
@@ -73,8 +74,6 @@ _STEPS = {
     "unet-small": (2000, 5),
     "unet-base": (10000, 10),
 }
-
-_SEMANTIC_OF = {"vector": "tokens"}
 
 # Samples that are read and trained on together unless told otherwise.
 _BATCH = {"image": 16, "audio": 32, "vector": 4096}
@@ -274,57 +273,121 @@ class DetectorConfig:
     Only what leaves a normal image normal is safe; the default is nothing."""
 
     def __post_init__(self):
+        self._coerce()
+        _check_choice("kind", self.kind, KINDS)
+        self._fill_defaults()
+        self._check_values()
+        self._check_combinations()
+        if self.kind == "audio":
+            self._check_audio()
+        self._check_size()
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _coerce(self) -> None:
+        """Lists become tuples, durations seconds, NumPy's numbers Python's; the others are what
+        their annotations say."""
         size = self.image_size
         if isinstance(size, int):
-            object.__setattr__(self, "image_size", (size, size))
+            self._set("image_size", (size, size))
         for name in ("tokens", "augment"):
             if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
-        lists = ("image_size", "map_weights", "tokens", "sigmas", "inversion_sigmas", "augment")
-        for name in lists:
+                self._set(name, (getattr(self, name),))
+        for name in _LISTS:
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise InputError(f"{name} must be a list, not {value!r}")
-            object.__setattr__(self, name, tuple(value))
-        self._check_types()
-        _choice("kind", self.kind, KINDS)
-        on_tokens = self.on_tokens
-        if self.batch_size == "auto" and on_tokens:
-            object.__setattr__(self, "batch_size", None)
-        heard = self.kind == "audio" and self.features is not None
+            self._set(name, tuple(value))
+        if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
+            raise InputError(f"image_size is one integer or (height, width), not {size!r}")
+        if isinstance(self.train_budget, str):
+            self._set("train_budget", duration(self.train_budget))
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type.removesuffix(" | None")
+            if isinstance(value, np.generic):
+                value = value.item()
+                self._set(field.name, value)
+            if kind not in _TYPES or (value is None and kind != field.type):
+                continue
+            types, what = _TYPES[kind]
+            if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
+                raise InputError(f"{field.name} must be {what}, not {value!r}")
+
+    def _fill_defaults(self) -> None:
+        """What None stands for, where that follows from other options."""
+        tokens, vectors = self.on_tokens, self.kind == "vector"
+        if self.batch_size == "auto" and tokens:
+            self._set("batch_size", None)
         train_steps, reverse_steps = _STEPS.get(self.denoiser, _STEPS["unet-small"])
-        for name, value in (
-            ("train_steps", train_steps),
-            ("reverse_steps", reverse_steps),
-            ("mode", "one_step" if on_tokens else "reconstruct"),
-            ("statistics", "scalar" if on_tokens else "auto"),
-            ("top_fraction", 1.0 if self.kind == "audio" else 0.0 if on_tokens else 0.01),
-            # To a batch of unknown size belongs an unknown rate: see with_batch.
-            ("learning_rate", 2e-3 if on_tokens else None if self.batch_size == "auto" else 1e-3),
-            ("batch_size", _BATCH[self.kind]),
-            ("semantic", "nearest" if self.kind == "vector" else "mahalanobis"),
-            ("semantic_of", "features" if heard else _SEMANTIC_OF.get(self.kind, "denoiser")),
-            ("semantic_weight", None if self.kind == "vector" else 1.0 if heard else 0.0),
-        ):
+        # To a batch of unknown size belongs an unknown rate: see with_batch.
+        rate = 2e-3 if tokens else None if self.batch_size == "auto" else 1e-3
+        heard, read = self._hears_features, "tokens" if vectors else "denoiser"
+        for name, value in {
+            "train_steps": train_steps,
+            "reverse_steps": reverse_steps,
+            "mode": "one_step" if tokens else "reconstruct",
+            "statistics": "scalar" if tokens else "auto",
+            "top_fraction": 1.0 if self.kind == "audio" else 0.0 if tokens else 0.01,
+            "learning_rate": rate,
+            "batch_size": _BATCH[self.kind],
+            "semantic": "nearest" if vectors else "mahalanobis",
+            "semantic_of": "features" if heard else read,
+            "semantic_weight": None if vectors else 1.0 if heard else 0.0,
+            "smoothing": min(self.image_size) / (BASE_GRID if tokens else 64),
+            "haar_level": default_haar_level(self.image_size),
+            "fmax": self.sample_rate / 2 if self.kind == "audio" else None,
+        }.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        _choice("mode", self.mode, MODES)
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("prediction_type", self.prediction_type, PREDICTIONS)
-        _choice("statistics", self.statistics, STATISTICS)
-        _choice("inference_dtype", self.inference_dtype, INFERENCE_DTYPES)
-        _choice("intensity", self.intensity, INTENSITIES)
-        _choice("feature_scale", self.feature_scale, SCALES)
-        _choice("semantic", self.semantic, SEMANTICS)
-        _choice("semantic_of", self.semantic_of, SEMANTIC_OF)
-        _choice("preset", self.preset, tuple(PRESETS[self.kind]))
-        if self.kind != "image" and not on_tokens:
+                self._set(name, value)
+
+    def _check_values(self) -> None:
+        """Of each option for itself."""
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        _check_choice("preset", self.preset, tuple(PRESETS[self.kind]))
+        for name in self.augment:
+            _check_choice("augment", name, AUGMENTATIONS)
+        if self.channels not in (1, 3):
+            raise InputError(f"channels is 1 (grey) or 3 (colour), not {self.channels!r}")
+        for name in ("sigmas", "inversion_sigmas"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty: give at least one noise level")
+        if not self.tokens:
+            raise InputError("tokens is empty: name at least one token source")
+        for name in self.tokens:
+            token_source(name)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None or (name, value) == ("batch_size", "auto"):
+                continue
+            for number in value if name in _LISTS else (value,):
+                _check_range(name, number, low, high)
+        if self.cross_fit:
+            _check_range("cross_fit", self.cross_fit, 2, math.inf)
+        if len(self.map_weights) != 3 or max(self.map_weights) == 0:
+            raise InputError(
+                f"map_weights is three numbers of at least 0, not all 0; got {self.map_weights!r}"
+            )
+        if (
+            len(self.inversion_sigmas) != 2
+            or not self.inversion_sigmas[0] < self.inversion_sigmas[1]
+        ):
+            raise InputError(
+                f"inversion_sigmas is a lower and a higher noise level, not "
+                f"{self.inversion_sigmas!r}"
+            )
+
+    def _check_combinations(self) -> None:
+        """What goes together."""
+        images, on_tokens = self.kind == "image", self.on_tokens
+        if not images and not on_tokens:
             raise InputError(
                 f"denoiser {self.denoiser!r} works on images: {self.kind} needs 'token-mlp'"
             )
         if self.semantic_of == "tokens" and not on_tokens:
             raise InputError("semantic_of='tokens' is for the token MLP: U-Nets have no tokens")
-        if (self.semantic_of == "features") != heard:
+        if (self.semantic_of == "features") != self._hears_features:
             raise InputError(
                 f"semantic_of={self.semantic_of!r} and features={self.features!r} do not go "
                 "together: audio with features reads these, and nothing else does"
@@ -332,7 +395,7 @@ class DetectorConfig:
         if self.features is not None and self.kind == "vector":
             raise InputError("vectors are features themselves: leave out features")
         read = "features" in self.tokens
-        if self.kind == "image" and on_tokens and read != (self.features is not None):
+        if images and on_tokens and read != (self.features is not None):
             what = (
                 "pass features=module, or the name of a timm model, for the token source 'features'"
                 if read
@@ -342,156 +405,39 @@ class DetectorConfig:
             raise InputError(
                 f"tokens={self.tokens!r} and features={self.features!r} do not go together: {what}"
             )
-        self._check_training()
-        if self.overlap is not None:
-            _range("overlap", self.overlap, 0.0, 0.9)
-            if self.kind != "image" or not on_tokens:
-                instead = ", or choose denoiser='token-mlp'" if self.kind == "image" else ""
-                raise InputError(f"overlap is for images and the token MLP: leave it out{instead}")
-        if self.kind == "audio":
-            self._check_audio()
-        if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
-            raise InputError(f"image_size is one integer or (height, width), not {size!r}")
-        if self.channels not in (1, 3):
-            raise InputError(f"channels is 1 (grey) or 3 (colour), not {self.channels!r}")
-        for weight in self.map_weights:
-            _range("map_weights", weight, 0.0, math.inf)
-        if len(self.map_weights) != 3 or max(self.map_weights) == 0:
-            raise InputError(
-                f"map_weights is three numbers of at least 0, not all 0; got {self.map_weights!r}"
-            )
+        if self.augment and not images:
+            raise InputError(f"augment changes images: leave it out for {self.kind}")
+        if self.overlap is not None and not (images and on_tokens):
+            instead = ", or choose denoiser='token-mlp'" if images else ""
+            raise InputError(f"overlap is for images and the token MLP: leave it out{instead}")
         if self.haar_level == 0 and self.map_weights[:2] == (0, 0):
             raise InputError(
                 "at haar_level=0 there are no sub-bands, and map_weights gives the other maps no "
                 f"weight: {self.map_weights!r}; give the pixel or the feature map some"
             )
-        _range("train_steps", self.train_steps, 0, math.inf)
         if on_tokens and self.train_steps == 0:
             raise InputError(
                 "train_steps=0 takes a U-Net as it is; the token MLP is nothing before it is "
                 "trained: give at least 1 step"
             )
-        for name in (
-            "batch_size", "token_batch", "reverse_steps", "diffusion_steps",
-            "inversion_steps", "token_width", "token_blocks",
-        ):  # fmt: skip
-            if name != "batch_size" or self.batch_size != "auto":
-                _range(name, getattr(self, name), 1, math.inf)
-        for name in ("sigmas", "inversion_sigmas"):
-            if not getattr(self, name):
-                raise InputError(f"{name} is empty: give at least one noise level")
-            for value in getattr(self, name):
-                _range(name, value, 0.01, 100.0)
-        if (
-            len(self.inversion_sigmas) != 2
-            or not self.inversion_sigmas[0] < self.inversion_sigmas[1]
-        ):
+        if self.cross_fit and not on_tokens:
             raise InputError(
-                f"inversion_sigmas is a lower and a higher noise level, not "
-                f"{self.inversion_sigmas!r}"
+                "cross_fit trains a model for every fold and is for the token MLP: leave it "
+                "out, or choose denoiser='token-mlp'"
             )
-        if not self.tokens:
-            raise InputError("tokens is empty: name at least one token source")
-        for name in self.tokens:
-            token_source(name)
-        for name in ("seed", "warmup_steps"):
-            _range(name, getattr(self, name), 0, 2**63 - 1)
-        _range("start_sigma", self.start_sigma, 0.01, 100.0)
-        _range("feature_sigma", self.feature_sigma, 0.01, 100.0)
-        _range("eta", self.eta, 0.0, 1.0)
-        _range("guidance", self.guidance, 0.0, math.inf)
-        if self.semantic_weight is not None:
-            _range("semantic_weight", self.semantic_weight, 0.0, math.inf)
-        if self.illumination is not None:
-            _range("illumination", self.illumination, 0.0, math.inf)
-        _range("top_fraction", self.top_fraction, 0.0, 1.0)
-        _range("false_positive_rate", self.false_positive_rate, 1e-6, 1 - 1e-6)
-        _range("contamination", self.contamination, 0.0, 0.49)
-        if self.cross_fit:
-            _range("cross_fit", self.cross_fit, 2, math.inf)
-            if not on_tokens:
-                raise InputError(
-                    "cross_fit trains a model for every fold and is for the token MLP: leave it "
-                    "out, or choose denoiser='token-mlp'"
-                )
-        if self.learning_rate is not None:
-            _range("learning_rate", self.learning_rate, 1e-9, 1.0)
-        _range("ema_decay", self.ema_decay, 0.0, 1.0)
-        for name in ("weight_decay", "gradient_clip"):
-            _range(name, getattr(self, name), 0.0, math.inf)
-        _range("snr_limit", self.snr_limit, 1e-3, math.inf)
-        for name in ("validation_share", "statistics_share", "conformal_share"):
-            _range(name, getattr(self, name), 0.01, 0.9)
         held_out = self.validation_share + self.statistics_share + self.conformal_share
         if held_out > 0.9:
             raise InputError(
                 f"the held-out shares add up to {held_out:.2f}; at most 0.9 is possible"
             )
-        if self.clip is not None:
-            _range("clip", self.clip, 1e-3, math.inf)
-        if self.smoothing is None:
-            share = BASE_GRID if on_tokens else 64
-            object.__setattr__(self, "smoothing", min(self.image_size) / share)
-        _range("smoothing", self.smoothing, 0.0, math.inf)
-        if self.haar_level is None:
-            object.__setattr__(self, "haar_level", default_haar_level(self.image_size))
-        _range("haar_level", self.haar_level, 0, 4)
-        if on_tokens and self.kind == "image" and min(self.image_size) < BASE_GRID:
-            raise InputError(
-                f"image_size {min(self.image_size)} is too small for tokens: use at least "
-                f"{BASE_GRID}"
-            )
-        stride = self.stride
-        for side in self.image_size if self.kind == "image" else ():
-            if side < stride:
-                raise InputError(
-                    f"image_size {side} is smaller than the model's stride of {stride}: use at "
-                    f"least {stride}"
-                )
-            if side % stride:
-                raise InputError(
-                    f"image_size {side} is not a multiple of the model's stride of {stride}: use "
-                    f"{side // stride * stride} or {-(-side // stride) * stride}"
-                )
-
-    def _check_types(self) -> None:
-        """NumPy's numbers become Python's; the others are what their annotations say."""
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type.removesuffix(" | None")
-            if isinstance(value, np.generic):
-                value = value.item()
-                object.__setattr__(self, field.name, value)
-            if kind not in _TYPES or (value is None and kind != field.type):
-                continue
-            if field.name == "train_budget" and isinstance(value, str):
-                continue
-            types, what = _TYPES[kind]
-            if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
-                raise InputError(f"{field.name} must be {what}, not {value!r}")
-
-    def _check_training(self) -> None:
-        if isinstance(self.train_budget, str):
-            object.__setattr__(self, "train_budget", duration(self.train_budget))
-        if self.train_budget is not None:
-            _range("train_budget", self.train_budget, 1e-3, 1e8)
-        _range("early_stopping", self.early_stopping, 0, math.inf)
-        _range("accumulate", self.accumulate, 1, math.inf)
-        _choice("train_dtype", self.train_dtype, TRAIN_DTYPES)
-        _choice("train_compile", self.train_compile, TRAIN_COMPILE)
-        for name in self.augment:
-            _choice("augment", name, AUGMENTATIONS)
-        if self.augment and self.kind != "image":
-            raise InputError(f"augment changes images: leave it out for {self.kind}")
 
     def _check_audio(self) -> None:
-        _range("sample_rate", self.sample_rate, 1000, 768000)
-        _range("n_fft", self.n_fft, 32, self.sample_rate)
-        _range("hop", self.hop, 1, self.n_fft)
-        _range("n_mels", self.n_mels, 16, self.n_fft // 2)
-        if self.fmax is None:
-            object.__setattr__(self, "fmax", self.sample_rate / 2)
-        _range("fmax", self.fmax, 1.0, self.sample_rate / 2)
-        _range("fmin", self.fmin, 0.0, self.fmax)
+        _check_range("sample_rate", self.sample_rate, *RATES)
+        _check_range("n_fft", self.n_fft, 32, self.sample_rate)
+        _check_range("hop", self.hop, 1, self.n_fft)
+        _check_range("n_mels", self.n_mels, 16, self.n_fft // 2)
+        _check_range("fmax", self.fmax, 1.0, self.sample_rate / 2)
+        _check_range("fmin", self.fmin, 0.0, self.fmax)
         if self.fmin == self.fmax:
             raise InputError(f"fmin and fmax are both {self.fmin:g}: give a range of frequencies")
         if self.statistics != "scalar":
@@ -499,8 +445,8 @@ class DetectorConfig:
                 f"statistics={self.statistics!r} is for images: clips have no positions in common, "
                 "so leave it out"
             )
-        _range("window_frames", self.window_frames, 8, 1 << 16)
-        _range("window_step", self.window_step, 1, self.window_frames)
+        _check_range("window_frames", self.window_frames, 8, 1 << 16)
+        _check_range("window_step", self.window_step, 1, self.window_frames)
         if self.n_fft % 2:
             raise InputError(f"n_fft is {self.n_fft}: it must be even")
         if self.n_mels % 16:
@@ -512,6 +458,33 @@ class DetectorConfig:
                 f"window_step {self.window_step} does not divide window_frames "
                 f"{self.window_frames}: choose a power of two"
             )
+
+    def _check_size(self) -> None:
+        """Of images, in steps of the model's stride."""
+        if self.kind != "image":
+            return
+        if self.on_tokens and min(self.image_size) < BASE_GRID:
+            raise InputError(
+                f"image_size {min(self.image_size)} is too small for tokens: use at least "
+                f"{BASE_GRID}"
+            )
+        stride = self.stride
+        for side in self.image_size:
+            if side < stride:
+                raise InputError(
+                    f"image_size {side} is smaller than the model's stride of {stride}: use at "
+                    f"least {stride}"
+                )
+            if side % stride:
+                raise InputError(
+                    f"image_size {side} is not a multiple of the model's stride of {stride}: use "
+                    f"{side // stride * stride} or {-(-side // stride) * stride}"
+                )
+
+    @property
+    def _hears_features(self) -> bool:
+        """Does a backbone hear what recordings mean?"""
+        return self.kind == "audio" and self.features is not None
 
     @property
     def window_samples(self) -> int:
@@ -543,8 +516,8 @@ class DetectorConfig:
     @classmethod
     def create(cls, /, preset: str = "balanced", kind: str = "image", **options) -> DetectorConfig:
         """The configuration of a kind's preset, with single options overridden."""
-        _choice("kind", kind, KINDS)
-        _choice("preset", preset, tuple(PRESETS[kind]))
+        _check_choice("kind", kind, KINDS)
+        _check_choice("preset", preset, tuple(PRESETS[kind]))
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
@@ -631,6 +604,63 @@ def read_options(path: str) -> dict[str, object]:
     return options
 
 
+_LISTS = ("image_size", "map_weights", "tokens", "sigmas", "inversion_sigmas", "augment")
+
+_CHOICES = {
+    "mode": MODES,
+    "schedule": SCHEDULES,
+    "prediction_type": PREDICTIONS,
+    "statistics": STATISTICS,
+    "inference_dtype": DTYPES,
+    "intensity": INTENSITIES,
+    "feature_scale": SCALES,
+    "semantic": SEMANTICS,
+    "semantic_of": SEMANTIC_OF,
+    "train_dtype": DTYPES,
+    "train_compile": TRAIN_COMPILE,
+}
+
+# Of a number, or of each in a list.
+_RANGES = {
+    "train_budget": (1e-3, 1e8),
+    "early_stopping": (0, math.inf),
+    "accumulate": (1, math.inf),
+    "overlap": (0, 0.9),
+    "map_weights": (0, math.inf),
+    "train_steps": (0, math.inf),
+    "batch_size": (1, math.inf),
+    "token_batch": (1, math.inf),
+    "reverse_steps": (1, math.inf),
+    "diffusion_steps": (1, math.inf),
+    "inversion_steps": (1, math.inf),
+    "token_width": (1, math.inf),
+    "token_blocks": (1, math.inf),
+    "sigmas": (0.01, 100),
+    "inversion_sigmas": (0.01, 100),
+    "seed": (0, 2**63 - 1),
+    "warmup_steps": (0, 2**63 - 1),
+    "start_sigma": (0.01, 100),
+    "feature_sigma": (0.01, 100),
+    "eta": (0, 1),
+    "guidance": (0, math.inf),
+    "semantic_weight": (0, math.inf),
+    "illumination": (0, math.inf),
+    "top_fraction": (0, 1),
+    "false_positive_rate": (1e-6, 1 - 1e-6),
+    "contamination": (0, 0.49),
+    "learning_rate": (1e-9, 1),
+    "ema_decay": (0, 1),
+    "weight_decay": (0, math.inf),
+    "gradient_clip": (0, math.inf),
+    "snr_limit": (1e-3, math.inf),
+    "validation_share": (0.01, 0.9),
+    "statistics_share": (0.01, 0.9),
+    "conformal_share": (0.01, 0.9),
+    "clip": (1e-3, math.inf),
+    "smoothing": (0, math.inf),
+    "haar_level": (0, 4),
+}
+
 # By annotation, without "| None".
 _TYPES = {
     "int": (int, "a whole number"),
@@ -639,11 +669,11 @@ _TYPES = {
 }
 
 
-def _choice(name: str, value: object, choices: tuple) -> None:
+def _check_choice(name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}: choose {', '.join(map(str, choices))}")
 
 
-def _range(name: str, value: object, low: float, high: float) -> None:
+def _check_range(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")

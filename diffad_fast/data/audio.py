@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..config import RATES
 from ..errors import BackendError, InputError
 from .images import Images, check_no_test, files_below, is_path
 
@@ -57,8 +58,6 @@ _LENGTHS = {
 _SMALLEST_MP3_FRAME, _LARGEST_MP3_FRAME = 24, 1441
 # Samples of one batch: 256 MiB.
 _LARGEST_BATCH = 1 << 26
-# Samples a second of recordings, the same as of `DetectorConfig.sample_rate`.
-RATES = 1000, 768_000
 # More columns of a two-dimensional array than this are samples, not channels.
 _MOST_CHANNELS = 32
 # Floats are in [-1, 1], a little more after resampling or mixing; far more is a forgotten scale.
@@ -345,7 +344,7 @@ def _mp3_frame(file, place: int) -> tuple[int, bytes]:
 
 
 def check_rate(rate, name: str) -> None:
-    """Raise InputError unless `rate` is a number of samples a second within RATES."""
+    """Raise InputError unless `rate` is a number of samples a second within `config.RATES`."""
     number = isinstance(rate, (int, float, np.number)) and not isinstance(rate, (bool, np.bool_))
     if not number or not RATES[0] <= rate <= RATES[1]:
         raise InputError(
@@ -356,8 +355,8 @@ def check_rate(rate, name: str) -> None:
 class Resampler:
     """Blocks of a wave at one rate to blocks at another, without seams.
 
-    Raises InputError, naming `name`, for a source_rate outside RATES, and BackendError where the
-    rates differ and soxr is not installed.
+    Raises InputError, naming `name`, for a source_rate outside `config.RATES`, and BackendError
+    where the rates differ and soxr is not installed.
     """
 
     def __init__(self, source_rate: float, rate: int, name: str):
