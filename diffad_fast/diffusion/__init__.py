@@ -2,10 +2,12 @@
 
 from .graphs import Graphed
 from .loop import ReverseLoop
+from .noise import NoiseFields
 from .schedule import NoiseSchedule, ReverseStep
 
 __all__ = [
     "Graphed",
+    "NoiseFields",
     "NoiseSchedule",
     "ReverseLoop",
     "ReverseStep",

@@ -11,6 +11,7 @@ from torch import nn
 from .. import ops
 from ..protocols import ConditionedDenoiser
 from .graphs import Graphed
+from .noise import NoiseFields
 from .schedule import ReverseStep
 
 
@@ -53,6 +54,7 @@ class ReverseLoop:
         graphs: int = 4,
     ):
         self.denoiser, self.steps, self.seed = denoiser, tuple(steps), seed
+        self._noise = NoiseFields(seed)
         self.inverts = self.steps[0].alpha_s < self.steps[0].alpha_t
         self.prediction_type, self.eta, self.clip = prediction_type, eta, clip
         self.guidance = guidance
@@ -66,7 +68,6 @@ class ReverseLoop:
             modules = [denoiser] if isinstance(denoiser, nn.Module) else []
         self.graphed = Graphed(self.eager, modules, graphs)
         self._constants: dict[Hashable, tuple[torch.Tensor, ...]] = {}
-        self._fields: dict[Hashable, torch.Tensor] = {}
 
     def __call__(self, x: torch.Tensor):
         """The whole pass for a batch x (N,...), in inference mode."""
@@ -94,17 +95,11 @@ class ReverseLoop:
         if self.inverts:
             return x0 * self.steps[0].alpha_t ** 0.5
         first = torch.zeros(x0.shape[0], dtype=torch.int64, device=x0.device)
-        return ops.q_sample(x0, first, self._noise(x0, 0), self._on(x0.device)[0])
+        return ops.q_sample(x0, first, self._field(x0, 0), self._on(x0.device)[0])
 
-    def _noise(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        """(1,...): the field of a step, made once: every batch gets the same."""
-        # Backends differ by rounding.
-        key = step, x.shape[1:], x.device, ops.dispatch.selected()
-        if key not in self._fields:
-            with torch.inference_mode(False):
-                shape = (1, *x.shape[1:])
-                self._fields[key] = ops.philox_normal(shape, self.seed, step=step, device=x.device)
-        return self._fields[key]
+    def _field(self, x: torch.Tensor, step: int) -> torch.Tensor:
+        """(1,...): the noise of a step, the same for every batch."""
+        return self._noise((1, *x.shape[1:]), x.device, step)
 
     def _run(self, x_t: torch.Tensor, guide: torch.Tensor | None, x: torch.Tensor | None = None):
         """From x_t, which may be overwritten; to the end of ``finish``, if there is one and x."""
@@ -144,7 +139,7 @@ class ReverseLoop:
                 step.alpha_s,
                 prediction_type=self.prediction_type,
                 eta=self.eta,
-                noise=self._noise(x_t, i + 1) if self.eta > 0 else None,
+                noise=self._field(x_t, i + 1) if self.eta > 0 else None,
                 clip=self.clip,
                 guidance=pull,
             )

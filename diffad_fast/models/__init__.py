@@ -1,9 +1,4 @@
-"""Models: a representation, its denoiser, how both are trained and what they say of a batch.
-
-A model has ``learn(source, split, kept)``, ``raw_maps(x)``, ``use(statistics)``, ``score(x)``,
-``state()`` and ``restore(tensors)``; :class:`diffad_fast.Detector` does everything else: opening
-data, splitting, calibrating, checkpoints.
-"""
+"""Models (:class:`Model` says what that is): on wavelet coefficients, and on tokens."""
 
 from __future__ import annotations
 
@@ -11,10 +6,11 @@ import torch
 from torch import nn
 
 from ..config import DetectorConfig
+from .base import Model
 from .coefficients import CoefficientModel
 from .tokens import TokenModel, places
 
-__all__ = ["CoefficientModel", "TokenModel", "create", "places"]
+__all__ = ["CoefficientModel", "Model", "TokenModel", "create", "places"]
 
 
 def create(
@@ -22,7 +18,7 @@ def create(
     device: torch.device,
     denoiser: nn.Module | None = None,
     features: nn.Module | None = None,
-) -> CoefficientModel | TokenModel:
+) -> Model:
     """The model for ``config``. Raises InputError for what does not go together."""
     if config.on_tokens:
         return TokenModel(config, device, features)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from .. import denoisers, ops
 from ..config import DetectorConfig
 from ..denoisers import inference
-from ..diffusion import Graphed, NoiseSchedule, ReverseLoop, ReverseStep
+from ..diffusion import Graphed, ReverseLoop
 from ..diffusion.loop import network_dtype
 from ..errors import InputError
 from ..representations import WaveletRepresentation, feature_maps
@@ -21,13 +20,14 @@ from ..training.distributed import processes
 from ..training.images import Trainer
 from ..training.loop import History, TrainingCheckpoint
 from ..training.philox_steps import PICTURE_STEPS
+from .base import Model, resize_buffers
 from .fusion import fuse, resized
 
 # Samples for the pictures of a training start at what is nearly noise alone.
 SAMPLE_SIGMA, SAMPLE_STEPS = 20.0, 20
 
 
-class CoefficientModel(nn.Module):
+class CoefficientModel(Model):
     """Haar packet, denoiser on it, three modes of scoring.
 
     denoiser: a module of one's own, else the one that ``config`` names. features: a module
@@ -42,13 +42,10 @@ class CoefficientModel(nn.Module):
         denoiser: nn.Module | None = None,
         features: nn.Module | None = None,
     ):
-        super().__init__()
-        self.device = device
+        super().__init__(config, device)
         self.representation = WaveletRepresentation(config.channels, config.haar_level)
         if denoiser is None:
-            # With the weights of its seed.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
+            with self._seeded():
                 denoiser = denoisers.create(config.denoiser, self.representation.channels)
         elif not isinstance(denoiser, denoisers.WaveletUNet):
             if config.inference_dtype == "bfloat16":
@@ -67,7 +64,6 @@ class CoefficientModel(nn.Module):
         self.denoiser = denoiser.to(memory_format=torch.channels_last)
         self.backbone = None if features is None else features.eval().requires_grad_(False)
         self.distance = FeatureDistance(config.semantic) if config.semantic_weight > 0 else None
-        self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
         self.to(device).eval()
         read = self.distance is not None or (config.map_weights[1] > 0 and features is None)
         if read and not hasattr(denoiser, "features"):
@@ -76,18 +72,14 @@ class CoefficientModel(nn.Module):
                 f"{config.map_weights} and semantic_weight={config.semantic_weight:g} need: pass "
                 "map_weights=(1, 0, 1), or features=, and leave semantic_weight at 0"
             )
-        for inverts in (True, False):
-            self._steps(inverts)  # raises for steps that the schedule does not have
         # In a tuple, or it would be a part of the model and of its state.
         self._in_bfloat16: tuple[nn.Module, ...] = ()
-        self._scoring: Graphed | ReverseLoop | None = None
         self.use(None)
 
     # ---------------------------------------------------------------- fit
 
     def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
-        """Fit the representation, train the denoiser, fit the features' distribution; once in a
-        model's life."""
+        """Fit the representation, train the denoiser, fit the features' distribution."""
         config = self.config
         if config.batch_size == "auto":
             begun = None if kept is None else kept.config()
@@ -143,33 +135,12 @@ class CoefficientModel(nn.Module):
 
     # -------------------------------------------------------------- score
 
-    def use(self, statistics: list[MapStatistics | None] | None) -> None:
-        """Standardise the maps of the configuration's mode by ``statistics`` from now on."""
-        self.statistics = statistics
-        self.release()
-        # Made at the first score and kept, with the graphs that it captures on a GPU, until what
-        # they read is replaced.
-        self._scoring = None
-
-    def release(self) -> None:
-        """Give back the memory of the graphs."""
-        if self._scoring is not None:
-            self._scoring.forget()
-
     @property
     def map_names(self) -> list[str]:
-        """What each of :meth:`raw_maps` is."""
-        config = self.config
-        names = {
-            "reconstruct": list(MAPS),
-            "invert": ["latent"],
-            "one_step": [f"residual at {sigma:g}" for sigma in config.sigmas],
-        }[config.mode]
-        return names + (["semantic"] if self.distance is not None else [])
+        return self._mode_names(MAPS, self.distance is not None)
 
     @property
     def statistics_smoothing(self) -> float:
-        """Deviation of the Gaussian for statistics per position, in positions of the maps."""
         return self.config.smoothing * (1 if self.config.mode == "reconstruct" else self._grid)
 
     @property
@@ -178,7 +149,7 @@ class CoefficientModel(nn.Module):
         return 2.0**-self.config.haar_level
 
     def raw_maps(self, images: torch.Tensor) -> list[torch.Tensor | None]:
-        """Each map alone, neither standardised nor smoothed; None where it has no weight."""
+        """As of every model; nothing is smoothed."""
         config, images = self.config, images.to(self.device)
         if config.mode == "reconstruct":
             end, *features = self._reconstruction(self._evidence).eager(images)
@@ -188,53 +159,44 @@ class CoefficientModel(nn.Module):
                 result[1] = ops.anomaly_map(images, end.x_hat, *features, one, sigma=0.0)[0]
             result = [m if w > 0 else None for m, w in zip(result, config.map_weights, strict=True)]
         elif config.mode == "invert":
-            result = self._loop(self._latent).eager(images)
+            result = self._loop("invert", self._latent).eager(images)
         else:
             result = self._residuals(self.representation.encode(images))
         if self.distance is not None:
             result.append(self._semantic(images, self.representation.encode(images)))
         return result
 
-    def score(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(map (N,H,W), score (N,)) of images (N,C,H,W)."""
-        if self._scoring is None:
-            if self.config.mode == "one_step":
-                modules = [self.scoring_denoiser, self.representation]
-                self._scoring = Graphed(self._score_one_step, modules)
-            elif self.config.mode == "invert":
-                self._scoring = self._loop(self._score_latent)
-            else:
-                self._scoring = self._reconstruction(self._score_reconstruction)
-        return self._scoring(images.to(self.device))
+    def _scoring_pass(self) -> Graphed | ReverseLoop:
+        if self.config.mode == "one_step":
+            return Graphed(self._score_one_step, [self.scoring_denoiser, self.representation])
+        if self.config.mode == "invert":
+            return self._loop("invert", self._score_latent)
+        return self._reconstruction(self._score_reconstruction)
 
     @torch.inference_mode()
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """The model's idea of images (N,C,H,W) in [0,1] without their anomalies."""
-        loop = self._loop(lambda images, x0, x0_hat: self.representation.decode(x0_hat), False)
-        return loop.eager(images.to(self.device)).cpu()
+        return self._back_to_images().eager(images.to(self.device)).cpu()
 
     @torch.inference_mode()
     def _pictures(self, images: torch.Tensor) -> torch.Tensor:
         """(3,N,C,H,W) in [0,1] while the denoiser is trained: images, their reconstructions, and as
         many samples, the same noise each time."""
         config, images = self.config, images.to(self.device)
-        decode = self.representation.decode
         # Not the denoiser of scoring, which in bfloat16 is a copy of what it was before.
-        back = self._loop(lambda images, x0, x0_hat: decode(x0_hat), False, self.denoiser)
+        back = self._back_to_images(self.denoiser)
         x0 = self.representation.encode(images)
         draws = torch.arange(1, len(x0) + 1, device=self.device)
         noise = ops.philox_normal(x0.shape, config.seed, draws, PICTURE_STEPS.start, self.device)
         start = self.schedule.timestep(min(SAMPLE_SIGMA, self.schedule.range[1]))
         steps = self.schedule.reverse_steps(start, min(SAMPLE_STEPS, start + 1))
         sampler = ReverseLoop(self.denoiser, steps, prediction_type=config.prediction_type)
-        samples = decode(sampler.run(noise.contiguous(memory_format=torch.channels_last)))
+        samples = sampler.run(noise.contiguous(memory_format=torch.channels_last))
+        samples = self.representation.decode(samples)
         return torch.stack([images, back.eager(images), samples]).clamp(0, 1)
 
     def trajectory(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the inversion of images: mean square of the latent (N,) and, of every step, the mean
-        square of the way (N,S), as the states of the variance-exploding process go. In mode invert
-        only."""
-        steps, denoiser = self._steps(), self.scoring_denoiser
+        steps, denoiser = self._steps_of("invert"), self.scoring_denoiser
         x = self.representation.encode(images.to(self.device)) * steps[0].alpha_t ** 0.5
         ways = []
         for step in steps:
@@ -248,20 +210,25 @@ class CoefficientModel(nn.Module):
     def _reconstruction(self, conclude) -> ReverseLoop:
         """From images to ``conclude(images, x0, end)``, end the :class:`ops.Finish` of their
         reconstruction."""
-        return self._loop(conclude, False, finish=self.representation.finish)
+        return self._loop("reconstruct", conclude, finish=self.representation.finish)
+
+    def _back_to_images(self, denoiser: nn.Module | None = None) -> ReverseLoop:
+        """From images to their reconstructions."""
+        decode = self.representation.decode
+        return self._loop("reconstruct", lambda images, x0, x0_hat: decode(x0_hat), denoiser)
 
     def _loop(
-        self, conclude, inverts: bool = True, denoiser: nn.Module | None = None, finish=None
+        self, mode: str, conclude, denoiser: nn.Module | None = None, finish=None
     ) -> ReverseLoop:
-        """From images to ``conclude(images, x0, x_end)``: up to their latent, or through their
-        reconstruction. denoiser: in place of that of scoring."""
+        """From images to ``conclude(images, x0, x_end)``: in the mode invert up to their latent, in
+        reconstruct there and back. denoiser: in place of that of scoring."""
         config, options = self.config, {}
-        if not inverts:
+        if mode == "reconstruct":
             options = {"eta": config.eta, "clip": config.clip, "guidance": config.guidance}
         denoiser = self.scoring_denoiser if denoiser is None else denoiser
         return ReverseLoop(
             denoiser,
-            self._steps(inverts),
+            self._steps_of(mode),
             seed=config.seed,
             prediction_type=config.prediction_type,
             prepare=self.representation.encode,
@@ -270,13 +237,6 @@ class CoefficientModel(nn.Module):
             modules=[denoiser, self.representation],
             **options,
         )
-
-    def _steps(self, inverts: bool = True) -> list[ReverseStep]:
-        config = self.config
-        if inverts:
-            return self.schedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
-        start = self.schedule.timestep(config.start_sigma)
-        return self.schedule.reverse_steps(start, config.reverse_steps)
 
     # reconstruct
 
@@ -372,10 +332,7 @@ class CoefficientModel(nn.Module):
 
     def _features(self, x0: torch.Tensor) -> list[torch.Tensor]:
         """The denoiser's features of coefficients, at the level ``feature_sigma``."""
-        sigma = self.config.feature_sigma
-        level = x0.new_full((x0.shape[0],), math.log(sigma), dtype=torch.float32)
-        # The network expects inputs of the variance-preserving process at that level.
-        x, denoiser = x0 * (1 + sigma**2) ** -0.5, self.scoring_denoiser
+        (x, level), denoiser = self._at_feature_level(x0), self.scoring_denoiser
         found = denoiser.features(self._as_weights(x, denoiser), level)
         return [f.to(x0.dtype) for f in found]
 
@@ -402,26 +359,12 @@ class CoefficientModel(nn.Module):
 
     # --------------------------------------------------------- checkpoint
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that :meth:`restore` needs."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+    @staticmethod
+    def _is_of_backbone(name: str) -> bool:
+        return name.startswith("backbone.")
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what :meth:`state` gave. Raises RuntimeError where it does not fit."""
         if self.distance is not None:
-            restore_buffers(self.distance, tensors, "distance.")
-        missing, unexpected = self.load_state_dict(tensors, strict=False)
-        missing = [name for name in missing if not name.startswith("backbone.")]
-        if missing or unexpected:
-            raise RuntimeError(f"tensors {', '.join([*missing, *unexpected][:3])} do not match")
+            resize_buffers(self.distance, tensors, "distance.")
+        super().restore(tensors)
         self._in_bfloat16 = ()
-
-
-def restore_buffers(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    """Give the buffers below ``module``, whose sizes come from data, the sizes in ``tensors``."""
-    for name, buffer in list(module.named_buffers()):
-        if prefix + name in tensors:
-            parent, _, own = name.rpartition(".")
-            sized = torch.empty_like(buffer, memory_format=torch.contiguous_format)
-            sized = sized.new_empty(tensors[prefix + name].shape)
-            setattr(module.get_submodule(parent), own, sized)

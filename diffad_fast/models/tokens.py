@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .. import native, ops
-from ..config import MODES, DetectorConfig
+from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
-from ..diffusion import Graphed, NoiseSchedule, ReverseStep
+from ..diffusion import Graphed, NoiseFields, ReverseStep
 from ..errors import InputError
 from ..representations import WindowEmbedding, create_tokens
 from ..representations.logmel import time_map
@@ -21,7 +21,7 @@ from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training.augment import augmented
 from ..training.loop import History, TrainingCheckpoint
 from ..training.tokens import SIGMA_RANGE, fit_tokens
-from .coefficients import restore_buffers
+from .base import Model, resize_buffers
 from .fusion import resized, standards, top_mean, weighted
 
 # Windows of large images that are scored together.
@@ -31,7 +31,7 @@ LARGEST_BANK = 1 << 19
 LARGEST_FIT = 2048
 
 
-class TokenModel(nn.Module):
+class TokenModel(Model):
     """One token MLP for every source of tokens, scored as whole loops of
     ``ops.token_mlp_loop``.
 
@@ -42,19 +42,15 @@ class TokenModel(nn.Module):
     def __init__(
         self, config: DetectorConfig, device: torch.device, features: nn.Module | None = None
     ):
-        super().__init__()
-        self.device = device
+        super().__init__(config, device)
         self.representation = create_tokens(config, features)
         heard = config.semantic_of == "features"
         self.embedding = WindowEmbedding(features, config) if heard else None
         self.denoisers = nn.ModuleList()
         self.distances = nn.ModuleList()
-        self.schedule = NoiseSchedule(config.schedule, config.diffusion_steps)
-        self.config = config
         self._smoothed = GaussianSmoothing()
         if config.kind == "image":
             self._upsampled = Upsampling(self.representation.offset)
-        self._fields: dict[tuple, torch.Tensor] = {}
         if config.prediction_type != "v_prediction":
             raise InputError(
                 f"the token MLP predicts v: prediction_type {config.prediction_type!r} is for the "
@@ -65,16 +61,13 @@ class TokenModel(nn.Module):
                 "the token MLP runs its loop in one kernel without eta, clip or guidance: leave "
                 "them at 0, None and 0"
             )
-        for mode in MODES:
-            self._reverse_steps(mode)  # raises for steps that the schedule does not have
         self.to(device).eval()
-        self._scoring: Graphed | None = None
         self.use(None)
 
     # ---------------------------------------------------------------- fit
 
     def learn(self, source, split: Split, kept: TrainingCheckpoint | None) -> History:
-        """Fit the representations and train a denoiser for each; once in a model's life."""
+        """Fit the representations and train a denoiser for each."""
         config = self.config
         self.schedule.warn_untrained(config, *SIGMA_RANGE)
         histories = []
@@ -84,10 +77,10 @@ class TokenModel(nn.Module):
         def seen(batches: Callable) -> Callable:
             return lambda: (part for x in batches(source, some) for part in self._seen(x))
 
-        images = [seen(self._normals)]
+        passes = [seen(self._augmented_batches)]
         if config.augment:
-            images.append(seen(self._batches))
-        self.representation.fit(*images)
+            passes.append(seen(self._batches))
+        self.representation.fit(*passes)
         if config.kind == "image":
             config = self.config = config.replace(**self.representation.preprocessing.choices)
         if config.semantic_weight is None:
@@ -97,9 +90,9 @@ class TokenModel(nn.Module):
         if config.train_budget is not None:
             training = config.replace(train_budget=config.train_budget / len(dims))
         validation = self._banks(source, split.validation)
-        bank = self._banks(source, split.fit, augment=True)
-        banks = zip(dims, bank, validation, strict=True)
-        for number, (dim, bank, held_out) in enumerate(banks):
+        fitted = self._banks(source, split.fit, augment=True)
+        sources = zip(dims, fitted, validation, strict=True)
+        for number, (dim, bank, held_out) in enumerate(sources):
             denoiser = self._denoiser(dim)
             part = None if kept is None else kept.part(number)
             history = fit_tokens(denoiser, bank, held_out, training, self.device, part)
@@ -129,8 +122,8 @@ class TokenModel(nn.Module):
         for batch in source.batches(self.config.batch_size, indices=indices):
             yield batch.x.to(self.device)
 
-    def _normals(self, source, indices: Sequence[int]) -> Iterable[torch.Tensor]:
-        """Batches of images, each followed by itself as ``augment`` changes it."""
+    def _augmented_batches(self, source, indices: Sequence[int]) -> Iterable[torch.Tensor]:
+        """The same batches, each followed by itself as ``augment`` changes it."""
         config = self.config
         for batch in source.batches(config.batch_size, indices=indices):
             x = batch.x.to(self.device)
@@ -146,7 +139,7 @@ class TokenModel(nn.Module):
         copies = 2 if augment and self.config.augment else 1
         share = max(1, LARGEST_BANK // max(1, copies * len(indices)))
         banks: list[list[torch.Tensor]] = [[] for _ in self.representation.dims]
-        batches = self._normals if augment else self._batches
+        batches = self._augmented_batches if augment else self._batches
         for x in batches(source, indices):
             with torch.inference_mode():
                 grids = self._encoded(x)
@@ -175,48 +168,33 @@ class TokenModel(nn.Module):
 
     def _encoded(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The tokens (n,h,w,dim) of all that :meth:`_seen` gives, for each source of tokens."""
-        return joined(self.representation.encode(part) for part in self._seen(x))
+        return concatenated(self.representation.encode(part) for part in self._seen(x))
 
     def _denoiser(self, dim: int) -> TokenMLP:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
+        with self._seeded():
             denoiser = TokenMLP(dim, self.config.token_width, self.config.token_blocks)
         return denoiser.to(self.device).eval()
 
     # -------------------------------------------------------------- score
 
     def use(self, statistics: list[MapStatistics] | None) -> None:
-        """Standardise the maps of the configuration's mode by ``statistics`` from now on, and
-        weigh them as the configuration says."""
-        self.statistics = statistics
+        """As every model, and weigh the maps as the configuration says."""
+        super().use(statistics)
         self._standards = None
         if statistics is not None:
             self._standards = standards(statistics, self._weights(len(statistics)))
-        self._steps = self._reverse_steps(self.config.mode)
+        self._steps = self._steps_of(self.config.mode)
+        self._noise = NoiseFields(self.config.seed)
         self._loops: list[tuple] | None = None
-        self.release()
-        self._scoring = Graphed(self._score, [self])
-
-    def release(self) -> None:
-        """Give back the memory of the graphs."""
-        if self._scoring is not None:
-            self._scoring.forget()
 
     @property
     def map_names(self) -> list[str]:
-        """What each of :meth:`raw_maps` is."""
         config = self.config
-        names = {
-            "reconstruct": ["reconstruction error"],
-            "invert": ["latent"],
-            "one_step": [f"residual at {sigma:g}" for sigma in config.sigmas],
-        }[config.mode]
-        names = names + (["semantic"] if config.semantic_weight > 0 else [])
+        names = self._mode_names(["reconstruction error"], config.semantic_weight > 0)
         sources = config.tokens if config.kind == "image" else [config.kind]
         return [f"{source}: {name}" for source in sources for name in names]
 
     statistics_smoothing = 1.0
-    """Deviation of the Gaussian for statistics per position, in cells."""
 
     def raw_maps(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (K,N,h,w) of every source of tokens, on the finest grid, smoothed, not standardised.
@@ -246,10 +224,8 @@ class TokenModel(nn.Module):
             maps.append(found.unflatten(0, (len(numbers), -1)))
         return torch.cat(maps) if len(maps) > 1 else maps[0]
 
-    def score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(map, score (N,)) of raw inputs; the map (N,H,W) of images, (N,n_mels,steps) of clips,
-        (N,1,1) of vectors."""
-        return self._scoring(x.to(self.device))
+    def _scoring_pass(self) -> Graphed:
+        return Graphed(self._score, [self])
 
     def _weights(self, count: int) -> list[float]:
         """Those of so many maps of all sources of tokens."""
@@ -327,8 +303,7 @@ class TokenModel(nn.Module):
         return time_map(bands, representation.window, representation.step), score
 
     def trajectory(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the inversion of raw inputs: mean square of the latent (N,) and, of every step, the
-        mean square of the way (N,S), means over tokens and sources. In mode invert only."""
+        """As of every model; means over tokens and sources."""
         latents, ways, n = [], [], len(x)
         for tokens, loop in zip(self._encoded(x.to(self.device)), self._prepared(), strict=True):
             rows = tokens.flatten(0, 2) * self._steps[0].alpha_t ** 0.5
@@ -346,9 +321,7 @@ class TokenModel(nn.Module):
     def _features(self, denoiser: TokenMLP, rows: torch.Tensor) -> torch.Tensor:
         if self.config.semantic_of == "tokens":
             return rows
-        sigma = self.config.feature_sigma
-        level = rows.new_full((rows.shape[0],), math.log(sigma), dtype=torch.float32)
-        return denoiser.features(rows * (1 + sigma**2) ** -0.5, level)
+        return denoiser.features(*self._at_feature_level(rows))
 
     def _prepared(self) -> list[tuple]:
         """What :meth:`_loop` gives for each denoiser, made once."""
@@ -373,22 +346,11 @@ class TokenModel(nn.Module):
                 torch.tensor(table, dtype=torch.float32, device=self.device),
             )  # fmt: skip
 
-    def _reverse_steps(self, mode: str) -> list[ReverseStep]:
-        config = self.config
-        if mode == "one_step":
-            return []
-        if mode == "invert":
-            return self.schedule.inversion_steps(*config.inversion_sigmas, config.inversion_steps)
-        start = self.schedule.timestep(config.start_sigma)
-        return self.schedule.reverse_steps(start, config.reverse_steps)
-
     def _evaluate(self, tokens: torch.Tensor, rows: torch.Tensor, loop: tuple) -> torch.Tensor:
         """The mode's numbers (K,M), K for each of rows (M,dim) = tokens (N,h,w,dim)."""
         if self.config.mode == "one_step":
             return ops.token_mlp_loop(rows, *loop)[1].T
-        return torch.stack(
-            [r.square().mean(dim=1) for r in self._residuals(tokens, rows, loop)]
-        )
+        return torch.stack([r.square().mean(dim=1) for r in self._residuals(tokens, rows, loop)])
 
     def _residuals(self, tokens: torch.Tensor, rows: torch.Tensor, loop: tuple) -> list:
         """The vectors (M,dim) whose mean squares are the mode's numbers."""
@@ -414,33 +376,20 @@ class TokenModel(nn.Module):
         noised = tokens * alpha**0.5 + noise * (1 - alpha) ** 0.5
         return [ops.token_mlp_loop(noised.flatten(0, 2), *loop)[0] - rows]
 
-    def _noise(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """The field of a shape, made once: in an exported program it is a constant."""
-        key = (shape, device, ops.dispatch.selected())  # backends differ by rounding
-        if key not in self._fields:
-            with torch.inference_mode(False):
-                self._fields[key] = ops.philox_normal(shape, self.config.seed, device=device)
-        return self._fields[key]
-
     # --------------------------------------------------------- checkpoint
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that :meth:`restore` needs."""
-        return {k: v for k, v in self.state_dict().items() if ".backbone." not in k}
+    @staticmethod
+    def _is_of_backbone(name: str) -> bool:
+        return ".backbone." in name
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what :meth:`state` gave. Raises RuntimeError where it does not fit."""
-        restore_buffers(self.representation, tensors, "representation.")
+        resize_buffers(self.representation, tensors, "representation.")
         for dim in self.representation.dims:
             self.denoisers.append(self._denoiser(dim))
             if self.config.semantic_weight > 0:
                 self.distances.append(FeatureDistance(self.config.semantic).to(self.device))
-        restore_buffers(self.distances, tensors, "distances.")
-        missing, unexpected = self.load_state_dict(tensors, strict=False)
-        missing = [name for name in missing if ".backbone." not in name]
-        if missing or unexpected:
-            raise RuntimeError(f"tensors {', '.join([*missing, *unexpected][:3])} do not match")
-        self.use(None)
+        resize_buffers(self.distances, tensors, "distances.")
+        super().restore(tensors)
 
 
 def log_distance(number: torch.Tensor) -> torch.Tensor:
@@ -450,7 +399,7 @@ def log_distance(number: torch.Tensor) -> torch.Tensor:
     return torch.where(number <= largest, number, largest).clamp(min=1e-12).log()
 
 
-def joined(parts: Iterable[list[torch.Tensor]]) -> list[torch.Tensor]:
+def concatenated(parts: Iterable[list[torch.Tensor]]) -> list[torch.Tensor]:
     """Lists of tensors, each of the same meaning, as one list of longer tensors."""
     first, *more = parts
     return [torch.cat(same) for same in zip(first, *more, strict=True)] if more else first

@@ -94,7 +94,7 @@ def test_trajectory(model):
     small steps; here by what each step's factor says."""
     switch(model, "invert")
     latent, ways = model.trajectory(IMAGES)
-    x, steps = COEFFICIENTS, model._steps()
+    x, steps = COEFFICIENTS, model._steps_of("invert")
     for i, step in enumerate(steps):
         a_t, a_s = step.alpha_t**0.5, step.alpha_s**0.5
         x_s = carried([step]) * (x * a_t) / a_s

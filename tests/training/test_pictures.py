@@ -147,7 +147,7 @@ def test_rows_are_normals_reconstructions_and_samples(channels):
         return math.prod(math.cos(x - y) for x, y in zip(a, [*a[1:], 0.0], strict=True))
 
     x0 = model.representation.encode(images)
-    back = model._steps(False)
+    back = model._steps_of("reconstruct")
     noise = ops.philox_normal((1, *x0.shape[1:]), 5)
     x_t = math.sqrt(back[0].alpha_t) * x0 + math.sqrt(1 - back[0].alpha_t) * noise
     schedule = model.schedule
