@@ -111,7 +111,7 @@ def _fit(args: argparse.Namespace) -> None:
     from .detector import Detector
     from .training.checkpoint import check_writable
     from .training.distributed import processes
-    from .training.loop import TrainingCheckpoint
+    from .training.state import TrainingCheckpoint
 
     options = read_options(args.config) if args.config else {}
     options |= {key: getattr(args, key) for key in _FIT_OPTIONS if getattr(args, key) is not None}

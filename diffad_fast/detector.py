@@ -39,7 +39,8 @@ from .streaming import Stream
 from .surroundings import evaluating, resolve_device, undisturbed
 from .training import checkpoint
 from .training.distributed import processes
-from .training.loop import History, TrainingCheckpoint
+from .training.history import History
+from .training.state import TrainingCheckpoint
 
 KIND = "diffad"
 CUSTOM = "custom"

@@ -18,7 +18,7 @@ from diffad_fast.denoisers import WaveletUNet, inference
 from diffad_fast.diffusion import Graphed
 from diffad_fast.errors import BackendError, CheckpointError, InputError
 from diffad_fast.training import checkpoint
-from diffad_fast.training.loop import TrainingCheckpoint
+from diffad_fast.training.state import TrainingCheckpoint
 
 OPTIONS = {
     "image_size": 32,

@@ -13,7 +13,8 @@ from torch import nn
 from ..config import MODES, DetectorConfig
 from ..diffusion import Graphed, NoiseSchedule, ReverseLoop, ReverseStep
 from ..scoring import MapStatistics, Split
-from ..training.loop import History, TrainingCheckpoint
+from ..training.history import History
+from ..training.state import TrainingCheckpoint
 
 
 class Model(nn.Module, ABC):

@@ -17,9 +17,10 @@ from ..representations import WaveletRepresentation, feature_maps
 from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
 from ..training import batch
 from ..training.distributed import processes
+from ..training.history import History
 from ..training.images import Trainer
-from ..training.loop import History, TrainingCheckpoint
 from ..training.philox_steps import PICTURE_STEPS
+from ..training.state import TrainingCheckpoint
 from .base import Model, resize_buffers
 from .fusion import fuse, resized
 

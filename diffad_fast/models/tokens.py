@@ -19,7 +19,8 @@ from ..representations.smoothing import GaussianSmoothing, Upsampling
 from ..representations.tokens import SMALLEST_SMOOTHED
 from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training.augment import augmented
-from ..training.loop import History, TrainingCheckpoint
+from ..training.history import History
+from ..training.state import TrainingCheckpoint
 from ..training.tokens import SIGMA_RANGE, fit_tokens
 from .base import Model, resize_buffers
 from .fusion import resized, standards, top_mean, weighted

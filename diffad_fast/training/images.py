@@ -20,8 +20,9 @@ from ..data.images import Images
 from ..diffusion import NoiseSchedule
 from ..representations import WaveletRepresentation
 from .augment import augmented
-from .loop import Loop, generator, stratified, visits
+from .loop import Loop
 from .philox_steps import VALIDATION_STEPS
+from .sampling import generator, stratified, visits
 
 # Evaluations in a validation, if there are fewer held-out images each at several levels.
 VALIDATION = 64

@@ -10,8 +10,11 @@ import torch
 from .. import ops
 from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
-from .loop import History, Loop, TrainingCheckpoint, generator, stratified, visits
+from .history import History
+from .loop import Loop
 from .philox_steps import VALIDATION_STEPS
+from .sampling import generator, stratified, visits
+from .state import TrainingCheckpoint
 
 # Noise levels are drawn uniformly in log sigma between these: below, a token of unit variance is
 # as good as clean, above as good as noise.

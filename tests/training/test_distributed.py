@@ -17,7 +17,7 @@ import diffad_fast as daf
 from diffad_fast.errors import InputError
 from diffad_fast.training import checkpoint
 from diffad_fast.training.distributed import Processes, joined, processes
-from diffad_fast.training.loop import KIND, TrainingCheckpoint
+from diffad_fast.training.state import KIND, TrainingCheckpoint
 
 ROOT = Path(daf.__file__).parents[1]
 

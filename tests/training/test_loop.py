@@ -1,6 +1,5 @@
-"""What every training has: order, learning rate, optimiser, budget, the best average, logs."""
+"""What every training has: learning rate, optimiser, budget, the best average, logs."""
 
-import copy
 import csv
 import math
 import signal
@@ -15,32 +14,11 @@ from torch import nn
 
 from diffad_fast.config import DetectorConfig, duration
 from diffad_fast.errors import InputError
-from diffad_fast.training import loop
+from diffad_fast.training import loop, trials
 from diffad_fast.training.log import Log
-from diffad_fast.training.loop import (
-    TrainingCheckpoint,
-    generator,
-    learning_rate,
-    stratified,
-    visits,
-)
+from diffad_fast.training.loop import learning_rate
 from diffad_fast.training.optimizer import Optimizer
-
-
-def test_an_epoch_visits_every_sample_once():
-    positions, epochs = visits(8, 0, 48, seed=0)
-    for epoch in range(6):
-        assert sorted(positions[epochs == epoch].tolist()) == list(range(8))
-        assert (epochs[8 * epoch : 8 * epoch + 8] == epoch).all()
-    assert len({tuple(positions[8 * k : 8 * k + 8].tolist()) for k in range(6)}) > 1
-    part = visits(8, 19, 41, seed=0)
-    assert torch.equal(part[0], positions[19:41]) and torch.equal(part[1], epochs[19:41])
-
-
-def test_levels_lie_one_in_each_part():
-    u = stratified(50, generator(0, "level", 3))
-    assert (u * 50).long().tolist() == list(range(50))
-    assert len(set((u * 50 % 1).round(decimals=9).tolist())) == 1
+from diffad_fast.training.state import TrainingCheckpoint
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -134,7 +112,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(loop, "time", clock)
+    for module in (loop, trials):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -291,7 +270,7 @@ def test_the_log_is_that_of_an_uninterrupted_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(first, "inputs", failing)
     saved = iter([False] * 30 + [True] + [False] * 100)
-    monkeypatch.setattr("diffad_fast.training.loop._Clock.due", lambda *_: next(saved))
+    monkeypatch.setattr("diffad_fast.training.state.TrainingState.due", lambda *_: next(saved))
     with pytest.raises(OSError, match="pulled out"):
         first.run(TrainingCheckpoint(state, log=log))
     monkeypatch.undo()
@@ -370,22 +349,6 @@ def test_a_new_log_removes_those_of_networks_that_are_no_more(tmp_path):
     assert everything - set(tmp_path.iterdir()) == {part.log for part in stale}
 
 
-def test_states_of_several_networks(tmp_path):
-    kept = TrainingCheckpoint(tmp_path / "m.training", log=tmp_path / "m.csv")
-    assert kept.part(0) is kept
-    assert kept.part(2).path == str(tmp_path / "m.training.2")
-    assert kept.part(2).log.name == "m.2.csv"
-    for k in range(3):
-        open(kept.part(k).path, "w").close()
-    open(kept.fold(1).path, "w").close()
-    open(kept.fold(1).part(2).path, "w").close()
-    others = ["m.training.2026-mine", "m.training.3.bak", "m.training.diffad"]
-    for name in others:
-        (tmp_path / name).touch()
-    kept.remove()
-    assert sorted(p.name for p in tmp_path.iterdir()) == others
-
-
 def test_handlers_that_python_has_not_made_are_left_alone(monkeypatch):
     """Python answers None for them, and cannot put them back."""
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
@@ -396,12 +359,3 @@ def test_handlers_that_python_has_not_made_are_left_alone(monkeypatch):
 
     with cli._terminable():
         pass
-
-
-def test_a_finished_training_resumes_to_itself(tmp_path):
-    kept = TrainingCheckpoint(tmp_path / "state", resume=True)
-    first, second = worker.token_trainer(), worker.token_trainer()
-    first.run(kept)
-    reference = copy.deepcopy(first.denoiser.state_dict())
-    assert vars(second.run(kept))["loss"] == [list(x) for x in first.history.loss]
-    worker.assert_same(second.denoiser.state_dict(), reference)

@@ -15,8 +15,8 @@ from diffad_fast import ops
 from diffad_fast.errors import InputError
 from diffad_fast.models import coefficients
 from diffad_fast.training import checkpoint
-from diffad_fast.training.loop import TrainingCheckpoint
 from diffad_fast.training.philox_steps import PICTURE_STEPS
+from diffad_fast.training.state import TrainingCheckpoint
 
 
 def drawing(images):

@@ -12,9 +12,10 @@ import training_worker as worker
 import diffad_fast as daf
 from diffad_fast.config import DetectorConfig
 from diffad_fast.errors import BackendError, InputError
-from diffad_fast.training import batch, loop
+from diffad_fast.training import batch, loop, trials
+from diffad_fast.training import state as training_state
 from diffad_fast.training.distributed import Processes
-from diffad_fast.training.loop import TrainingCheckpoint
+from diffad_fast.training.state import TrainingCheckpoint
 
 # ---------------------------------------------------------------- torch.compile
 
@@ -23,8 +24,9 @@ from diffad_fast.training.loop import TrainingCheckpoint
 def clock(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
-    monkeypatch.setattr(loop, "time", clock)
-    monkeypatch.setattr(loop, "COMPILED_ON", ("cpu",))
+    for module in (loop, training_state, trials):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(trials, "COMPILED_ON", ("cpu",))
     return clock
 
 
@@ -160,7 +162,7 @@ def test_generated_code_trains_the_same(kind):
 @pytest.mark.parametrize("kind", ["image", "token"])
 def test_a_trial_on_a_gpu(kind, monkeypatch):
     """Both kinds of step are captured and timed; whichever is taken trains as the eager one."""
-    monkeypatch.setattr(loop, "WORTH_COMPILING", 0.0)
+    monkeypatch.setattr(trials, "WORTH_COMPILING", 0.0)
     tried, eager = (
         worker.TRAINERS[kind](device="cuda", train_dtype="float32", train_compile=c)
         for c in ("auto", False)

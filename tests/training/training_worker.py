@@ -19,7 +19,7 @@ from diffad_fast.denoisers.token_mlp import TokenMLP
 from diffad_fast.representations import WaveletRepresentation
 from diffad_fast.training.distributed import joined
 from diffad_fast.training.images import Trainer
-from diffad_fast.training.loop import TrainingCheckpoint
+from diffad_fast.training.state import TrainingCheckpoint
 from diffad_fast.training.tokens import TokenTrainer
 
 context = multiprocessing.get_context("forkserver")

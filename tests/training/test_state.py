@@ -1,5 +1,6 @@
 """Trainings that are killed, stopped or out of disk, and what is left of them."""
 
+import copy
 import errno
 import os
 import random
@@ -14,7 +15,7 @@ import training_worker as worker
 import diffad_fast as daf
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.training import checkpoint
-from diffad_fast.training.loop import KIND, TrainingCheckpoint
+from diffad_fast.training.state import KIND, TrainingCheckpoint
 from diffad_fast.training.tokens import TokenTrainer
 
 OPTIONS = {"image": {"train_steps": 80}, "token": {"train_steps": 160}}
@@ -189,3 +190,28 @@ def test_a_detector_of_several_networks_resumes(stopped_in, tmp_path, monkeypatc
 def test_steps_and_budget_exclude_each_other():
     with pytest.raises(InputError, match="steps=3 and budget='1s' exclude each other"):
         daf.Detector(image_size=32, device="cpu").fit(worker.pictures(), steps=3, budget="1s")
+
+
+def test_states_of_several_networks(tmp_path):
+    kept = TrainingCheckpoint(tmp_path / "m.training", log=tmp_path / "m.csv")
+    assert kept.part(0) is kept
+    assert kept.part(2).path == str(tmp_path / "m.training.2")
+    assert kept.part(2).log.name == "m.2.csv"
+    for k in range(3):
+        open(kept.part(k).path, "w").close()
+    open(kept.fold(1).path, "w").close()
+    open(kept.fold(1).part(2).path, "w").close()
+    others = ["m.training.2026-mine", "m.training.3.bak", "m.training.diffad"]
+    for name in others:
+        (tmp_path / name).touch()
+    kept.remove()
+    assert sorted(p.name for p in tmp_path.iterdir()) == others
+
+
+def test_a_finished_training_resumes_to_itself(tmp_path):
+    kept = TrainingCheckpoint(tmp_path / "state", resume=True)
+    first, second = worker.token_trainer(), worker.token_trainer()
+    first.run(kept)
+    reference = copy.deepcopy(first.denoiser.state_dict())
+    assert vars(second.run(kept))["loss"] == [list(x) for x in first.history.loss]
+    worker.assert_same(second.denoiser.state_dict(), reference)
