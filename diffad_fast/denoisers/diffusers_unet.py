@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..diffusion.schedule import log_sigma
+
 
 class DiffusersUNet(nn.Module):
     """``unet(x, timestep)`` of diffusers, asked at the timestep whose level is nearest.
@@ -21,9 +23,9 @@ class DiffusersUNet(nn.Module):
         self.unet = unet
         # A level without signal has an infinite sigma; its border to the last one has not.
         alpha = alphas_cumprod.double().clamp(min=torch.finfo(torch.float64).tiny)
-        log_sigma = 0.5 * (torch.log1p(-alpha) - torch.log(alpha))
+        levels = log_sigma(alpha)
         # Timestep t serves the levels between the middles to its neighbours.
-        self.register_buffer("borders", ((log_sigma[1:] + log_sigma[:-1]) / 2).float())
+        self.register_buffer("borders", ((levels[1:] + levels[:-1]) / 2).float())
 
     def forward(self, x: torch.Tensor, log_sigma: torch.Tensor) -> torch.Tensor:
         return self.denoise(x, self.conditioning(log_sigma))

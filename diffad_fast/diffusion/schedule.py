@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,6 +24,17 @@ class ReverseStep(NamedTuple):
     """Cumulative alpha at the target level; 1 is clean."""
     log_sigma: float
     """log of the source level's sigma, on which the network is conditioned."""
+
+    @classmethod
+    def between(cls, alpha_t: float, alpha_s: float) -> ReverseStep:
+        """The step from one cumulative alpha to another; without signal sigma is infinite."""
+        level = 0.5 * math.log((1 - alpha_t) / alpha_t) if alpha_t > 0 else math.inf
+        return cls(alpha_t, alpha_s, level)
+
+
+def log_sigma(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """log of sigma = sqrt((1 - alpha)/alpha), of float64."""
+    return 0.5 * (torch.log1p(-alphas_cumprod) - torch.log(alphas_cumprod))
 
 
 class NoiseSchedule:
@@ -54,8 +66,8 @@ class NoiseSchedule:
 
     @property
     def log_sigma(self) -> torch.Tensor:
-        """(T,) float64: log of sigma = sqrt((1 - alpha)/alpha), increasing with t."""
-        return 0.5 * (torch.log1p(-self.alphas_cumprod) - torch.log(self.alphas_cumprod))
+        """(T,) float64, increasing with t."""
+        return log_sigma(self.alphas_cumprod)
 
     @property
     def range(self) -> tuple[float, float]:
@@ -107,10 +119,7 @@ class NoiseSchedule:
             )
         times = [round((start + 1) * (1 - i / steps)) - 1 for i in range(steps + 1)]
         alphas = [1.0 if t < 0 else float(self.alphas_cumprod[t]) for t in times]
-        return [
-            ReverseStep(a_t, a_s, 0.5 * math.log((1 - a_t) / a_t))
-            for a_t, a_s in zip(alphas[:-1], alphas[1:], strict=True)
-        ]
+        return [ReverseStep.between(*step) for step in pairwise(alphas)]
 
     @staticmethod
     def inversion_steps(sigma_min: float, sigma_max: float, steps: int) -> list[ReverseStep]:

@@ -6,7 +6,6 @@ A pipeline that was saved with :class:`FusedDDIMScheduler` names this module in 
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
@@ -172,7 +171,7 @@ def fast_sampler(
         )
     return ReverseLoop(
         DiffusersUNet(unet, scheduler.alphas_cumprod).to(next(unet.parameters()).device),
-        [ReverseStep(a, b, _log_sigma(a)) for a, b in levels],
+        [ReverseStep.between(*level) for level in levels],
         seed=seed,
         prediction_type=config.prediction_type,
         eta=eta,
@@ -230,7 +229,3 @@ def check_unet(unet: nn.Module) -> None:
         )
     if getattr(config, "num_class_embeds", None) or getattr(config, "class_embed_type", None):
         raise InputError("the U-Net is conditioned on classes: only unconditional ones are used")
-
-
-def _log_sigma(alpha: float) -> float:
-    return 0.5 * math.log((1 - alpha) / alpha) if alpha > 0 else math.inf

@@ -12,7 +12,8 @@ from torch import nn
 
 from .. import ops
 from ..errors import InputError
-from .whitening import Moments, Whitening
+from .moments import JointMoments
+from .whitening import Whitening
 
 # Groups of neighbouring mel bands whose modulation spectra are taken.
 MODULATION_BANDS = 16
@@ -144,7 +145,7 @@ class AudioTokens(nn.Module):
     @torch.no_grad()
     def fit(self, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
         """Set the whitening from waves of normal clips; ``batches()`` iterates over them."""
-        moments = Moments()
+        moments = JointMoments()
         for waves in batches():
             moments.add(self._tokens(waves).flatten(0, 1))
         self.whitening.fit(moments)

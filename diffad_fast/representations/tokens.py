@@ -13,8 +13,9 @@ from .. import ops
 from ..config import BASE_GRID, token_source
 from ..errors import InputError
 from ..reference.maps import gaussian_blur
+from .moments import JointMoments
 from .smoothing import GaussianSmoothing
-from .whitening import Moments, Whitening
+from .whitening import Whitening
 
 # Under an energy in front of its logarithm: of intensities in [0,1], an amplitude of a thousandth,
 # less than rounding to 8 bits leaves.
@@ -167,7 +168,7 @@ class ImageTokens(nn.Module):
         if any(isinstance(source, EnergySource) for source in self.sources):
             energies = [self.energies(self.preprocessing(x)) for x in batches()]
         for source, whitening in zip(self.sources, self.whitenings, strict=True):
-            moments = Moments()
+            moments = JointMoments()
             if isinstance(source, EnergySource):
                 source.fit(energies)
                 for batch in energies:

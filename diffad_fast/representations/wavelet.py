@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from .moments import Moments
 
 # Rounding to 8 bits adds noise of this deviation to a pixel, and the orthonormal transform leaves
 # white noise as it is: a sub-band with less than that holds nothing, and dividing by its deviation
@@ -37,19 +38,15 @@ class WaveletRepresentation(nn.Module):
         """Set mean and deviation of every channel from batches (n,C,H,W) of normal images."""
         if self.level == 0:
             return
-        count, mean, m2 = 0, 0.0, 0.0
+        moments = Moments()
         for images in batches:
             x = ops.haar_pack(images, self.level).double()
-            n = x.numel() // self.channels
-            batch_mean = x.mean(dim=(0, 2, 3))
-            batch_m2 = (x - batch_mean[:, None, None]).square().sum(dim=(0, 2, 3))
-            # Chan et al. (1979): merging two sets' means and sums of squared deviations.
-            delta = batch_mean - mean
-            m2 = m2 + batch_m2 + delta**2 * (count * n / (count + n))
-            mean = mean + delta * (n / (count + n))
-            count += n
-        self.mean.copy_(mean)
-        self.deviation.copy_((m2 / count).sqrt().clamp(min=SMALLEST_DEVIATION))
+            mean = x.mean(dim=(0, 2, 3))
+            scatter = (x - mean[:, None, None]).square().sum(dim=(0, 2, 3))
+            moments.merge(x.numel() // self.channels, mean, scatter)
+        variance = moments.scatter / moments.count
+        self.mean.copy_(moments.mean)
+        self.deviation.copy_(variance.sqrt().clamp(min=SMALLEST_DEVIATION))
 
     def shape(self, images: torch.Size) -> tuple[int, ...]:
         """Of the coefficients of ``images`` (N,C,H,W)."""

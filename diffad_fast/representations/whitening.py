@@ -5,35 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .moments import JointMoments
+
 # Share of the largest eigenvalue below which none may fall: directions in which normals hardly
 # vary are noise of the estimate, and would be blown up to the size of a signal.
 SMALLEST_EIGENVALUE = 1e-3
-
-
-class Moments:
-    """Mean and covariance of rows, merged batch by batch in float64."""
-
-    def __init__(self):
-        self.count, self.mean, self.scatter = 0, 0.0, 0.0
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Take in rows (n,D)."""
-        rows = rows.double()
-        n = len(rows)
-        mean = rows.mean(dim=0)
-        centred = rows - mean
-        # Chan et al. (1979).
-        delta = mean - self.mean
-        total = self.count + n
-        self.scatter = self.scatter + centred.T @ centred
-        self.scatter = self.scatter + torch.outer(delta, delta) * (self.count * n / total)
-        self.mean = self.mean + delta * (n / total)
-        self.count = total
-
-    @property
-    def covariance(self) -> torch.Tensor:
-        """(D,D) float64."""
-        return self.scatter / self.count
 
 
 class Whitening(nn.Module):
@@ -54,7 +30,7 @@ class Whitening(nn.Module):
     def dim(self) -> int:
         return self.matrix.shape[1]
 
-    def fit(self, moments: Moments) -> None:
+    def fit(self, moments: JointMoments) -> None:
         covariance = moments.covariance
         scale = torch.ones_like(moments.mean)
         if self.standardise:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
+
+from ..representations.moments import Moments
 
 MAPS = ("pixel", "feature", "sub-band")
 """The maps of ``ops.anomaly_map``, in its order."""
@@ -25,38 +28,19 @@ class MapStatistics(NamedTuple):
     deviation: torch.Tensor
 
 
-class _Moments:
-    """Count, mean and summed squared deviation per position, merged batch by batch in float64."""
-
-    def __init__(self):
-        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+class _MapMoments(Moments):
+    """The moments of maps (n,H,W), per position, in float64."""
 
     def add(self, maps: torch.Tensor) -> None:
         maps = maps.double()
-        n = len(maps)
-        if n == 0:
-            return
-        mean = maps.mean(dim=0)
-        m2 = (maps - mean).square().sum(dim=0)
-        # Chan et al. (1979).
-        delta = mean - self.mean
-        total = self.count + n
-        self.m2 = self.m2 + m2 + delta**2 * (self.count * n / total)
-        self.mean = self.mean + delta * (n / total)
-        self.count = total
-
-    def merged(self, other: _Moments) -> _Moments:
-        result = _Moments()
-        result.count = self.count + other.count
-        delta = other.mean - self.mean
-        result.mean = self.mean + delta * (other.count / result.count)
-        result.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / result.count)
-        return result
+        if len(maps):
+            mean = maps.mean(dim=0)
+            self.merge(len(maps), mean, (maps - mean).square().sum(dim=0))
 
     def scalar(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance over images and positions together."""
         mean = self.mean.mean()
-        variance = self.m2.mean() / self.count + (self.mean - mean).square().mean()
+        variance = self.scatter.mean() / self.count + (self.mean - mean).square().mean()
         return mean, variance
 
     def position(self, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +48,7 @@ class _Moments:
 
         The first two moments are smoothed, so that the variance keeps what the mean loses.
         """
-        second = self.m2 / self.count + self.mean**2
+        second = self.scatter / self.count + self.mean**2
         mean, second = _blur(torch.stack([self.mean, second]), sigma)
         return mean, (second - mean**2).clamp(min=0)
 
@@ -86,11 +70,11 @@ def fit_statistics(
     one or two normals tell next to nothing, would otherwise be close to 0 and its map all there is;
     m = 1, the unit itself, where not even the median is more than 0.
     """
-    halves: list[list[_Moments]] | None = None
+    halves: list[list[_MapMoments]] | None = None
     seen = 0
     for maps in batches:
         if halves is None:
-            halves = [[_Moments(), _Moments()] if m is not None else [] for m in maps]
+            halves = [[_MapMoments(), _MapMoments()] if m is not None else [] for m in maps]
         for moments, map_ in zip(halves, maps, strict=True):
             if moments:
                 moments[seen % 2].add(map_[::2])
@@ -112,12 +96,13 @@ def fit_statistics(
     ]  # fmt: skip
 
 
-def _choose(even: _Moments, odd: _Moments, kind: str, smoothing: float) -> MapStatistics:
+def _choose(even: _MapMoments, odd: _MapMoments, kind: str, smoothing: float) -> MapStatistics:
     if even.count == 0 or odd.count == 0:
         # A single normal has no spread between images; only that within its map is known.
         both, kind = (odd if even.count == 0 else even), "scalar"
     else:
-        both = even.merged(odd)
+        both = copy(even)
+        both.merge(odd.count, odd.mean, odd.scatter)
     if kind == "auto":
         by_position, by_scalar = 0.0, 0.0
         for fitted, held_out in ((even, odd), (odd, even)):
@@ -130,7 +115,7 @@ def _choose(even: _Moments, odd: _Moments, kind: str, smoothing: float) -> MapSt
     return MapStatistics(mean.float(), deviation.clamp(min=floor).float())
 
 
-def _misfit(prediction: tuple[torch.Tensor, torch.Tensor], held_out: _Moments) -> float:
+def _misfit(prediction: tuple[torch.Tensor, torch.Tensor], held_out: _MapMoments) -> float:
     """Mean negative Gaussian log-likelihood of held-out maps, up to a constant.
 
     Over n maps with mean m and variance v, the mean of (x - mu)^2 is v + (m - mu)^2: the moments
@@ -138,7 +123,7 @@ def _misfit(prediction: tuple[torch.Tensor, torch.Tensor], held_out: _Moments) -
     """
     mean, variance = prediction
     variance = variance.clamp(min=(variance.mean() * SMALLEST_SHARE**2).clamp(min=1e-24))
-    squared = held_out.m2 / held_out.count + (held_out.mean - mean).square()
+    squared = held_out.scatter / held_out.count + (held_out.mean - mean).square()
     return float((variance.log() / 2 + squared / (2 * variance)).mean())
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .. import ops
-from ..representations.whitening import Moments, Whitening
+from ..representations.moments import JointMoments
+from ..representations.whitening import Whitening
 
 # Normal features that `nearest` keeps: its cost and memory grow with them.
 LARGEST_SAMPLE = 4096
@@ -36,7 +37,7 @@ class FeatureDistance(nn.Module):
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor], seed: int) -> None:
         """Learn from batches (...,C) of normal features."""
-        moments, kept = Moments(), []
+        moments, kept = JointMoments(), []
         generator = torch.Generator().manual_seed(seed)
         for features in batches:
             rows = features.reshape(-1, features.shape[-1])

@@ -10,13 +10,14 @@ from sklearn.decomposition import PCA
 from diffad_fast.config import DetectorConfig, token_source
 from diffad_fast.errors import InputError
 from diffad_fast.representations import Preprocessing, VectorTokens, create_tokens
+from diffad_fast.representations.moments import JointMoments
 from diffad_fast.representations.tokens import BandEnergies, HaarPatches
-from diffad_fast.representations.whitening import Moments, Whitening
+from diffad_fast.representations.whitening import Whitening
 
 
 def test_whitening_is_that_of_scikit_learn():
     rows = torch.randn(500, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
-    moments, whitening = Moments(), Whitening()
+    moments, whitening = JointMoments(), Whitening()
     for part in rows.split([100, 1, 399]):
         moments.add(part)
     whitening.fit(moments)
@@ -28,7 +29,7 @@ def test_whitening_is_that_of_scikit_learn():
 
 def test_small_eigenvalues_are_not_blown_up():
     rows = torch.randn(2000, 2, dtype=torch.float64) * torch.tensor([1.0, 1e-6])
-    moments, whitening = Moments(), Whitening()
+    moments, whitening = JointMoments(), Whitening()
     moments.add(rows)
     whitening.fit(moments)
     deviation = whitening(rows.float()).std(dim=0)
@@ -37,7 +38,7 @@ def test_small_eigenvalues_are_not_blown_up():
 
 def test_what_never_varies_counts_in_the_unit_of_what_does():
     rows = torch.randn(200, 7, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0, 0, 0, 0, 0])
-    moments, whitening = Moments(), Whitening(standardise=True)
+    moments, whitening = JointMoments(), Whitening(standardise=True)
     moments.add(rows)
     whitening.fit(moments)
     away = rows.mean(dim=0)[None].float().repeat(2, 1)

@@ -50,9 +50,9 @@ def test_one_normal_and_constant_maps_stay_finite():
 def test_misfit_is_the_gaussian_log_likelihood():
     from scipy import stats
 
-    from diffad_fast.scoring.maps import _misfit, _Moments
+    from diffad_fast.scoring.maps import _MapMoments, _misfit
 
-    fitted, held_out, maps = _Moments(), _Moments(), torch.rand(30, 4, 5)
+    fitted, held_out, maps = _MapMoments(), _MapMoments(), torch.rand(30, 4, 5)
     fitted.add(torch.rand(20, 4, 5) * 2)
     held_out.add(maps)
     mean, variance = fitted.position(0.0)
