@@ -107,14 +107,14 @@ def _run(network: str, count: int, threads: int, steps: int) -> dict:
 
 
 def _worker(results, network, steps, threads, rank, count, port) -> None:
-    from diffad_fast.training.distributed import joined, processes
+    from diffad_fast.training.distributed import processes, torchrun_group
 
     torch.set_num_threads(threads)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    with joined("cpu"):
+    with torchrun_group("cpu"):
         trainer, step = (image_step if network.startswith("unet") else token_step)()
         step()
         times = [_seconds(step) for _ in range(steps)]

@@ -104,7 +104,7 @@ def _denoiser(quick: bool) -> str:
 
 def _unet(images, device, steps: int, seed: int, quick: bool) -> dict[str, list]:
     from diffad_fast import Detector
-    from diffad_fast.training.images import Trainer
+    from diffad_fast.training.images import ImageTrainer
 
     n = len(images.load())
     fit, held_out = range(n * 9 // 10), range(n * 9 // 10, n)
@@ -117,7 +117,8 @@ def _unet(images, device, steps: int, seed: int, quick: bool) -> dict[str, list]
 
     def trainer(found):
         model = found.model
-        return Trainer(model.denoiser, model.representation, images, fit, held_out, config, device)
+        given = model.denoiser, model.representation, images, fit, held_out
+        return ImageTrainer(*given, config, device)
 
     ours = detector()
     ours.model.representation.fit([x[: len(fit)].to(device)])

@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "device" not in args:
                 args.command(args)
                 return 0
-            from .training.distributed import joined
+            from .training.distributed import torchrun_group
 
-            with joined(args.device) as args.device:
+            with torchrun_group(args.device) as args.device:
                 args.command(args)
         except DiffadError as error:
             return _fail(str(error))

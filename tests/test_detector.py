@@ -129,9 +129,9 @@ class Interrupt(Exception):
 
 
 def test_interrupted_training_ends_with_the_same_weights(fitted, tmp_path, monkeypatch):
-    from diffad_fast.training.images import Trainer
+    from diffad_fast.training.images import ImageTrainer
 
-    inputs = Trainer.inputs
+    inputs = ImageTrainer.inputs
 
     def failing(self, number):
         if number == 37:
@@ -139,7 +139,7 @@ def test_interrupted_training_ends_with_the_same_weights(fitted, tmp_path, monke
         return inputs(self, number)
 
     state = tmp_path / "m.training"
-    monkeypatch.setattr(Trainer, "inputs", failing)
+    monkeypatch.setattr(ImageTrainer, "inputs", failing)
     with pytest.raises(Interrupt):
         daf.Detector(**OPTIONS).fit(
             normals(160), training_checkpoint=TrainingCheckpoint(state, seconds=0.0)
@@ -722,9 +722,9 @@ def test_resuming_on_other_images_is_refused(tmp_path):
         seen = []
         from diffad_fast.training import images
 
-        step = images.Trainer._loss
+        step = images.ImageTrainer._loss
         patch.setattr(
-            images.Trainer, "_loss",
+            images.ImageTrainer, "_loss",
             lambda *a: stop() if len(seen) > 8 else (seen.append(0), step(*a))[1],
         )  # fmt: skip
         daf.Detector(**options).fit(normals(40), training_checkpoint=kept)

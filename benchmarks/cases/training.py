@@ -107,13 +107,13 @@ def image_step(
     images: (n,1,side,side) in [0, 1], all of which are a step's; None: ``batch`` made-up ones.
     """
     from diffad_fast.data.images import open_images
-    from diffad_fast.training.images import Trainer
+    from diffad_fast.training.images import ImageTrainer
 
     images = made_up(batch, side) if images is None else images
     detector = _detector(denoiser, images, device)
     source = open_images((images * 255).round().to(torch.uint8), images.shape[2:], 1)
     source.load()
-    trainer = Trainer(
+    trainer = ImageTrainer(
         detector.model.denoiser.train(), detector.model.representation, source,
         range(len(images)), [], detector.config.replace(batch_size=len(images)), device,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
 from ..training import batch
 from ..training.distributed import processes
 from ..training.history import History
-from ..training.images import Trainer
+from ..training.images import ImageTrainer
 from ..training.philox_steps import PICTURE_STEPS
 from ..training.state import TrainingCheckpoint
 from .base import Model, resize_buffers
@@ -87,7 +87,7 @@ class CoefficientModel(Model):
             if begun is not None:
                 config = config.with_batch(begun.batch_size)
             else:
-                config = batch.settled(
+                config = batch.with_auto_batch(
                     self.denoiser, self.representation, source, split.fit, config, self.device
                 )
             self.config = config
@@ -100,7 +100,7 @@ class CoefficientModel(Model):
         history = History()
         if config.train_steps:
             self.schedule.warn_untrained(config, *self.schedule.range)
-            history = Trainer(
+            history = ImageTrainer(
                 self.denoiser, self.representation, source, split.fit, split.validation,
                 config, self.device, self._pictures,
             ).run(kept)  # fmt: skip

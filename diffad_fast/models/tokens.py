@@ -21,7 +21,7 @@ from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training.augment import augmented
 from ..training.history import History
 from ..training.state import TrainingCheckpoint
-from ..training.tokens import SIGMA_RANGE, fit_tokens
+from ..training.tokens import SIGMA_RANGE, TokenTrainer
 from .base import Model, resize_buffers
 from .fusion import resized, standards, top_mean, weighted
 
@@ -96,7 +96,8 @@ class TokenModel(Model):
         for number, (dim, bank, held_out) in enumerate(sources):
             denoiser = self._denoiser(dim)
             part = None if kept is None else kept.part(number)
-            history = fit_tokens(denoiser, bank, held_out, training, self.device, part)
+            trainer = TokenTrainer(denoiser, bank, held_out, training, self.device)
+            history = trainer.run(part)
             histories.append(history)
             # What the first one's trial has found holds for the others.
             training = training.replace(train_compile=history.compiled)

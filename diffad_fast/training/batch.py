@@ -12,7 +12,7 @@ from ..config import DetectorConfig
 from ..data.images import Images
 from ..representations import WaveletRepresentation
 from .distributed import processes
-from .images import GPU_SHARE, Trainer
+from .images import GPU_SHARE, ImageTrainer
 from .optimizer import Optimizer
 
 # Share of the free memory for a step: what decoded images leave, less a tenth for gaps.
@@ -23,7 +23,7 @@ MEASURED = (4, 8)
 LARGEST = 256
 
 
-def settled(
+def with_auto_batch(
     denoiser: nn.Module,
     representation: WaveletRepresentation,
     images: Images,
@@ -33,9 +33,9 @@ def settled(
 ) -> DetectorConfig:
     """``config`` with the batch size "auto" settled, and the learning rate that belongs to it.
 
-    Arguments as for :class:`Trainer`. On a GPU each part of a step in each process gets the largest
-    power of two of images that fits into the memory; elsewhere, where memory does not limit a
-    step, the batch is the usual one.
+    Arguments as for :class:`ImageTrainer`. On a GPU each part of a step in each process gets the
+    largest power of two of images that fits into the memory; elsewhere, where memory does not limit
+    a step, the batch is the usual one.
     """
     if device.type != "cuda":
         return config.with_batch(DetectorConfig(kind=config.kind).batch_size)
@@ -71,7 +71,7 @@ def step_memory(denoiser, representation, images, fit, config, device, size: int
     config = config.with_batch(size).replace(accumulate=1)
     some = [fit[i % len(fit)] for i in range(size)]
     network = copy.deepcopy(denoiser).train()
-    trial = Trainer(network, representation, images, some, [], config, device)
+    trial = ImageTrainer(network, representation, images, some, [], config, device)
     trial.optimizer = Optimizer(trial.denoiser, config)
     trial.optimizer.set(0, 0.0)
     float(trial.step_function()(*trial.inputs(0)))

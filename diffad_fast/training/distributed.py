@@ -76,7 +76,7 @@ def processes() -> Processes:
 
 
 @contextmanager
-def joined(device: str | None = None, timeout: float = 600.0) -> Iterator[str | None]:
+def torchrun_group(device: str | None = None, timeout: float = 600.0) -> Iterator[str | None]:
     """Join the processes that torchrun started, and yield this one's device.
 
     device: as for :class:`diffad_fast.Detector`; a GPU becomes the one of this process's number on

@@ -32,7 +32,7 @@ IDENTIFYING = 32  # images that tell one data set from another
 PICTURES = 4  # held-out images in a picture
 
 
-class Trainer(Loop):
+class ImageTrainer(Loop):
     """Trains a denoiser on the coefficients of images and leaves the averaged weights in it.
 
     images: a loaded collection; ``fit`` and ``validation`` are indices into it. They lie on the

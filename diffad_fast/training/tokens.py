@@ -10,11 +10,9 @@ import torch
 from .. import ops
 from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
-from .history import History
 from .loop import Loop
 from .philox_steps import VALIDATION_STEPS
 from .sampling import generator, stratified, visits
-from .state import TrainingCheckpoint
 
 # Noise levels are drawn uniformly in log sigma between these: below, a token of unit variance is
 # as good as clean, above as good as noise.
@@ -26,29 +24,24 @@ LEVELS = 32
 VALIDATION = 8192
 
 
-def fit_tokens(
-    denoiser: TokenMLP,
-    tokens: torch.Tensor,
-    validation: torch.Tensor,
-    config: DetectorConfig,
-    device: torch.device,
-    kept: TrainingCheckpoint | None = None,
-) -> History:
-    """Train on tokens (M,D) of normals and leave the averaged weights in ``denoiser``.
+class TokenTrainer(Loop):
+    """Trains a token MLP on tokens (M,D) of normals and leaves the averaged weights in it.
 
     The loss is the squared error of the v-prediction at x = (x0 + sigma noise)/sqrt(1 + sigma^2),
     mean over ``config.token_batch`` tokens, with log sigma uniform. validation: (V,D) held-out
-    tokens, which choose the step whose weights are kept. Stops and resumes as :meth:`Loop.run`.
+    tokens, which choose the step whose weights are kept.
     """
-    return TokenTrainer(denoiser, tokens, validation, config, device).run(kept)
-
-
-class TokenTrainer(Loop):
-    """Trains a token MLP; arguments as for :func:`fit_tokens`."""
 
     unit = "token"
 
-    def __init__(self, denoiser, tokens, validation, config: DetectorConfig, device):
+    def __init__(
+        self,
+        denoiser: TokenMLP,
+        tokens: torch.Tensor,
+        validation: torch.Tensor,
+        config: DetectorConfig,
+        device: torch.device,
+    ):
         super().__init__(denoiser, config, device, config.token_batch)
         self.tokens, self.validation = tokens.to(self.device), validation.to(self.device)
         mine = self.batch // self.processes.count

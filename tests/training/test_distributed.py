@@ -16,7 +16,7 @@ from PIL import Image
 import diffad_fast as daf
 from diffad_fast.errors import InputError
 from diffad_fast.training import checkpoint
-from diffad_fast.training.distributed import Processes, joined, processes
+from diffad_fast.training.distributed import Processes, processes, torchrun_group
 from diffad_fast.training.state import KIND, TrainingCheckpoint
 
 ROOT = Path(daf.__file__).parents[1]
@@ -110,7 +110,7 @@ def test_shares():
     assert Processes(1, 2).share_of(8) == slice(4, 8)
     assert processes() == (0, 1) and processes().first
     assert processes().agreed(3) == 3 and processes().gathered(3) == [3]
-    with joined("cpu") as device:
+    with torchrun_group("cpu") as device:
         assert device == "cpu"
 
 

@@ -152,9 +152,7 @@ def test_rows_are_normals_reconstructions_and_samples(channels):
     x_t = math.sqrt(back[0].alpha_t) * x0 + math.sqrt(1 - back[0].alpha_t) * noise
     schedule = model.schedule
     steps = schedule.reverse_steps(schedule.timestep(20.0), coefficients.SAMPLE_STEPS)
-    fields = [
-        ops.philox_normal((1, *x0.shape[1:]), 5, k, PICTURE_STEPS.start) for k in (1, 2, 3)
-    ]
+    fields = [ops.philox_normal((1, *x0.shape[1:]), 5, k, PICTURE_STEPS.start) for k in (1, 2, 3)]
     for row, expected in zip(
         rows,
         (

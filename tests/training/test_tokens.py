@@ -11,7 +11,7 @@ from diffad_fast import ops
 from diffad_fast.config import DetectorConfig
 from diffad_fast.denoisers.token_mlp import TokenMLP
 from diffad_fast.training import tokens as tokens_module
-from diffad_fast.training.tokens import TokenTrainer, fit_tokens
+from diffad_fast.training.tokens import TokenTrainer
 
 
 def test_the_loss_is_that_of_the_module_in_float64():
@@ -66,7 +66,8 @@ def test_learns_the_best_denoiser_of_a_gaussian():
         kind="vector", train_steps=600, token_batch=512, learning_rate=3e-3, warmup_steps=20
     )
     denoiser = TokenMLP(4, 64, 2)
-    history = fit_tokens(denoiser, bank[:18000], bank[18000:], config, torch.device("cpu"))
+    device = torch.device("cpu")
+    history = TokenTrainer(denoiser, bank[:18000], bank[18000:], config, device).run()
     low, high = map(math.log, tokens_module.SIGMA_RANGE)
     sigma = torch.linspace(low, high, 2001).exp().double()[:, None]
     square = spread.double() ** 2

@@ -202,7 +202,7 @@ def settled(monkeypatch, free, n=5000, count=1, **options):
     monkeypatch.setattr(batch, "processes", lambda: Alone(0, count))
     config = DetectorConfig.create(denoiser="unet-tiny", batch_size="auto", **options)
     assert config.batch_size == "auto"
-    return batch.settled(None, None, None, range(n), config, torch.device("cuda"))
+    return batch.with_auto_batch(None, None, None, range(n), config, torch.device("cuda"))
 
 
 class Alone(Processes):
@@ -243,9 +243,9 @@ def test_a_continued_training_keeps_its_batch(tmp_path, monkeypatch):
     pictures = (np.random.default_rng(0).random((30, 32, 32)) * 255).astype(np.uint8)
     options = {"image_size": 32, "denoiser": "unet-tiny", "batch_size": "auto", "device": "cpu"}
     kept = TrainingCheckpoint(tmp_path / "state")
-    monkeypatch.setattr(batch, "settled", lambda *a: a[4].with_batch(4))
+    monkeypatch.setattr(batch, "with_auto_batch", lambda *a: a[4].with_batch(4))
     daf.Detector(**options).fit(pictures, steps=2, training_checkpoint=kept)
-    monkeypatch.setattr(batch, "settled", lambda *a: pytest.fail("settled again"))
+    monkeypatch.setattr(batch, "with_auto_batch", lambda *a: pytest.fail("settled again"))
     kept.resume = True
     detector = daf.Detector(**options).fit(pictures, steps=2, training_checkpoint=kept)
     assert detector.config.batch_size == 4

@@ -17,8 +17,8 @@ from diffad_fast.config import DetectorConfig
 from diffad_fast.data.images import open_images
 from diffad_fast.denoisers.token_mlp import TokenMLP
 from diffad_fast.representations import WaveletRepresentation
-from diffad_fast.training.distributed import joined
-from diffad_fast.training.images import Trainer
+from diffad_fast.training.distributed import torchrun_group
+from diffad_fast.training.images import ImageTrainer
 from diffad_fast.training.state import TrainingCheckpoint
 from diffad_fast.training.tokens import TokenTrainer
 
@@ -69,7 +69,8 @@ def image_trainer(
     config = DetectorConfig.create(**options)
     module = module.to(device)
     representation = pixels().to(device)
-    return Trainer(module, representation, images, range(n - 4), range(n - 4, n), config, device)
+    fit, held_out = range(n - 4), range(n - 4, n)
+    return ImageTrainer(module, representation, images, fit, held_out, config, device)
 
 
 def token_trainer(device="cpu", **options):
@@ -90,7 +91,7 @@ def train(kind, state, out, options, seconds=0.0, environment=None):
     os.environ.update(environment or {})
     sys.stderr = open(os.devnull, "w")
     try:
-        with joined("cpu", timeout=30.0):
+        with torchrun_group("cpu", timeout=30.0):
             trainer = TRAINERS[kind](**options)
             kept = state and TrainingCheckpoint(state, seconds=seconds, resume=True)
             history = trainer.run(kept)
