@@ -46,9 +46,9 @@ class CoefficientModel(nn.Module):
         self.device = device
         self.representation = WaveletRepresentation(config.channels, config.haar_level)
         if denoiser is None:
-            # With the weights of its seed.
+            # With the weights of its seed. torch.manual_seed would seed GPUs, too.
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
+                torch.default_generator.manual_seed(config.seed)
                 denoiser = denoisers.create(config.denoiser, self.representation.channels)
         elif not isinstance(denoiser, denoisers.WaveletUNet):
             if config.inference_dtype == "bfloat16":

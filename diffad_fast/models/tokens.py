@@ -179,7 +179,7 @@ class TokenModel(nn.Module):
 
     def _denoiser(self, dim: int) -> TokenMLP:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
+            torch.default_generator.manual_seed(self.config.seed)
             denoiser = TokenMLP(dim, self.config.token_width, self.config.token_blocks)
         return denoiser.to(self.device).eval()
 
