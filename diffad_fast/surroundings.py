@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -145,17 +145,17 @@ def undisturbed(call: Callable) -> Callable:
     def alone(*args, **options):
         if _forked:
             _on_one_thread()
-        device = getattr(args[0] if args else None, "device", None)
-        kind = device.type if isinstance(device, torch.device) else "cpu"
         elsewhere = not torch.empty(0).is_cpu  # by a default device
-        # inference_mode(False) enables gradients, too.
-        with (
-            _settings,
-            torch.device("cpu") if elsewhere else nullcontext(),
-            torch.autocast(kind, enabled=False),
-            torch.inference_mode(False),
-            evaluating(getattr(args[0] if args else None, "model", None)),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(_settings)
+            if elsewhere:
+                stack.enter_context(torch.device("cpu"))
+            for kind in ("cpu", "cuda"):
+                # Not where it is off: inside of another one a block of autocast keeps what it cast.
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(torch.inference_mode(False))  # enables gradients, too
+            stack.enter_context(evaluating(getattr(args[0] if args else None, "model", None)))
             return call(*args, **options)
 
     return alone

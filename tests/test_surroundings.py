@@ -202,3 +202,11 @@ def test_a_detector_in_another_process(tmp_path, start, warned):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert warned in done.stdout and bool(done.stdout.strip()) == bool(warned)
+
+
+@pytest.mark.parametrize("options", [TOKENS["image"], UNET], ids=["tokens", "U-Net"])
+def test_a_detector_seeds_nobodys_generators(options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds the GPUs"))
+    before = torch.get_rng_state()
+    fitted("image", options)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -25,21 +25,24 @@ __global__ void __launch_bounds__(kCosineThreads) cosine_kernel(const CosineArgs
   cosine_tiles<kLast>(args);
 }
 
-template <int R, int kLevel, class T>
-__global__ void __launch_bounds__(kTileColumns) weighted_kernel(const WeightedArgs<T> args) {
-  weighted_tiles<R, kLevel>(args);
+template <int kLevel, class T>
+__global__ void __launch_bounds__(kWeightedThreads) weighted_kernel(const WeightedArgs<T> args) {
+  weighted_tiles<kLevel>(args);
 }
 
+template <int kHalo>
 __global__ void __launch_bounds__(kBlurThreads) blur_kernel(const BlurArgs args) {
   extern __shared__ __align__(16) float shared[];
-  blur_tiles(args, shared);
+  blur_tiles<kHalo>(args, shared);
 }
 
 __global__ void __launch_bounds__(kTopThreads) top_digit_kernel(const TopArgs args, int digit) {
   top_digit(args, digit);
 }
 
-__global__ void __launch_bounds__(kTopThreads) top_sum_kernel(const TopArgs args) { top_sum(args); }
+__global__ void __launch_bounds__(kTopThreads) top_score_kernel(const TopArgs args) {
+  top_score(args);
+}
 
 // (N, h w)
 Tensor cosines(const Tensor& f, const Tensor& f_hat, cudaStream_t stream) {
@@ -71,14 +74,30 @@ Tensor cosines(const Tensor& f, const Tensor& f_hat, cudaStream_t stream) {
   return result;
 }
 
-template <int R, int kLevel, class T>
+template <int kLevel, class T>
 void launch_weighted(WeightedArgs<T> args, int64_t batch, cudaStream_t stream) {
-  const unsigned threads = weighted_grid(args, batch, R);
-  weighted_kernel<R, kLevel><<<grid_of(args.count), threads, 0, stream>>>(args);
+  const unsigned threads = weighted_grid<kLevel>(args, batch);
+  weighted_kernel<kLevel><<<grid_of(args.count), threads, 0, stream>>>(args);
   check_launch("anomaly_map: sum of the maps");
 }
 
-void launch_blur(const Tensor& x, const Tensor& result, double sigma, cudaStream_t stream) {
+template <int kHalo = kBlurHaloStep>
+void launch_blur_kernel(const BlurArgs& args, int64_t radius, cudaStream_t stream) {
+  if constexpr (kHalo < kBlurMostRadius) {
+    if (radius > kHalo) return launch_blur_kernel<kHalo + kBlurHaloStep>(args, radius, stream);
+  }
+  // Of the device in use: a call for each device, so for each launch.
+  constexpr int bytes = blur_shared_bytes(kHalo);
+  const cudaError_t error = cudaFuncSetAttribute(
+      blur_kernel<kHalo>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: no ", bytes, " bytes of shared memory: ",
+                  cudaGetErrorString(error));
+  blur_kernel<kHalo><<<grid_of(args.count), kBlurThreads, bytes, stream>>>(args);
+  check_launch("anomaly_map: Gaussian");
+}
+
+void launch_blur(const Tensor& x, const Tensor& result, double sigma, TopState* state,
+                 cudaStream_t stream) {
   const int64_t radius = gaussian_radius(sigma);
   const std::vector<float> taps = half_gaussian<float>(radius, sigma);
   BlurArgs args{};
@@ -87,40 +106,29 @@ void launch_blur(const Tensor& x, const Tensor& result, double sigma, cudaStream
   args.height = x.size(1);
   args.width = x.size(2);
   std::copy(taps.begin(), taps.end(), args.taps);
-  blur_grid(args, x.size(0), static_cast<int>(radius));
-  const int bytes = blur_shared_bytes(args.halo);
-  // Of the device in use: a call for each device, so for each launch; the same for all, since
-  // other threads launch it too.
-  constexpr int most = blur_shared_bytes(kBlurMostRadius);
-  const cudaError_t error =
-      cudaFuncSetAttribute(blur_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: no ", most, " bytes of shared memory: ",
-                  cudaGetErrorString(error));
-  blur_kernel<<<grid_of(args.count), kBlurThreads, bytes, stream>>>(args);
-  check_launch("anomaly_map: Gaussian");
+  args.state = state;
+  blur_grid(args, x.size(0));
+  launch_blur_kernel(args, radius, stream);
 }
 
-void launch_top(const Tensor& map, const Tensor& score, double top, cudaStream_t stream) {
+// The digits from `digit` on, and the score.
+void launch_top(const Tensor& map, const Tensor& score, double top, TopState* state, int digit,
+                cudaStream_t stream) {
   const int64_t n = map.size(0), pixels = map.size(1) * map.size(2);
   TopArgs args{};
   args.map = static_cast<const float*>(map.const_data_ptr());
   args.pixels = pixels;
   args.top = top_count(top, pixels);
   args.blocks = (pixels + kTopShare - 1) / kTopShare;
-  static_assert(sizeof(TopState) % sizeof(float) == 0);
-  const Tensor state = empty_rows(map, n, sizeof(TopState) / sizeof(float));
   const Tensor partial = empty_rows(map, n, args.blocks);
-  args.state = static_cast<TopState*>(state.mutable_data_ptr());
+  args.state = state;
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
   args.score = static_cast<float*>(score.mutable_data_ptr());
-  const cudaError_t error = cudaMemsetAsync(args.state, 0, n * sizeof(TopState), stream);
-  STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: ", cudaGetErrorString(error));
-  const auto grid = static_cast<unsigned>(n * args.blocks);
-  for (int digit = 0; digit < 4; ++digit) {
-    top_digit_kernel<<<grid, kTopThreads, 0, stream>>>(args, digit);
+  for (; digit < kDigits; ++digit) {
+    top_digit_kernel<<<static_cast<unsigned>(n * args.blocks), kTopThreads, 0, stream>>>(args, digit);
     check_launch("anomaly_map: largest values");
   }
-  top_sum_kernel<<<grid, kTopThreads, 0, stream>>>(args);
+  top_score_kernel<<<static_cast<unsigned>(n), kTopThreads, 0, stream>>>(args);
   check_launch("anomaly_map: score");
 }
 
@@ -152,8 +160,8 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
   MapScale scales[kMostScales] = {};
   for (size_t i = 0; i < features.size(); ++i) {
     kept.push_back(cosines(features[i], features_hat[i], stream));
-    scales[i] = {static_cast<const float*>(kept.back().const_data_ptr()), features[i].size(2),
-                 features[i].size(3)};
+    scales[i] = map_scale(static_cast<const float*>(kept.back().const_data_ptr()),
+                          features[i].size(2), features[i].size(3), h, w);
   }
   if (base) kept.push_back(torch::stable::contiguous(*base));
   for_narrow_dtype(x, "anomaly_map", [&](auto zero) {
@@ -190,15 +198,20 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
       }
     }
     switch (levels) {
-      case 0: return launch_weighted<1, 0>(args, n, stream);
-      case 1: return launch_weighted<2, 1>(args, n, stream);
-      case 2: return launch_weighted<4, 2>(args, n, stream);
-      case 3: return launch_weighted<8, 3>(args, n, stream);
-      default: return launch_weighted<16, 4>(args, n, stream);
+      case 0: return launch_weighted<0>(args, n, stream);
+      case 1: return launch_weighted<1>(args, n, stream);
+      case 2: return launch_weighted<2>(args, n, stream);
+      case 3: return launch_weighted<3>(args, n, stream);
+      default: return launch_weighted<4>(args, n, stream);
     }
   });
-  if (smooth) launch_blur(total, map, sigma, stream);
-  launch_top(map, score, top, stream);
+  static_assert(sizeof(TopState) % sizeof(float) == 0);
+  const Tensor states = empty_rows(x, n, sizeof(TopState) / sizeof(float));
+  auto* state = static_cast<TopState*>(states.mutable_data_ptr());
+  const cudaError_t error = cudaMemsetAsync(state, 0, n * sizeof(TopState), stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: ", cudaGetErrorString(error));
+  if (smooth) launch_blur(total, map, sigma, state, stream);
+  launch_top(map, score, top, state, smooth ? 1 : 0, stream);
   return {map, score};
 }
 

@@ -4,8 +4,8 @@
 //   cosine_tiles     1 - cosine of the features at their own resolution, one scale a launch;
 //   weighted_tiles   the residual's magnitude and sub-bands, the cosines between their four nearest,
 //                    all standardised, weighted and added;
-//   blur_tiles       the Gaussian along both axes at once;
-//   top_digit, top_sum   the mean of the largest values.
+//   blur_tiles       the Gaussian along both axes at once, counting the first digits of its values;
+//   top_digit, top_score   the mean of the largest values.
 //
 // Inputs are read once; the sum of the maps is written and read once between the second and the
 // third, and stays in a GPU's second-level cache for what people score at a time. Every sum is taken
@@ -16,12 +16,14 @@
 
 #include "../common/divide.h"
 #include "../common/haar.h"
-#include "sub_band_tile.h"
+#include "sub_bands.h"
 
 #ifdef __CUDACC__
 #define DIFFAD_UNROLL4 _Pragma("unroll 4")
+#define DIFFAD_UNROLL_ALL _Pragma("unroll")
 #else
 #define DIFFAD_UNROLL4 _Pragma("GCC unroll 4")
+#define DIFFAD_UNROLL_ALL _Pragma("GCC unroll 128")
 #endif
 
 namespace diffad {
@@ -103,8 +105,17 @@ struct MapStatistic {
 
 struct MapScale {
   const float* cosines;  // (N, height, width)
-  int64_t height, width;
+  int height, width;
+  int64_t pixels;
+  double down, across;  // rows and columns a row and a column of the map
 };
+
+inline MapScale map_scale(const float* cosines, int64_t height, int64_t width, int64_t map_height,
+                          int64_t map_width) {
+  return {cosines, static_cast<int>(height), static_cast<int>(width), height * width,
+          static_cast<double>(height) / static_cast<double>(map_height),
+          static_cast<double>(width) / static_cast<double>(map_width)};
+}
 
 template <class T>
 struct WeightedArgs {
@@ -117,41 +128,42 @@ struct WeightedArgs {
   int scales;
   const float* base;  // (N, H, W), or null
   float* result;      // (N, H, W)
-  int columns;        // of a tile, fewer at the right edge
-  int64_t strips, across, count;  // of R rows in an image, tiles in a strip, all tiles
+  int64_t strips, across, count;  // of an image, tiles of a strip, all tiles
 };
 
-// Sets the tiles of strips of R rows; returns the threads of a block.
-template <class T>
-inline unsigned weighted_grid(WeightedArgs<T>& a, int64_t batch, int r) {
-  a.columns = static_cast<int>(a.width < kTileColumns ? a.width : kTileColumns);
-  a.strips = a.height / r;
-  a.across = (a.width + kTileColumns - 1) / kTileColumns;
+// A thread has so many pixels below each other: whole blocks of the coarsest level, and enough of
+// them for what is worked out once a column.
+template <int kLevel>
+constexpr int kStripRows = kLevel < 3 ? 8 : 1 << kLevel;
+constexpr int kWeightedThreads = 256;
+
+// Sets the tiles; returns the threads of a block.
+template <int kLevel, class T>
+inline unsigned weighted_grid(WeightedArgs<T>& a, int64_t batch) {
+  a.strips = (a.height + kStripRows<kLevel> - 1) / kStripRows<kLevel>;
+  a.across = (a.width + kWeightedThreads - 1) / kWeightedThreads;
   a.count = batch * a.strips * a.across;
-  return static_cast<unsigned>((a.columns + 31) / 32 * 32);
+  return static_cast<unsigned>(a.across > 1 ? kWeightedThreads : (a.width + 31) / 32 * 32);
 }
 
-// Where pixel i of `size` lies among `source` values, bilinear, align_corners=False: the value before
-// it and the share of the one after, (i + 1/2) source / size - 1/2 as a fraction of integers.
-__device__ __forceinline__ int64_t before_pixel(int64_t i, int64_t size, int64_t source,
-                                                float& share) {
-  const int64_t place = (2 * i + 1) * source - size;
-  if (place <= 0) {
-    share = 0;
-    return 0;
-  }
-  const int64_t left = quotient(place, 2 * size);
-  share = static_cast<float>(place - left * 2 * size) / static_cast<float>(2 * size);
+// Where pixel i lies among values of which there are `ratio` a pixel, bilinear, align_corners=False:
+// the value before it and the share of the one after. In double, so that no float can tell.
+__device__ __forceinline__ int before_pixel(int64_t i, double ratio, float& share) {
+  const double place = (static_cast<double>(i) + 0.5) * ratio - 0.5;
+  const int left = place > 0 ? static_cast<int>(place) : 0;
+  share = place > 0 ? static_cast<float>(place - static_cast<double>(left)) : 0.0f;
   return left;
 }
 
-// Of R pixels below each other, from (y, x) on.
+// Of the first `rows` of R pixels below each other, from (y, x) on.
 template <int R>
-__device__ __forceinline__ void read(const MapStatistic& statistic, int64_t y, int64_t x,
+__device__ __forceinline__ void read(const MapStatistic& statistic, int64_t y, int64_t x, int rows,
                                      float (&value)[R]) {
   const float* data = statistic.data + y * statistic.y + x * statistic.x;
   DIFFAD_UNROLL
-  for (int k = 0; k < R; ++k) value[k] = statistic.data ? data[k * statistic.y] : statistic.number;
+  for (int k = 0; k < R; ++k) {
+    value[k] = statistic.data && k < rows ? data[k * statistic.y] : statistic.number;
+  }
 }
 
 // total += weight (value - mean) / deviation, of R pixels below each other. Numbers, the usual case,
@@ -159,7 +171,7 @@ __device__ __forceinline__ void read(const MapStatistic& statistic, int64_t y, i
 template <int R>
 __device__ __forceinline__ void add_standardised(const float (&value)[R], float weight,
                                                  const MapStatistic (&statistic)[2], int64_t y,
-                                                 int64_t x, float (&total)[R]) {
+                                                 int64_t x, int rows, float (&total)[R]) {
   const MapStatistic &mean = statistic[0], &deviation = statistic[1];
   if (!mean.data && !deviation.data) {
     const float factor = weight / deviation.number;
@@ -168,110 +180,141 @@ __device__ __forceinline__ void add_standardised(const float (&value)[R], float 
     return;
   }
   float means[R], deviations[R];
-  read(mean, y, x, means);
-  read(deviation, y, x, deviations);
+  read(mean, y, x, rows, means);
+  read(deviation, y, x, rows, deviations);
   DIFFAD_UNROLL
   for (int k = 0; k < R; ++k) total[k] += weight * ((value[k] - means[k]) / deviations[k]);
 }
 
-template <int R, int kLevel, class T>
+template <int kLevel, class T>
 __device__ __forceinline__ void weighted_tiles(const WeightedArgs<T>& a) {
-  constexpr int kPitch = SubBandTile<R, kLevel>::kPitch;
-  __shared__ SubBandTile<R, kLevel> tile;
-  // Of the strip's rows in each scale: where the row above and the one below begin, and its share.
-  __shared__ int64_t above[kMostScales][R], below[kMostScales][R];
-  __shared__ float share_y[kMostScales][R];
-  const int thread = threadIdx.x;
+  constexpr int R = kStripRows<kLevel>;
+  // Of the strip's rows in each scale: the row before, and the share of the one after.
+  __shared__ int above[kMostScales][R];
+  __shared__ float share_below[kMostScales][R];
 
   for (int64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
     const int64_t line = quotient(i, a.across), n = quotient(line, a.strips);
     const int64_t top = (line - n * a.strips) * R;
-    const int64_t column = (i - line * a.across) * kTileColumns + thread;
-    const bool active = thread < a.columns && column < a.width;
-    if (kLevel > 0) tile.clear();
-    for (int k = thread; k < a.scales * R; k += blockDim.x) {
+    const int64_t column = (i - line * a.across) * kWeightedThreads + threadIdx.x;
+    // Of this thread. Blocks of the last levels fill their strips.
+    const int rows = column >= a.width ? 0 : a.height - top < R ? static_cast<int>(a.height - top) : R;
+    const auto there = [&](int k) { return 1 << kLevel == R ? rows > 0 : k < rows; };
+    for (int k = threadIdx.x; k < a.scales * R; k += blockDim.x) {
       const int s = k / R, row = k % R;
-      const MapScale& scale = a.scale[s];
-      const int64_t y = before_pixel(top + row, a.height, scale.height, share_y[s][row]);
-      above[s][row] = y * scale.width;
-      below[s][row] = (y + 1 < scale.height ? y + 1 : y) * scale.width;
+      const int64_t y = top + row < a.height ? top + row : a.height - 1;
+      above[s][row] = before_pixel(y, a.scale[s].down, share_below[s][row]);
     }
 
     float magnitude[R] = {};
-    for (int64_t c = 0; c < a.channels; ++c) {
-      if (kLevel > 0) __syncthreads();  // the tile is clear, the last channel is done with it
-      float* own = tile.column(thread);
-      if (active) {
-        const T* x = a.x + n * a.stride.n + c * a.stride.c + top * a.stride.y + column * a.stride.x;
-        const T* x_hat = a.x_hat + n * a.stride_hat.n + c * a.stride_hat.c +
-                         top * a.stride_hat.y + column * a.stride_hat.x;
-        float residual[R];
-        DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) {
-          residual[k] = static_cast<float>(x[k * a.stride.y]) -
-                        static_cast<float>(x_hat[k * a.stride_hat.y]);
-        }
-        DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) {
-          magnitude[k] += ::fabsf(residual[k]);
-          if (kLevel > 0) own[k * kPitch] = residual[k];
-        }
-      } else if (kLevel > 0 && thread < a.columns) {
-        DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) own[k * kPitch] = 0;
+    SubBands<R, kLevel> sub_bands;
+    const T* x = a.x + n * a.stride.n + top * a.stride.y + column * a.stride.x;
+    const T* x_hat =
+        a.x_hat + n * a.stride_hat.n + top * a.stride_hat.y + column * a.stride_hat.x;
+    for (int64_t c = 0; c < a.channels; ++c, x += a.stride.c, x_hat += a.stride_hat.c) {
+      float residual[R];
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) {
+        residual[k] = there(k) ? static_cast<float>(x[k * a.stride.y]) -
+                                     static_cast<float>(x_hat[k * a.stride_hat.y])
+                               : 0.0f;
       }
-      if (kLevel > 0) tile.add(a.columns);
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) magnitude[k] += ::fabsf(residual[k]);
+      sub_bands.add(residual);
     }
-    __syncthreads();
-    if (active) {
+    __syncthreads();  // the scales' rows are there
+    if (rows > 0) {
       const float share = 1.0f / static_cast<float>(a.channels);
       const int64_t place = (n * a.height + top) * a.width + column;
       float total[R], map[R];
       DIFFAD_UNROLL
-      for (int k = 0; k < R; ++k) total[k] = a.base ? a.base[place + k * a.width] : 0.0f;
+      for (int k = 0; k < R; ++k) {
+        total[k] = a.base && there(k) ? a.base[place + k * a.width] : 0.0f;
+      }
       if (a.weight[0] != 0) {
         DIFFAD_UNROLL
         for (int k = 0; k < R; ++k) map[k] = magnitude[k] * share;
-        add_standardised(map, a.weight[0], a.statistic[0], top, column, total);
+        add_standardised(map, a.weight[0], a.statistic[0], top, column, rows, total);
       }
       DIFFAD_UNROLL
       for (int k = 0; k < R; ++k) map[k] = 0;
       for (int s = 0; s < a.scales; ++s) {
         const MapScale& scale = a.scale[s];
         float u;
-        const int64_t left = before_pixel(column, a.width, scale.width, u);
-        const float* cosines = scale.cosines + n * scale.height * scale.width + left;
-        const int64_t right = left + 1 < scale.width ? 1 : 0;
-        const auto across = [&](int64_t row) {
-          return cosines[row] * (1 - u) + cosines[row + right] * u;
+        const int left = before_pixel(column, scale.across, u);
+        const float* at_left = scale.cosines + n * scale.pixels + left;
+        const float* at_right = left + 1 < scale.width ? at_left + 1 : at_left;
+        const auto across = [&](int row) {
+          const int at = row * scale.width;
+          return at_left[at] + u * (at_right[at] - at_left[at]);
         };
-        // Many rows of pixels lie between the same two of the scale: these are read once.
-        int64_t first = -1, second = -1;
-        float upper = 0, lower = 0;
+        // Many rows of pixels lie between the same two of the scale.
+        float upper = 0, slope = 0;
         DIFFAD_UNROLL
         for (int k = 0; k < R; ++k) {
-          if (above[s][k] != first) {  // the same for all threads
-            first = above[s][k];
-            upper = first == second ? lower : across(first);
-            second = below[s][k];
-            lower = second == first ? upper : across(second);
+          const int y = above[s][k];
+          if (k == 0 || y != above[s][k - 1]) {  // the same for all threads
+            upper = across(y);
+            slope = across(y + 1 < scale.height ? y + 1 : y) - upper;
           }
-          const float v = share_y[s][k];
-          map[k] += upper * (1 - v) + lower * v;
+          map[k] += upper + share_below[s][k] * slope;
         }
       }
       if (a.scales > 0) {
-        add_standardised(map, a.weight[1], a.statistic[1], top, column, total);
+        add_standardised(map, a.weight[1], a.statistic[1], top, column, rows, total);
       }
       if (kLevel > 0) {
+        sub_bands.sum(map);
         DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) map[k] = tile.sum(k, thread) * share;
-        add_standardised(map, a.weight[2], a.statistic[2], top, column, total);
+        for (int k = 0; k < R; ++k) map[k] *= share;
+        add_standardised(map, a.weight[2], a.statistic[2], top, column, rows, total);
       }
       DIFFAD_UNROLL
-      for (int k = 0; k < R; ++k) a.result[place + k * a.width] = total[k];
+      for (int k = 0; k < R; ++k) {
+        if (there(k)) a.result[place + k * a.width] = total[k];
+      }
     }
-    __syncthreads();  // the next tile clears the details and writes the shares
+    __syncthreads();  // the next tile writes the rows
+  }
+}
+
+// ------------------------------------------------------------------------- order of the values
+
+// The `top` largest values of an image are those above some value T of it, and as many T as are
+// missing. T is found digit by digit, of 10, 11 and 11 bits of an order-preserving integer: all
+// blocks of an image count the values of each digit among those whose digits before are T's, and
+// whoever comes next takes T's digit from the counts. Counting is exact in any order.
+constexpr int kDigits = 3, kMostDigit = 2048;
+DIFFAD_INLINE constexpr int digit_bits(int digit) { return digit == 0 ? 10 : 11; }
+DIFFAD_INLINE constexpr int digit_shift(int digit) { return digit == 0 ? 22 : digit == 1 ? 11 : 0; }
+
+// T's digits so far as one number, and how many of the values that share them are among the largest.
+struct TopChoice {
+  uint32_t prefix, missing;
+};
+
+struct TopState {
+  uint32_t counts[kDigits][kMostDigit];  // zeros at first
+  TopChoice choice[kDigits - 1];
+};
+
+// Ordered as the numbers are, a NaN above all, as PyTorch's topk has it.
+__device__ __forceinline__ uint32_t ordered(float value) {
+  if (value != value) return 0xffffffffu;
+  const uint32_t bits = __float_as_uint(value);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+}
+
+// Its inverse; 0xffffffff gives a NaN.
+__device__ __forceinline__ float unordered(uint32_t key) {
+  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
+// Adds a thread block's counts of a digit, which all threads have made.
+__device__ __forceinline__ void add_counts(const uint32_t* counts, int digit, TopState& state) {
+  for (int k = threadIdx.x; k < 1 << digit_bits(digit); k += blockDim.x) {
+    if (counts[k]) atomicAdd(&state.counts[digit][k], counts[k]);
   }
 }
 
@@ -279,37 +322,37 @@ __device__ __forceinline__ void weighted_tiles(const WeightedArgs<T>& a) {
 
 // A thread block takes a square of outputs with as many pixels around it as the radius asks for into
 // shared memory, smooths its rows in place and then its columns. A thread has a run of neighbouring
-// outputs: each value that it reads goes into all of them, so that arithmetic and not shared memory
-// sets the pace. Runs see the radius rounded up, with weights 0 there.
-constexpr int kBlurSide = 64, kBlurRun = 8, kBlurThreads = 256;
+// outputs, and each value that it reads goes into all of them; the taps lie where the kernel's
+// arguments do, in the constant memory that a product reads for nothing. So arithmetic alone sets the
+// pace. That asks for a kernel a halo: the radius rounded up, with weights 0 beyond it.
+constexpr int kBlurSide = 64, kBlurRun = 8, kBlurThreads = 256, kBlurHaloStep = 4;
 constexpr int kBlurBand = kBlurThreads / (kBlurSide / kBlurRun);  // rows that take their turn
 // As the 99 KiB of the smallest GPUs allow.
 constexpr int kBlurMostRadius = 44;
-static_assert(kBlurMostRadius % (kBlurRun / 2) == 0 && kBlurThreads % kBlurSide == 0);
+static_assert(kBlurMostRadius % kBlurHaloStep == 0 && kBlurThreads % kBlurSide == 0);
 
 struct BlurArgs {
   const float* x;
   float* result;  // both (N, H, W)
   int64_t height, width, down, across, count;
-  int halo;                         // at least the radius, a multiple of kBlurRun / 2
-  float taps[kBlurMostRadius + 1];  // from the middle outwards, up to the halo
+  float taps[kBlurMostRadius + 1];  // from the middle outwards, 0 beyond the radius
+  TopState* state;                  // (N)
 };
 
-inline void blur_grid(BlurArgs& a, int64_t batch, int radius) {
-  a.halo = (radius + kBlurRun / 2 - 1) / (kBlurRun / 2) * (kBlurRun / 2);
+inline void blur_grid(BlurArgs& a, int64_t batch) {
   a.down = (a.height + kBlurSide - 1) / kBlurSide;
   a.across = (a.width + kBlurSide - 1) / kBlurSide;
   a.count = batch * a.down * a.across;
 }
 
 DIFFAD_INLINE constexpr int blur_extent(int halo) { return kBlurSide + 2 * halo; }
-// Odd: neighbouring rows start in different banks.
-DIFFAD_INLINE constexpr int blur_pitch(int halo) { return blur_extent(halo) + 1; }
-DIFFAD_INLINE constexpr int blur_taps(int halo) { return kBlurRun + 2 * halo; }
+// An odd multiple of 16 bytes: eight rows that are read at once, 16 bytes each, hit different banks.
+DIFFAD_INLINE constexpr int blur_pitch(int halo) { return blur_extent(halo) + 4; }
 DIFFAD_INLINE constexpr int blur_shared_bytes(int halo) {
-  return 4 * (blur_taps(halo) + blur_extent(halo) * (blur_pitch(halo) + 2));
+  return 4 * (blur_extent(halo) * (blur_pitch(halo) + 2) + (1 << digit_bits(0)));
 }
-static_assert(blur_shared_bytes(kBlurMostRadius) <= 99 * 1024);
+static_assert(blur_extent(kBlurHaloStep) % 8 == 0 &&
+              blur_shared_bytes(kBlurMostRadius) <= 99 * 1024);
 
 // Place of sample i of a signal that is mirrored at its ends, d c b a | a b c d | d c b a.
 __device__ __forceinline__ int64_t reflected(int64_t i, int64_t size) {
@@ -321,194 +364,173 @@ __device__ __forceinline__ int64_t reflected(int64_t i, int64_t size) {
   return i;
 }
 
-struct alignas(16) FourTaps {
+struct alignas(16) FourValues {
   float v[4];
 };
 
-// kBlurRun neighbouring outputs along a line: sum over q of taps[q - p] line[q stride].
-__device__ __forceinline__ void blurred_run(const float* taps, const float* line, int stride,
-                                            int halo, float (&sum)[kBlurRun]) {
-  float window[2 * kBlurRun - 1] = {};  // taps q + j - p, of the values q + j and the outputs p
+// kBlurRun neighbouring outputs along a line, of which four(q) reads the values from q on.
+template <int kHalo, class F>
+__device__ __forceinline__ void blurred_run(const float (&taps)[kBlurMostRadius + 1], F&& four,
+                                            float (&sum)[kBlurRun]) {
   DIFFAD_UNROLL
   for (int p = 0; p < kBlurRun; ++p) sum[p] = 0;
-  for (int q = 0; q < blur_taps(halo); q += kBlurRun) {
+  DIFFAD_UNROLL_ALL
+  for (int q = 0; q < kBlurRun + 2 * kHalo; q += 4) {
+    const FourValues values = four(q);
     DIFFAD_UNROLL
-    for (int k = 0; k < kBlurRun - 1; ++k) window[k] = window[k + kBlurRun];
-    DIFFAD_UNROLL
-    for (int k = 0; k < kBlurRun; k += 4) {
-      const auto four = *reinterpret_cast<const FourTaps*>(taps + q + k);
+    for (int j = 0; j < 4; ++j) {
       DIFFAD_UNROLL
-      for (int e = 0; e < 4; ++e) window[kBlurRun - 1 + k + e] = four.v[e];
-    }
-    DIFFAD_UNROLL
-    for (int j = 0; j < kBlurRun; ++j) {
-      const float value = line[(q + j) * stride];
-      DIFFAD_UNROLL
-      for (int p = 0; p < kBlurRun; ++p) sum[p] += window[kBlurRun - 1 + j - p] * value;
+      for (int p = 0; p < kBlurRun; ++p) {
+        const int distance = q + j - p > kHalo ? q + j - p - kHalo : kHalo - (q + j - p);
+        if (distance <= kHalo) sum[p] += taps[distance] * values.v[j];
+      }
     }
   }
 }
 
-// `shared`: blur_shared_bytes(halo), at a multiple of 16.
+// `shared`: blur_shared_bytes(kHalo), at a multiple of 16.
+template <int kHalo>
 __device__ __forceinline__ void blur_tiles(const BlurArgs& a, float* shared) {
-  const int extent = blur_extent(a.halo), pitch = blur_pitch(a.halo), thread = threadIdx.x;
-  float *taps = shared, *values = taps + blur_taps(a.halo);
+  constexpr int extent = blur_extent(kHalo), pitch = blur_pitch(kHalo);
+  const int thread = threadIdx.x;
+  float* values = shared;
   int* places = reinterpret_cast<int*>(values + extent * pitch);  // rows, then columns
-  for (int k = thread; k < blur_taps(a.halo); k += kBlurThreads) {
-    const int distance = k < a.halo ? a.halo - k : k - a.halo;
-    taps[k] = distance <= a.halo ? a.taps[distance] : 0.0f;
-  }
+  auto* counts = reinterpret_cast<uint32_t*>(places + 2 * extent);
   for (int64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
     const int64_t line = quotient(i, a.across), n = quotient(line, a.down);
     const int64_t top = (line - n * a.down) * kBlurSide, left = (i - line * a.across) * kBlurSide;
     __syncthreads();  // the last tile is done with the shared memory
     for (int k = thread; k < 2 * extent; k += kBlurThreads) {
       const bool row = k < extent;
-      const int64_t at = (row ? top + k : left + k - extent) - a.halo;
+      const int64_t at = (row ? top + k : left + k - extent) - kHalo;
       places[k] = static_cast<int>(reflected(at, row ? a.height : a.width));
     }
+    for (int k = thread; k < 1 << digit_bits(0); k += kBlurThreads) counts[k] = 0;
     __syncthreads();
+    constexpr int kColumns = (extent + 31) / 32;  // of a lane
+    int column[kColumns];
+    DIFFAD_UNROLL
+    for (int k = 0; k < kColumns; ++k) {
+      column[k] = places[extent + (thread % 32 + 32 * k < extent ? thread % 32 + 32 * k : 0)];
+    }
     const float* x = a.x + n * a.height * a.width;
-    for (int y = thread / 32; y < extent; y += kBlurThreads / 32) {
-      const float* from = x + places[y] * a.width;
-      DIFFAD_UNROLL4
-      for (int k = thread % 32; k < extent; k += 32) {
-        values[y * pitch + k] = from[places[extent + k]];
+    constexpr int kWarps = kBlurThreads / 32;
+    static_assert(extent % kWarps == 0);
+    DIFFAD_UNROLL4
+    for (int j = 0; j < extent / kWarps; ++j) {
+      const int y = thread / 32 + j * kWarps;
+      const float* from = x + places[y] * static_cast<int64_t>(static_cast<int>(a.width));
+      DIFFAD_UNROLL
+      for (int k = 0; k < kColumns; ++k) {
+        if (thread % 32 + 32 * k < extent) values[y * pitch + thread % 32 + 32 * k] = from[column[k]];
       }
     }
     float sum[kBlurRun];
     for (int band = 0; band < extent; band += kBlurBand) {
       // A warp has one run of 32 rows.
       const int y = band + thread % kBlurBand, first = thread / kBlurBand * kBlurRun;
+      auto* run = reinterpret_cast<FourValues*>(values + y * pitch + first);
       __syncthreads();  // the values are there
-      if (y < extent) blurred_run(taps, values + y * pitch + first, 1, a.halo, sum);
+      if (y < extent) blurred_run<kHalo>(a.taps, [&](int q) { return run[q / 4]; }, sum);
       __syncthreads();  // all have read the rows of this band
       if (y < extent) {
-        DIFFAD_UNROLL
-        for (int p = 0; p < kBlurRun; ++p) values[y * pitch + first + p] = sum[p];
+        run[0] = {sum[0], sum[1], sum[2], sum[3]};
+        run[1] = {sum[4], sum[5], sum[6], sum[7]};
       }
     }
     __syncthreads();
-    float* result = a.result + n * a.height * a.width;
     for (int k = thread; k < kBlurSide * kBlurSide / kBlurRun; k += kBlurThreads) {
-      const int column = k % kBlurSide, first = k / kBlurSide * kBlurRun;
-      if (left + column >= a.width || top + first >= a.height) continue;
-      blurred_run(taps, values + first * pitch + column, pitch, a.halo, sum);
+      const int x = k % kBlurSide, first = k / kBlurSide * kBlurRun;
+      if (left + x >= a.width || top + first >= a.height) continue;
+      const float* run = values + first * pitch + x;
+      blurred_run<kHalo>(a.taps, [&](int q) {
+        const float* at = run + q * pitch;
+        return FourValues{at[0], at[pitch], at[2 * pitch], at[3 * pitch]};
+      }, sum);
+      float* to = a.result + (n * a.height + top + first) * a.width + left + x;
+      const int64_t below = a.height - top - first;
+      const int rows = below < kBlurRun ? static_cast<int>(below) : kBlurRun;
       DIFFAD_UNROLL
-      for (int p = 0; p < kBlurRun; ++p) {
-        const int64_t y = top + first + p;
-        if (y < a.height) result[y * a.width + left + column] = sum[p];
+      for (int p = 0; p < kBlurRun; ++p, to += a.width) {
+        const uint32_t digit = ordered(sum[p]) >> digit_shift(0);
+        if (p < rows) {
+          *to = sum[p];
+          atomicAdd(&counts[digit], 1u);
+        }
       }
     }
+    __syncthreads();  // all are counted
+    add_counts(counts, 0, a.state[n]);
   }
 }
 
 // ------------------------------------------------------------------------- score
 
-// The `top` largest values of an image are those above some value T of it, and as many T as are
-// missing. T is found digit by digit, 8 bits of an order-preserving integer at a time: all blocks
-// of an image count their digits, and the last one to be done chooses. Counting is exact in any
-// order; the sum above T goes block by block.
-constexpr int kTopThreads = 512, kTopDigits = 256, kTopLanes = 32;
-constexpr int64_t kTopShare = 64 * kTopThreads;  // pixels of a block
-
-struct TopState {
-  uint32_t counts[kTopDigits];
-  uint32_t prefix, done;  // digits of T so far; blocks that are done
-  int64_t missing;        // of the values whose digits so far are T's, how many belong to the largest
-};
+constexpr int kTopThreads = 512;
+constexpr int64_t kTopShare = 32 * kTopThreads;  // pixels of a block
 
 struct TopArgs {
   const float* map;  // (N, pixels)
   int64_t pixels, top, blocks;  // blocks of an image
-  TopState* state;              // (N), zeros at first
+  TopState* state;              // (N)
   float* partial;               // (N, blocks)
   float* score;                 // (N)
 };
 
-// Ordered as the numbers are, a NaN above all, as PyTorch's topk has it.
-__device__ __forceinline__ uint32_t ordered(float value) {
-  if (value != value) return 0xffffffffu;
-  const uint32_t bits = __float_as_uint(value);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// Its inverse; 0xffffffff gives a NaN.
-__device__ __forceinline__ float unordered(uint32_t key) {
-  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-}
-
-// Is this the last of the image's blocks? What the others wrote before is there then.
-__device__ __forceinline__ bool last_to_finish(TopState& state, int64_t blocks) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(&state.done, 1u) == static_cast<uint32_t>(blocks - 1);
-    if (last) state.done = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
-
-// Digit 0, 1, 2 or 3 of T, from the highest.
-__device__ __forceinline__ void top_digit(const TopArgs& a, int digit) {
-  // Columns of counters, a bank and a lane each: equal digits of a warp's values do not collide.
-  __shared__ uint32_t counts[kTopDigits * kTopLanes];
-  const int thread = threadIdx.x, shift = 24 - 8 * digit;
-  const int64_t n = quotient(blockIdx.x, a.blocks), block = blockIdx.x - n * a.blocks;
-  TopState& state = a.state[n];
-  for (int k = thread; k < kTopDigits * kTopLanes; k += kTopThreads) counts[k] = 0;
-  const uint32_t prefix = state.prefix;
-  __syncthreads();
-  const float* map = a.map + n * a.pixels;
-  const int64_t first = block * kTopShare, last = first + kTopShare;
-  const int64_t end = last < a.pixels ? last : a.pixels;
-  DIFFAD_UNROLL4
-  for (int64_t p = first + thread; p < end; p += kTopThreads) {
-    const uint32_t key = ordered(map[p]);
-    // A shift by 32 is undefined: the first digit has nothing before it.
-    if (digit == 0 || key >> shift >> 8 == prefix) {
-      atomicAdd(&counts[(key >> shift & 255) * kTopLanes + thread % kTopLanes], 1u);
-    }
-  }
-  __syncthreads();
-  if (thread < kTopDigits) {
-    uint32_t sum = 0;
-    for (int k = 0; k < kTopLanes; ++k) sum += counts[thread * kTopLanes + (k + thread) % kTopLanes];
-    if (sum) atomicAdd(&state.counts[thread], sum);
-  }
-  if (!last_to_finish(state, a.blocks)) return;
-
-  // above[d]: values of digits from d on.
-  uint32_t* above = counts;
-  const uint32_t own = thread < kTopDigits ? atomicExch(&state.counts[thread], 0u) : 0;
-  if (thread < kTopDigits) above[thread] = own;
-  for (int step = 1; step < kTopDigits; step *= 2) {
+// For a whole thread block: the choice by a digit's counts, given that of the digits before.
+__device__ __forceinline__ TopChoice choose(const TopState& state, int digit, TopChoice before) {
+  __shared__ uint32_t above[kTopThreads];
+  __shared__ TopChoice choice;
+  const int thread = threadIdx.x, each = (1 << digit_bits(digit)) / kTopThreads;
+  const uint32_t* counts = state.counts[digit] + thread * each;
+  uint32_t own = 0;
+  for (int k = 0; k < each; ++k) own += counts[k];
+  above[thread] = own;  // values from a thread's digits on
+  for (int step = 1; step < kTopThreads; step *= 2) {
     __syncthreads();
-    const uint32_t more = thread + step < kTopDigits ? above[thread + step] : 0;
+    const uint32_t more = thread + step < kTopThreads ? above[thread + step] : 0;
     __syncthreads();
-    if (thread < kTopDigits) above[thread] += more;
+    above[thread] += more;
   }
-  const int64_t missing = digit == 0 ? a.top : state.missing;
-  __syncthreads();  // all have read it
-  if (thread < kTopDigits) {
-    const int64_t higher = above[thread] - own;
-    if (higher < missing && missing <= above[thread]) {
-      state.prefix = prefix << 8 | static_cast<uint32_t>(thread);
-      state.missing = missing - higher;
-    }
+  uint32_t higher = above[thread] - own;
+  if (higher < before.missing && before.missing <= above[thread]) {  // one thread of all
+    int k = each - 1;
+    for (; higher + counts[k] < before.missing; --k) higher += counts[k];
+    choice = {before.prefix << digit_bits(digit) | static_cast<uint32_t>(thread * each + k),
+              before.missing - higher};
   }
+  __syncthreads();
+  return choice;
 }
 
-// The score, once T is known.
-__device__ __forceinline__ void top_sum(const TopArgs& a) {
+// The same for all threads of a block.
+__device__ __forceinline__ float sum_of_block(float value) {
   __shared__ float sums[kTopThreads];
   const int thread = threadIdx.x;
+  sums[thread] = value;
+  for (int half = kTopThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (thread < half) sums[thread] += sums[thread + half];
+  }
+  __syncthreads();
+  return sums[0];
+}
+
+// Counts a digit of a share of an image's values; with the last digit, adds up those that are above
+// T whatever that is.
+__device__ __forceinline__ void top_digit(const TopArgs& a, int digit) {
+  __shared__ uint32_t counts[kMostDigit];
+  const int thread = threadIdx.x, shift = digit_shift(digit), bits = digit_bits(digit);
   const int64_t n = quotient(blockIdx.x, a.blocks), block = blockIdx.x - n * a.blocks;
   TopState& state = a.state[n];
-  const uint32_t threshold = state.prefix;
+  for (int k = thread; k < 1 << bits; k += kTopThreads) counts[k] = 0;
+  TopChoice before = {0, static_cast<uint32_t>(a.top)};
+  if (digit > 0) {
+    if (digit == 2) before = state.choice[0];
+    before = choose(state, digit - 1, before);
+    if (block == 0 && thread == 0) state.choice[digit - 1] = before;
+  }
+  __syncthreads();  // the counts are clear
   const float* map = a.map + n * a.pixels;
   const int64_t first = block * kTopShare, last = first + kTopShare;
   const int64_t end = last < a.pixels ? last : a.pixels;
@@ -516,27 +538,37 @@ __device__ __forceinline__ void top_sum(const TopArgs& a) {
   DIFFAD_UNROLL4
   for (int64_t p = first + thread; p < end; p += kTopThreads) {
     const float value = map[p];
-    if (ordered(value) > threshold) sum += value;
+    const uint32_t key = ordered(value);
+    const uint32_t prefix = key >> shift >> bits;  // 0 of the first: a shift by 32 is undefined
+    if (prefix == before.prefix) atomicAdd(&counts[key >> shift & ((1u << bits) - 1)], 1u);
+    if (prefix > before.prefix) sum += value;
   }
-  const auto total = [&](float value) {
-    sums[thread] = value;
-    for (int half = kTopThreads / 2; half > 0; half /= 2) {
-      __syncthreads();
-      if (thread < half) sums[thread] += sums[thread + half];
-    }
-    __syncthreads();
-    return sums[0];
-  };
-  sum = total(sum);
-  if (thread == 0) a.partial[blockIdx.x] = sum;
-  if (!last_to_finish(state, a.blocks)) return;
+  __syncthreads();  // all are counted
+  add_counts(counts, digit, state);
+  if (digit == kDigits - 1) {
+    sum = sum_of_block(sum);
+    if (thread == 0) a.partial[blockIdx.x] = sum;
+  }
+}
 
-  const volatile float* partial = a.partial + n * a.blocks;  // other blocks wrote it
-  sum = 0;
-  for (int64_t k = thread; k < a.blocks; k += kTopThreads) sum += partial[k];
-  sum = total(sum);
-  if (thread == 0) {
-    const float equal = static_cast<float>(state.missing) * unordered(threshold);
+// A thread block an image: the score, once all digits are counted.
+__device__ __forceinline__ void top_score(const TopArgs& a) {
+  constexpr int digit = kDigits - 1;
+  const int64_t n = blockIdx.x;
+  const TopState& state = a.state[n];
+  const TopChoice chosen = choose(state, digit, state.choice[digit - 1]);
+  float sum = 0;
+  for (int64_t k = threadIdx.x; k < a.blocks; k += kTopThreads) sum += a.partial[n * a.blocks + k];
+  // Values that differ from T in the last digit alone are as many as were counted.
+  constexpr uint32_t digits = 1u << digit_bits(digit);
+  const uint32_t rest = chosen.prefix & ~(digits - 1);
+  for (uint32_t k = (chosen.prefix & (digits - 1)) + 1 + threadIdx.x; k < digits; k += kTopThreads) {
+    const uint32_t count = state.counts[digit][k];
+    if (count) sum += static_cast<float>(count) * unordered(rest | k);
+  }
+  sum = sum_of_block(sum);
+  if (threadIdx.x == 0) {
+    const float equal = static_cast<float>(chosen.missing) * unordered(chosen.prefix);
     a.score[n] = (sum + equal) / static_cast<float>(a.top);
   }
 }

@@ -1,15 +1,13 @@
 // The kernel of ddim_finish, apart from torch: a test on the CPU runs this very code, thread by
 // thread (tests/native/).
 //
-// A thread block takes a tile of R rows by up to 256 columns of the image, R = 2^level, and keeps
-// it in shared memory: each R x R block of pixels depends on its own R^2 coefficients alone, and so
-// do its residuals' sub-bands. The channels follow each other, and the maps' sums over them stay on
-// the chip:
+// A thread block takes a tile of R rows by up to 256 columns of the image, R = 2^level: each R x R
+// block of pixels depends on its own R^2 coefficients alone, and so do its residuals' sub-bands. The
+// channels follow each other, and the maps' sums over them stay in registers:
 //   1. each thread finishes R coefficients of one block, keeps them as x0, undoes the
 //      standardisation and transforms them along x (as haar.cu unpacks);
-//   2. each thread transforms one column along y, clamps, stores the pixels, and leaves the
-//      residual image - x_hat in the column's place;
-//   3. level by level, the residual gives its sub-bands, see sub_band_tile.h.
+//   2. each thread transforms one column along y, clamps and stores the pixels; the residuals
+//      image - x_hat give their sub-bands, see sub_bands.h.
 // The coefficients of a block lie R^2 channels apart (or side by side in channels_last): both
 // layouts touch every byte of the lines that they read. Neighbouring threads of pass 1 have
 // neighbouring blocks (or coefficients), which lie together.
@@ -20,9 +18,11 @@
 #include "../common/diffusion.h"
 #include "../common/divide.h"
 #include "../common/haar.h"
-#include "sub_band_tile.h"
+#include "sub_bands.h"
 
 namespace diffad {
+
+constexpr int kTileColumns = 256;
 
 template <class M>
 struct FinishArgs {
@@ -50,8 +50,10 @@ inline unsigned finish_grid(FinishArgs<M>& args, int r) {
 
 template <int R, int kLevel, class M>
 __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
-  constexpr int kPitch = SubBandTile<R, kLevel>::kPitch;
-  __shared__ SubBandTile<R, kLevel> tile;
+  // A word of padding a block, see haar.cu, and one a row: threads along the rows of a block's
+  // coefficients hit different banks too.
+  constexpr int kPitch = kTileColumns + kTileColumns / R + 1;
+  __shared__ float tile[R * kPitch];
 
   const HaarGeometry& g = args.g;
   const int thread = threadIdx.x, width = args.blocks * R;
@@ -69,7 +71,7 @@ __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
     const bool active = thread < width && block0 + column_block < g.cols;
     const int64_t pixel = row * R * image_width + block0 * R + column;  // of the output's planes
     float magnitude[R] = {};
-    tile.clear();
+    SubBands<R, kLevel> sub_bands;
 
     for (int64_t channel = 0; channel < g.channels; ++channel) {
       __syncthreads();  // the last channel is done with the tile
@@ -88,14 +90,14 @@ __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
         }
         walsh(w);
         DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) tile.column(block * R)[v * kPitch + k] = w[k];
+        for (int k = 0; k < R; ++k) tile[v * kPitch + block * (R + 1) + k] = w[k];
       }
       __syncthreads();
-      float* own = tile.column(column);
+      float residual[R] = {};
       if (active) {
         float w[R];
         DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) w[k] = own[k * kPitch];
+        for (int k = 0; k < R; ++k) w[k] = tile[k * kPitch + column + column_block];
         walsh(w);
         const float* image = args.images + n * g.image.n + channel * g.image.c +
                              row * R * g.image.y + (block0 * R + column) * g.image.x;
@@ -108,26 +110,22 @@ __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
             value = value < 0.0f ? 0.0f : value;
           }
           x_hat[k * image_width] = value;
-          const float residual = image[k * g.image.y] - value;
-          magnitude[k] += ::fabsf(residual);
-          own[k * kPitch] = residual;
+          residual[k] = image[k * g.image.y] - value;
+          magnitude[k] += ::fabsf(residual[k]);
         }
-      } else if (thread < width) {
-        DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) own[k * kPitch] = 0;
       }
-      tile.add(width);
+      sub_bands.add(residual);
     }
-    __syncthreads();
     if (active) {
+      float sum[R];
+      sub_bands.sum(sum);
       const float share = 1.0f / static_cast<float>(g.channels);
       DIFFAD_UNROLL
       for (int k = 0; k < R; ++k) {
         args.pixel[n * plane + pixel + k * image_width] = magnitude[k] * share;
-        args.sub_band[n * plane + pixel + k * image_width] = tile.sum(k, column) * share;
+        args.sub_band[n * plane + pixel + k * image_width] = sum[k] * share;
       }
     }
-    __syncthreads();  // the next tile clears the details
   }
 }
 

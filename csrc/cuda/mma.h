@@ -63,8 +63,4 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return both;
 }
 
-__device__ __forceinline__ float exchange(float x, int lanes) {
-  return __shfl_xor_sync(0xffffffffu, x, lanes);
-}
-
 }  // namespace diffad

@@ -212,8 +212,8 @@ struct TokenMlp {
   }
   // Sum over the four lanes of a row.
   __device__ static float over_row(float x) {
-    x += exchange(x, 1);
-    return x + exchange(x, 2);
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
   }
 
   // -------------------------------------------------------------------- stages

@@ -36,8 +36,8 @@ class Graphed:
     All are forgotten when a tensor of ``modules`` changes; these modules' parts, and whatever the
     function reads beside them, have to stay the same. Where capture is impossible the function runs
     eagerly, after a warning that says why; where a trial shows no gain, too, and always on a CPU.
-    Results are tensors in tuples, lists or dicts. Threads may share it: they take turns, as a graph
-    has one set of buffers.
+    Results are tensors in tuples, lists or dicts. Threads may share it, each on a stream of its
+    own: they take turns, as a graph has one set of buffers and the function may make constants.
     """
 
     def __init__(self, function: Callable, modules: Iterable[nn.Module], graphs: int = 4):
@@ -53,6 +53,7 @@ class Graphed:
 
     def _begin(self) -> None:
         self._turn = threading.Lock()
+        self._done: torch.cuda.Event | None = None  # of the last call, whatever its stream
         self._calls = 0
         # The one longest unused first, each with the call that it was used by.
         self._captured: OrderedDict[Hashable, tuple[CapturedCall, int]] = OrderedDict()
@@ -86,8 +87,13 @@ class Graphed:
         if not (x.is_cuda and self.graphs):
             return self.function(x)
         with self._turn:
+            stream = torch.cuda.current_stream(x.device)
+            if self._done is not None:
+                stream.wait_event(self._done)
             captured = self._graph(x)
-            return self.function(x) if captured is None else captured(x)
+            result = self.function(x) if captured is None else captured(x)
+            self._done = stream.record_event()
+            return result
 
     def _graph(self, x: torch.Tensor) -> CapturedCall | None:
         """The captured call for tensors like x; None where it runs eagerly."""
@@ -167,18 +173,13 @@ class CapturedCall:
                 with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                     self._output = function(self._input)
             current.wait_stream(side)
-        self._done = torch.cuda.Event()
-        self._done.record(current)
 
     def __call__(self, x: torch.Tensor):
-        stream = torch.cuda.current_stream(x.device)
-        # Another stream may still be in the last replay, whose buffers these are.
-        stream.wait_event(self._done)
+        # Its memory is another stream's, which may be given it anew when this call is forgotten.
+        self._input.record_stream(torch.cuda.current_stream(x.device))
         self._input.copy_(x)
         self._graph.replay()
-        result = tree_map(lambda y: y.clone() if isinstance(y, torch.Tensor) else y, self._output)
-        self._done.record(stream)
-        return result
+        return tree_map(lambda y: y.clone() if isinstance(y, torch.Tensor) else y, self._output)
 
 
 @cache

@@ -121,8 +121,11 @@ class FusedDDIMScheduler(DDIMScheduler):
 
     def _levels_on_device(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         s = t - self.config.num_train_timesteps // self.num_inference_steps
-        table, final = (a.to(t.device) for a in (self.alphas_cumprod, self.final_alpha_cumprod))
-        return table[t], torch.where(s < 0, final, table[s.clamp(min=0)])
+        # They stay there: a copy to the device waits for it, as does a tensor () for an index.
+        self.alphas_cumprod = self.alphas_cumprod.to(t.device)
+        self.final_alpha_cumprod = self.final_alpha_cumprod.to(t.device)
+        level = lambda i: self.alphas_cumprod.index_select(0, i.reshape(1)).squeeze(0)  # noqa: E731
+        return level(t), torch.where(s < 0, self.final_alpha_cumprod, level(s.clamp(min=0)))
 
     def _alphas(self) -> list[float]:
         """``alphas_cumprod`` on the host, read again whenever that tensor has changed."""

@@ -109,7 +109,8 @@ class Model(nn.Module, ABC):
     def _seeded(self) -> Iterator[None]:
         """What is made meanwhile has the weights of the configuration's seed."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
+            # torch.manual_seed would seed GPUs, too.
+            torch.default_generator.manual_seed(self.config.seed)
             yield
 
     # --------------------------------------------------------- checkpoint

@@ -188,6 +188,7 @@ class TokenModel(Model):
         self._steps = self._steps_of(self.config.mode)
         self._noise = NoiseFields(self.config.seed)
         self._loops: list[tuple] | None = None
+        self._scoring = self._scoring_pass()  # at once: threads may share it
 
     @property
     def map_names(self) -> list[str]:

@@ -44,7 +44,8 @@ class Processes(NamedTuple):
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Replace ``tensor`` by its sum over the processes. Raises ProcessError."""
+        """Replace ``tensor``, on the device of the training, by its sum over the processes. Raises
+        ProcessError."""
         if self.count > 1:
             with _named_errors(self):
                 dist.all_reduce(tensor)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import count
 
 import numpy as np
@@ -117,12 +116,11 @@ class ImageTrainer(Loop):
         x_t, target, weight = self.representation.noised_target(
             images, t, noise, self.alphas, config.prediction_type, config.snr_limit
         )
-        mixed = (
-            nullcontext()
-            if self.dtype == torch.float32
-            else torch.autocast(self.device.type, self.dtype)
-        )
-        with mixed:
+        # Without its cache, which keeps a cast weight until the outermost autocast is left: within
+        # another one, or in a CUDA graph, past the weight's next change.
+        with torch.autocast(
+            self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
+        ):
             prediction = self.denoiser(x_t, self.log_sigma[t])
         return ops.weighted_mse(prediction.float(), target, weight)
 
@@ -135,7 +133,7 @@ class ImageTrainer(Loop):
         u = stratified(n * repeats, generator(self.config.seed, "validation", 0))
         u = u[torch.randperm(len(u), generator=generator(self.config.seed, "validation", 1))]
         own = range(n)[self.processes.rank :: self.processes.count]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         size = self.config.batch_size // (self.processes.count * self.accumulate)
         first = 0
         for batch in self.images.batches(size, indices=self.validation[list(own)].tolist()):
@@ -145,7 +143,7 @@ class ImageTrainer(Loop):
             for k in range(repeats):
                 step = torch.full_like(index, VALIDATION_STEPS[k])
                 t = self._timestep(u[places + k * n]).to(self.device)
-                total += float(self._loss(x, index, step, t)) * len(places)
+                total += self._loss(x, index, step, t).double() * len(places)
         self.processes.add(total)
         return float(total) / (n * repeats)
 

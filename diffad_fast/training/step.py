@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
 
-from ..diffusion.graphs import CAPTURING
+from ..diffusion.graphs import CAPTURING, recover
 
 WARM_UP = 3  # steps, which libraries use to load kernels and choose among them
 
@@ -17,36 +19,53 @@ class CapturedStep:
     The first calls run eagerly, on a stream of their own as capture asks for; the next one
     is captured, and from there on a call copies its inputs to where the graph reads them and
     replays it: no Python between layers, no allocation, no synchronisation. Whatever else the step
-    reads has to stay where it was.
+    reads has to stay where it was. Where capture is impossible, as of a network that reads its own
+    numbers, all calls run eagerly, after a warning.
     """
 
     def __init__(self, step: Callable, device: torch.device):
         self._step, self._device = step, device
-        self._calls = 0
+        self._eager: float = WARM_UP  # calls to come
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        current = torch.cuda.current_stream(self._device)
-        if self._calls < WARM_UP:
-            self._calls += 1
+        if self._graph is None and self._eager == 0:
+            self._capture(inputs)
+        if self._graph is None:
+            self._eager -= 1
+            current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 result = self._step(*inputs)
             current.wait_stream(self._stream)
             return result
-        if self._graph is None:
-            self._inputs = [t.to(self._device) for t in inputs]
-            graph = torch.cuda.CUDAGraph()
-            # Capture computes nothing: the step itself is the replay below.
-            # Other threads, such as a loader that pins memory, may use the device meanwhile.
-            mode = {"stream": self._stream, "capture_error_mode": "thread_local"}
-            with CAPTURING, torch.cuda.graph(graph, **mode):
-                self._result = self._step(*self._inputs)
-            self._graph = graph
         for kept, new in zip(self._inputs, inputs, strict=True):
             # Pageable memory is staged before the call returns, pinned memory must not change
             # until the copy has been made: inputs are new tensors each time.
             kept.copy_(new, non_blocking=True)
         self._graph.replay()
         return self._result
+
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Computes nothing: the step itself is the first replay."""
+        self._inputs = [t.to(self._device) for t in inputs]
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as a loader that pins memory, may use the device meanwhile.
+        mode = {"stream": self._stream, "capture_error_mode": "thread_local"}
+        try:
+            # A capture that fails leaves its stream the current one: the outer block does not.
+            with CAPTURING, torch.cuda.stream(self._stream), torch.cuda.graph(graph, **mode):
+                self._result = self._step(*self._inputs)
+        except Exception as error:
+            recover(self._device)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            warnings.warn(
+                f"training runs without a CUDA graph, its capture failed: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self._eager = math.inf
+        else:
+            self._graph = graph

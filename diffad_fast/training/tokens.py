@@ -83,7 +83,7 @@ class TokenTrainer(Loop):
         places = torch.arange(VALIDATION)[self.processes.rank :: self.processes.count]
         u = stratified(VALIDATION, generator(self.config.seed, "validation", 0))
         u = u[torch.randperm(VALIDATION, generator=generator(self.config.seed, "validation", 1))]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for part in places.split(1024):
             rows = part * n // VALIDATION if n > VALIDATION else part % n
             log_sigma = _log_sigma(u[part]).to(self.device)
@@ -93,7 +93,7 @@ class TokenTrainer(Loop):
                 part.to(self.device), step.to(self.device), log_sigma,
             )  # fmt: skip
             error = (self.denoiser(x, log_sigma) - target).square().mean(dim=1)
-            total += error.double().sum().cpu()
+            total += error.double().sum()
         self.processes.add(total)
         return float(total) / VALIDATION
 

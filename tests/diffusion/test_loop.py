@@ -479,12 +479,27 @@ def test_threads_take_turns_with_a_graph(captures, monkeypatch):
         inside.remove(x)
         return self.function(x)
 
+    class Stream:
+        """Each call's: it says what happens on it."""
+
+        def record_event(self):
+            order.append(("record", len(order)))
+            return order[-1]
+
+        def wait_event(self, event):
+            order.append(("wait", event))
+
+    order = []
+    monkeypatch.setattr(graphs.torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(FakeCapture, "__call__", replay)
     graphed = graphs.Graphed(lambda x: 2 * x, [])
     inputs = [OnCuda(i) for i in range(16)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(graphed, inputs)) == [2 * i for i in range(16)]
     assert len(most) >= 14 and max(most) == 1 and len(captures) == 1
+    # Each call waits on its stream for the one before, captured or not.
+    assert len(order) == 31
+    assert all(order[i] == ("wait", order[i - 1]) for i in range(1, 31, 2))
 
 
 class OnCuda(int):

@@ -5,15 +5,9 @@
 
 #define __shared__ static
 
-static void __threadfence() {}
 static uint32_t atomicAdd(uint32_t* at, uint32_t more) {
   const uint32_t before = *at;
   *at += more;
-  return before;
-}
-static uint32_t atomicExch(uint32_t* at, uint32_t value) {
-  const uint32_t before = *at;
-  *at = value;
   return before;
 }
 
@@ -33,6 +27,25 @@ void run_grid(unsigned blocks, unsigned threads, F&& kernel) {
   gridDim.x = blocks;
   body = kernel;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+}
+
+template <int kLevel>
+void run_weighted(diffad::WeightedArgs<float>& args, int64_t batch, unsigned blocks) {
+  const unsigned threads = diffad::weighted_grid<kLevel>(args, batch);
+  run_grid(blocks, threads, [&] { diffad::weighted_tiles<kLevel>(args); });
+}
+
+template <int kHalo = diffad::kBlurHaloStep>
+void run_blur(const diffad::BlurArgs& args, int radius, unsigned blocks) {
+  if constexpr (kHalo < diffad::kBlurMostRadius) {
+    if (radius > kHalo) return run_blur<kHalo + diffad::kBlurHaloStep>(args, radius, blocks);
+  }
+  // What is not written first must not be read: all NaN, and nothing behind the end.
+  constexpr size_t bytes = diffad::blur_shared_bytes(kHalo);
+  auto* shared = static_cast<float*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16));
+  std::fill(shared, shared + bytes / 4, NAN);
+  run_grid(blocks, diffad::kBlurThreads, [&] { diffad::blur_tiles<kHalo>(args, shared); });
+  std::free(shared);
 }
 
 }  // namespace
@@ -61,7 +74,7 @@ int main() {
     run_grid(blocks, diffad::kCosineThreads, [&] {
       last ? diffad::cosine_tiles<true>(scale) : diffad::cosine_tiles<false>(scale);
     });
-    args.scale[s] = {cosines.back().data(), h, w};
+    args.scale[s] = diffad::map_scale(cosines.back().data(), h, w, height, width);
   }
   const int64_t pixels = height * width;
   const auto statistics = read<float>(given[7] == 0 ? 0 : given[7] == 1 ? 6 : 6 * pixels);
@@ -87,41 +100,34 @@ int main() {
       }
     }
   }
-  const unsigned threads = diffad::weighted_grid(args, n, 1 << levels);
-  run_grid(blocks, threads, [&] {
-    switch (levels) {
-      case 0: return diffad::weighted_tiles<1, 0>(args);
-      case 1: return diffad::weighted_tiles<2, 1>(args);
-      case 2: return diffad::weighted_tiles<4, 2>(args);
-      case 3: return diffad::weighted_tiles<8, 3>(args);
-      default: return diffad::weighted_tiles<16, 4>(args);
-    }
-  });
+  switch (levels) {
+    case 0: run_weighted<0>(args, n, blocks); break;
+    case 1: run_weighted<1>(args, n, blocks); break;
+    case 2: run_weighted<2>(args, n, blocks); break;
+    case 3: run_weighted<3>(args, n, blocks); break;
+    default: run_weighted<4>(args, n, blocks);
+  }
 
+  std::vector<diffad::TopState> state(n);
   if (radius == 0) {
     map = total;
   } else {
     diffad::BlurArgs blur{total.data(), map.data(), height, width};
     std::copy(taps.begin(), taps.end(), blur.taps);
-    diffad::blur_grid(blur, n, radius);
-    // What is not written first must not be read: all NaN, and nothing behind the end.
-    const size_t bytes = diffad::blur_shared_bytes(blur.halo);
-    auto* shared = static_cast<float*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16));
-    std::fill(shared, shared + bytes / 4, NAN);
-    run_grid(blocks, diffad::kBlurThreads, [&] { diffad::blur_tiles(blur, shared); });
-    std::free(shared);
+    blur.state = state.data();
+    diffad::blur_grid(blur, n);
+    run_blur(blur, radius, blocks);
   }
 
   const int64_t parts = (pixels + diffad::kTopShare - 1) / diffad::kTopShare;
-  std::vector<diffad::TopState> state(n);
   std::vector<float> partial(n * parts, NAN);
   const diffad::TopArgs top{map.data(), pixels, given[10], parts, state.data(), partial.data(),
                             score.data()};
   const auto grid = static_cast<unsigned>(n * parts);
-  for (int digit = 0; digit < 4; ++digit) {
+  for (int digit = radius > 0; digit < diffad::kDigits; ++digit) {
     run_grid(grid, diffad::kTopThreads, [&] { diffad::top_digit(top, digit); });
   }
-  run_grid(grid, diffad::kTopThreads, [&] { diffad::top_sum(top); });
+  run_grid(static_cast<unsigned>(n), diffad::kTopThreads, [&] { diffad::top_score(top); });
   std::fwrite(map.data(), 4, map.size(), stdout);
   std::fwrite(score.data(), 4, score.size(), stdout);
 }

@@ -85,3 +85,13 @@ static float __uint_as_float(uint32_t x) {
 // All fibers take turns in order: when a fiber is back from `yield`, all others have come as far.
 // A write, a yield, reads and a yield are thus an exchange without races.
 static void __syncthreads() { yield(); }
+
+// All fibers of a block must call it together.
+[[maybe_unused]] static float __shfl_xor_sync(uint32_t, float x, int lanes) {
+  static std::vector<float> given(1024);
+  given[threadIdx.x] = x;
+  yield();
+  const float other = given[threadIdx.x ^ lanes];
+  yield();
+  return other;
+}

@@ -47,14 +47,6 @@ static float tanh_approx(float x) { return std::tanh(x) * (1 + std::ldexp(1.0f, 
 
 static uint32_t pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
 
-static float exchange(float x, int lanes) {
-  mine().f[0] = x;
-  yield();
-  const float other = of_lane(lane_of_thread() ^ lanes).f[0];
-  yield();
-  return other;
-}
-
 // PTX ISA, mma.m16n8k16, .bf16: A element (row, k) is in lane (row % 8) * 4 + k % 8 / 2, register
 // row / 8 + k / 8 * 2, half k % 2; B element (k, n) in lane n * 4 + k % 8 / 2, register k / 8, half
 // k % 2; C element (row, n) in lane (row % 8) * 4 + n / 2, register row / 8 * 2 + n % 2.

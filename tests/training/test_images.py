@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from training_worker import image_trainer, pictures
 
-from diffad_fast import ops
+from diffad_fast import Detector, ops
 from diffad_fast.config import AUGMENTATIONS
 from diffad_fast.training import augment
 from diffad_fast.training import images as images_module
@@ -149,6 +149,20 @@ def test_bfloat16_training_keeps_float32_weights():
 
 def some(n=6, h=24, w=16):
     return torch.rand(n, 2, h, w), torch.arange(n), torch.zeros(n, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("surrounded", [False, True])
+def test_bfloat16_training_learns_as_float32_does(surrounded):
+    """No weight that autocast has cast is used again once it has changed."""
+    options = {"image_size": 32, "denoiser": "unet-tiny", "train_steps": 30, "batch_size": 4}
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        detector = Detector(**options, train_dtype=dtype, map_weights=(1, 0, 1), device="cpu")
+        with torch.autocast("cpu", torch.bfloat16, enabled=surrounded):
+            history = detector.fit(pictures(40)).history
+        losses[dtype] = np.array([loss for _, loss in history.validation_loss])
+    assert losses["float32"][-1] < 0.9 * losses["float32"][0]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=5e-3)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)

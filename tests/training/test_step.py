@@ -58,9 +58,67 @@ def test_runs_eagerly_then_replays_on_the_newest_inputs(monkeypatch):
     assert current.waited_for == [captured._stream] * WARM_UP
 
 
+@pytest.mark.parametrize("error", [RuntimeError("synchronises"), torch.OutOfMemoryError("full")])
+def test_a_capture_that_fails(error, monkeypatch):
+    """Once, with a warning, and eagerly from there on; where memory is short, an error."""
+    streams, recovered, captures = [], [], []
+
+    @contextmanager
+    def graph(recorded, stream, capture_error_mode):
+        captures.append(list(streams))
+        yield
+        raise error
+
+    @contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(
+        step_module.torch, "cuda",
+        SimpleNamespace(
+            Stream=Stream, current_stream=lambda device: Stream(), stream=on, graph=graph,
+            CUDAGraph=object,
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(step_module, "recover", recovered.append)
+    captured = CapturedStep(lambda x: 2 * x, torch.device("cpu"))
+    x = torch.ones(2)
+    for _ in range(WARM_UP):
+        captured(x)
+    if isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            captured(x)
+    else:
+        with pytest.warns(RuntimeWarning, match="without a CUDA graph.* failed: synchronises"):
+            assert torch.equal(captured(x), 2 * x)
+        assert torch.equal(captured(3 * x), 6 * x)
+    # Within a block that puts the stream back, which a failed capture does not.
+    assert captures == [[captured._stream]] and recovered == [torch.device("cpu")]
+
+
+@pytest.mark.gpu
+def test_a_network_that_reads_its_own_numbers_trains():
+    class Reads(torch.nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * (1.0 if x.sum().item() > 0 else 0.9)
+
+    convolution = Reads(1, 1, 3, padding=1, device="cuda")
+    step = CapturedStep(lambda x: convolution(x).square().mean().detach(), torch.device("cuda"))
+    x = torch.ones(1, 1, 4, 4)
+    first = [float(step(x)) for _ in range(WARM_UP)]
+    with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
+        assert float(step(x)) == pytest.approx(first[0])
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(9, device="cuda").isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["image", "token"])
 def test_captured_training_is_eager_training(kind, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     captured, eager = (worker.TRAINERS[kind](device="cuda", train_dtype="float32") for _ in "ab")
     captured.run()
     monkeypatch.setattr("diffad_fast.training.loop.CapturedStep", lambda step, device: step)
