@@ -51,7 +51,7 @@ LOF_NEIGHBOURS = 20
 PARTS = 5
 # Of a wave with itself, where it is heard again.
 REPEATS_RATE, REPEATS_AGREEMENT = 16000, 0.99
-# Key of a control in a result -> its name in tables. Earlier results have the first alone.
+# Key of a control in a result -> its name in tables.
 CONTROLS = {"nearest": "nearest neighbours", "lof": "local outlier factor"}
 
 
@@ -204,6 +204,7 @@ def within(args: argparse.Namespace) -> int:
 def development_table(result: dict) -> str:
     """Markdown, in percent: of every class the mean over its splits, and the mean of these."""
     rows, machine = [], result["machine"]
+    # Those of fold 1 were recorded without the second.
     beside = [name for name in CONTROLS if name in next(iter(result["aurocs"].values()))[0]]
     whose = ["auroc", *beside]
     for normal, found in result["aurocs"].items():
@@ -266,7 +267,7 @@ def intervals(tests: list[tuple[dict, dict]]) -> dict[str, dict[str, list[float]
     for name, whose in mean:
         result.setdefault(name, {})[whose] = stats.interval(mean[name, whose])
     for name, found in result.items():
-        for control in [whose for whose in found if whose in CONTROLS]:
+        for control in CONTROLS:
             whose = (name, "auroc"), (name, control)
             found[f"difference_{control}"] = stats.difference(observed, mean, *whose)
     return result
@@ -336,7 +337,7 @@ def table(result: dict) -> str:
     machine, runs = result["machine"], result["runs"]
     seeds = sorted({one["seed"] for one in runs})
     folds = sorted({tuple(one["test_folds"]) for one in runs})
-    over, beside = _over(runs), _controls(result)
+    over = _over(runs)
     speeds = ", ".join(f"{value:.0f} ({name})" for name, value in result["speed"].items())
     lines = [
         "# One class of UrbanSound8K against the others",
@@ -355,10 +356,10 @@ def table(result: dict) -> str:
         chosen = [one for one in runs if name in (one["normal"], "mean")]
         keys = ("auroc", "pauc", "auroc_without_repeats")
         row = [name, *(_spread(chosen, over, key) for key in keys)]
-        for control in beside:
+        for control in CONTROLS:
             peers = [b["auroc"] for b in result[control] if name in (b["normal"], "mean")]
             row.append(f"{100 * statistics.mean(peers):.1f}")
-        for cell, whose in ((1, "auroc"), *enumerate(beside, 4)):
+        for cell, whose in ((1, "auroc"), *enumerate(CONTROLS, 4)):
             low, high = (100 * value for value in result["intervals"][name][whose])
             row[cell] += f" ({low:.1f}–{high:.1f})"
         row.append(f"{statistics.median(one['fit_seconds'] for one in chosen):.0f}")
@@ -366,17 +367,15 @@ def table(result: dict) -> str:
         rows.append(row)
     head = [
         "normal class", "AUROC", "pAUC", "AUROC without repeats",
-        *(f"{CONTROLS[control]}, AUROC" for control in beside), "fit s", "ms/clip",
+        *(f"{name}, AUROC" for name in CONTROLS.values()), "fit s", "ms/clip",
     ]  # fmt: skip
     repeated, heard = map(sum, zip(*result["repeats"], strict=True))
     lines += [*grid(head, rows), ""]
-    for control in beside:
-        found = result["intervals"]["mean"]
-        # Earlier results have no other control to tell it from.
-        found = found.get(f"difference_{control}") or found["difference"]
+    for control, name in CONTROLS.items():
+        found = result["intervals"]["mean"][f"difference_{control}"]
         mean, low, high = (100 * value for value in found)
         lines.append(
-            f"- In the mean the detector {stats.compared(low, high)} the {CONTROLS[control]}: "
+            f"- In the mean the detector {stats.compared(low, high)} the {name}: "
             f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), paired."
         )
     lines += [
@@ -399,11 +398,10 @@ def table(result: dict) -> str:
 
 def headlines(result: dict) -> list[list[str]]:
     """A row of the data, our mean AUROC and that of the best control; none for other results."""
-    beside = _controls(result)
-    if not beside:
+    if "repeats" not in result:
         return []
     over = _over(result["runs"])
-    means = {name: statistics.mean(one["auroc"] for one in result[name]) for name in beside}
+    means = {name: statistics.mean(one["auroc"] for one in result[name]) for name in CONTROLS}
     best = max(means, key=means.get)
     cells = []
     for name, mean in (("auroc", _spread(result["runs"], over, "auroc")),
@@ -415,11 +413,6 @@ def headlines(result: dict) -> list[list[str]]:
     beside = f", features of {features}" if features else ""
     name = f"UrbanSound8K, mean of {classes} classes{beside}"
     return [[name, cells[0], f"{CONTROLS[best]}: {cells[1]}"]]
-
-
-def _controls(result: dict) -> list[str]:
-    """The keys of the controls that were run."""
-    return [name for name in CONTROLS if name in result]
 
 
 def _over(runs: list[dict]) -> str:

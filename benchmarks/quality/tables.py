@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Sequence
 
@@ -38,8 +37,7 @@ def summary(result: dict) -> str:
     """A row for each method and data set, the means over the vector sets, robustness."""
     machine = result["machine"]
     options = f", options {result['options']}" if result["options"] else ""
-    robust = any(one["robustness"] for one in result["sets"])
-    title = "Robustness" if robust else "Ablation" if result.get("variants") else "Detection"
+    title = "Robustness" if _robust(result) else "Ablation" if result["variants"] else "Detection"
     controls = (
         " Gaussian, PCA residual and kNN are closed forms on the same tokens, through the same "
         "fusion and calibration."
@@ -66,7 +64,7 @@ def summary(result: dict) -> str:
             f"highest {anoddpm.TOP:.0%} of that."
         )
     lines = [
-        f"# {title} on {_title(result)}, preset {result['preset']}, {result['part']} part",
+        f"# {title} on {result['title']}, preset {result['preset']}, {result['part']} part",
         "",
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}; seeds "
@@ -87,8 +85,8 @@ def summary(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _title(result: dict) -> str:
-    return result.get("title") or ", ".join(one["name"] for one in result["sets"])
+def _robust(result: dict) -> bool:
+    return any(one["robustness"] for one in result["sets"])
 
 
 def _both_parts(one: dict) -> str:
@@ -101,11 +99,12 @@ def _both_parts(one: dict) -> str:
 
 
 def headlines(result: dict) -> list[list[str]]:
-    """What a result without variants comes to: a row of the data, our figures and those of the best
-    of the others; over several sets the means. No row for other results."""
-    if result.get("variants") or not any(one["best_control"] for one in result.get("sets", [])):
+    """What a result of detection, without variants and robustness, comes to: a row of the data, our
+    figures and those of the best of the others; over several sets the means. No row for other
+    results."""
+    sets = result.get("sets", [])
+    if not any(one["best_control"] for one in sets) or result["variants"] or _robust(result):
         return []
-    sets = result["sets"]
     names = [name for name in sets[0]["runs"] if name in OTHERS]
     figures = {name: title for name, title in FIGURES[sets[0]["kind"]].items() if name != "f1_max"}
     first = next(iter(figures))
@@ -122,8 +121,7 @@ def headlines(result: dict) -> list[list[str]]:
         if len(sets) == 1:
             parts[0] += f" ({_bounds(sets[0]['intervals'][method])})"
         cells.append(", ".join(parts))
-    data = re.fullmatch("# Detection on (.*), preset .*", result["summary"].splitlines()[0])[1]
-    return [[data, cells[0], f"{best}: {cells[1]}"]]
+    return [[result["title"], cells[0], f"{best}: {cells[1]}"]]
 
 
 def _bounds(interval: Sequence[float]) -> str:
