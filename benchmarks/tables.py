@@ -133,7 +133,7 @@ def machine_line(result: dict) -> str:
     device = m["gpu"] or f"{m['cpu']}, {m['cores']} cores"
     return (
         f"{device}, {m['threads']} threads, torch {m['versions']['torch']}, commit {m['commit']}, "
-        f"{m['date']}."
+        f"{m['date']}"
     )
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import audio, results, stats
+from benchmarks import results, stats
+from benchmarks.quality import audio, controls
 from diffad_fast import Detector, metrics
 from diffad_fast.data.audio import LabelledClip, labelled_clips
 from diffad_fast.errors import InputError
@@ -214,7 +215,7 @@ def test_features_stand_beside_the_preset(root, tmp_path, monkeypatch):
         heard[clip in test].append(_unit(mean))
     distance = np.sort(1 - np.array(heard[True]) @ np.array(heard[False]).T, axis=1)
     label = [clip.anomaly for clip in test]
-    expected = metrics.auroc(label, distance[:, : audio.NEIGHBOURS].mean(axis=1))
+    expected = metrics.auroc(label, distance[:, : controls.NEIGHBOURS].mean(axis=1))
     assert control["auroc"] == pytest.approx(expected)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..case import OURS
 from ..grid import grid
 from ..stats import compared
+from ..tables import machine_line
 from . import anoddpm
 from .controls import CONTROLS, NEAREST, NEIGHBOURS
 from .dte import DETECTORS, LATENCY_ROWS, REPOSITORY
@@ -35,7 +36,6 @@ def markdown(result: dict) -> str:
 
 def summary(result: dict) -> str:
     """A row for each method and data set, the means over the vector sets, robustness."""
-    machine = result["machine"]
     options = f", options {result['options']}" if result["options"] else ""
     title = "Robustness" if _robust(result) else "Ablation" if result["variants"] else "Detection"
     controls = (
@@ -66,10 +66,9 @@ def summary(result: dict) -> str:
     lines = [
         f"# {title} on {result['title']}, preset {result['preset']}, {result['part']} part",
         "",
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
-        f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}; seeds "
-        f"{', '.join(map(str, result['seeds']))}{options}. In percent: mean and standard deviation "
-        "over the seeds; in brackets the 95% bootstrap interval over objects."
+        f"{machine_line(result)}; seeds {', '.join(map(str, result['seeds']))}{options}. In "
+        "percent: mean and standard deviation over the seeds; in brackets the 95% bootstrap "
+        "interval over objects."
         + (controls if any(one["best_control"] for one in result["sets"]) else ""),
         *([result["note"]] if result["note"] else []),
         *filter(None, map(_both_parts, result["sets"])),
@@ -117,7 +116,7 @@ def headlines(result: dict) -> list[list[str]]:
     best = max(names, key=lambda name: statistics.mean(mean(name, first)))
     cells = []
     for method in (OURS, best):
-        parts = [f"{title} {_spread(mean(method, name))}" for name, title in figures.items()]
+        parts = [f"{title} {spread(mean(method, name))}" for name, title in figures.items()]
         if len(sets) == 1:
             parts[0] += f" ({_bounds(sets[0]['intervals'][method])})"
         cells.append(", ".join(parts))
@@ -135,7 +134,7 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
         for method, runs in one["runs"].items():
             row = [f"{one['name']} ({one['n_normal']} + {one['n_anomalous']})", method]
             for name in figures:
-                text = _spread([run[name] for run in runs])
+                text = spread([run[name] for run in runs])
                 if name == first:
                     low, high = one["intervals"][method]
                     text += f" ({100 * low:.1f}–{100 * high:.1f})"
@@ -150,7 +149,7 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
             row = [f"mean of {len(sets)}", f"**{method}**"]
             for name in figures:
                 values = zip(*([run[name] for run in s["runs"][method]] for s in sets), strict=True)
-                row.append(_spread([statistics.mean(seed) for seed in values]))
+                row.append(spread([statistics.mean(seed) for seed in values]))
             rows.append([*row, "", ""])
     return grid(["data set", "method", *figures.values(), "fit s", "ms each"], rows)
 
@@ -175,7 +174,7 @@ def _defects(one: dict) -> list[str]:
         [
             method,
             defect,
-            *(_spread([r["per_defect"][defect][name] for r in runs]) for name in figures),
+            *(spread([r["per_defect"][defect][name] for r in runs]) for name in figures),
         ]
         for method, runs in one["runs"].items()
         for defect in runs[0]["per_defect"]
@@ -201,7 +200,8 @@ def _robustness(one: dict) -> list[str]:
     return ["", head, "", *grid(["what", *methods], rows)]
 
 
-def _spread(values: list[float | None]) -> str:
+def spread(values: list[float | None]) -> str:
+    """Mean and standard deviation in percent."""
     if any(value is None for value in values):
         return "—"
     text = f"{100 * statistics.mean(values):.1f}"
