@@ -272,7 +272,7 @@ def test_the_cuda_kernel_in_emulation(emulator, level, channels, cols, grid, las
 
 def test_float64_is_refused_by_the_cuda_kernel(monkeypatch):
     operator = ops.dispatch.OPERATORS["ddim_finish"]
-    monkeypatch.setitem(operator.implementations, "cuda", ops.finish._cuda)
+    monkeypatch.setitem(operator.implementations, "cuda", lambda *_: None)
     arguments, _ = problem(dtype=torch.float64)
     assert operator.backend("cuda", *arguments) == "reference"
     assert operator.backend("cuda", *problem()[0]) == "cuda"
