@@ -64,7 +64,7 @@ for tool in memcheck racecheck; do
     fi
 done
 wait
-part "4 clock" 60 "$python" -m pytest -q -m gpu tests/test_benchmarks.py -k times_on_a_gpu
+part "4 clock" 60 "$python" -m pytest -q -m gpu tests/benchmarks/test_counting.py -k times_on_a_gpu
 # The cases that goals are set for, those of whole detectors first.
 goals='detector.score (unet-small|audio)|token_mlp_loop|anomaly_map three|(q_sample|ddim_step).* 512'
 goals+='|norm_silu (4|16|5) groups.*last(, modulated)?(, forward and backward|, launched.*)?$'

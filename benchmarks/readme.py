@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import audio, results, tables
+from . import results, tables
 from .case import OURS
 from .grid import grid
+from .quality import audio
 from .quality import tables as quality
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -88,7 +89,7 @@ def _speed(suite: str, path: Path, result: dict) -> list[str]:
     text = (
         f"**{TITLES[suite]}**{quick}: time of the other / time of ours, in float32 unless a "
         "case says otherwise. **Bold** is a loss, *italic* a difference within the noise. "
-        f"{tables.machine_line(result)}"
+        f"{tables.machine_line(result)}."
     )
     return [text, "\n".join(grid(head, rows)), _losses(result)]
 
@@ -121,7 +122,7 @@ def _losses(result: dict) -> str:
 
 def _section(suite: str, path: Path, result: dict) -> str:
     quick = " (a quick run, too few rounds for fine differences)" if result["quick"] else ""
-    lines = [f"## {TITLES[suite]}{quick}", "", tables.machine_line(result), ""]
+    lines = [f"## {TITLES[suite]}{quick}", "", f"{tables.machine_line(result)}.", ""]
     if suite == "end-to-end":
         lines += tables.detectors(result)
         plot = path.with_name(f"{path.stem}-pareto.png")

@@ -76,16 +76,16 @@ def training_goals(result: dict) -> list[str]:
             if row["name"] != name or "ratio" not in theirs:
                 continue
             ratio = theirs["ratio"]
-            memory = _memory(result, row, theirs)
+            memory = _memory(row, theirs)
             table.append(
                 [
                     name,
                     other,
                     f"{number(ours['per_second'])} {row['unit']}s/s",
                     f"{number(ratio['value'])}× ({number(ratio['low'])}–{number(ratio['high'])})",
-                    f"{goal:g}×: {'reached' if ratio['value'] >= goal else 'missed'}",
-                    "" if memory is None else f"{memory:.0%}",
-                    "" if memory is None else f"{MEMORY_GOAL:.0%}: {_reached(memory)}",
+                    f"{goal:g}×: {_reached(ratio['value'] >= goal)}",
+                    f"{memory:.0%}",
+                    f"{MEMORY_GOAL:.0%}: {_reached(memory <= MEMORY_GOAL)}",
                 ]
             )
     if not table:
@@ -103,25 +103,18 @@ def training_goals(result: dict) -> list[str]:
 STAY = 5, 4
 
 
-def _memory(result: dict, row: dict, theirs: dict) -> float | None:
-    """Ours / theirs, with what stays; None where the parameters are not told."""
-    count = row.get("parameters")
-    if count is None:  # earlier results tell them beside the exchange of processes alone
-        network = row["name"].split(",")[0]
-        known = {one["network"].split(",")[0]: one for one in result.get("scaling") or []}
-        count = known.get(network, {}).get("parameters")
-    if count is None:
-        return None
+def _memory(row: dict, theirs: dict) -> float:
+    """Ours / theirs, with what stays."""
     entries = row["contenders"][OURS], theirs
     ours, other = (
-        entry["counts"]["peak_bytes"] + 4 * vectors * count
+        entry["counts"]["peak_bytes"] + 4 * vectors * row["parameters"]
         for entry, vectors in zip(entries, STAY, strict=True)
     )
     return ours / other
 
 
-def _reached(memory: float) -> str:
-    return "reached" if memory <= MEMORY_GOAL else "missed"
+def _reached(goal: bool) -> str:
+    return "reached" if goal else "missed"
 
 
 EXPLANATION = (
@@ -140,7 +133,7 @@ def machine_line(result: dict) -> str:
     device = m["gpu"] or f"{m['cpu']}, {m['cores']} cores"
     return (
         f"{device}, {m['threads']} threads, torch {m['versions']['torch']}, commit {m['commit']}, "
-        f"{m['date']}."
+        f"{m['date']}"
     )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from .case import OURS, REFERENCE
 from .cases.training import PlainImages, PlainLoop, PlainTokens
+from .grid import grid
 
 POINTS = 10
 LEARNING_RATE = 1e-3
@@ -43,15 +44,15 @@ def lines(entries: list[dict]) -> list[str]:
         "Of the averaged weights after the last step, at the same noise and levels for both: "
         "median over seeds, and the range of the ratio ours / reference.", "",
     ]  # fmt: skip
-    text += ["| network | steps | seeds | ours | reference | ratio |", "| --- |" + 5 * " --- |"]
+    table = []
     for entry in entries:
         ours, other = ([c[-1][1] for c in entry["curves"][n]] for n in (OURS, REFERENCE))
         ratios = [a / b for a, b in zip(ours, other, strict=True)]
-        text.append(
-            f"| {entry['name']} | {entry['steps']} | {len(ours)} | {statistics.median(ours):.4f} | "
-            f"{statistics.median(other):.4f} | {min(ratios):.3f} to {max(ratios):.3f} |"
-        )
-    return text
+        table.append([
+            entry["name"], str(entry["steps"]), str(len(ours)), f"{statistics.median(ours):.4f}",
+            f"{statistics.median(other):.4f}", f"{min(ratios):.3f} to {max(ratios):.3f}",
+        ])  # fmt: skip
+    return text + grid(["network", "steps", "seeds", "ours", "reference", "ratio"], table)
 
 
 def _images(side: int, quick: bool):

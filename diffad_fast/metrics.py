@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import native
+from .arrays import to_numpy
 from .errors import InputError
 from .reference import metrics as _in_numpy
 
@@ -226,8 +227,7 @@ def _is_whole(values) -> bool:
 
 def _array(values, what: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        values = to_numpy(values)
     values = np.asarray(values, order="C")
     if values.dtype.kind not in "biuf":
         raise InputError(f"{what} are of dtype {values.dtype}: give booleans or real numbers.")

@@ -33,10 +33,10 @@ from ..reference import wavelet as rules
 from .registration import cdiv, launch, operator, source, wide, widened
 
 LONGEST = 16
-ZERO, CONSTANT, SYMMETRIC, PERIODIC, _, PERIODIZATION, REFLECT, ANTISYMMETRIC, _ = range(9)
-CROPPED = 9  # the inverse of periodization: period 2 rows, of which some may have been cropped
-# By index rule, see _extended.
-BORDERS = (ZERO, CONSTANT, SYMMETRIC, PERIODIC, PERIODIZATION, REFLECT, ANTISYMMETRIC, CROPPED)
+# Borders are numbers, see _extended: a mode's index and, for the inverse of periodization, the one
+# after: period 2 rows, of which some may have been cropped.
+ZERO, SYMMETRIC, PERIODIZATION = map(rules.MODES.index, ("zero", "symmetric", "periodization"))
+CROPPED = len(rules.MODES)
 
 
 @triton.jit
@@ -253,7 +253,7 @@ def _fake_dwt2d(x, filters, border, rows, columns):
 def dwt2d(
     x: Tensor, filters: Tensor, border: int, rows: int, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """M along both axes; filters (2,F) on the device of ``x``, border one of BORDERS."""
+    """M along both axes; filters (2,F) on the device of ``x``, border as in :func:`_extended`."""
     bands = _fake_dwt2d(x, filters, border, rows, columns)
     n, channels, height, width = x.shape
     if x.numel() == 0:

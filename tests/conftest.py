@@ -111,6 +111,25 @@ def cpu_isa_bf16(request) -> str:
 
 
 @pytest.fixture
+def by_threads():
+    """Gives a function's result, after a comparison of those by one thread and by more: to the bit,
+    unless ``assert_close`` is given another tolerance."""
+    before = torch.get_num_threads()
+
+    def result(function, rtol=0.0, atol=0.0):
+        found = []
+        for threads in (1, 2, 7, 7):
+            torch.set_num_threads(threads)
+            found.append(function())
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0], rtol=rtol, atol=atol)
+        return found[0]
+
+    yield result
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def written():
     """Tells whether all numbers of a tensor were written: new memory is full of huge ones and NaN,
     by M_PERTURB of glibc or, in asan.sh, by the sanitizer. (``use_deterministic_algorithms`` fills

@@ -91,11 +91,12 @@ def test_an_operator_of_another_device_raises_at_the_call(monkeypatch):
 def test_an_implementation_that_refuses_a_call_is_passed_over_or_named(monkeypatch):
     monkeypatch.setattr(dispatch, "_unavailable", {})
 
-    def positive(x, y):
-        return x + y
-
-    positive.refuses = lambda x, y: "y is negative" if y < 0 else None
-    operator = dispatch.Operator("choosy", lambda x, y: x - y, cpu=positive)
+    operator = dispatch.Operator(
+        "choosy",
+        lambda x, y: x - y,
+        cpu=lambda x, y: x + y,
+        refuses={"cpu": lambda x, y: "y is negative" if y < 0 else None},
+    )
     try:
         assert operator(torch.ones(1), 2) == 3 and operator(torch.ones(1), -2) == 3
         assert operator.backend("cpu") == "cpu"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from unittest.mock import patch
 
 import torch
@@ -66,68 +66,39 @@ def score_case(
     operators, in contiguous tensors."""
     device = torch.device(device_type)
     detector = _detector(device, denoiser, side, steps, mode)
-
-    def plain(images):
-        with as_written():
-            return contiguous(detector).score_batch(images)
-
-    def channels_last(images):
-        with as_written():
-            return detector.score_batch(images)
-
-    def in_tf32(images):
-        with tf32(torch.backends.cudnn):
-            return channels_last(images)
-
-    def by_compiler(images):
-        with as_written():
-            return compiled_denoiser(detector).score_batch(images)
-
-    def narrow(images):
-        return in_bfloat16(detector).score_batch(images)
-
-    def narrow_reference(images):
-        with as_written():
-            return in_bfloat16(detector).score_batch(images)
-
-    def narrow_by_compiler(images):
-        with as_written():
-            return compiled_denoiser(in_bfloat16(detector)).score_batch(images)
-
-    def exact(inputs):
-        with as_written():
-            return in_float64(detector).score_batch(inputs[0].double())
-
     images = (random(n, 1, side, side) / 8 + 0.5).clamp(0, 1)
     with FlopCounterMode(display=False) as counter, as_written(), torch.no_grad():
         detector.score_batch(images[:1])
+    last = {"memory_format": "channels_last"}
+    narrow = {**last, "dtype": "bfloat16", "tolerance": 5e-2}
     contenders = {
-        OURS: Contender(detector.score_batch, memory_format="channels_last"),
-        REFERENCE: Contender(plain),
-        f"{REFERENCE}, channels_last": Contender(channels_last, memory_format="channels_last"),
+        OURS: Contender(detector.score_batch, **last),
+        REFERENCE: Contender(reference(detector, contiguous)),
+        f"{REFERENCE}, channels_last": Contender(reference(detector), **last),
     }
     if compiled:
         contenders[f"{REFERENCE}, channels_last, denoiser by torch.compile"] = Contender(
-            by_compiler, memory_format="channels_last"
+            reference(detector, compiled_denoiser), **last
         )
     if bfloat16:
-        options = {"dtype": "bfloat16", "memory_format": "channels_last", "tolerance": 5e-2}
-        contenders[f"{OURS}, bfloat16"] = Contender(narrow, **options)
-        contenders[f"{REFERENCE}, bfloat16, channels_last"] = Contender(narrow_reference, **options)
+        contenders[f"{OURS}, bfloat16"] = Contender(ours(detector, in_bfloat16), **narrow)
+        contenders[f"{REFERENCE}, bfloat16, channels_last"] = Contender(
+            reference(detector, in_bfloat16), **narrow
+        )
         if device_type == "cuda":
             contenders[f"{REFERENCE}, TF32, channels_last"] = Contender(
-                in_tf32, **{**options, "dtype": "float32"}
+                tf32(torch.backends.cudnn)(reference(detector)), **{**narrow, "dtype": "float32"}
             )
             if compiled:
                 contenders[f"{REFERENCE}, bfloat16, channels_last, denoiser by torch.compile"] = (
-                    Contender(narrow_by_compiler, **options)
+                    Contender(reference(detector, in_bfloat16, compiled_denoiser), **narrow)
                 )
     return Case(
         "detector.score",
         f"{denoiser}, batch {n}, {side}×{side}, "
         + (f"{steps} steps" if mode == "reconstruct" else mode),
         lambda device: (images,),  # on the host, where decoded images are
-        exact,
+        exact(detector),
         contenders,
         flops=n * counter.get_total_flops(),
         tolerance=2e-3,  # float32 through a whole reverse process
@@ -136,6 +107,22 @@ def score_case(
         host=True,
         sweep=sweep,
     )
+
+
+def ours(detector, *changes: Callable) -> Callable:
+    """The score by a copy of ``detector`` with these changes, one after the other."""
+    return lambda x: reduce(lambda one, change: change(one), changes, detector).score_batch(x)
+
+
+def reference(detector, *changes: Callable) -> Callable:
+    """The same eagerly and on the reference operators."""
+    return as_written()(ours(detector, *changes))
+
+
+def exact(detector) -> Callable:
+    """The same in float64, from a case's inputs."""
+    score = reference(detector, in_float64)
+    return lambda inputs: score(inputs[0].double())
 
 
 @cache
@@ -157,26 +144,16 @@ def audio_case(device_type: str, n: int) -> Case:
     """Waves in, spectrograms and tokens inside, maps and scores out: no U-Net, no image."""
     detector = _audio_detector(torch.device(device_type))
     waves = noise(n, detector.config.sample_rate, seed=100)
-
-    def plain(waves):
-        with as_written():
-            return detector.score_batch(waves)
-
-    def exact(inputs):
-        with as_written():
-            return in_float64(detector).score_batch(inputs[0].double())
-
-    def narrow(waves):
-        return in_bfloat16(detector).score_batch(waves)
-
-    contenders = {OURS: Contender(detector.score_batch), REFERENCE: Contender(plain)}
+    contenders = {OURS: Contender(detector.score_batch), REFERENCE: Contender(reference(detector))}
     if device_type == "cuda" or native.cpu_isa() == "amx":  # where `fit` takes it
-        contenders[f"{OURS}, bfloat16"] = Contender(narrow, dtype="bfloat16", tolerance=5e-2)
+        contenders[f"{OURS}, bfloat16"] = Contender(
+            ours(detector, in_bfloat16), dtype="bfloat16", tolerance=5e-2
+        )
     return Case(
         "detector.score",
         f"audio, batch {n}, clips of {CLIP_SECONDS} s, {detector.config.mode}",
         lambda device: (waves,),
-        exact,
+        exact(detector),
         contenders,
         tolerance=2e-3,
         batch=n,

@@ -43,11 +43,10 @@ def controls(detector: Detector, samples) -> Iterator[tuple[str, Detector]]:
         yield name, control
 
 
-def nearest(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Mean distance of rows to the NEIGHBOURS nearest of all of ``train``, by whose mean and
-    deviation both are standardised. Nothing needs to be held out for it."""
-    train, test = standardised(train, test)
-    known = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(train)
+def nearest(train: np.ndarray, test: np.ndarray, metric: str = "euclidean") -> np.ndarray:
+    """Mean distance of rows to the NEIGHBOURS nearest of all of ``train``, or to as many as there
+    are. Nothing needs to be held out for it."""
+    known = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(train)), metric=metric).fit(train)
     return known.kneighbors(test)[0].mean(axis=1)
 
 
@@ -64,9 +63,7 @@ def _control(name: str, model, samples, indices):
     # Statistics are attributes of the mode that is in use, and the copy gets its own.
     copied = copy.deepcopy(model)
     copied.distances = nn.ModuleList()
-    forms = dict(zip(copied.denoisers, _forms(name, copied, banks), strict=True))
-    copied._loop = forms.get
-    copied._evaluate = lambda tokens, rows, form: form(rows)[None]
+    copied.closed_forms = _forms(name, copied, banks)
     copied.use(None)
     return copied
 

@@ -26,7 +26,7 @@ from ..case import OURS
 from ..machine import describe
 from ..results import write_quality
 from . import anoddpm, dte
-from .controls import NEAREST, controls, nearest
+from .controls import NEAREST, controls, nearest, standardised
 from .data import DataSet, find
 from .tables import OTHERS, markdown, summary
 
@@ -38,6 +38,41 @@ SCORING = (
 
 
 def main(argv: list[str]) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+
+    sets = [
+        found
+        for path in args.data
+        for found in find(path, args.size, args.channels, args.group_number, args.group_gap)
+    ]
+    if args.dte and not any(found.kind == "vector" for found in sets):
+        parser.error("--dte: its detectors are for tables, and none of the data sets is one")
+    if args.anoddpm and not any(found.kind == "image" for found in sets):
+        parser.error("--anoddpm: it is for images, and none of the data sets has any")
+    if min(args.anoddpm_steps, args.anoddpm_width) < 1:
+        parser.error("--anoddpm-steps and --anoddpm-width are at least 1")
+    if args.part != "all":
+        sets = [found for found in sets if (found.part == args.part).any()]
+    result = {
+        "machine": describe(),
+        "title": args.title or ", ".join(found.name for found in sets),
+        "part": args.part,
+        "preset": args.preset,
+        "options": args.options,
+        "variants": dict(args.variant),
+        "seeds": args.seeds,
+        "note": args.note,
+        "sets": [_measure(found, args) for found in sets],
+    }
+    if args.anoddpm:
+        result["anoddpm"] = {"steps": args.anoddpm_steps, "width": args.anoddpm_width}
+    result["summary"] = summary(result)
+    write_quality(args.name, result, markdown(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks quality",
         description="Accuracy of a preset over seeds, beside closed-form controls on its tokens. "
@@ -94,37 +129,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--name", default="quality", help="name of the result")
     parser.add_argument("--title", help="what the data sets are, in place of their names")
     parser.add_argument("--note", default="", help="what a reader must know, for the table")
-    args = parser.parse_args(argv)
-
-    sets = [
-        found
-        for path in args.data
-        for found in find(path, args.size, args.channels, args.group_number, args.group_gap)
-    ]
-    if args.dte and not any(found.kind == "vector" for found in sets):
-        parser.error("--dte: its detectors are for tables, and none of the data sets is one")
-    if args.anoddpm and not any(found.kind == "image" for found in sets):
-        parser.error("--anoddpm: it is for images, and none of the data sets has any")
-    if min(args.anoddpm_steps, args.anoddpm_width) < 1:
-        parser.error("--anoddpm-steps and --anoddpm-width are at least 1")
-    if args.part != "all":
-        sets = [found for found in sets if (found.part == args.part).any()]
-    result = {
-        "machine": describe(),
-        "title": args.title or ", ".join(found.name for found in sets),
-        "part": args.part,
-        "preset": args.preset,
-        "options": args.options,
-        "variants": dict(args.variant),
-        "seeds": args.seeds,
-        "note": args.note,
-        "sets": [_measure(found, args) for found in sets],
-    }
-    if args.anoddpm:
-        result["anoddpm"] = {"steps": args.anoddpm_steps, "width": args.anoddpm_width}
-    result["summary"] = summary(result)
-    write_quality(args.name, result, markdown(result))
-    return 0
+    return parser
 
 
 def _variant(text: str) -> tuple[str, dict]:
@@ -132,91 +137,119 @@ def _variant(text: str) -> tuple[str, dict]:
     return name, json.loads(options)
 
 
+class _Results:
+    """What was measured on one data set: a list for each method, with an entry a seed."""
+
+    def __init__(self, data: DataSet, part: str):
+        every = np.arange(len(data.label))
+        self.data, self.rows = data, every if part == "all" else every[data.part == part]
+        # What is not of this part is not even scored.
+        self.test = (
+            data.test[self.rows] if data.tests is None
+            else [data.tests[i].path for i in self.rows]
+        )  # fmt: skip
+        self.runs: dict[str, list[dict]] = {}
+        self.scores: dict[str, list[np.ndarray]] = {}
+        self.costs: dict[str, list[dict]] = {}
+        self.robustness: dict[str, list[dict]] = {}
+
+    def measure(self, method: str, detector: Detector, fit_seconds: float | None = None) -> None:
+        score = detector.score(self.test, strict=True)
+        sample = next(iter(detector.open(self.test).batches(1))).x
+        cost = {"fit_seconds": fit_seconds, "latency_ms": latency(detector, sample)}
+        self.keep(method, score, cost)
+
+    def keep(self, method: str, score: Score, cost: dict) -> None:
+        self.runs.setdefault(method, []).append(_figures(self.data, score, self.rows))
+        self.scores.setdefault(method, []).append(score.score)
+        self.costs.setdefault(method, []).append(cost)
+
+    def concluded(self) -> dict:
+        """The data set's entry in the result."""
+        data, rows = self.data, self.rows
+        groups = rows if data.test_groups is None else np.asarray(data.test_groups)[rows]
+        label = data.label[rows]
+        best = max(
+            (name for name in OTHERS if name in self.scores), default=None,
+            key=lambda name: _mean_auroc(label, self.scores[name]),
+        )  # fmt: skip
+        intervals, difference = _intervals(label, groups, self.scores, best)
+        return {
+            "name": data.name,
+            "kind": data.kind,
+            "n_normal": int((label == 0).sum()),
+            "n_anomalous": int(label.sum()),
+            "n_objects": len(set(groups.tolist())),
+            "n_objects_in_both_parts": _in_both(data, rows),
+            "runs": self.runs,
+            "intervals": intervals,
+            "best_control": best,
+            "difference_to_best_control": difference,
+            "costs": self.costs,
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "robustness": self.robustness,
+        }
+
+
 def _measure(data: DataSet, args: argparse.Namespace) -> dict:
-    """The rows of one data set: a method's figures for each seed, and its scores' intervals."""
-    rows = np.arange(len(data.label)) if args.part == "all" else np.flatnonzero(
-        data.part == args.part
-    )  # fmt: skip
-    runs: dict[str, list[dict]] = {}
-    scores: dict[str, list[np.ndarray]] = {}
-    costs: dict[str, list[dict]] = {}
-    robustness: dict[str, list[dict]] = {}
-
-    # What is not of this part is not even scored.
-    test = data.test[rows] if data.tests is None else [data.tests[i].path for i in rows]
-
-    def put(method: str, detector: Detector, fit_seconds: float | None = None) -> None:
-        score = detector.score(test, strict=True)
-        sample = next(iter(detector.open(test).batches(1))).x
-        keep(method, score, {"fit_seconds": fit_seconds, "latency_ms": latency(detector, sample)})
-
-    def keep(method: str, score: Score, cost: dict) -> None:
-        runs.setdefault(method, []).append(_figures(data, score, rows))
-        scores.setdefault(method, []).append(score.score)
-        costs.setdefault(method, []).append(cost)
-
+    """Ours, and what stands beside it, on one data set: its entry in the result."""
+    results = _Results(data, args.part)
     for seed in args.seeds:
         detector, seconds = _fit(data, args, seed, {})
-        put(OURS, detector, seconds)
+        results.measure(OURS, detector, seconds)
         for mode in args.modes:
             detector.mode, usual = mode, detector.mode
-            put(f"{OURS}, {mode}", detector)
+            results.measure(f"{OURS}, {mode}", detector)
             detector.mode = usual
-        if detector.config.on_tokens and not args.without_controls:
-            for name, control in controls(detector, data.train):
-                put(name, control)
-            if data.kind == "vector":
-                nothing = {"fit_seconds": None, "latency_ms": None}
-                keep(NEAREST, _score(nearest(data.train, test)), nothing)
-        if args.dte and data.kind == "vector":
-            for name, distance, cost in dte.detectors(args.dte, data.train, test, seed):
-                keep(name, _score(distance), cost)
-        if args.anoddpm and data.kind == "image":
-            found, distance, cost = anoddpm.detect(
-                args.anoddpm, _array(detector, data.train), _array(detector, test), seed,
-                args.anoddpm_steps, args.anoddpm_width,
-            )  # fmt: skip
-            keep(anoddpm.NAME, _score(distance, found), cost)
+        _others(results, detector, args, seed)
         if args.robustness:
-            found = _polluted(detector, data, args, seed, rows) | _shifted(detector, data, rows)
-            robustness.setdefault(OURS, []).append(found)
-        trained = {"{}": (detector, seconds)}
-        for name, options in args.variant:
-            training = {k: v for k, v in options.items() if k not in SCORING}
-            key = json.dumps(training, sort_keys=True)
-            if key not in trained:
-                trained[key] = _fit(data, args, seed, training)
-            other, seconds = trained[key]
-            scoring = {k: v for k, v in options.items() if k in SCORING}
-            with _scored_by(other, data, scoring):
-                put(name, other, seconds)
-                if args.robustness:
-                    robustness.setdefault(name, []).append(_shifted(other, data, rows))
-        image = [run["image_auroc" if data.kind == "image" else "auroc"] for run in runs[OURS]]
-        print(f"{data.name} seed {seed}: AUROC {image[-1]:.3f}", file=sys.stderr, flush=True)
-    groups = data.test_groups
-    groups = rows if groups is None else np.asarray(groups)[rows]
-    label = data.label[rows]
-    best = max(
-        (name for name in OTHERS if name in scores), default=None,
-        key=lambda name: _mean_auroc(label, scores[name]),
-    )  # fmt: skip
-    intervals, difference = _intervals(label, groups, scores, best)
-    return {
-        "name": data.name,
-        "kind": data.kind,
-        "n_normal": int((label == 0).sum()),
-        "n_anomalous": int(label.sum()),
-        "n_objects": len(set(groups.tolist())),
-        "n_objects_in_both_parts": _in_both(data, rows),
-        "runs": runs,
-        "intervals": intervals,
-        "best_control": best,
-        "difference_to_best_control": difference,
-        "costs": costs,
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "robustness": robustness,
-    }
+            found = _polluted(detector, data, args, seed, results.rows)
+            found |= _shifted(detector, data, results.rows)
+            results.robustness.setdefault(OURS, []).append(found)
+        _variants(results, detector, seconds, args, seed)
+        auroc = results.runs[OURS][-1]["image_auroc" if data.kind == "image" else "auroc"]
+        print(f"{data.name} seed {seed}: AUROC {auroc:.3f}", file=sys.stderr, flush=True)
+    return results.concluded()
+
+
+def _others(results: _Results, detector: Detector, args: argparse.Namespace, seed: int) -> None:
+    """The controls of ``detector``, and public detectors."""
+    data, test = results.data, results.test
+    if detector.config.on_tokens and not args.without_controls:
+        for name, control in controls(detector, data.train):
+            results.measure(name, control)
+        if data.kind == "vector":
+            distance = nearest(*standardised(data.train, test))
+            results.keep(NEAREST, _score(distance), {"fit_seconds": None, "latency_ms": None})
+    if args.dte and data.kind == "vector":
+        for name, distance, cost in dte.detectors(args.dte, data.train, test, seed):
+            results.keep(name, _score(distance), cost)
+    if args.anoddpm and data.kind == "image":
+        maps, distance, cost = anoddpm.detect(
+            args.anoddpm, _array(detector, data.train), _array(detector, test), seed,
+            args.anoddpm_steps, args.anoddpm_width,
+        )  # fmt: skip
+        results.keep(anoddpm.NAME, _score(distance, maps), cost)
+
+
+def _variants(
+    results: _Results, detector: Detector, seconds: float, args: argparse.Namespace, seed: int
+) -> None:
+    """The variants, each training only once; ``detector`` is what the preset alone trains."""
+    data = results.data
+    trained = {"{}": (detector, seconds)}
+    for name, options in args.variant:
+        training = {k: v for k, v in options.items() if k not in SCORING}
+        key = json.dumps(training, sort_keys=True)
+        if key not in trained:
+            trained[key] = _fit(data, args, seed, training)
+        other, seconds = trained[key]
+        scoring = {k: v for k, v in options.items() if k in SCORING}
+        with _scored_by(other, data, scoring):
+            results.measure(name, other, seconds)
+            if args.robustness:
+                found = _shifted(other, data, results.rows)
+                results.robustness.setdefault(name, []).append(found)
 
 
 def _score(distance: np.ndarray, maps: np.ndarray | None = None) -> Score:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Sequence
 
 from ..case import OURS
 from ..grid import grid
 from ..stats import compared
+from ..tables import machine_line
 from . import anoddpm
 from .controls import CONTROLS, NEAREST, NEIGHBOURS
 from .dte import DETECTORS, LATENCY_ROWS, REPOSITORY
@@ -36,10 +36,8 @@ def markdown(result: dict) -> str:
 
 def summary(result: dict) -> str:
     """A row for each method and data set, the means over the vector sets, robustness."""
-    machine = result["machine"]
     options = f", options {result['options']}" if result["options"] else ""
-    robust = any(one["robustness"] for one in result["sets"])
-    title = "Robustness" if robust else "Ablation" if result.get("variants") else "Detection"
+    title = "Robustness" if _robust(result) else "Ablation" if result["variants"] else "Detection"
     controls = (
         " Gaussian, PCA residual and kNN are closed forms on the same tokens, through the same "
         "fusion and calibration."
@@ -66,12 +64,11 @@ def summary(result: dict) -> str:
             f"highest {anoddpm.TOP:.0%} of that."
         )
     lines = [
-        f"# {title} on {_title(result)}, preset {result['preset']}, {result['part']} part",
+        f"# {title} on {result['title']}, preset {result['preset']}, {result['part']} part",
         "",
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
-        f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}; seeds "
-        f"{', '.join(map(str, result['seeds']))}{options}. In percent: mean and standard deviation "
-        "over the seeds; in brackets the 95% bootstrap interval over objects."
+        f"{machine_line(result)}; seeds {', '.join(map(str, result['seeds']))}{options}. In "
+        "percent: mean and standard deviation over the seeds; in brackets the 95% bootstrap "
+        "interval over objects."
         + (controls if any(one["best_control"] for one in result["sets"]) else ""),
         *([result["note"]] if result["note"] else []),
         *filter(None, map(_both_parts, result["sets"])),
@@ -87,8 +84,8 @@ def summary(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _title(result: dict) -> str:
-    return result.get("title") or ", ".join(one["name"] for one in result["sets"])
+def _robust(result: dict) -> bool:
+    return any(one["robustness"] for one in result["sets"])
 
 
 def _both_parts(one: dict) -> str:
@@ -101,11 +98,12 @@ def _both_parts(one: dict) -> str:
 
 
 def headlines(result: dict) -> list[list[str]]:
-    """What a result without variants comes to: a row of the data, our figures and those of the best
-    of the others; over several sets the means. No row for other results."""
-    if result.get("variants") or not any(one["best_control"] for one in result.get("sets", [])):
+    """What a result of detection, without variants and robustness, comes to: a row of the data, our
+    figures and those of the best of the others; over several sets the means. No row for other
+    results."""
+    sets = result.get("sets", [])
+    if not any(one["best_control"] for one in sets) or result["variants"] or _robust(result):
         return []
-    sets = result["sets"]
     names = [name for name in sets[0]["runs"] if name in OTHERS]
     figures = {name: title for name, title in FIGURES[sets[0]["kind"]].items() if name != "f1_max"}
     first = next(iter(figures))
@@ -118,12 +116,11 @@ def headlines(result: dict) -> list[list[str]]:
     best = max(names, key=lambda name: statistics.mean(mean(name, first)))
     cells = []
     for method in (OURS, best):
-        parts = [f"{title} {_spread(mean(method, name))}" for name, title in figures.items()]
+        parts = [f"{title} {spread(mean(method, name))}" for name, title in figures.items()]
         if len(sets) == 1:
             parts[0] += f" ({_bounds(sets[0]['intervals'][method])})"
         cells.append(", ".join(parts))
-    data = re.fullmatch("# Detection on (.*), preset .*", result["summary"].splitlines()[0])[1]
-    return [[data, cells[0], f"{best}: {cells[1]}"]]
+    return [[result["title"], cells[0], f"{best}: {cells[1]}"]]
 
 
 def _bounds(interval: Sequence[float]) -> str:
@@ -137,7 +134,7 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
         for method, runs in one["runs"].items():
             row = [f"{one['name']} ({one['n_normal']} + {one['n_anomalous']})", method]
             for name in figures:
-                text = _spread([run[name] for run in runs])
+                text = spread([run[name] for run in runs])
                 if name == first:
                     low, high = one["intervals"][method]
                     text += f" ({100 * low:.1f}–{100 * high:.1f})"
@@ -152,7 +149,7 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
             row = [f"mean of {len(sets)}", f"**{method}**"]
             for name in figures:
                 values = zip(*([run[name] for run in s["runs"][method]] for s in sets), strict=True)
-                row.append(_spread([statistics.mean(seed) for seed in values]))
+                row.append(spread([statistics.mean(seed) for seed in values]))
             rows.append([*row, "", ""])
     return grid(["data set", "method", *figures.values(), "fit s", "ms each"], rows)
 
@@ -177,7 +174,7 @@ def _defects(one: dict) -> list[str]:
         [
             method,
             defect,
-            *(_spread([r["per_defect"][defect][name] for r in runs]) for name in figures),
+            *(spread([r["per_defect"][defect][name] for r in runs]) for name in figures),
         ]
         for method, runs in one["runs"].items()
         for defect in runs[0]["per_defect"]
@@ -203,7 +200,8 @@ def _robustness(one: dict) -> list[str]:
     return ["", head, "", *grid(["what", *methods], rows)]
 
 
-def _spread(values: list[float | None]) -> str:
+def spread(values: list[float | None]) -> str:
+    """Mean and standard deviation in percent."""
     if any(value is None for value in values):
         return "—"
     text = f"{100 * statistics.mean(values):.1f}"

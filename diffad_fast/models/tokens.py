@@ -40,6 +40,10 @@ class TokenModel(Model):
     windows of a clip mean.
     """
 
+    closed_forms: Sequence[Callable[[torch.Tensor], torch.Tensor]] | None = None
+    """In the denoisers' place, to compare them with: for each source of tokens, what gives the
+    distances (M,) of its rows (M,dim). Set before :meth:`use`; not for clips."""
+
     def __init__(
         self, config: DetectorConfig, device: torch.device, features: nn.Module | None = None
     ):
@@ -217,7 +221,8 @@ class TokenModel(Model):
         maps = []
         for i, (tokens, loop) in enumerate(zip(grids, self._prepared(), strict=True)):
             rows = tokens.flatten(0, 2)
-            numbers = self._evaluate(tokens, rows, loop)
+            forms = self.closed_forms
+            numbers = forms[i](rows)[None] if forms else self._evaluate(tokens, rows, loop)
             if self.distances:
                 numbers = torch.cat([numbers, self._semantic(i, x, rows)[None]])
             found = log_distance(numbers).reshape(-1, *tokens.shape[1:3])

@@ -8,7 +8,7 @@ import torch
 
 from .. import native, reference
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, kernel
 
 
 def _cpu(q, k, v, logit_gain, value_gain, level, scale):
@@ -17,12 +17,6 @@ def _cpu(q, k, v, logit_gain, value_gain, level, scale):
         scale = (4**level * q.shape[4]) ** -0.5
     gains = (x if x is None else x.to(_computed_in(q)) for x in (logit_gain, value_gain))
     return torch.ops.diffad_fast.wavelet_attention(q, k, v, *gains, level, float(scale))[0]
-
-
-def _triton(*args):
-    from ..kernels.wavelet_attention import wavelet_attention
-
-    return wavelet_attention(*args)
 
 
 def _triton_refuses(q, k, v, logit_gain, value_gain, level, scale):
@@ -36,12 +30,12 @@ def _triton_refuses(q, k, v, logit_gain, value_gain, level, scale):
     return None
 
 
-_triton.refuses = _triton_refuses
 _wavelet_attention = Operator(
     "wavelet_attention",
     reference.wavelet_attention,
     cpu=_cpu if "cpu" in native.implementations("wavelet_attention") else None,
-    triton=_triton,
+    triton=kernel("wavelet_attention", "wavelet_attention"),
+    refuses={"triton": _triton_refuses},
 )
 
 

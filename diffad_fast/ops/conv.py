@@ -8,7 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import native, reference
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, kernel
 from .layout import is_channels_last
 
 # kChannelBlock, kTile and kPoints of csrc/cpu/kernels/conv3x3.h
@@ -94,12 +94,13 @@ def _pack(weight):
     return known[1]
 
 
+_kernel = kernel("conv3x3", "conv3x3")
+
+
 def _triton(*arguments):
     if torch.compiler.is_compiling():  # it adds bias and residual in a kernel of its own making
         return reference.conv3x3(*arguments)
-    from ..kernels.conv3x3 import conv3x3
-
-    return conv3x3(*arguments)
+    return _kernel(*arguments)
 
 
 _conv3x3 = Operator(

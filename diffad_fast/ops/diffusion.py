@@ -6,7 +6,7 @@ import torch
 
 from .. import native, reference
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, kernel
 
 # In the order of the C++ enumeration Prediction.
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -49,16 +49,10 @@ def _native_ddim_step(
     )
 
 
-def _triton_q_sample(*arguments):
-    from ..kernels.q_sample import q_sample
-
-    return q_sample(*arguments)
-
-
 _q_sample = Operator(
     "q_sample",
     reference.q_sample,
-    triton=_triton_q_sample,
+    triton=kernel("q_sample", "q_sample"),
     **native.implementations("q_sample"),
 )
 _ddim_step = Operator(

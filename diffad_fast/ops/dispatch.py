@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -37,15 +37,21 @@ class Operator:
     unavailable here. Called like a function, the device of the first argument, a tensor, decides;
     :meth:`on` takes the device by itself.
 
-    An implementation may have an attribute ``refuses``, a function of the call's arguments that
-    says why it cannot serve them, or None: `auto` then takes the next one.
+    ``refuses`` has, for a backend, a function of the call's arguments that says why it cannot serve
+    them, or None: `auto` then takes the next one.
     """
 
-    def __init__(self, name: str, reference: Callable, **implementations: Callable | None):
-        unknown = set(implementations) - set(BACKENDS)
+    def __init__(
+        self,
+        name: str,
+        reference: Callable,
+        refuses: Mapping[str, Callable] | None = None,
+        **implementations: Callable | None,
+    ):
+        self.name, self.refuses = name, dict(refuses or {})
+        unknown = {*implementations, *self.refuses} - set(BACKENDS)
         if unknown:
             raise ValueError(f"operator {name!r} names unknown backends {sorted(unknown)}")
-        self.name = name
         self.implementations = {"reference": reference}
         self.implementations.update(
             {k: f for k, f in implementations.items() if f is not None and k not in _unavailable}
@@ -96,8 +102,19 @@ class Operator:
         return self.implementations[self.backend(device.type, *args)]
 
     def _refusal(self, backend: str, args: tuple) -> str | None:
-        refuses = getattr(self.implementations[backend], "refuses", None)
+        refuses = self.refuses.get(backend)
         return refuses(*args) if refuses is not None and args else None
+
+
+def kernel(module: str, name: str) -> Callable:
+    """The function ``name`` of ``diffad_fast.kernels.<module>``, imported by its first call."""
+
+    def function(*args):
+        from .. import kernels
+
+        return getattr(getattr(kernels, module), name)(*args)
+
+    return function
 
 
 def _transformed() -> bool:

@@ -45,21 +45,16 @@ def _native(
     )
 
 
-def _cuda(*arguments):
-    return _native(*arguments)
-
-
 def _cuda_refuses(x_t, model_output, *_):
     wide = torch.float64 in (x_t.dtype, model_output.dtype)
     return "the CUDA kernel computes in float32, not float64" if wide else None
 
 
-_cuda.refuses = _cuda_refuses
-_ADAPTED = {"cpu": _native, "cuda": _cuda}
 _ddim_finish = Operator(
     "ddim_finish",
     reference.ddim_finish,
-    **{backend: _ADAPTED[backend] for backend in native.implementations("ddim_finish")},
+    **dict.fromkeys(native.implementations("ddim_finish"), _native),
+    refuses={"cuda": _cuda_refuses},
 )
 
 

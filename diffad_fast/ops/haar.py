@@ -6,34 +6,22 @@ import torch
 
 from .. import native, reference
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, kernel
 from .layout import empty_4d
 
 MAX_LEVEL = 4
 
 
-def _triton_pack(*arguments):
-    from ..kernels.haar import haar_pack
-
-    return haar_pack(*arguments)
-
-
-def _triton_unpack(*arguments):
-    from ..kernels.haar import haar_unpack
-
-    return haar_unpack(*arguments)
-
-
 _haar_pack = Operator(
     "haar_pack",
     reference.haar_pack,
-    triton=_triton_pack,
+    triton=kernel("haar", "haar_pack"),
     **native.implementations("haar_pack"),
 )
 _haar_unpack = Operator(
     "haar_unpack",
     reference.haar_unpack,
-    triton=_triton_unpack,
+    triton=kernel("haar", "haar_unpack"),
     **native.implementations("haar_unpack"),
 )
 

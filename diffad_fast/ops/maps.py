@@ -8,7 +8,7 @@ import torch
 
 from .. import native, reference
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, kernel
 
 MAPS = ("pixel", "feature", "sub-band")
 
@@ -71,26 +71,13 @@ def _cuda_refuses(x, x_hat, features, features_hat, weights, levels, stats, sigm
     return None
 
 
-def _triton(*arguments):
-    from ..kernels.anomaly_map import anomaly_map
-
-    return anomaly_map(*arguments)
-
-
-def _triton_refuses(*arguments):
-    from ..kernels.anomaly_map import refuses
-
-    return refuses(*arguments)
-
-
-_triton.refuses = _triton_refuses
-_natives = {
-    backend: partial(_native, operator)
-    for backend, operator in native.implementations("anomaly_map").items()
-}
-if "cuda" in _natives:
-    _natives["cuda"].refuses = _cuda_refuses
-_anomaly_map = Operator("anomaly_map", reference.anomaly_map, triton=_triton, **_natives)
+_anomaly_map = Operator(
+    "anomaly_map",
+    reference.anomaly_map,
+    triton=kernel("anomaly_map", "anomaly_map"),
+    **{k: partial(_native, f) for k, f in native.implementations("anomaly_map").items()},
+    refuses={"cuda": _cuda_refuses, "triton": kernel("anomaly_map", "refuses")},
+)
 
 
 def anomaly_map(

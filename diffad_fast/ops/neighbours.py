@@ -24,11 +24,11 @@ def _refuses(x, sample, count):
     return None
 
 
-_native.refuses = _refuses
 _nearest_distances = Operator(
     "nearest_distances",
     reference.nearest_distances,
     **dict.fromkeys(native.implementations("nearest_distances"), _native),
+    refuses={"cpu": _refuses},
 )
 
 

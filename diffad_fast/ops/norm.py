@@ -6,7 +6,7 @@ import torch
 
 from .. import native, reference
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, kernel
 from .layout import empty_4d
 
 
@@ -55,16 +55,10 @@ def _native(x, groups, weight, bias, eps, scale, shift, activation):
     return torch.ops.diffad_fast.group_norm_silu.default(*arguments)[0]
 
 
-def _triton(*arguments):
-    from ..kernels.group_norm_silu import group_norm_silu
-
-    return group_norm_silu(*arguments)
-
-
 _group_norm_silu = Operator(
     "group_norm_silu",
     reference.group_norm_silu,
-    triton=_triton,
+    triton=kernel("group_norm_silu", "group_norm_silu"),
     **dict.fromkeys(native.implementations("group_norm_silu"), _native),
 )
 

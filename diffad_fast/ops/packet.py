@@ -10,7 +10,7 @@ from .. import native, reference
 from ..reference.packet import standardised
 from . import checks
 from .diffusion import check_noising
-from .dispatch import Operator
+from .dispatch import Operator, kernel
 from .haar import MAX_LEVEL, check_divides, haar_pack
 from .training import check_target, noised_target
 
@@ -32,18 +32,6 @@ def _cpu_noised(x, mean, deviation, t, noise, alphas, level, prediction_type, sn
     return x_t.to(x.dtype), target.to(x.dtype), weight
 
 
-def _triton_packet(*arguments):
-    from ..kernels.haar import standardised_packet
-
-    return standardised_packet(*arguments)
-
-
-def _triton_noised(*arguments):
-    from ..kernels.haar import noised_packet
-
-    return noised_packet(*arguments)
-
-
 def _refuses(*arguments):
     """Why the kernels cannot serve a call, or None."""
     if torch.is_grad_enabled() and any(
@@ -53,16 +41,19 @@ def _refuses(*arguments):
     return None
 
 
-_triton_packet.refuses = _triton_noised.refuses = _refuses
-
 _standardised_packet = Operator(
     "standardised_packet",
     reference.standardised_packet,
     cpu=_cpu_packet,
-    triton=_triton_packet,
+    triton=kernel("haar", "standardised_packet"),
+    refuses={"triton": _refuses},
 )
 _noised_packet = Operator(
-    "noised_packet", reference.noised_packet, cpu=_cpu_noised, triton=_triton_noised
+    "noised_packet",
+    reference.noised_packet,
+    cpu=_cpu_noised,
+    triton=kernel("haar", "noised_packet"),
+    refuses={"triton": _refuses},
 )
 
 

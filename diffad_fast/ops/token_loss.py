@@ -54,11 +54,11 @@ def _refuses(x, target, weight, weights, step_bias):
     return None
 
 
-_native.refuses = _refuses
 _token_mlp_loss = Operator(
     "token_mlp_loss",
     reference.token_mlp_loss,
     **dict.fromkeys(native.implementations("token_mlp_loss"), _native),
+    refuses={"cpu": _refuses},
 )
 
 

@@ -14,19 +14,7 @@ from .diffusion import (
     keep_noising,
     noising_backward,
 )
-from .dispatch import Operator
-
-
-def _triton_noised_target(*arguments):
-    from ..kernels.q_sample import noised_target
-
-    return noised_target(*arguments)
-
-
-def _triton_weighted_mse(*arguments):
-    from ..kernels.loss import weighted_mse
-
-    return weighted_mse(*arguments)
+from .dispatch import Operator, kernel
 
 
 def _native_weighted_mse(forward):
@@ -50,13 +38,13 @@ def _native_noised_target(velocity):
 _noised_target = Operator(
     "noised_target",
     reference.noised_target,
-    triton=_triton_noised_target,
+    triton=kernel("q_sample", "noised_target"),
     **{k: _native_noised_target(f) for k, f in native.implementations("noised_velocity").items()},
 )
 _weighted_mse = Operator(
     "weighted_mse",
     reference.weighted_mse,
-    triton=_triton_weighted_mse,
+    triton=kernel("loss", "weighted_mse"),
     **{k: _native_weighted_mse(f) for k, f in native.implementations("weighted_mse").items()},
 )
 

@@ -13,7 +13,7 @@ import torch
 from .. import native, reference
 from ..reference import wavelet as rules
 from . import checks
-from .dispatch import Operator
+from .dispatch import Operator, kernel
 from .layout import empty_4d
 
 # The native operators are M along both axes, for the filters f and a border, and its adjoint M^T;
@@ -77,17 +77,16 @@ def _border(mode):
     return _BORDERS[mode]
 
 
-def _triton_dwt2d(x, wavelet, mode):
-    from ..kernels.dwt2d import dwt2d
+_kernel, _inverse_kernel = kernel("dwt2d", "dwt2d"), kernel("dwt2d", "idwt2d")
 
-    return _native_dwt2d(x, wavelet, mode, dwt2d, x.device)
+
+def _triton_dwt2d(x, wavelet, mode):
+    return _native_dwt2d(x, wavelet, mode, _kernel, x.device)
 
 
 def _triton_idwt2d(coeffs, wavelet, mode, output_size=None):
-    from ..kernels.dwt2d import idwt2d
-
     device = next(band.device for band in coeffs if band is not None)
-    return _native_idwt2d(coeffs, wavelet, mode, output_size, idwt2d, device)
+    return _native_idwt2d(coeffs, wavelet, mode, output_size, _inverse_kernel, device)
 
 
 def _triton_refuses(tensors, wavelet, mode, output_size=None):
@@ -96,9 +95,6 @@ def _triton_refuses(tensors, wavelet, mode, output_size=None):
         return f"the Triton kernels do not have the mode {mode!r}"
     length = _filters(wavelet, "cpu")[2]
     return f"the Triton kernels take filters up to 16, not {length}" if length > 16 else None
-
-
-_triton_dwt2d.refuses = _triton_idwt2d.refuses = _triton_refuses
 
 
 def _filters(wavelet, device):
@@ -127,21 +123,19 @@ def _bank(wavelet, device):
 rules.traced_as_constant(_bank)
 
 
-def _implementations(name, function):
-    return dict.fromkeys(native.implementations(name), function)
-
-
 _dwt2d = Operator(
     "dwt2d",
     reference.dwt2d,
     triton=_triton_dwt2d,
-    **_implementations("dwt2d", _native_dwt2d),
+    **dict.fromkeys(native.implementations("dwt2d"), _native_dwt2d),
+    refuses={"triton": _triton_refuses},
 )
 _idwt2d = Operator(
     "idwt2d",
     reference.idwt2d,
     triton=_triton_idwt2d,
-    **_implementations("idwt2d", _native_idwt2d),
+    **dict.fromkeys(native.implementations("idwt2d"), _native_idwt2d),
+    refuses={"triton": _triton_refuses},
 )
 
 

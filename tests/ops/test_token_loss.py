@@ -91,17 +91,9 @@ def test_the_loss_alone_and_scaled_gradients():
 
 
 @pytest.mark.native
-def test_results_do_not_depend_on_threads():
+def test_results_do_not_depend_on_threads(by_threads):
     arguments = in_float32(problem(96, 9, 32, 2, 8))
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(loss_and_gradients(ops.token_mlp_loss, arguments))
-    finally:
-        torch.set_num_threads(threads)
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+    by_threads(lambda: loss_and_gradients(ops.token_mlp_loss, arguments), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.native

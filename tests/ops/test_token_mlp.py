@@ -378,18 +378,9 @@ def test_native_result_of_a_token_is_its_own(cpu_isa_bf16, weights):
 
 
 @pytest.mark.native
-def test_native_bits_do_not_depend_on_threads():
+def test_native_bits_do_not_depend_on_threads(by_threads):
     arguments = problem(300, 13, 64, 2, 2, torch.float32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results += [on_cpu(arguments), on_cpu(arguments)]
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    by_threads(lambda: on_cpu(arguments))
 
 
 @pytest.mark.native

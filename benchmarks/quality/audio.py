@@ -23,7 +23,6 @@ import time
 
 import numpy as np
 import torch
-from sklearn.metrics.pairwise import cosine_distances
 from sklearn.neighbors import LocalOutlierFactor
 
 from diffad_fast import Detector, metrics
@@ -39,23 +38,55 @@ from diffad_fast.integrations.yamnet import YAMNet
 from diffad_fast.representations import LogMel
 from diffad_fast.scoring.split import cross_splits
 
-from . import stats
-from .grid import grid
-from .machine import describe
-from .results import write_quality
+from .. import stats
+from ..grid import grid
+from ..machine import describe
+from ..results import write_quality
+from ..tables import machine_line
+from .controls import nearest, standardised
+from .tables import spread
 
 CLASSES = ["air_conditioner", "drilling", "engine_idling", "jackhammer", "siren"]
-NEIGHBOURS = 5
 LOF_NEIGHBOURS = 20
 # Of the recordings of a class, left out in turn.
 PARTS = 5
 # Of a wave with itself, where it is heard again.
 REPEATS_RATE, REPEATS_AGREEMENT = 16000, 0.99
-# Key of a control in a result -> its name in tables. Earlier results have the first alone.
+# Key of a control in a result -> its name in tables.
 CONTROLS = {"nearest": "nearest neighbours", "lof": "local outlier factor"}
 
 
 def main(argv: list[str]) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.name is None:
+        fold = "" if args.within is None else f"-fold{args.within}"
+        parts = ["audio", fold, "-ten-fold" * args.ten_fold, "-yamnet" * bool(args.features)]
+        args.name = "".join(parts)
+    try:
+        if args.within is not None:
+            return within(args)
+        features, tests = backbone(args.features), _tests(args)
+    except (InputError, ImportError) as error:
+        parser.error(str(error))
+    result = {
+        **_head(args),
+        "runs": [],
+        **{control: [] for control in CONTROLS},
+        "repeats": [],
+    }
+    draws = []
+    for folds, clips in tests:
+        detector, found = _measure(folds, clips, args, features, result)
+        draws.append(found)
+        result["intervals"] = intervals(draws)
+        if "speed" not in result:
+            result["speed"] = speed(detector)
+        write_quality(args.name, dict(result), table(result))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks audio", description=__doc__)
     parser.add_argument("--data", required=True, help="the folder of UrbanSound8K")
     parser.add_argument("--normal", nargs="+", default=CLASSES, metavar="CLASS")
@@ -71,72 +102,63 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--features", help="yamnet, or a file of its weights")
     parser.add_argument("--name", help="name of the result; by default it tells the protocol")
     parser.add_argument("--note", default="", help="what a reader must know, for the table")
-    args = parser.parse_args(argv)
+    return parser
 
-    if args.name is None:
-        fold = "" if args.within is None else f"-fold{args.within}"
-        parts = ["audio", fold, "-ten-fold" * args.ten_fold, "-yamnet" * bool(args.features)]
-        args.name = "".join(parts)
-    if args.within is not None:
-        try:
-            return within(args)
-        except (InputError, ImportError) as error:
-            parser.error(str(error))
+
+def _tests(args: argparse.Namespace) -> list[tuple[list[int], dict[str, tuple[list, list]]]]:
+    """Of each test its folds, and for each normal class the clips to train on and to test."""
     folds = [(args.train_folds, args.test_folds)]
     if args.ten_fold:
         known = range(1, 11)
         folds = [([f for f in known if f != test], [test]) for test in known]
-    result = {
-        **_head(args),
-        "runs": (runs := []),
-        **{control: [] for control in CONTROLS},
-        "repeats": (counted := []),
-    }
-    try:
-        features = backbone(args.features)
-        parts = {
-            (normal, i): (
+    return [
+        (test, {
+            normal: (
                 training_clips(args.data, normal=normal, folds=train),
                 both_kinds(labelled_clips(args.data, normal=normal, folds=test), normal, test),
             )
-            for i, (train, test) in enumerate(folds)
             for normal in args.normal
-        }
-    except (InputError, ImportError) as error:
-        parser.error(str(error))
-    draws = []
-    for i, (_, test_folds) in enumerate(folds):
-        test = parts[args.normal[0], i][1]
-        once = ~np.array([repeats(read_audio(clip.path, REPEATS_RATE)) for clip in test])
-        counted.append([int((~once).sum()), len(once)])
-        scores: dict[str, list[np.ndarray]] = {}
-        distances: dict[str, dict[str, np.ndarray]] = {}
-        for normal in args.normal:
-            train, test = parts[normal, i]
-            where = {"normal": normal, "test_folds": test_folds}
-            for seed in args.seeds:
-                detector = Detector(kind="audio", preset=args.preset, seed=seed, features=features)
-                start = time.perf_counter()
-                detector.fit([clip.path for clip in train], groups=groups_by_recording(train))
-                fit_seconds = time.perf_counter() - start
-                evaluation = evaluate_audio(detector, test, strict=True)
-                scores.setdefault(normal, []).append(evaluation.score.score)
-                found = evaluation.metrics
-                without = without_repeats(test, evaluation.score.score, once)
-                runs.append({
-                    **where, "seed": seed, "fit_seconds": fit_seconds,
-                    "auroc_without_repeats": without, **found,
-                })  # fmt: skip
-                print(f"{where} seed {seed}: {found['auroc']:.3f}", file=sys.stderr, flush=True)
-            distances[normal] = controls(detector, train, test)
-            for control, distance in distances[normal].items():
-                auroc = metrics.auroc([clip.anomaly for clip in test], distance)
-                result[control].append({**where, "auroc": auroc})
-        draws.append(drawn(test, scores, distances))
-        result["intervals"] = intervals(draws)
-        result.setdefault("speed", speed(detector))
-        write_quality(args.name, dict(result), table(result))
-    return 0
+        })
+        for train, test in folds
+    ]  # fmt: skip
+
+
+def _measure(
+    folds: list[int], clips: dict[str, tuple[list, list]], args: argparse.Namespace, features,
+    result: dict,
+) -> tuple[Detector, tuple[dict, dict]]:  # fmt: skip
+    """Put into ``result`` what one test gives. Returns the last detector, and the AUROCs with
+    those of recordings that are drawn anew."""
+    test = next(iter(clips.values()))[1]
+    once = ~np.array([repeats(read_audio(clip.path, REPEATS_RATE)) for clip in test])
+    result["repeats"].append([int((~once).sum()), len(once)])
+    scores: dict[str, list[np.ndarray]] = {}
+    distances: dict[str, dict[str, np.ndarray]] = {}
+    for normal, (train, test) in clips.items():
+        where = {"normal": normal, "test_folds": folds}
+        for seed in args.seeds:
+            start = time.perf_counter()
+            detector = _fit(args, seed, features, train)
+            fit_seconds = time.perf_counter() - start
+            evaluation = evaluate_audio(detector, test, strict=True)
+            scores.setdefault(normal, []).append(evaluation.score.score)
+            found = evaluation.metrics
+            without = without_repeats(test, evaluation.score.score, once)
+            result["runs"].append({
+                **where, "seed": seed, "fit_seconds": fit_seconds,
+                "auroc_without_repeats": without, **found,
+            })  # fmt: skip
+            print(f"{where} seed {seed}: {found['auroc']:.3f}", file=sys.stderr, flush=True)
+        distances[normal] = controls(detector, train, test)
+        for control, distance in distances[normal].items():
+            auroc = metrics.auroc([clip.anomaly for clip in test], distance)
+            result[control].append({**where, "auroc": auroc})
+    return detector, drawn(test, scores, distances)
+
+
+def _fit(args: argparse.Namespace, seed: int, features, clips: list) -> Detector:
+    detector = Detector(kind="audio", preset=args.preset, seed=seed, features=features)
+    return detector.fit([clip.path for clip in clips], groups=groups_by_recording(clips))
 
 
 def repeats(wave: np.ndarray) -> bool:
@@ -187,8 +209,7 @@ def within(args: argparse.Namespace) -> int:
             test = [*(known[i] for i in split.conformal), *others]
             scores = []
             for seed in args.seeds:
-                detector = Detector(kind="audio", preset=args.preset, seed=seed, features=features)
-                detector.fit([clip.path for clip in train], groups=groups_by_recording(train))
+                detector = _fit(args, seed, features, train)
                 score = detector.score([clip.path for clip in test], maps=False, strict=True).score
                 scores.append(metrics.auroc([clip.anomaly for clip in test], score))
             label = [clip.anomaly for clip in test]
@@ -203,7 +224,8 @@ def within(args: argparse.Namespace) -> int:
 
 def development_table(result: dict) -> str:
     """Markdown, in percent: of every class the mean over its splits, and the mean of these."""
-    rows, machine = [], result["machine"]
+    rows = []
+    # Those of fold 1 were recorded without the second.
     beside = [name for name in CONTROLS if name in next(iter(result["aurocs"].values()))[0]]
     whose = ["auroc", *beside]
     for normal, found in result["aurocs"].items():
@@ -214,8 +236,7 @@ def development_table(result: dict) -> str:
     return "\n".join([
         f"# Recordings of fold {result['within']} of UrbanSound8K, {PARTS} parts left out in turn",
         "",
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
-        f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}.",
+        f"{machine_line(result)}.",
         f"{_recipe(result)}, {len(result['seeds'])} seeds. For choices: no clip of another fold is "
         "heard.",
         *([result["note"]] if result["note"] else []),
@@ -266,7 +287,7 @@ def intervals(tests: list[tuple[dict, dict]]) -> dict[str, dict[str, list[float]
     for name, whose in mean:
         result.setdefault(name, {})[whose] = stats.interval(mean[name, whose])
     for name, found in result.items():
-        for control in [whose for whose in found if whose in CONTROLS]:
+        for control in CONTROLS:
             whose = (name, "auroc"), (name, control)
             found[f"difference_{control}"] = stats.difference(observed, mean, *whose)
     return result
@@ -300,16 +321,13 @@ def controls(detector: Detector, train: list, test: list) -> dict[str, np.ndarra
 
     known, new = features(train), features(test)
     if embedding is not None:
-        metric, distance = "cosine", cosine_distances(new, known)
+        metric = "cosine"
     else:
-        mean, deviation = known.mean(axis=0), known.std(axis=0)
-        deviation[deviation == 0] = 1.0
-        known, new = (known - mean) / deviation, (new - mean) / deviation
-        metric, distance = "euclidean", np.linalg.norm(new[:, None] - known[None], axis=2)
+        metric, (known, new) = "euclidean", standardised(known, new)
     count = min(LOF_NEIGHBOURS, len(known) - 1)  # as many as one of them has
     factor = LocalOutlierFactor(count, metric=metric, novelty=True).fit(known)
     return {
-        "nearest": np.sort(distance, axis=1)[:, :NEIGHBOURS].mean(axis=1),
+        "nearest": nearest(known, new, metric),
         "lof": -factor.score_samples(new),
     }
 
@@ -333,16 +351,15 @@ def speed(detector: Detector, batch: int = 64, seconds: float = 4.0) -> dict[str
 def table(result: dict) -> str:
     """Markdown, in percent: mean and standard deviation over the seeds of one fold; where there are
     more folds over these, each the mean of its seeds, and a line for each."""
-    machine, runs = result["machine"], result["runs"]
+    runs = result["runs"]
     seeds = sorted({one["seed"] for one in runs})
     folds = sorted({tuple(one["test_folds"]) for one in runs})
-    over, beside = _over(runs), _controls(result)
+    over = _over(runs)
     speeds = ", ".join(f"{value:.0f} ({name})" for name, value in result["speed"].items())
     lines = [
         "# One class of UrbanSound8K against the others",
         "",
-        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch "
-        f"{machine['versions']['torch']}, commit {machine['commit']}, {machine['date']}.",
+        f"{machine_line(result)}.",
         f"{_recipe(result)}, {len(seeds)} seeds: mean and standard deviation over "
         f"{f'the {len(folds)} test folds' if len(folds) > 1 else 'them'}, in percent; in brackets "
         f"the 95% bootstrap interval over recordings. Times real time: {speeds}.",
@@ -355,10 +372,10 @@ def table(result: dict) -> str:
         chosen = [one for one in runs if name in (one["normal"], "mean")]
         keys = ("auroc", "pauc", "auroc_without_repeats")
         row = [name, *(_spread(chosen, over, key) for key in keys)]
-        for control in beside:
+        for control in CONTROLS:
             peers = [b["auroc"] for b in result[control] if name in (b["normal"], "mean")]
             row.append(f"{100 * statistics.mean(peers):.1f}")
-        for cell, whose in ((1, "auroc"), *enumerate(beside, 4)):
+        for cell, whose in ((1, "auroc"), *enumerate(CONTROLS, 4)):
             low, high = (100 * value for value in result["intervals"][name][whose])
             row[cell] += f" ({low:.1f}–{high:.1f})"
         row.append(f"{statistics.median(one['fit_seconds'] for one in chosen):.0f}")
@@ -366,17 +383,15 @@ def table(result: dict) -> str:
         rows.append(row)
     head = [
         "normal class", "AUROC", "pAUC", "AUROC without repeats",
-        *(f"{CONTROLS[control]}, AUROC" for control in beside), "fit s", "ms/clip",
+        *(f"{name}, AUROC" for name in CONTROLS.values()), "fit s", "ms/clip",
     ]  # fmt: skip
     repeated, heard = map(sum, zip(*result["repeats"], strict=True))
     lines += [*grid(head, rows), ""]
-    for control in beside:
-        found = result["intervals"]["mean"]
-        # Earlier results have no other control to tell it from.
-        found = found.get(f"difference_{control}") or found["difference"]
+    for control, name in CONTROLS.items():
+        found = result["intervals"]["mean"][f"difference_{control}"]
         mean, low, high = (100 * value for value in found)
         lines.append(
-            f"- In the mean the detector {stats.compared(low, high)} the {CONTROLS[control]}: "
+            f"- In the mean the detector {stats.compared(low, high)} the {name}: "
             f"{mean:+.1f} ({low:+.1f} to {high:+.1f}), paired."
         )
     lines += [
@@ -399,11 +414,10 @@ def table(result: dict) -> str:
 
 def headlines(result: dict) -> list[list[str]]:
     """A row of the data, our mean AUROC and that of the best control; none for other results."""
-    beside = _controls(result)
-    if not beside:
+    if "repeats" not in result:
         return []
     over = _over(result["runs"])
-    means = {name: statistics.mean(one["auroc"] for one in result[name]) for name in beside}
+    means = {name: statistics.mean(one["auroc"] for one in result[name]) for name in CONTROLS}
     best = max(means, key=means.get)
     cells = []
     for name, mean in (("auroc", _spread(result["runs"], over, "auroc")),
@@ -417,11 +431,6 @@ def headlines(result: dict) -> list[list[str]]:
     return [[name, cells[0], f"{CONTROLS[best]}: {cells[1]}"]]
 
 
-def _controls(result: dict) -> list[str]:
-    """The keys of the controls that were run."""
-    return [name for name in CONTROLS if name in result]
-
-
 def _over(runs: list[dict]) -> str:
     """What a deviation is taken over: the tests, or the seeds of the only one."""
     return "test_folds" if len({str(run["test_folds"]) for run in runs}) > 1 else "seed"
@@ -430,10 +439,8 @@ def _over(runs: list[dict]) -> str:
 def _spread(runs: list[dict], over: str, key: str) -> str:
     """Of the means over all else of each value of ``over``."""
     if any(one[key] is None for one in runs):
-        return "–"
-    parts: dict[object, list[float]] = {}
+        return spread([None])
+    parts: dict[str, list[float]] = {}
     for one in runs:
-        parts.setdefault(str(one[over]), []).append(100 * one[key])
-    means = [statistics.mean(values) for values in parts.values()]
-    text = f"{statistics.mean(means):.1f}"
-    return text + (f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else "")
+        parts.setdefault(str(one[over]), []).append(one[key])
+    return spread([statistics.mean(values) for values in parts.values()])

@@ -1,0 +1,43 @@
+"""What stands in the README, and the table of robustness."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from benchmarks import results
+from benchmarks.case import OURS
+from benchmarks.quality import controls, dte
+from benchmarks.quality import tables as quality_tables
+
+
+def test_the_best_of_the_others_stands_in_the_readme():
+    result = json.loads((results.RESULTS / "quality-tables.json").read_text(encoding="utf-8"))
+    best = max(controls.CONTROLS, key=lambda name: np.mean(
+        [[run["auroc"] for run in one["runs"][name]] for one in result["sets"]]
+    ))  # fmt: skip
+    for one in result["sets"]:
+        for name in (controls.NEAREST, *dte.DETECTORS):
+            one["runs"].pop(name, None)
+    ((_, _, cell),) = quality_tables.headlines(result)
+    assert cell.startswith(f"{best}: AUROC ")
+    for one in result["sets"]:
+        one["runs"][controls.NEAREST] = [{"auroc": 0.99, "f1_max": 0.5}] * len(result["seeds"])
+    assert quality_tables.headlines(result)[0][2] == "nearest, all normals: AUROC 99.0 ± 0.0"
+    # Nothing of what a result of robustness says is about detection.
+    result["sets"][0]["robustness"] = {OURS: [{"noise": -0.1}]}
+    assert quality_tables.headlines(result) == []
+
+
+def test_robustness_has_a_column_for_each_method():
+    one = {"name": "tiles", "robustness": {
+        "ours": [{"2% hidden anomalies": -0.01, "noise": -0.3}, {"noise": -0.2}],
+        "other": [{"noise": 0.015}],
+    }}  # fmt: skip
+    assert quality_tables._robustness(one)[3:] == [
+        "| what | ours | other |",
+        "| --- | --- | --- |",
+        "| 2% hidden anomalies | -1.0 |  |",
+        "| noise | -25.0 ± 7.1 | +1.5 |",
+    ]

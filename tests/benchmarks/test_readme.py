@@ -1,0 +1,36 @@
+"""README.md and the page of results."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import readme
+from benchmarks.case import OURS, REFERENCE
+
+
+def test_readme_agrees_with_the_newest_results():
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.replaced(text) == text, "run `python -m benchmarks readme`"
+    assert readme.PAGE.read_text(encoding="utf-8") == readme.page()
+
+
+def test_readme_quotes_every_lost_case(fake, tmp_path):
+    result = fake({OURS: 2.0, REFERENCE: 4.0})
+    lost = fake({OURS: 2.0, "peer": 1.0, "slow peer": 8.0})["rows"][0]
+    result["rows"] += [{**result["rows"][0], "case": "op minor"}, {**lost, "case": "op lost"}]
+    (tmp_path / "a-cpu.json").write_text(json.dumps(result))
+    older = {**result, "machine": {**result["machine"], "date": "2001-01-01", "cpu": "Old"}}
+    (tmp_path / "b-cpu.json").write_text(json.dumps(older))
+    older = {**result["machine"], "time": "", "cpu": "Old"}  # of another machine, that day
+    (tmp_path / "c-cpu.json").write_text(json.dumps({**result, "machine": older}))
+    short, page = readme.headlines(tmp_path), readme.page(tmp_path)
+    for text in (short, page):
+        assert "| op case |" in text and "| op lost |" in text and "| op minor |" not in text
+        assert "Of 3 cases a contender is faster than ours in 1;" in text and "Old" not in text
+    assert "| op case | 2× |  |  |  |" in short and "| op lost |  |  |  | **0.5×** peer |" in short
+    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    assert readme.replaced(text, tmp_path) == text.replace("old", short)
+    with pytest.raises(ValueError, match="benchmarks:begin"):
+        readme.replaced("no markers", tmp_path)
