@@ -20,6 +20,7 @@ import torch
 
 from . import report
 from .data.audio import extended, read_audio
+from .files import result_folder
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def write_audio_report(
 
     The page holds pictures and sounds itself. Raises InputError where ``folder`` cannot be written.
     """
-    with report.result_folder(folder) as staged:
+    with result_folder(folder) as staged:
         (staged / "index.html").write_text(
             _page(detector, evaluation), encoding="utf-8", errors="replace"
         )

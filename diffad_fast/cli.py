@@ -109,7 +109,7 @@ def _fit(args: argparse.Namespace) -> None:
     from .data.groups import groups_by_regex
     from .data.images import mvtec_train
     from .detector import Detector
-    from .training.checkpoint import check_writable
+    from .files import check_writable
     from .training.distributed import processes
     from .training.loop import TrainingCheckpoint
 
@@ -197,7 +197,7 @@ def _loaded(args: argparse.Namespace) -> Detector:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from .report import result_folder
+    from .files import result_folder
     from .training.distributed import processes
 
     data, out = Path(args.data).resolve(), Path(args.out).resolve()
@@ -293,7 +293,7 @@ def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .report import check_result_folder
+    from .files import check_result_folder
     from .training.distributed import processes
 
     if not processes().first:
@@ -436,9 +436,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--channels", type=int, metavar="C", help="1 for grey (default), 3 for colour")
     length = fit.add_mutually_exclusive_group()
-    length.add_argument(
-        "--steps", type=int, dest="train_steps", metavar="N", help="training steps"
-    )
+    length.add_argument("--steps", type=int, dest="train_steps", metavar="N", help="training steps")
     length.add_argument(
         "--budget", type=_duration, dest="train_budget", metavar="TIME",
         help="time that the training may take, instead of --steps: 300, 300s, 5min, 2h",

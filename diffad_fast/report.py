@@ -10,10 +10,7 @@ import base64
 import html
 import io
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +18,7 @@ import numpy as np
 import torch
 
 from .data.images import encode_png
-from .errors import InputError
+from .files import result_folder
 from .scoring import own_part
 from .version import __version__
 
@@ -97,53 +94,6 @@ def colour_range(detector: Detector) -> tuple[float, float]:
 def table(metrics: dict) -> list[tuple[str, dict]]:
     """The rows of a table of figures: ("all", figures), then (name, figures) for each defect."""
     return [("all", metrics), *metrics["per_defect"].items()]
-
-
-@contextmanager
-def result_folder(path: str | os.PathLike, *stale: str) -> Iterator[Path]:
-    """A temporary folder whose entries move to the folder ``path`` when the block ends well.
-
-    ``path`` is made if it is missing; entries of the same names in it are replaced, those named
-    ``stale`` go, others stay. After an exception nothing is left behind. Raises InputError where
-    ``path`` cannot be written, in the block too.
-    """
-    path = Path(path)
-    parent = _existing_parent(path)
-    try:
-        staged = Path(tempfile.mkdtemp(dir=parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}") from None
-    try:
-        yield staged
-        path.mkdir(parents=True, exist_ok=True)
-        for name in sorted({entry.name for entry in staged.iterdir()}.union(stale)):
-            if (path / name).is_dir():  # which no renaming replaces
-                (path / name).rename(staged / f"old.{name}")
-            if (staged / name).exists():
-                (staged / name).replace(path / name)
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def check_result_folder(path: str | os.PathLike) -> None:
-    """Raise InputError if :func:`result_folder` could not write there; leaves nothing behind."""
-    path = Path(path)
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=_existing_parent(path), prefix=f".{path.name}."))
-    except OSError as error:
-        raise InputError(f"cannot write to {path}: {error.strerror}") from None
-
-
-def _existing_parent(path: Path) -> Path:
-    """``path`` or the nearest folder above it that exists."""
-    for folder in (path, *path.absolute().parents):
-        if folder.is_dir():
-            return folder
-        if folder.exists() or folder.is_symlink():
-            raise InputError(f"cannot write to {path}: {folder} is not a folder")
-    raise InputError(f"cannot write to {path}: no folder above it exists")
 
 
 def write_report(folder: str | os.PathLike, detector: Detector, evaluation: Evaluation) -> None:

@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import errno
 import io
-import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +14,6 @@ import diffad_fast as daf
 from diffad_fast import report
 from diffad_fast.data import demo
 from diffad_fast.detector import Calibration
-from diffad_fast.errors import InputError
 from diffad_fast.evaluation import evaluate, figures
 from diffad_fast.scoring import Conformal
 
@@ -249,35 +245,3 @@ def test_a_report_appears_whole_or_not_at_all(detector, evaluation, tmp_path, mo
             report.write_report(folder, detector, evaluation)
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
     assert (tmp_path / "index.html").read_bytes() == before
-
-
-def test_folders_that_cannot_be(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("text")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at" / "all")
-    for path in (file, file / "below", tmp_path / "dangling" / "below"):
-        with pytest.raises(InputError, match=re.escape(str(path))):
-            report.check_result_folder(path)
-        with pytest.raises(InputError, match=re.escape(str(path))), report.result_folder(path):
-            pass
-    report.check_result_folder(tmp_path / "a" / "b")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]
-
-
-def test_a_full_disk_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"cannot write to .*out: No space left on device"):
-        with report.result_folder(tmp_path / "out") as staged, open(staged / "scores.csv", "w"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert not os.listdir(tmp_path)
-
-
-def test_result_folder_replaces_its_own_entries(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for text in ("one", "two"):
-        with report.result_folder(Path("a/b")) as staged:
-            (staged / "maps").mkdir()
-            (staged / "maps" / text).write_text(text)
-            (staged / "list").write_text(text)
-    left = sorted(str(p) for p in Path("a").rglob("*"))
-    assert left == ["a/b", "a/b/list", "a/b/maps", "a/b/maps/two"]
-    assert Path("a/b/list").read_text() == "two"

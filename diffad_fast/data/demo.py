@@ -266,7 +266,8 @@ def run(
     """
     from ..detector import Detector
     from ..evaluation import evaluate
-    from ..report import check_result_folder, write_report
+    from ..files import check_result_folder
+    from ..report import write_report
 
     began = time.perf_counter()
     check_result_folder(out)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..detector import Detector, load
 from ..errors import InputError
-from ..training.checkpoint import write_atomically
+from ..files import write_atomically
 from ..version import __version__
 from ._host import require
 

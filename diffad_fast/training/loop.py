@@ -28,6 +28,7 @@ from torch import nn
 
 from ..config import DetectorConfig
 from ..errors import BackendError, CheckpointError, DiffadError, InputError
+from ..files import remove_leftovers
 from ..progress import progress
 from . import checkpoint
 from .distributed import ProcessError, processes
@@ -221,7 +222,7 @@ class Loop(ABC):
                     "first one: keep it where all machines see it"
                 )
             if self.processes.first:
-                checkpoint.remove_leftovers(kept.path)
+                remove_leftovers(kept.path)
         clock = _Clock(self.history.seconds)
         if start == 0:
             step_of, seconds = self._chosen_step(clock)
