@@ -188,7 +188,7 @@ def _audio_only(args: argparse.Namespace) -> None:
 
 
 def _loaded(args: argparse.Namespace) -> Detector:
-    from .detector import load
+    from .persistence import load
 
     detector = load(args.model, device=args.device)
     if args.mode is not None:

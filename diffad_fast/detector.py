@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
@@ -16,50 +14,31 @@ import torch
 from torch import nn
 
 from . import models
+from .calibration import (
+    Calibration,
+    Part,
+    calibrate,
+    check_source,
+    fingerprint,
+    splits,
+    windows,
+)
 from .config import MODES, DetectorConfig
 from .data.audio import Clips, LabelledClip, labelled_clips, normal_files, open_audio
 from .data.groups import group_labels
 from .data.images import Images, is_path, mvtec_train, open_images
 from .data.vectors import Vectors, open_vectors
-from .denoisers.inference import has_bfloat16
-from .errors import CheckpointError, InputError
+from .errors import InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
-from .scoring import (
-    SMALLEST_CALIBRATION,
-    Conformal,
-    MapStatistics,
-    Score,
-    Split,
-    cross_splits,
-    fit_statistics,
-    split_by_group,
-)
+from .scoring import Conformal, MapStatistics, Score, Split
 from .streaming import Stream
 from .surroundings import evaluating, resolve_device, undisturbed
-from .training import checkpoint
 from .training.distributed import processes
 from .training.loop import History, TrainingCheckpoint
 
-KIND = "diffad"
 CUSTOM = "custom"
 _OPENED = (Images, Vectors)
-# Of a cross-fitted calibration, unless told otherwise: each model sees four fifths of the normals.
-FOLDS = 5
-
-
-class Calibration(NamedTuple):
-    """What held-out normals look like in one mode."""
-
-    statistics: list[MapStatistics | None]
-    conformal: Conformal
-
-
-class Part(NamedTuple):
-    """Normals that were held out, and a model that has not seen them."""
-
-    model: models.TokenModel | models.CoefficientModel
-    split: Split
 
 
 class Trajectory(NamedTuple):
@@ -117,29 +96,42 @@ class Detector:
             kind=kind, image_size=image_size, channels=channels, preset=preset, seed=seed, **options
         )
         backbone = features if isinstance(features, nn.Module) else None
-        self._set_up(config, resolve_device(device), module, backbone)
+        self._set_up(config, device, module, backbone)
+
+    @classmethod
+    def _of_config(
+        cls,
+        config: DetectorConfig,
+        device: str | torch.device | None = None,
+        denoiser: nn.Module | None = None,
+        features: nn.Module | None = None,
+    ) -> Detector:
+        """A detector of options as they are in a file, with the modules of its own that they
+        name."""
+        made = cls.__new__(cls)
+        made._set_up(config, device, denoiser, features)
+        return made
 
     @undisturbed
     def _set_up(
         self,
         config: DetectorConfig,
-        device: torch.device,
+        device: str | torch.device | None,
         denoiser: nn.Module | None,
         features: nn.Module | None,
     ) -> None:
-        self.device = device
+        self.device = resolve_device(device)
         self._given = denoiser, features
         if features is None and config.features is not None:
             features = _backbone(config)
         self._features = features
         with evaluating(denoiser, features):
-            self.model = models.create(config, device, denoiser, features)
+            self.model = models.create(config, self.device, denoiser, features)
         # What ``fit`` has settled: of each option what it was, and what it is since.
         self._settled: dict[str, list] | None = None
         self.calibrations: dict[str, Calibration] = {}
         # Of the table that ``fit`` was given, if they had names.
         self.columns: list[str] | None = None
-        self._most_windows = 0  # of an image among the normals behind these
         self.parts: list[Part] = []
         self._fitted_on = b""
         self.history = History()
@@ -228,11 +220,8 @@ class Detector:
                 "as anomalies: fit on the normal ones alone"
             )
         groups = None if groups is None else group_labels(groups, len(samples))
-        split, folds = split_by_group(usable, groups, self.config), []
-        if count := self._folds(split):
-            folds = cross_splits(usable, groups, count, self.config.seed)
-            split = Split(list(usable), [], [], [], [])
-        self._fitted_on = _ends(samples, usable)
+        split, folds = splits(usable, groups, self.config)
+        self._fitted_on = fingerprint(samples, usable)
         self._begin(config)
         self.calibrations, self.parts = {}, []
         self.columns = samples.columns if self.config.kind == "vector" else None
@@ -281,15 +270,6 @@ class Detector:
         except Exception:  # half made, or at the end of the process, when names are gone
             pass
 
-    def _folds(self, split: Split) -> int:
-        """Of a cross-fitted calibration; 0 where parts are held out instead."""
-        few = len(set(split.conformal_groups)) < SMALLEST_CALIBRATION
-        wanted = self.config.cross_fit
-        if wanted is None:
-            worth_it = self.config.on_tokens and self.config.kind != "vector"
-            return FOLDS if few and worth_it else 0
-        return wanted
-
     def _learn(
         self, samples, split: Split, folds: list[Split], kept: TrainingCheckpoint | None
     ) -> None:
@@ -330,75 +310,16 @@ class Detector:
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
         samples, wanted = self.open(self._normal(source)), self.mode
-        usable, split = samples.load(), self.parts[0].split
-        known = np.concatenate([np.array(part, dtype=np.int64) for part in split[:4]])
-        same = np.array_equal(usable, np.unique(known))
-        if not same or _ends(samples, usable) != self._fitted_on:
-            raise InputError(
-                f"{len(usable)} usable {samples.unit}s are not what the detector was fitted on: "
-                "calibrate on the same source, in the same order"
-            )
+        check_source(samples, self.parts[0].split, self._fitted_on)
         try:
             found = {}
             for mode in modes:
                 self.mode = mode
-                found[mode] = self._calibrate(samples)
+                found[mode] = calibrate(self.model, self.parts, samples)
             self.calibrations |= found  # all or none, should this be interrupted
         finally:
             self.mode = wanted
             self._release(but=self.model)
-
-    @torch.inference_mode()
-    def _calibrate(self, samples) -> Calibration:
-        """The mode's statistics on held-out normals, and with these the scores of others."""
-        config, audio = self.config, self.config.kind == "audio"
-        for model, _ in self.parts:
-            model.config = config
-        total = sum(len(s.statistics) + len(s.conformal) for _, s in self.parts)
-        bar = progress(None, total, "calibrating", samples.unit)
-
-        def batches(part: str) -> Iterator[tuple]:
-            for model, split in self.parts:
-                for batch in samples.batches(config.batch_size, indices=getattr(split, part)):
-                    yield model, batch
-                    bar.update(len(batch.index))
-
-        def maps() -> Iterator[Sequence[torch.Tensor | None]]:
-            for model, batch in batches("statistics"):
-                found = model.raw_maps(batch.x)
-                # Clips have no positions in common, and not even a length: a window is a sample.
-                yield [m.reshape(-1, 1, 1) for m in found] if audio else found
-
-        group = {
-            i: number
-            for _, split in self.parts
-            for i, number in zip(split.conformal, split.conformal_groups, strict=True)
-        }
-        scores, groups, self._most_windows = [], [], 0
-        with bar:
-            for model, _ in self.parts:
-                model.use(None)
-            found = fit_statistics(
-                maps(), config.statistics, self.model.statistics_smoothing, config.on_tokens
-            )
-            for model in {id(m): m for m in (self.model, *(p.model for p in self.parts))}.values():
-                model.use(found)
-            for model, batch in batches("conformal"):
-                groups += [group[i] for i in batch.index.tolist()]
-                scores.append(model.score(batch.x)[1].cpu().double())
-                self._most_windows = max(self._most_windows, self._windows(batch.x))
-        held_out, groups = torch.cat(scores).numpy(), np.array(groups)
-        normal = np.argsort(held_out, kind="stable")
-        normal = normal[: len(normal) - int(config.contamination * len(normal))]
-        conformal = Conformal(held_out[normal], groups[normal], config.false_positive_rate)
-        return Calibration(found, conformal)
-
-    def _windows(self, x: torch.Tensor) -> int:
-        """How many windows of images x are looked at, each for itself; 0 where they are resized."""
-        if self.config.overlap is None:
-            return 0
-        places = models.places(x.shape[2:], self.config.image_size, self.config.overlap)
-        return len(places)
 
     def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:
         """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
@@ -506,11 +427,11 @@ class Detector:
             raise InputError(f"none of the {samples.length} {samples.unit}s can be used")
 
     def _scored(self, batch, maps: bool, skipped: list[tuple[str, str]]) -> Score:
-        count = self._windows(batch.x)
-        if count > self._most_windows:
+        count, known = windows(self.config, batch.x), self.calibrations[self.mode].most_windows
+        if count > known:
             warnings.warn(
                 f"an image of {batch.x.shape[2]}x{batch.x.shape[3]} pixels has {count} windows and "
-                f"the normals behind the p-values had at most {self._most_windows}: the highest of "
+                f"the normals behind the p-values had at most {known}: the highest of "
                 "more scores is higher, so p is too small and labels too many; fit on images as "
                 "large as those that are scored",
                 stacklevel=2,
@@ -664,38 +585,23 @@ class Detector:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the fitted detector as one safetensors file, atomically. Raises InputError."""
-        checkpoint.save(path, KIND, *self.state())
+        from . import persistence
+
+        persistence.save(self, path)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What a checkpoint holds, tensors and texts; :func:`from_state` reads it."""
+        """What a checkpoint holds, tensors and texts."""
+        from . import persistence
+
         self._require_fitted()
-        tensors = {f"model.{k}": v for k, v in self.model.state().items()}
-        for mode, (statistics, conformal) in self.calibrations.items():
-            for i, entry in enumerate(statistics):
-                if entry is not None:
-                    prefix = f"statistics.{mode}.{i}"
-                    tensors |= {f"{prefix}.{k}": v for k, v in entry._asdict().items()}
-            tensors[f"conformal.{mode}"] = torch.from_numpy(conformal.scores)
-            tensors[f"conformal_groups.{mode}"] = torch.from_numpy(conformal.group)
-        texts = {
-            "config": self.config.to_json(),
-            "statistics": json.dumps({m: len(c.statistics) for m, c in self.calibrations.items()}),
-            "features": _digest(self._features),
-            "settled": json.dumps(self._settled),
-            "most_windows": str(self._most_windows),
-            "columns": json.dumps(self.columns),
-            "history": json.dumps(dataclasses.asdict(self.history)),
-        }
-        return tensors, texts
+        return persistence.state(self)
 
     def __reduce__(self):
         """Pickled and copied as its checkpoint, and as the modules that were handed over: tensors
         would go to other processes through a file of shared memory each."""
-        options = dict(zip(("denoiser", "features"), self._given, strict=True))
-        options["device"] = str(self.device)
-        if not self.calibrations:
-            return _unpickled, (self._asked().to_json(), options)
-        return _unpickled, (checkpoint.to_bytes(KIND, *self.state()), options)
+        from . import persistence
+
+        return persistence.reduced(self)
 
     # ------------------------------------------------------ other programs
 
@@ -810,22 +716,6 @@ class Detector:
         return from_pretrained(name, **options)
 
 
-def _ends(samples: Images | Vectors, usable: Sequence[int]) -> bytes:
-    """By which a source is known again: of its first and its last usable sample."""
-    digest = hashlib.sha256()
-    for batch in samples.batches(1, indices=[usable[0], usable[-1]]):
-        digest.update(batch.x.numpy().tobytes())
-    return digest.digest()
-
-
-def _digest(features: nn.Module | None) -> str:
-    """Of a backbone's weights; "" without one."""
-    if features is None:
-        return ""
-    tensors = {k: v for k, v in features.state_dict().items() if isinstance(v, torch.Tensor)}
-    return checkpoint.checksum({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {})
-
-
 def _are_labelled(data) -> bool:
     return (
         isinstance(data, (list, tuple))
@@ -848,108 +738,6 @@ def _nothing(skipped: list[tuple[str, str]]) -> Score:
     return Score(none, none, none, none, [], none, skipped)
 
 
-def load(
-    path: str | os.PathLike,
-    *,
-    device: str | torch.device | None = None,
-    denoiser: nn.Module | None = None,
-    features: nn.Module | None = None,
-) -> Detector:
-    """Read a detector that :meth:`Detector.save` wrote.
-
-    denoiser: a module of the architecture that was fitted, for a detector with its own; its weights
-    are those in the file. features: the module that was given to the fit, with its weights, which
-    are not in the file; also for backbones that timm would fetch from elsewhere ("hf-hub:...").
-    Raises CheckpointError for a file that is missing, damaged, of another version, or of another
-    kind.
-    """
-    tensors, texts = checkpoint.load(path, KIND)
-    return from_state(tensors, texts, path, device=device, denoiser=denoiser, features=features)
-
-
-class _Complete(dict):
-    """A part of a checkpoint, which has everything that is asked for or is none."""
-
-    def __init__(self, content: dict, path: str | os.PathLike):
-        super().__init__(content)
-        self.path = path
-
-    def __missing__(self, name: str):
-        raise CheckpointError(
-            f"{self.path} is incomplete, {name} is not in it: take a file as Detector.save wrote it"
-        )
-
-
-@undisturbed
-def from_state(
-    tensors: dict[str, torch.Tensor],
-    texts: dict[str, str],
-    path: str | os.PathLike,
-    *,
-    device: str | torch.device | None = None,
-    denoiser: nn.Module | None = None,
-    features: nn.Module | None = None,
-) -> Detector:
-    """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
-    tensors, texts = _Complete(tensors, path), _Complete(texts, path)
-    config, device = DetectorConfig.from_json(texts["config"]), resolve_device(device)
-    for name, module in (("denoiser", denoiser), ("features", features)):
-        if getattr(config, name) == CUSTOM and module is None:
-            raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")
-    if features is None and ":" in (config.features or ""):
-        raise CheckpointError(
-            f"{path} names the backbone {config.features!r}, weights that anybody may have made "
-            f"and that are not fetched unasked: pass features=integrations.timm.TimmFeatures("
-            f"{config.features!r}, {config.channels})"
-        )
-    if config.inference_dtype == "bfloat16" and not config.on_tokens and not has_bfloat16(device):
-        warnings.warn(
-            f"{path} was fitted to score in bfloat16, and {device.type} has no instructions for it "
-            "here: it scores in float32, which changes scores in the third digit",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        config = config.replace(inference_dtype="float32")
-    detector = Detector.__new__(Detector)
-    detector._set_up(config, device, denoiser, features)
-    if texts["features"] != _digest(detector._features):
-        raise CheckpointError(
-            f"{path} was fitted with other weights of its features, which files do not hold: pass "
-            "features=module with those of the fit"
-        )
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-    try:
-        detector.model.restore(part("model."))
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise CheckpointError(f"{path} does not fit this denoiser: {first[0].strip()}") from None
-    for mode, count in json.loads(texts["statistics"]).items():
-        prefixes = [f"statistics.{mode}.{i}." for i in range(count)]
-        statistics = [
-            MapStatistics(*(tensors[prefix + k].to(detector.device) for k in MapStatistics._fields))
-            if part(prefix)
-            else None
-            for prefix in prefixes
-        ]
-        detector.calibrations[mode] = Calibration(
-            statistics,
-            Conformal(
-                tensors[f"conformal.{mode}"].numpy(),
-                tensors[f"conformal_groups.{mode}"].numpy(),
-                config.false_positive_rate,
-            ),
-        )
-    detector.mode = config.mode
-    detector._settled = json.loads(texts["settled"])
-    detector._most_windows = int(texts["most_windows"])
-    detector.columns = json.loads(texts.get("columns", "null"))
-    detector.history = History(**json.loads(texts["history"]))
-    return detector
-
-
 def _backbone(config: DetectorConfig) -> nn.Module:
     """The pretrained one that ``features`` names. Raises InputError for an unknown name."""
     if config.kind == "image":
@@ -963,14 +751,3 @@ def _backbone(config: DetectorConfig) -> nn.Module:
     from .integrations.yamnet import YAMNet
 
     return YAMNet.pretrained()
-
-
-def _unpickled(content: bytes | str, options: dict) -> Detector:
-    """What :meth:`Detector.__reduce__` names: of a checkpoint, or of an unfitted one's options."""
-    if isinstance(content, bytes):
-        name = "the pickle"
-        return from_state(*checkpoint.from_bytes(content, name, KIND), name, **options)
-    detector = Detector.__new__(Detector)
-    config, device = DetectorConfig.from_json(content), resolve_device(options["device"])
-    detector._set_up(config, device, options["denoiser"], options["features"])
-    return detector

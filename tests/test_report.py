@@ -12,8 +12,8 @@ from PIL import Image
 
 import diffad_fast as daf
 from diffad_fast import report
+from diffad_fast.calibration import Calibration
 from diffad_fast.data import demo
-from diffad_fast.detector import Calibration
 from diffad_fast.evaluation import evaluate, figures
 from diffad_fast.scoring import Conformal
 
