@@ -105,9 +105,8 @@ def _one_line_warnings() -> Iterator[None]:
 
 def _fit(args: argparse.Namespace) -> None:
     from .config import read_options
-    from .data.audio import groups_by_recording, training_clips
     from .data.groups import groups_by_regex
-    from .data.images import mvtec_train
+    from .data.sources import training_part
     from .detector import Detector
     from .files import check_writable
     from .training.distributed import processes
@@ -125,24 +124,20 @@ def _fit(args: argparse.Namespace) -> None:
         raise InputError(
             f"there is no unfinished training to resume: {state} does not exist; leave out --resume"
         )
-    groups = None
-    if detector.config.kind == "audio":
-        clips = training_clips(args.data, args.layout, args.normal, args.folds)
-        source, groups = [clip.path for clip in clips], groups_by_recording(clips)
-    else:
-        _audio_only(args)
-        source = args.data if detector.config.kind == "vector" else mvtec_train(args.data)
-    images = detector.open(source, strict=args.strict)
+    source, groups = training_part(
+        detector.config.kind, args.data, args.layout, args.normal, args.folds
+    )
+    samples = detector.open(source, strict=args.strict)
     if args.group_regex:
-        if images.paths is None:
+        if samples.paths is None:
             raise InputError("--group-regex reads names of files: leave it out for a table")
-        groups = groups_by_regex(images.paths, args.group_regex)
+        groups = groups_by_regex(samples.paths, args.group_regex)
     kept = TrainingCheckpoint(
         state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv",
         pictures_every=args.pictures_every,
     )  # fmt: skip
     try:
-        detector.fit(images, groups=groups, training_checkpoint=kept)
+        detector.fit(samples, groups=groups, training_checkpoint=kept)
         if first:
             detector.save(args.out)
     except KeyboardInterrupt:
@@ -153,7 +148,7 @@ def _fit(args: argparse.Namespace) -> None:
         ) from None
     if first:
         kept.remove()
-        print(_fit_summary(detector, images, args.out), file=sys.stderr)
+        print(_fit_summary(detector, samples, args.out), file=sys.stderr)
 
 
 def _keep_apart(data: str, out: str | os.PathLike) -> None:
@@ -180,11 +175,6 @@ def _fit_summary(detector: Detector, samples, out: str) -> str:
         + "".join(f"; {note}" for note in detector.history.notes)
         + f"; saved as {out}"
     )
-
-
-def _audio_only(args: argparse.Namespace) -> None:
-    if args.layout != "auto" or args.normal is not None or args.folds is not None:
-        raise InputError("--layout, --normal and --folds are for audio: leave them out")
 
 
 def _loaded(args: argparse.Namespace) -> Detector:

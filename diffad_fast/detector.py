@@ -24,10 +24,11 @@ from .calibration import (
     windows,
 )
 from .config import MODES, DetectorConfig
-from .data.audio import Clips, LabelledClip, labelled_clips, normal_files, open_audio
+from .data.audio import Clips, LabelledClip, labelled_clips
 from .data.groups import group_labels
-from .data.images import Images, is_path, mvtec_train, open_images
-from .data.vectors import Vectors, open_vectors
+from .data.images import Images
+from .data.sources import check_layout, open_source, training_part
+from .data.vectors import Vectors
 from .errors import InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
@@ -38,7 +39,6 @@ from .training.distributed import processes
 from .training.loop import History, TrainingCheckpoint
 
 CUSTOM = "custom"
-_OPENED = (Images, Vectors)
 
 
 class Trajectory(NamedTuple):
@@ -210,21 +210,15 @@ class Detector:
             config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             config = config.replace(train_budget=budget)
-        samples = self._open(self._normal(source), strict)
+        samples = open_source(self._training_part(source), self.config, strict)
         usable = samples.load()
-        if self.config.kind == "vector" and (coarse := samples.coarse()):
-            raise InputError(coarse)
-        if self.config.kind == "vector" and samples.labels is not None and samples.labels.any():
-            raise InputError(
-                f"the table labels {int(samples.labels.astype(bool).sum())} of {len(samples)} rows "
-                "as anomalies: fit on the normal ones alone"
-            )
+        samples.check_normal()
         groups = None if groups is None else group_labels(groups, len(samples))
         split, folds = splits(usable, groups, self.config)
         self._fitted_on = fingerprint(samples, usable)
         self._begin(config)
         self.calibrations, self.parts = {}, []
-        self.columns = samples.columns if self.config.kind == "vector" else None
+        self.columns = samples.columns
         try:
             self._learn(samples, split, folds, training_checkpoint)
         finally:
@@ -233,11 +227,9 @@ class Detector:
         self.calibrate(samples)
         return self
 
-    def _normal(self, source):
-        """What to train on of ``source``: of a folder, what is not there to be tested on."""
-        if self.config.kind == "vector" or not is_path(source) or not os.path.isdir(source):
-            return source
-        return mvtec_train(source) if self.config.kind == "image" else normal_files(source)
+    def _training_part(self, source):
+        """What to train on of ``source``; without options there are no groups in a layout."""
+        return training_part(self.config.kind, source)[0]
 
     def _asked(self) -> DetectorConfig:
         """The options as they were asked for: what an earlier ``fit`` has settled is open again,
@@ -309,7 +301,7 @@ class Detector:
             )
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
-        samples, wanted = self.open(self._normal(source)), self.mode
+        samples, wanted = self.open(self._training_part(source)), self.mode
         check_source(samples, self.parts[0].split, self._fitted_on)
         try:
             found = {}
@@ -324,7 +316,7 @@ class Detector:
     def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:
         """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
         its sampling rate, columns with names in the order of those it was fitted on."""
-        samples = self._open(source, strict)
+        samples = open_source(source, self.config, strict)
         if self.config.kind == "vector" and self.calibrations:
             samples = samples.arranged(self.columns)
             fitted, found = self.model.representation.dims[0], samples.rows.shape[1]
@@ -333,29 +325,6 @@ class Detector:
                     f"the vectors have {found} features and the detector was fitted on {fitted}"
                 )
         return samples
-
-    def _open(self, source, strict: bool) -> Images | Clips | Vectors:
-        """The same for what the detector is to be fitted on, whatever it was fitted on before."""
-        config, shape = self.config, ()
-        if config.kind == "image":
-            size, smallest = config.image_size, (config.stride, config.stride)
-            if config.overlap is not None:
-                size, smallest = None, config.image_size
-            shape = size, config.channels
-        elif config.kind == "audio":
-            shape = config.sample_rate, config.window_samples, config.step_samples
-        if isinstance(source, _OPENED):
-            if source.opened_as != (config.kind, *shape):
-                raise InputError(
-                    f"these samples were opened as {source.opened_as} and this detector sees "
-                    f"{(config.kind, *shape)}: open them with it"
-                )
-            return source
-        if config.kind == "vector":
-            return open_vectors(source)
-        if config.kind == "audio":
-            return open_audio(source, *shape, highest=config.fmax, strict=strict)
-        return open_images(source, *shape, strict=strict, smallest=smallest)
 
     # -------------------------------------------------------------- score
 
@@ -554,8 +523,7 @@ class Detector:
         Raises InputError for a missing test folder or labels, or a mask of the wrong size.
         """
         kind = self.config.kind
-        if kind != "audio" and (layout != "auto" or normal is not None or folds is not None):
-            raise InputError(f"layout, normal and folds are for audio: leave them out for {kind}s")
+        check_layout(kind, layout, normal, folds)
         if kind == "vector":
             if report is not None:
                 raise InputError("a report shows images or clips: leave it out for vectors")

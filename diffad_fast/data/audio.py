@@ -33,7 +33,6 @@ __all__ = [
     "LabelledClip",
     "Resampler",
     "labelled_clips",
-    "normal_files",
     "open_audio",
     "read_audio",
     "read_blocks",
@@ -568,12 +567,6 @@ def training_clips(
     folder = next(filter(os.path.isdir, parts), root)
     check_no_test(folder, "recordings")
     return [LabelledClip(path, "normal", False) for path in _audio_files(folder)]
-
-
-def normal_files(root: str | bytes | os.PathLike) -> list[str]:
-    """What `Detector.fit` trains on of a folder: the files of `training_clips`, whose errors it
-    raises; so an UrbanSound8K, of which nobody has said which class is normal, is refused."""
-    return [clip.path for clip in training_clips(root)]
 
 
 def groups_by_recording(clips: Sequence[LabelledClip]) -> list[str] | None:

@@ -141,6 +141,7 @@ class Images:
     """
 
     unit = "image"
+    columns = None
 
     def __init__(self, items, loader: _LoaderItems | None, strict: bool, opened_as: tuple):
         self.opened_as = opened_as
@@ -167,6 +168,9 @@ class Images:
         if self.length is None:
             raise TypeError("the number of images in a loader is not known before load()")
         return self.length
+
+    def check_normal(self) -> None:
+        """Raise InputError for samples that are known to be no normal ones; of these nothing is."""
 
     def batches(self, batch_size: int, indices: Iterable[int] | None = None) -> Iterator[Batch]:
         """Batches of usable images, in the order of `indices` (default: all, in order).

@@ -81,21 +81,26 @@ class Vectors:
         rows = np.ascontiguousarray(self.rows[:, [place[name] for name in columns]])
         return Vectors(rows, self.labels, columns, self.name)
 
-    def coarse(self) -> str:
-        """Why nothing can be fitted on these rows: the column, if there is one, whose differences
-        float32 cannot hold beside its offset; "" where there is none."""
+    def check_normal(self) -> None:
+        """Raise InputError where nothing can be fitted on these rows: for a column whose
+        differences float32 cannot hold beside its offset, and for rows labelled anomalous."""
         some = self.rows[:: -(-len(self.rows) // SAMPLE)].astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
             deviation, largest = some.std(axis=0), np.abs(some).max(axis=0)
             # A constant column loses nothing, whatever its rounded deviation is.
             lost = (some.min(axis=0) < some.max(axis=0)) & (deviation < SMALLEST_SHARE * largest)
-        if not lost.any():
-            return ""
-        column = int(lost.argmax())
-        return (
-            f"column {column} of {self.name} has values up to {largest[column]:.6g} that differ by "
-            f"{deviation[column]:.3g}, too little for float32: subtract an offset first"
-        )
+        if lost.any():
+            column = int(lost.argmax())
+            raise InputError(
+                f"column {column} of {self.name} has values up to {largest[column]:.6g} that "
+                f"differ by {deviation[column]:.3g}, too little for float32: subtract an offset "
+                "first"
+            )
+        if self.labels is not None and self.labels.any():
+            raise InputError(
+                f"the table labels {int(self.labels.astype(bool).sum())} of {len(self)} rows "
+                "as anomalies: fit on the normal ones alone"
+            )
 
     def batches(self, batch_size: int, indices: Iterable[int] | None = None) -> Iterator[Batch]:
         """Batches of rows in the order of ``indices`` (default: all, in order)."""

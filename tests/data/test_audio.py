@@ -20,13 +20,13 @@ from diffad_fast.data.audio import (
     Resampler,
     groups_by_recording,
     labelled_clips,
-    normal_files,
     open_audio,
     read_audio,
     read_blocks,
     resampling_delay,
     training_clips,
 )
+from diffad_fast.data.sources import training_part
 from diffad_fast.errors import InputError, SkippedInput
 
 soundfile = pytest.importorskip("soundfile")
@@ -562,7 +562,7 @@ def test_fit_takes_what_is_normal_of_a_folder(tmp_path):
         ("plain/test", ["knock/1.wav"]),
         ("fan", ["train/section_00_source_train_normal_0000_x.wav"]),
     ):
-        found = normal_files(os.fsencode(tmp_path / folder))
+        found, _ = training_part("audio", os.fsencode(tmp_path / folder))
         assert found == [str(tmp_path / folder / name) for name in names]
         # More are needed, and the message counts them.
         with pytest.raises(InputError, match=f"{len(names)} usable"):

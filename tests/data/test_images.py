@@ -656,8 +656,8 @@ def test_fit_takes_what_is_normal_of_a_folder(tmp_path, monkeypatch):
         "image", 32, denoiser="unet-tiny", train_steps=1, batch_size=4, reverse_steps=1
     )
     opened = []
-    open_ = detector._open
-    monkeypatch.setattr(detector, "_open", lambda *a: (opened.append(a[0]), open_(*a))[1])
+    open_ = daf.detector.open_source
+    monkeypatch.setattr(daf.detector, "open_source", lambda *a: (opened.append(a[0]), open_(*a))[1])
     detector.fit(tmp_path)
     assert opened[0] == str(tmp_path / "train/good")
     before = detector.conformal.scores
