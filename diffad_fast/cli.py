@@ -225,9 +225,9 @@ def _score(args: argparse.Namespace) -> None:
                     )
                 )
                 if part.map is not None and len(part):
-                    write = _write_maps if detector.config.kind == "audio" else _write_heatmaps
                     x = _scored_samples(detector, samples, part)
-                    write(detector, x, part, Path(args.data), staged / "heatmaps", pool)
+                    folder = staged / "heatmaps"
+                    _write_heatmaps(detector, x, part, Path(args.data), folder, pool)
 
 
 def _scored_samples(detector: Detector, samples: Images, part: Score) -> torch.Tensor:
@@ -242,29 +242,17 @@ def _write_heatmaps(
     detector: Detector, x: torch.Tensor, part: Score, root: Path, folder: Path,
     pool: ThreadPoolExecutor,
 ) -> None:  # fmt: skip
-    """One picture for each image of a batch, in the same tree of folders as below ``root``."""
-    from .data.images import encode_png
-    from .report import colour_range, overlay
+    """One picture for each sample of a batch, in the same tree of folders as below ``root``."""
+    from .report import drawing
 
-    low, high = colour_range(detector)
-    target = _targets(root, folder)
+    draw, target = drawing(detector), _targets(root, folder)
 
-    def write(path: str, image, map_) -> None:
-        target(path).write_bytes(encode_png(overlay(image, map_, low, high)))
+    def write(path: str, sample, map_) -> None:
+        target(path).write_bytes(draw(sample, map_))
 
-    list(pool.map(write, part.paths, x.numpy(), part.map))
-
-
-def _write_maps(
-    detector: Detector, x: torch.Tensor, part: Score, root: Path, folder: Path,
-    pool: ThreadPoolExecutor,
-) -> None:  # fmt: skip
-    """One picture for each clip of a batch, as :func:`_write_heatmaps`."""
-    from .audio_report import clip_figure, png
-
-    target = _targets(root, folder)
-    for path, wave, map_ in zip(part.paths, x.numpy(), part.map, strict=True):
-        target(path).write_bytes(png(clip_figure(detector, wave, map_)))
+    # Matplotlib, which draws clips, is for one thread at a time.
+    each = map if detector.config.kind == "audio" else pool.map
+    list(each(write, part.paths, x.numpy(), part.map))
 
 
 def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
@@ -284,6 +272,7 @@ def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from .files import check_result_folder
+    from .report.text import evaluation_text
     from .training.distributed import processes
 
     if not processes().first:
@@ -300,71 +289,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(metrics, allow_nan=False))
     else:
-        text = {"audio": _audio_text, "vector": _vector_text, "image": _metrics_text}
-        print(text[detector.config.kind](metrics))
-
-
-def _printable(name: str) -> str:
-    """A folder's name as standard output can show it: bytes that are no text are escaped there."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        name.encode(encoding, getattr(sys.stdout, "errors", None) or "strict")
-    except UnicodeEncodeError:
-        return name.encode(encoding, "backslashreplace").decode(encoding)
-    return name
-
-
-def _metrics_text(metrics: dict) -> str:
-    """A table with a line for all images and one for each defect, and why a figure is missing."""
-    from .report import FIGURES, table
-
-    lines = [["defect", "images", *FIGURES.values()]]
-    for name, row in table(metrics):
-        values = ["-" if row[key] is None else f"{row[key]:.3f}" for key in FIGURES]
-        lines.append([_printable(name), str(row["n_anomalous"]), *values])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
-    text.append(f"{metrics['n_normal']} normal images; {metrics['latency_ms']:.1f} ms an image")
-    for reason in dict.fromkeys(metrics["undefined"].values()):
-        names = [FIGURES.get(k, k) for k, why in metrics["undefined"].items() if why == reason]
-        text.append(f"- {', '.join(names)}: {reason}")
-    return "\n".join(text)
-
-
-def _vector_text(metrics: dict) -> str:
-    """A line for each figure, and why one is missing."""
-    figures = {k: v for k, v in metrics.items() if k != "undefined"}
-    width = max(map(len, figures))
-    lines = [
-        f"{k.ljust(width)}  {'-' if v is None else v if isinstance(v, int) else f'{v:.3f}'}"
-        for k, v in figures.items()
-    ]
-    return "\n".join([*lines, *(f"- {k}: {why}" for k, why in metrics["undefined"].items())])
-
-
-def _audio_text(metrics: dict) -> str:
-    """The figures of all clips, a line for each kind of anomaly, and one for each section."""
-    from .audio_report import FIGURES, tables
-
-    text = []
-    for head, rows in tables(metrics):
-        lines = [head, *([_printable(row[0]), *row[1:]] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text += [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-            for line in lines
-        ]
-    text.append(
-        f"{metrics['n_normal']} normal clips; {metrics['latency_ms']:.1f} ms a clip, "
-        f"{metrics['real_time']:.0f} times real time"
-    )
-    for reason in dict.fromkeys(metrics["undefined"].values()):
-        names = [FIGURES.get(k, k) for k, why in metrics["undefined"].items() if why == reason]
-        text.append(f"- {', '.join(names)}: {reason}")
-    return "\n".join(text)
+        print(evaluation_text(detector.config.kind, metrics))
 
 
 def _info(args: argparse.Namespace) -> None:

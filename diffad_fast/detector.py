@@ -537,12 +537,8 @@ class Detector:
                     "or a list of data.audio.LabelledClip"
                 )
             evaluation = evaluate_audio(self, data, strict)
-            if report is not None:
-                from .audio_report import write_audio_report
-
-                write_audio_report(report, self, evaluation)
-            return evaluation.metrics
-        evaluation = evaluate(self, Path(data), strict)
+        else:
+            evaluation = evaluate(self, Path(data), strict)
         if report is not None:
             from .report import write_report
 

@@ -215,10 +215,8 @@ def overview(detector: Detector, evaluations: Sequence[Evaluation]) -> Figure:
 
     Each row shows the image with the median score of its folder: a typical one.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from ..report import colour_range, outline, overlay
+    from ..report.figures import colour_range, new_figure
+    from ..report.images import outline, overlay
     from .images import read_mask
 
     # Good images stand in both sets; those of the first are shown.
@@ -230,8 +228,7 @@ def overview(detector: Detector, evaluations: Sequence[Evaluation]) -> Figure:
     names = [f"{kind}-{contrast}" for kind, all_ in STRENGTHS.items() for contrast in all_]
     names.append("good")
     columns = ("image", "reconstruction", "anomaly map", "ground truth")
-    figure = Figure(figsize=(6.6, 1.62 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((6.6, 1.62 * len(names)))
     axes = figure.subplots(len(names), len(columns))
     for cells, name in zip(axes, names, strict=True):
         evaluation, rows = members[name]
