@@ -30,7 +30,7 @@ from .version import __version__
 if TYPE_CHECKING:
     import torch
 
-    from .data.images import Images
+    from .data.samples import Batch
     from .detector import Detector
     from .scoring import Score
 
@@ -211,9 +211,9 @@ def _score(args: argparse.Namespace) -> None:
         with open(path, "w", **how) as file, ThreadPoolExecutor() as pool:
             writer = csv.writer(file)
             writer.writerow(["path", "score", "p_value", "label", "left_out"])
-            samples = detector.open(args.data, strict=args.strict)
-            parts = detector.score_iter(samples, maps=args.maps, batch_size=args.batch_size)
-            for part in parts:
+            for batch, part in detector.score_pairs(
+                args.data, maps=args.maps, batch_size=args.batch_size, strict=args.strict
+            ):
                 for skipped, reason in part.skipped:
                     writer.writerow([skipped, "", "", "", reason])
                 paths = part.index.tolist() if part.paths is None else part.paths
@@ -225,17 +225,16 @@ def _score(args: argparse.Namespace) -> None:
                     )
                 )
                 if part.map is not None and len(part):
-                    x = _scored_samples(detector, samples, part)
+                    x = _scored_samples(detector, batch, part)
                     folder = staged / "heatmaps"
                     _write_heatmaps(detector, x, part, Path(args.data), folder, pool)
 
 
-def _scored_samples(detector: Detector, samples: Images, part: Score) -> torch.Tensor:
-    """What ``part`` of ``samples`` is about; read anew where another process has scored it."""
-    last = samples.last
-    if last is None or last.index.tolist() != part.index.tolist():
-        last = next(iter(detector.open(part.paths, strict=True).batches(len(part))))
-    return last.x
+def _scored_samples(detector: Detector, batch: Batch | None, part: Score) -> torch.Tensor:
+    """What ``part`` is about; read anew where another process has scored it."""
+    if batch is None:
+        batch = next(iter(detector.open(part.paths, strict=True).batches(len(part))))
+    return batch.x
 
 
 def _write_heatmaps(
@@ -258,7 +257,7 @@ def _write_heatmaps(
 def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
     """From a file below ``root`` to its picture below ``folder``, whose folder is made: of a.png
     a.png, of others with .png at their end. So a.jpg.png needs another end, beside a.jpg or not."""
-    from .data.images import is_image
+    from .data.image_files import is_image
 
     def target(path: str) -> Path:
         name = Path(path).relative_to(root if root.is_dir() else root.parent)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +25,17 @@ from .calibration import (
     windows,
 )
 from .config import MODES, DetectorConfig
-from .data.audio import Clips, LabelledClip, labelled_clips
+from .data.audio_layouts import LabelledClip, labelled_clips
 from .data.groups import group_labels
-from .data.images import Images
+from .data.samples import Batch, Samples
 from .data.sources import check_layout, open_source, training_part
-from .data.vectors import Vectors
 from .errors import InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
 from .scoring import Conformal, MapStatistics, Score, Split
 from .streaming import Stream
 from .surroundings import evaluating, resolve_device, undisturbed
-from .training.distributed import processes
+from .training.distributed import Processes, processes
 from .training.loop import History, TrainingCheckpoint
 
 CUSTOM = "custom"
@@ -313,7 +313,7 @@ class Detector:
             self.mode = wanted
             self._release(but=self.model)
 
-    def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:
+    def open(self, source, *, strict: bool = False) -> Samples:
         """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
         its sampling rate, columns with names in the order of those it was fitted on."""
         samples = open_source(source, self.config, strict)
@@ -345,13 +345,21 @@ class Detector:
 
         Files that cannot be used are left out and named in ``skipped`` of the batch after them.
         """
+        pairs = self.score_pairs(source, maps=maps, batch_size=batch_size, strict=strict)
+        return (score for _, score in pairs)
+
+    def score_pairs(
+        self, source, *, maps: bool = True, batch_size: int | None = None, strict: bool = False
+    ) -> Iterator[tuple[Batch | None, Score]]:
+        """As :meth:`score_iter`, each score with the batch that it is about; None where another
+        process has scored it, and with what was left out at the end."""
         self._require_fitted()
         batch_size = self._batch_size(batch_size)
         if self.conformal.threshold is None:
-            warnings.warn(f"label is None: {self.conformal.why_no_label()}", stacklevel=2)
+            warnings.warn(f"label is None: {self.conformal.why_no_label()}", stacklevel=3)
         samples = self.open(source, strict=strict)
         maps = maps and self.config.kind != "vector"
-        return self._score_batches(samples, maps, batch_size)
+        return self._score_pairs(samples, maps, batch_size)
 
     def _batch_size(self, asked: int | None) -> int:
         if asked is None:
@@ -360,24 +368,28 @@ class Detector:
             raise InputError(f"batch_size must be a whole number of at least 1, not {asked!r}")
         return int(asked)
 
-    def _score_batches(self, samples, maps: bool, batch_size: int) -> Iterator[Score]:
+    def _score_pairs(
+        self, samples: Samples, maps: bool, batch_size: int
+    ) -> Iterator[tuple[Batch | None, Score]]:
         together = processes()
         reported = 0
         with progress(None, samples.length, "scoring", samples.unit) as bar:
             if together.count > 1:
-                for part in self._score_together(samples, maps, batch_size, together):
-                    yield part
-                    bar.update(len(part))
+                for batch, score in self._score_together(samples, maps, batch_size, together):
+                    yield batch, score
+                    bar.update(len(score))
                 return
             for batch in samples.batches(batch_size):
                 skipped = samples.skipped[reported:]
                 reported += len(skipped)
-                yield self._scored(batch, maps, skipped)
+                yield batch, self._scored(batch, maps, skipped)
                 bar.update(len(batch.index))
         if len(samples.skipped) > reported:
-            yield _nothing(samples.skipped[reported:])
+            yield None, _nothing(samples.skipped[reported:])
 
-    def _score_together(self, samples, maps: bool, batch_size: int, together) -> Iterator[Score]:
+    def _score_together(
+        self, samples: Samples, maps: bool, batch_size: int, together: Processes
+    ) -> Iterator[tuple[Batch | None, Score]]:
         """Each process scores its share of the batches; all yield all of them, in order."""
         if samples.length is None:
             samples.load()
@@ -386,12 +398,15 @@ class Detector:
             start = min(first + together.rank * batch_size, samples.length)
             mine = range(start, min(start + batch_size, samples.length))
             before = len(samples.skipped)
-            parts = [self._scored(b, maps, []) for b in samples.batches(batch_size, indices=mine)]
-            parts.append(_nothing(samples.skipped[before:]))
-            for part in [part for parts in together.gathered(parts) for part in parts]:
-                found |= len(part) > 0
-                if len(part) or part.skipped:
-                    yield part
+            batches = list(samples.batches(batch_size, indices=mine))
+            scores = [self._scored(batch, maps, []) for batch in batches]
+            scores.append(_nothing(samples.skipped[before:]))
+            for rank, part in enumerate(together.gathered(scores)):
+                own = batches if rank == together.rank else []
+                for batch, score in zip_longest(own, part):
+                    found |= len(score) > 0
+                    if len(score) or score.skipped:
+                        yield batch, score
         if not found:
             raise InputError(f"none of the {samples.length} {samples.unit}s can be used")
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from . import metrics
-from .data.audio import LabelledClip
-from .data.images import TestImage, mvtec_test, read_mask
+from .data.audio_layouts import LabelledClip
+from .data.image_files import read_mask
+from .data.mvtec import TestImage, mvtec_test
 from .errors import InputError
 from .scoring import Score, own_part
 

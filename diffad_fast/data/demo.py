@@ -217,7 +217,7 @@ def overview(detector: Detector, evaluations: Sequence[Evaluation]) -> Figure:
     """
     from ..report.figures import colour_range, new_figure
     from ..report.images import outline, overlay
-    from .images import read_mask
+    from .image_files import read_mask
 
     # Good images stand in both sets; those of the first are shown.
     members: dict[str, tuple[Evaluation, list[int]]] = {}

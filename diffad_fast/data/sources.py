@@ -7,8 +7,12 @@ from collections.abc import Sequence
 
 from ..config import DetectorConfig
 from ..errors import InputError
-from .audio import Clips, groups_by_recording, open_audio, training_clips
-from .images import Images, is_path, mvtec_train, open_images
+from .audio import Clips, open_audio
+from .audio_layouts import groups_by_recording, training_clips
+from .folders import is_path
+from .images import Images, open_images
+from .mvtec import mvtec_train
+from .samples import Samples
 from .vectors import Vectors, open_vectors
 
 
@@ -24,7 +28,7 @@ def open_source(source, config: DetectorConfig, strict: bool) -> Images | Clips 
         shape = size, config.channels
     elif config.kind == "audio":
         shape = config.sample_rate, config.window_samples, config.step_samples
-    if isinstance(source, (Images, Vectors)):
+    if isinstance(source, Samples):
         if source.opened_as != (config.kind, *shape):
             raise InputError(
                 f"these samples were opened as {source.opened_as} and this detector sees "

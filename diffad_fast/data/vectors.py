@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
-from .images import Batch
+from .samples import Batch, Samples
 
 # Rows by which a column's precision is judged, and the least deviation, as a share of the largest
 # value: a hundred roundings of float32.
@@ -24,13 +24,11 @@ _SUFFIXES = (".npy", ".npz", ".csv")
 _GIVE_NUMBERS = "give numbers, and fill missing values or leave out their rows"
 
 
-class Vectors:
+class Vectors(Samples):
     """Rows (N,D) of one table, in the type and the place they came in; made by
     :func:`open_vectors`."""
 
     unit = "row"
-    paths = None
-    opened_as = ("vector",)
 
     def __init__(
         self,
@@ -39,10 +37,8 @@ class Vectors:
         columns: list[str] | None = None,
         name: str = "the table",
     ):
-        self.rows, self.labels, self.name = rows, labels, name
-        self.columns = columns
-        """The names of the D columns; None where the source has none."""
-        self.skipped: list[tuple[str, str]] = []
+        super().__init__(opened_as=("vector",))
+        self.rows, self.labels, self.columns, self.name = rows, labels, columns, name
 
     def __len__(self) -> int:
         return len(self.rows)

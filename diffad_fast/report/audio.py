@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..data.audio import extended, read_audio
+from ..data.audio_files import read_audio
+from ..data.waves import extended
 from .figures import BLUE, GREY, VERMILLION, colour_range, new_figure, png
 from .page import Page, picture
 from .tables import Table, cells

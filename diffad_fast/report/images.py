@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..data.images import encode_png, read_mask
+from ..data.image_files import encode_png, read_mask
 from ..scoring import own_part
 from .figures import colour_range
 from .page import Page, picture

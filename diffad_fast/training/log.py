@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.images import encode_png
+from ..data.image_files import encode_png
 from ..errors import InputError
 from ..files import write_atomically
 

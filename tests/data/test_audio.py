@@ -15,17 +15,16 @@ import torch
 
 import diffad_fast as daf
 from diffad_fast.data import audio as module
-from diffad_fast.data import images
+from diffad_fast.data import samples
 from diffad_fast.data.audio import (
-    Resampler,
     groups_by_recording,
     labelled_clips,
     open_audio,
     read_audio,
     read_blocks,
-    resampling_delay,
     training_clips,
 )
+from diffad_fast.data.resampling import Resampler, resampling_delay
 from diffad_fast.data.sources import training_part
 from diffad_fast.errors import InputError, SkippedInput
 
@@ -574,7 +573,7 @@ def test_fit_takes_what_is_normal_of_a_folder(tmp_path):
 def test_waves_at_the_rate_start_no_threads(monkeypatch):
     started = []
     monkeypatch.setattr(
-        images, "ThreadPoolExecutor",
+        samples, "ThreadPoolExecutor",
         lambda *a, **k: (started.append(a), ThreadPoolExecutor(*a, **k))[1],
     )  # fmt: skip
     slow = tone(0.5, 8000), 8000

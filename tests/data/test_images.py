@@ -17,14 +17,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 import diffad_fast as daf
-from diffad_fast.data import images as module
-from diffad_fast.data.images import (
-    mvtec_test,
-    mvtec_train,
-    open_images,
-    read_image,
-    read_mask,
-)
+from diffad_fast.data import samples
+from diffad_fast.data.folders import check_no_test, files_below
+from diffad_fast.data.image_files import read_image, read_mask
+from diffad_fast.data.images import open_images
+from diffad_fast.data.mvtec import mvtec_test, mvtec_train
 from diffad_fast.errors import InputError, SkippedInput
 
 
@@ -341,13 +338,13 @@ def test_look_ahead_is_bounded_and_threads_end(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, 60)
     asked = []
 
-    class Pool(module.ThreadPoolExecutor):
+    class Pool(samples.ThreadPoolExecutor):
         def submit(self, function, index):
             asked.append(index)
             return super().submit(function, index)
 
-    monkeypatch.setattr(module, "_WORKERS", 3)
-    monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(samples, "_WORKERS", 3)
+    monkeypatch.setattr(samples, "ThreadPoolExecutor", Pool)
     batches = open_images(folder, (16, 16), 1).batches(5)
     assert not asked and not decoding_threads()
     for number in range(1, 4):
@@ -365,12 +362,12 @@ def test_look_ahead_is_bounded_and_threads_end(tmp_path, monkeypatch):
 def test_what_needs_no_decoding_starts_no_threads(tmp_path, monkeypatch):
     started = []
 
-    class Pool(module.ThreadPoolExecutor):
+    class Pool(samples.ThreadPoolExecutor):
         def __init__(self, *args, **options):
             started.append(args)
             super().__init__(*args, **options)
 
-    monkeypatch.setattr(module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(samples, "ThreadPoolExecutor", Pool)
     array = pixels(0, (5, 1, 16, 16))
     folder = folder_of(tmp_path, 3)
     for source, size, indices, threads in (
@@ -711,7 +708,7 @@ def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "a.png").write_bytes(b"")
-    found = module.files_below(str(tmp_path), lambda name: name.endswith(".png"))
+    found = files_below(str(tmp_path), lambda name: name.endswith(".png"))
     assert [os.path.basename(path) for path in found] == ["a.png", "lost.png"]
 
 
@@ -725,7 +722,7 @@ def test_links_to_folders_are_followed_and_each_folder_is_seen_once(tmp_path):
     (data / "again").symlink_to(elsewhere / "good")
     (data / "own" / "up").symlink_to(data)
     (data / ".hidden too").symlink_to(elsewhere)
-    found = module.files_below(str(data), lambda name: name.endswith(".png"))
+    found = files_below(str(data), lambda name: name.endswith(".png"))
     assert [os.path.relpath(path, data) for path in found] == ["again/a.png", "own/deep/a.png"]
 
 
@@ -748,8 +745,8 @@ def test_a_link_hides_no_test(tmp_path, name, target):
     (data / "fine").symlink_to(data / ".." / "other")
     (data / "itself").symlink_to(data)
     (data / "lost").symlink_to(data / "nowhere")
-    module.check_no_test(str(data), "images")
-    assert module.mvtec_train(data) == str(data / "train" / "good")
+    check_no_test(str(data), "images")
+    assert mvtec_train(data) == str(data / "train" / "good")
     if target == "more/test":
         (data / target).mkdir()
     if target == "../other/part":
@@ -758,10 +755,10 @@ def test_a_link_hides_no_test(tmp_path, name, target):
         (data / "test").mkdir()
     (data / name).symlink_to(data / target)
     with pytest.raises(InputError, match="lies in .* a detector is not trained"):
-        module.check_no_test(str(data), "images")
+        check_no_test(str(data), "images")
     if name.startswith("train"):
         with pytest.raises(InputError, match="train/good/up/test lies in"):
-            module.mvtec_train(data)
+            mvtec_train(data)
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
