@@ -208,7 +208,7 @@ def _simple(train: torch.Tensor) -> dict[str, Callable]:
 
 def _quality(scorer: Callable, tests, images: torch.Tensor) -> dict[str, float | None]:
     """Image AUROC and AUPRO by the evaluation that every user gets."""
-    from diffad_fast.evaluation import figures
+    from diffad_fast.evaluation import image_metrics
     from diffad_fast.scoring import Score
 
     maps, scores = [], []
@@ -219,7 +219,7 @@ def _quality(scorer: Callable, tests, images: torch.Tensor) -> dict[str, float |
     score = np.concatenate(scores)
     empty = np.zeros(len(score))
     score = Score(score, np.concatenate(maps), empty, None, None, np.arange(len(score)))
-    found = figures(tests, score)
+    found = image_metrics(tests, score)
     return {"image_auroc": found["image_auroc"], "aupro": found["aupro"] if map_ else None}
 
 

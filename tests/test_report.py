@@ -13,7 +13,7 @@ from PIL import Image
 import diffad_fast as daf
 from diffad_fast.calibration import Calibration
 from diffad_fast.data import demo
-from diffad_fast.evaluation import evaluate, figures
+from diffad_fast.evaluation import evaluate, image_metrics
 from diffad_fast.report import write_report
 from diffad_fast.report.figures import colour_range, histogram, roc_curve
 from diffad_fast.report.images import ImagePage, outline, overlay
@@ -202,7 +202,7 @@ def test_without_a_threshold(detector, evaluation, tmp_path, monkeypatch):
     few = Conformal(detector.conformal.scores[:5], None, 0.05)
     monkeypatch.setitem(detector.calibrations, detector.mode, Calibration([], few))
     score = dataclasses.replace(evaluation.score, label=None)
-    metrics = {**figures(evaluation.images, score), "latency_ms": 1.0}
+    metrics = {**image_metrics(evaluation.images, score), "latency_ms": 1.0}
     write_report(tmp_path, detector, dataclasses.replace(evaluation, metrics=metrics, score=score))
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert few.why_no_label() in page.text and "missed" not in page.text
