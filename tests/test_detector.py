@@ -83,6 +83,9 @@ def test_score_iter_is_score(fitted):
     whole = fitted.score(images, maps=False, batch_size=4)
     assert whole.map is None
     np.testing.assert_array_equal(np.concatenate([p.score for p in parts]), whole.score)
+    for batch, score in fitted.score_pairs(images, batch_size=4):
+        np.testing.assert_array_equal(batch.index, score.index)
+        np.testing.assert_array_equal(fitted.score_batch(batch.x)[1], score.score)
 
 
 def test_one_seed_one_result(fitted):

@@ -51,6 +51,7 @@ class Samples(ABC):
         self.paths = paths
         """The files' names as they were given; None where the source is not files."""
         self.skipped: list[tuple[str, str]] = []
+        """(path, reason), as unusable files are met."""
 
     @property
     @abstractmethod
@@ -90,8 +91,7 @@ class Items(ABC):
 class DecodedSamples(Samples):
     """Samples that are read one by one, where reading takes long by threads beside the computing.
 
-    `skipped` is filled with (path, reason) as unusable files are met. `len` is `length`, or a
-    TypeError where that is None.
+    `len` is `length`, or a TypeError where that is None.
     """
 
     def __init__(

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.image_files import encode_png
 from ..files import result_folder
-from .audio import ClipPage, clip_picture
-from .images import ImagePage, heatmap
+from .audio import ClipPage, clip_figure
+from .figures import colour_range, png
+from .images import ImagePage, overlay
 
 if TYPE_CHECKING:
     from ..detector import Detector
@@ -35,4 +37,7 @@ def write_report(
 
 def drawing(detector: Detector) -> Callable[[np.ndarray, np.ndarray], bytes]:
     """Of a sample, as it was scored, and its map the picture, as the bytes of a PNG file."""
-    return clip_picture(detector) if detector.config.kind == "audio" else heatmap(detector)
+    if detector.config.kind == "audio":
+        return lambda wave, map_: png(clip_figure(detector, wave, map_))
+    low, high = colour_range(detector)
+    return lambda image, map_: encode_png(overlay(image, map_, low, high))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,11 +85,6 @@ def clip_figure(detector: Detector, wave: np.ndarray, map_: np.ndarray) -> Figur
     return figure
 
 
-def clip_picture(detector: Detector) -> Callable[[np.ndarray, np.ndarray], bytes]:
-    """Of a wave and its map the figure, as the bytes of a PNG file."""
-    return lambda wave, map_: png(clip_figure(detector, wave, map_))
-
-
 class ClipPage(Page):
     """The page of an ``AudioEvaluation``."""
 
@@ -141,11 +136,11 @@ figure div { display: block; } figure img { width: 100%; } audio { width: 100%; 
             yield Table(["section", *_SECTION_FIGURES.values()], rows)
 
     def cases(self, rows: Sequence[int]) -> Iterator[str]:
-        rate, draw = self.detector.config.sample_rate, clip_picture(self.detector)
+        rate = self.detector.config.sample_rate
         for i in rows:
             clip = self.evaluation.clips[i]
             wave = read_audio(clip.path, rate)
-            drawn = draw(wave, self.evaluation.score.map[i])
+            drawn = png(clip_figure(self.detector, wave, self.evaluation.score.map[i]))
             sound = base64.b64encode(_wav(wave[: _HEARD_SECONDS * rate], rate)).decode()
             yield (
                 f"<figure><div>{picture(drawn, 'spectrogram, anomaly map and score over time')}"

@@ -6,8 +6,7 @@ normal image looks calm and two images can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from ..scoring import own_part
 from .figures import colour_range
 from .page import Page, picture
 from .tables import Table, cells
-
-if TYPE_CHECKING:
-    from ..detector import Detector
 
 _OUTLINE = (0, 255, 255)
 # The strongest colour hides this share of the image; the rest keeps the defect itself visible.
@@ -54,12 +50,6 @@ def outline(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         grown = torch.nn.functional.max_pool2d(marked, 3, stride=1, padding=1)
         drawn[(grown - marked)[0, 0].numpy() > 0] = _OUTLINE
     return drawn
-
-
-def heatmap(detector: Detector) -> Callable[[np.ndarray, np.ndarray], bytes]:
-    """Of an image (C,H,W) in [0,1] and its map the overlay, as the bytes of a PNG file."""
-    low, high = colour_range(detector)
-    return lambda image, map_: encode_png(overlay(image, map_, low, high))
 
 
 class ImagePage(Page):
