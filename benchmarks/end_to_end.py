@@ -42,7 +42,8 @@ CHECKED = 4  # images of a batch
 
 def run(runner: Run, args: argparse.Namespace) -> dict:
     """Fit, evaluate and time all detectors; the result to write."""
-    from diffad_fast.data.images import mvtec_train, open_images
+    from diffad_fast.data.images import open_images
+    from diffad_fast.data.mvtec import mvtec_train
 
     root, text = _data(args, runner.quick)
     tests = _tests(root, made_up=not args.data)
@@ -104,7 +105,7 @@ def _data(args: argparse.Namespace, quick: bool) -> tuple[Path, str]:
 
 def _tests(root: Path, made_up: bool) -> list:
     """The test images; of a real data set those of the part that nothing was chosen on."""
-    from diffad_fast.data.images import mvtec_test
+    from diffad_fast.data.mvtec import mvtec_test
 
     return [t for t in mvtec_test(str(root)) if made_up or part_of(t.path) == "report"]
 
@@ -207,7 +208,7 @@ def _simple(train: torch.Tensor) -> dict[str, Callable]:
 
 def _quality(scorer: Callable, tests, images: torch.Tensor) -> dict[str, float | None]:
     """Image AUROC and AUPRO by the evaluation that every user gets."""
-    from diffad_fast.evaluation import figures
+    from diffad_fast.evaluation import image_metrics
     from diffad_fast.scoring import Score
 
     maps, scores = [], []
@@ -218,7 +219,7 @@ def _quality(scorer: Callable, tests, images: torch.Tensor) -> dict[str, float |
     score = np.concatenate(scores)
     empty = np.zeros(len(score))
     score = Score(score, np.concatenate(maps), empty, None, None, np.arange(len(score)))
-    found = figures(tests, score)
+    found = image_metrics(tests, score)
     return {"image_auroc": found["image_auroc"], "aupro": found["aupro"] if map_ else None}
 
 

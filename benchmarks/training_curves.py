@@ -58,7 +58,8 @@ def lines(entries: list[dict]) -> list[str]:
 def _images(side: int, quick: bool):
     """Normal images of the demo, decoded."""
     from diffad_fast.data.demo import SIZES, write_data
-    from diffad_fast.data.images import mvtec_train, open_images
+    from diffad_fast.data.images import open_images
+    from diffad_fast.data.mvtec import mvtec_train
 
     root = Path("out") / "benchmarks" / f"curves-{side}{'-quick' if quick else ''}"
     sizes = {**SIZES, "side": side, "train": 60 if quick else 200, "test": 2}

@@ -15,9 +15,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from . import metrics, ops, reference
     from .config import DetectorConfig
-    from .detector import Detector, load
+    from .detector import Detector
     from .installation import info
     from .ops.dispatch import use_backend
+    from .persistence import load
     from .scoring import Score
 
 __all__ = [
@@ -39,7 +40,7 @@ _ORIGIN = {
     "Detector": "detector",
     "DetectorConfig": "config",
     "Score": "scoring",
-    "load": "detector",
+    "load": "persistence",
     "info": "installation",
     "use_backend": "ops.dispatch",
 }

@@ -30,7 +30,7 @@ from .version import __version__
 if TYPE_CHECKING:
     import torch
 
-    from .data.images import Images
+    from .data.samples import Batch
     from .detector import Detector
     from .scoring import Score
 
@@ -105,11 +105,10 @@ def _one_line_warnings() -> Iterator[None]:
 
 def _fit(args: argparse.Namespace) -> None:
     from .config import read_options
-    from .data.audio import groups_by_recording, training_clips
     from .data.groups import groups_by_regex
-    from .data.images import mvtec_train
+    from .data.sources import training_part
     from .detector import Detector
-    from .training.checkpoint import check_writable
+    from .files import check_writable
     from .training.distributed import processes
     from .training.state import TrainingCheckpoint
 
@@ -125,24 +124,20 @@ def _fit(args: argparse.Namespace) -> None:
         raise InputError(
             f"there is no unfinished training to resume: {state} does not exist; leave out --resume"
         )
-    groups = None
-    if detector.config.kind == "audio":
-        clips = training_clips(args.data, args.layout, args.normal, args.folds)
-        source, groups = [clip.path for clip in clips], groups_by_recording(clips)
-    else:
-        _audio_only(args)
-        source = args.data if detector.config.kind == "vector" else mvtec_train(args.data)
-    images = detector.open(source, strict=args.strict)
+    source, groups = training_part(
+        detector.config.kind, args.data, args.layout, args.normal, args.folds
+    )
+    samples = detector.open(source, strict=args.strict)
     if args.group_regex:
-        if images.paths is None:
+        if samples.paths is None:
             raise InputError("--group-regex reads names of files: leave it out for a table")
-        groups = groups_by_regex(images.paths, args.group_regex)
+        groups = groups_by_regex(samples.paths, args.group_regex)
     kept = TrainingCheckpoint(
         state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv",
         pictures_every=args.pictures_every,
     )  # fmt: skip
     try:
-        detector.fit(images, groups=groups, training_checkpoint=kept)
+        detector.fit(samples, groups=groups, training_checkpoint=kept)
         if first:
             detector.save(args.out)
     except KeyboardInterrupt:
@@ -153,7 +148,7 @@ def _fit(args: argparse.Namespace) -> None:
         ) from None
     if first:
         kept.remove()
-        print(_fit_summary(detector, images, args.out), file=sys.stderr)
+        print(_fit_summary(detector, samples, args.out), file=sys.stderr)
 
 
 def _keep_apart(data: str, out: str | os.PathLike) -> None:
@@ -182,13 +177,8 @@ def _fit_summary(detector: Detector, samples, out: str) -> str:
     )
 
 
-def _audio_only(args: argparse.Namespace) -> None:
-    if args.layout != "auto" or args.normal is not None or args.folds is not None:
-        raise InputError("--layout, --normal and --folds are for audio: leave them out")
-
-
 def _loaded(args: argparse.Namespace) -> Detector:
-    from .detector import load
+    from .persistence import load
 
     detector = load(args.model, device=args.device)
     if args.mode is not None:
@@ -197,7 +187,7 @@ def _loaded(args: argparse.Namespace) -> Detector:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from .report import result_folder
+    from .files import result_folder
     from .training.distributed import processes
 
     data, out = Path(args.data).resolve(), Path(args.out).resolve()
@@ -221,9 +211,9 @@ def _score(args: argparse.Namespace) -> None:
         with open(path, "w", **how) as file, ThreadPoolExecutor() as pool:
             writer = csv.writer(file)
             writer.writerow(["path", "score", "p_value", "label", "left_out"])
-            samples = detector.open(args.data, strict=args.strict)
-            parts = detector.score_iter(samples, maps=args.maps, batch_size=args.batch_size)
-            for part in parts:
+            for batch, part in detector.score_pairs(
+                args.data, maps=args.maps, batch_size=args.batch_size, strict=args.strict
+            ):
                 for skipped, reason in part.skipped:
                     writer.writerow([skipped, "", "", "", reason])
                 paths = part.index.tolist() if part.paths is None else part.paths
@@ -235,52 +225,39 @@ def _score(args: argparse.Namespace) -> None:
                     )
                 )
                 if part.map is not None and len(part):
-                    write = _write_maps if detector.config.kind == "audio" else _write_heatmaps
-                    x = _scored_samples(detector, samples, part)
-                    write(detector, x, part, Path(args.data), staged / "heatmaps", pool)
+                    x = _scored_samples(detector, batch, part)
+                    folder = staged / "heatmaps"
+                    _write_heatmaps(detector, x, part, Path(args.data), folder, pool)
 
 
-def _scored_samples(detector: Detector, samples: Images, part: Score) -> torch.Tensor:
-    """What ``part`` of ``samples`` is about; read anew where another process has scored it."""
-    last = samples.last
-    if last is None or last.index.tolist() != part.index.tolist():
-        last = next(iter(detector.open(part.paths, strict=True).batches(len(part))))
-    return last.x
+def _scored_samples(detector: Detector, batch: Batch | None, part: Score) -> torch.Tensor:
+    """What ``part`` is about; read anew where another process has scored it."""
+    if batch is None:
+        batch = next(iter(detector.open(part.paths, strict=True).batches(len(part))))
+    return batch.x
 
 
 def _write_heatmaps(
     detector: Detector, x: torch.Tensor, part: Score, root: Path, folder: Path,
     pool: ThreadPoolExecutor,
 ) -> None:  # fmt: skip
-    """One picture for each image of a batch, in the same tree of folders as below ``root``."""
-    from .data.images import encode_png
-    from .report import colour_range, overlay
+    """One picture for each sample of a batch, in the same tree of folders as below ``root``."""
+    from .report import drawing
 
-    low, high = colour_range(detector)
-    target = _targets(root, folder)
+    draw, target = drawing(detector), _targets(root, folder)
 
-    def write(path: str, image, map_) -> None:
-        target(path).write_bytes(encode_png(overlay(image, map_, low, high)))
+    def write(path: str, sample, map_) -> None:
+        target(path).write_bytes(draw(sample, map_))
 
-    list(pool.map(write, part.paths, x.numpy(), part.map))
-
-
-def _write_maps(
-    detector: Detector, x: torch.Tensor, part: Score, root: Path, folder: Path,
-    pool: ThreadPoolExecutor,
-) -> None:  # fmt: skip
-    """One picture for each clip of a batch, as :func:`_write_heatmaps`."""
-    from .audio_report import clip_figure, png
-
-    target = _targets(root, folder)
-    for path, wave, map_ in zip(part.paths, x.numpy(), part.map, strict=True):
-        target(path).write_bytes(png(clip_figure(detector, wave, map_)))
+    # Matplotlib, which draws clips, is for one thread at a time.
+    each = map if detector.config.kind == "audio" else pool.map
+    list(each(write, part.paths, x.numpy(), part.map))
 
 
 def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
     """From a file below ``root`` to its picture below ``folder``, whose folder is made: of a.png
     a.png, of others with .png at their end. So a.jpg.png needs another end, beside a.jpg or not."""
-    from .data.images import is_image
+    from .data.image_files import is_image
 
     def target(path: str) -> Path:
         name = Path(path).relative_to(root if root.is_dir() else root.parent)
@@ -293,7 +270,8 @@ def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .report import check_result_folder
+    from .files import check_result_folder
+    from .report.text import evaluation_text
     from .training.distributed import processes
 
     if not processes().first:
@@ -310,71 +288,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(metrics, allow_nan=False))
     else:
-        text = {"audio": _audio_text, "vector": _vector_text, "image": _metrics_text}
-        print(text[detector.config.kind](metrics))
-
-
-def _printable(name: str) -> str:
-    """A folder's name as standard output can show it: bytes that are no text are escaped there."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        name.encode(encoding, getattr(sys.stdout, "errors", None) or "strict")
-    except UnicodeEncodeError:
-        return name.encode(encoding, "backslashreplace").decode(encoding)
-    return name
-
-
-def _metrics_text(metrics: dict) -> str:
-    """A table with a line for all images and one for each defect, and why a figure is missing."""
-    from .report import FIGURES, table
-
-    lines = [["defect", "images", *FIGURES.values()]]
-    for name, row in table(metrics):
-        values = ["-" if row[key] is None else f"{row[key]:.3f}" for key in FIGURES]
-        lines.append([_printable(name), str(row["n_anomalous"]), *values])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
-    text.append(f"{metrics['n_normal']} normal images; {metrics['latency_ms']:.1f} ms an image")
-    for reason in dict.fromkeys(metrics["undefined"].values()):
-        names = [FIGURES.get(k, k) for k, why in metrics["undefined"].items() if why == reason]
-        text.append(f"- {', '.join(names)}: {reason}")
-    return "\n".join(text)
-
-
-def _vector_text(metrics: dict) -> str:
-    """A line for each figure, and why one is missing."""
-    figures = {k: v for k, v in metrics.items() if k != "undefined"}
-    width = max(map(len, figures))
-    lines = [
-        f"{k.ljust(width)}  {'-' if v is None else v if isinstance(v, int) else f'{v:.3f}'}"
-        for k, v in figures.items()
-    ]
-    return "\n".join([*lines, *(f"- {k}: {why}" for k, why in metrics["undefined"].items())])
-
-
-def _audio_text(metrics: dict) -> str:
-    """The figures of all clips, a line for each kind of anomaly, and one for each section."""
-    from .audio_report import FIGURES, tables
-
-    text = []
-    for head, rows in tables(metrics):
-        lines = [head, *([_printable(row[0]), *row[1:]] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text += [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-            for line in lines
-        ]
-    text.append(
-        f"{metrics['n_normal']} normal clips; {metrics['latency_ms']:.1f} ms a clip, "
-        f"{metrics['real_time']:.0f} times real time"
-    )
-    for reason in dict.fromkeys(metrics["undefined"].values()):
-        names = [FIGURES.get(k, k) for k, why in metrics["undefined"].items() if why == reason]
-        text.append(f"- {', '.join(names)}: {reason}")
-    return "\n".join(text)
+        print(evaluation_text(detector.config.kind, metrics))
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -436,9 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--channels", type=int, metavar="C", help="1 for grey (default), 3 for colour")
     length = fit.add_mutually_exclusive_group()
-    length.add_argument(
-        "--steps", type=int, dest="train_steps", metavar="N", help="training steps"
-    )
+    length.add_argument("--steps", type=int, dest="train_steps", metavar="N", help="training steps")
     length.add_argument(
         "--budget", type=_duration, dest="train_budget", metavar="TIME",
         help="time that the training may take, instead of --steps: 300, 300s, 5min, 2h",

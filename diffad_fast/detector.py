@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,51 +15,31 @@ import torch
 from torch import nn
 
 from . import models
+from .calibration import (
+    Calibration,
+    Part,
+    calibrate,
+    check_source,
+    fingerprint,
+    splits,
+    windows,
+)
 from .config import MODES, DetectorConfig
-from .data.audio import Clips, LabelledClip, labelled_clips, normal_files, open_audio
+from .data.audio_layouts import LabelledClip, labelled_clips
 from .data.groups import group_labels
-from .data.images import Images, is_path, mvtec_train, open_images
-from .data.vectors import Vectors, open_vectors
-from .denoisers.inference import has_bfloat16
-from .errors import CheckpointError, InputError
+from .data.samples import Batch, Samples
+from .data.sources import check_layout, open_source, training_part
+from .errors import InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
 from .progress import progress
-from .scoring import (
-    SMALLEST_CALIBRATION,
-    Conformal,
-    MapStatistics,
-    Score,
-    Split,
-    cross_splits,
-    fit_statistics,
-    split_by_group,
-)
+from .scoring import Conformal, MapStatistics, Score, Split
 from .streaming import Stream
 from .surroundings import evaluating, resolve_device, undisturbed
-from .training import checkpoint
-from .training.distributed import processes
+from .training.distributed import Processes, processes
 from .training.history import History
 from .training.state import TrainingCheckpoint
 
-KIND = "diffad"
 CUSTOM = "custom"
-_OPENED = (Images, Vectors)
-# Of a cross-fitted calibration, unless told otherwise: each model sees four fifths of the normals.
-FOLDS = 5
-
-
-class Calibration(NamedTuple):
-    """What held-out normals look like in one mode."""
-
-    statistics: list[MapStatistics | None]
-    conformal: Conformal
-
-
-class Part(NamedTuple):
-    """Normals that were held out, and a model that has not seen them."""
-
-    model: models.TokenModel | models.CoefficientModel
-    split: Split
 
 
 class Trajectory(NamedTuple):
@@ -118,29 +97,42 @@ class Detector:
             kind=kind, image_size=image_size, channels=channels, preset=preset, seed=seed, **options
         )
         backbone = features if isinstance(features, nn.Module) else None
-        self._set_up(config, resolve_device(device), module, backbone)
+        self._set_up(config, device, module, backbone)
+
+    @classmethod
+    def _of_config(
+        cls,
+        config: DetectorConfig,
+        device: str | torch.device | None = None,
+        denoiser: nn.Module | None = None,
+        features: nn.Module | None = None,
+    ) -> Detector:
+        """A detector of options as they are in a file, with the modules of its own that they
+        name."""
+        made = cls.__new__(cls)
+        made._set_up(config, device, denoiser, features)
+        return made
 
     @undisturbed
     def _set_up(
         self,
         config: DetectorConfig,
-        device: torch.device,
+        device: str | torch.device | None,
         denoiser: nn.Module | None,
         features: nn.Module | None,
     ) -> None:
-        self.device = device
+        self.device = resolve_device(device)
         self._given = denoiser, features
         if features is None and config.features is not None:
             features = _backbone(config)
         self._features = features
         with evaluating(denoiser, features):
-            self.model = models.create(config, device, denoiser, features)
+            self.model = models.create(config, self.device, denoiser, features)
         # What ``fit`` has settled: of each option what it was, and what it is since.
         self._settled: dict[str, list] | None = None
         self.calibrations: dict[str, Calibration] = {}
         # Of the table that ``fit`` was given, if they had names.
         self.columns: list[str] | None = None
-        self._most_windows = 0  # of an image among the normals behind these
         self.parts: list[Part] = []
         self._fitted_on = b""
         self.history = History()
@@ -219,24 +211,15 @@ class Detector:
             config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             config = config.replace(train_budget=budget)
-        samples = self._open(self._normal(source), strict)
+        samples = open_source(self._training_part(source), self.config, strict)
         usable = samples.load()
-        if self.config.kind == "vector" and (coarse := samples.coarse()):
-            raise InputError(coarse)
-        if self.config.kind == "vector" and samples.labels is not None and samples.labels.any():
-            raise InputError(
-                f"the table labels {int(samples.labels.astype(bool).sum())} of {len(samples)} rows "
-                "as anomalies: fit on the normal ones alone"
-            )
+        samples.check_normal()
         groups = None if groups is None else group_labels(groups, len(samples))
-        split, folds = split_by_group(usable, groups, self.config), []
-        if count := self._folds(split):
-            folds = cross_splits(usable, groups, count, self.config.seed)
-            split = Split(list(usable), [], [], [], [])
-        self._fitted_on = _ends(samples, usable)
+        split, folds = splits(usable, groups, self.config)
+        self._fitted_on = fingerprint(samples, usable)
         self._begin(config)
         self.calibrations, self.parts = {}, []
-        self.columns = samples.columns if self.config.kind == "vector" else None
+        self.columns = samples.columns
         try:
             self._learn(samples, split, folds, training_checkpoint)
         finally:
@@ -245,11 +228,9 @@ class Detector:
         self.calibrate(samples)
         return self
 
-    def _normal(self, source):
-        """What to train on of ``source``: of a folder, what is not there to be tested on."""
-        if self.config.kind == "vector" or not is_path(source) or not os.path.isdir(source):
-            return source
-        return mvtec_train(source) if self.config.kind == "image" else normal_files(source)
+    def _training_part(self, source):
+        """What to train on of ``source``; without options there are no groups in a layout."""
+        return training_part(self.config.kind, source)[0]
 
     def _asked(self) -> DetectorConfig:
         """The options as they were asked for: what an earlier ``fit`` has settled is open again,
@@ -281,15 +262,6 @@ class Detector:
             self._release()
         except Exception:  # half made, or at the end of the process, when names are gone
             pass
-
-    def _folds(self, split: Split) -> int:
-        """Of a cross-fitted calibration; 0 where parts are held out instead."""
-        few = len(set(split.conformal_groups)) < SMALLEST_CALIBRATION
-        wanted = self.config.cross_fit
-        if wanted is None:
-            worth_it = self.config.on_tokens and self.config.kind != "vector"
-            return FOLDS if few and worth_it else 0
-        return wanted
 
     def _learn(
         self, samples, split: Split, folds: list[Split], kept: TrainingCheckpoint | None
@@ -330,81 +302,22 @@ class Detector:
             )
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
-        samples, wanted = self.open(self._normal(source)), self.mode
-        usable, split = samples.load(), self.parts[0].split
-        known = np.concatenate([np.array(part, dtype=np.int64) for part in split[:4]])
-        same = np.array_equal(usable, np.unique(known))
-        if not same or _ends(samples, usable) != self._fitted_on:
-            raise InputError(
-                f"{len(usable)} usable {samples.unit}s are not what the detector was fitted on: "
-                "calibrate on the same source, in the same order"
-            )
+        samples, wanted = self.open(self._training_part(source)), self.mode
+        check_source(samples, self.parts[0].split, self._fitted_on)
         try:
             found = {}
             for mode in modes:
                 self.mode = mode
-                found[mode] = self._calibrate(samples)
+                found[mode] = calibrate(self.model, self.parts, samples)
             self.calibrations |= found  # all or none, should this be interrupted
         finally:
             self.mode = wanted
             self._release(but=self.model)
 
-    @torch.inference_mode()
-    def _calibrate(self, samples) -> Calibration:
-        """The mode's statistics on held-out normals, and with these the scores of others."""
-        config, audio = self.config, self.config.kind == "audio"
-        for model, _ in self.parts:
-            model.config = config
-        total = sum(len(s.statistics) + len(s.conformal) for _, s in self.parts)
-        bar = progress(None, total, "calibrating", samples.unit)
-
-        def batches(part: str) -> Iterator[tuple]:
-            for model, split in self.parts:
-                for batch in samples.batches(config.batch_size, indices=getattr(split, part)):
-                    yield model, batch
-                    bar.update(len(batch.index))
-
-        def maps() -> Iterator[Sequence[torch.Tensor | None]]:
-            for model, batch in batches("statistics"):
-                found = model.raw_maps(batch.x)
-                # Clips have no positions in common, and not even a length: a window is a sample.
-                yield [m.reshape(-1, 1, 1) for m in found] if audio else found
-
-        group = {
-            i: number
-            for _, split in self.parts
-            for i, number in zip(split.conformal, split.conformal_groups, strict=True)
-        }
-        scores, groups, self._most_windows = [], [], 0
-        with bar:
-            for model, _ in self.parts:
-                model.use(None)
-            found = fit_statistics(
-                maps(), config.statistics, self.model.statistics_smoothing, config.on_tokens
-            )
-            for model in {id(m): m for m in (self.model, *(p.model for p in self.parts))}.values():
-                model.use(found)
-            for model, batch in batches("conformal"):
-                groups += [group[i] for i in batch.index.tolist()]
-                scores.append(model.score(batch.x)[1].cpu().double())
-                self._most_windows = max(self._most_windows, self._windows(batch.x))
-        held_out, groups = torch.cat(scores).numpy(), np.array(groups)
-        normal = np.argsort(held_out, kind="stable")
-        normal = normal[: len(normal) - int(config.contamination * len(normal))]
-        conformal = Conformal(held_out[normal], groups[normal], config.false_positive_rate)
-        return Calibration(found, conformal)
-
-    def _windows(self, x: torch.Tensor) -> int:
-        """How many windows of images x are looked at, each for itself; 0 where they are resized."""
-        if self.config.overlap is None:
-            return 0
-        places = models.places(x.shape[2:], self.config.image_size, self.config.overlap)
-        return len(places)
-
-    def open(self, source, *, strict: bool = False) -> Images | Clips | Vectors:
+    def open(self, source, *, strict: bool = False) -> Samples:
         """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
         its sampling rate, columns with names in the order of those it was fitted on."""
-        samples = self._open(source, strict)
+        samples = open_source(source, self.config, strict)
         if self.config.kind == "vector" and self.calibrations:
             samples = samples.arranged(self.columns)
             fitted, found = self.model.representation.dims[0], samples.rows.shape[1]
@@ -413,29 +326,6 @@ class Detector:
                     f"the vectors have {found} features and the detector was fitted on {fitted}"
                 )
         return samples
-
-    def _open(self, source, strict: bool) -> Images | Clips | Vectors:
-        """The same for what the detector is to be fitted on, whatever it was fitted on before."""
-        config, shape = self.config, ()
-        if config.kind == "image":
-            size, smallest = config.image_size, (config.stride, config.stride)
-            if config.overlap is not None:
-                size, smallest = None, config.image_size
-            shape = size, config.channels
-        elif config.kind == "audio":
-            shape = config.sample_rate, config.window_samples, config.step_samples
-        if isinstance(source, _OPENED):
-            if source.opened_as != (config.kind, *shape):
-                raise InputError(
-                    f"these samples were opened as {source.opened_as} and this detector sees "
-                    f"{(config.kind, *shape)}: open them with it"
-                )
-            return source
-        if config.kind == "vector":
-            return open_vectors(source)
-        if config.kind == "audio":
-            return open_audio(source, *shape, highest=config.fmax, strict=strict)
-        return open_images(source, *shape, strict=strict, smallest=smallest)
 
     # -------------------------------------------------------------- score
 
@@ -456,13 +346,21 @@ class Detector:
 
         Files that cannot be used are left out and named in ``skipped`` of the batch after them.
         """
+        pairs = self.score_pairs(source, maps=maps, batch_size=batch_size, strict=strict)
+        return (score for _, score in pairs)
+
+    def score_pairs(
+        self, source, *, maps: bool = True, batch_size: int | None = None, strict: bool = False
+    ) -> Iterator[tuple[Batch | None, Score]]:
+        """As :meth:`score_iter`, each score with the batch that it is about; None where another
+        process has scored it, and with what was left out at the end."""
         self._require_fitted()
         batch_size = self._batch_size(batch_size)
         if self.conformal.threshold is None:
-            warnings.warn(f"label is None: {self.conformal.why_no_label()}", stacklevel=2)
+            warnings.warn(f"label is None: {self.conformal.why_no_label()}", stacklevel=3)
         samples = self.open(source, strict=strict)
         maps = maps and self.config.kind != "vector"
-        return self._score_batches(samples, maps, batch_size)
+        return self._score_pairs(samples, maps, batch_size)
 
     def _batch_size(self, asked: int | None) -> int:
         if asked is None:
@@ -471,24 +369,28 @@ class Detector:
             raise InputError(f"batch_size must be a whole number of at least 1, not {asked!r}")
         return int(asked)
 
-    def _score_batches(self, samples, maps: bool, batch_size: int) -> Iterator[Score]:
+    def _score_pairs(
+        self, samples: Samples, maps: bool, batch_size: int
+    ) -> Iterator[tuple[Batch | None, Score]]:
         together = processes()
         reported = 0
         with progress(None, samples.length, "scoring", samples.unit) as bar:
             if together.count > 1:
-                for part in self._score_together(samples, maps, batch_size, together):
-                    yield part
-                    bar.update(len(part))
+                for batch, score in self._score_together(samples, maps, batch_size, together):
+                    yield batch, score
+                    bar.update(len(score))
                 return
             for batch in samples.batches(batch_size):
                 skipped = samples.skipped[reported:]
                 reported += len(skipped)
-                yield self._scored(batch, maps, skipped)
+                yield batch, self._scored(batch, maps, skipped)
                 bar.update(len(batch.index))
         if len(samples.skipped) > reported:
-            yield _nothing(samples.skipped[reported:])
+            yield None, _nothing(samples.skipped[reported:])
 
-    def _score_together(self, samples, maps: bool, batch_size: int, together) -> Iterator[Score]:
+    def _score_together(
+        self, samples: Samples, maps: bool, batch_size: int, together: Processes
+    ) -> Iterator[tuple[Batch | None, Score]]:
         """Each process scores its share of the batches; all yield all of them, in order."""
         if samples.length is None:
             samples.load()
@@ -497,21 +399,24 @@ class Detector:
             start = min(first + together.rank * batch_size, samples.length)
             mine = range(start, min(start + batch_size, samples.length))
             before = len(samples.skipped)
-            parts = [self._scored(b, maps, []) for b in samples.batches(batch_size, indices=mine)]
-            parts.append(_nothing(samples.skipped[before:]))
-            for part in [part for parts in together.gathered(parts) for part in parts]:
-                found |= len(part) > 0
-                if len(part) or part.skipped:
-                    yield part
+            batches = list(samples.batches(batch_size, indices=mine))
+            scores = [self._scored(batch, maps, []) for batch in batches]
+            scores.append(_nothing(samples.skipped[before:]))
+            for rank, part in enumerate(together.gathered(scores)):
+                own = batches if rank == together.rank else []
+                for batch, score in zip_longest(own, part):
+                    found |= len(score) > 0
+                    if len(score) or score.skipped:
+                        yield batch, score
         if not found:
             raise InputError(f"none of the {samples.length} {samples.unit}s can be used")
 
     def _scored(self, batch, maps: bool, skipped: list[tuple[str, str]]) -> Score:
-        count = self._windows(batch.x)
-        if count > self._most_windows:
+        count, known = windows(self.config, batch.x), self.calibrations[self.mode].most_windows
+        if count > known:
             warnings.warn(
                 f"an image of {batch.x.shape[2]}x{batch.x.shape[3]} pixels has {count} windows and "
-                f"the normals behind the p-values had at most {self._most_windows}: the highest of "
+                f"the normals behind the p-values had at most {known}: the highest of "
                 "more scores is higher, so p is too small and labels too many; fit on images as "
                 "large as those that are scored",
                 stacklevel=2,
@@ -634,8 +539,7 @@ class Detector:
         Raises InputError for a missing test folder or labels, or a mask of the wrong size.
         """
         kind = self.config.kind
-        if kind != "audio" and (layout != "auto" or normal is not None or folds is not None):
-            raise InputError(f"layout, normal and folds are for audio: leave them out for {kind}s")
+        check_layout(kind, layout, normal, folds)
         if kind == "vector":
             if report is not None:
                 raise InputError("a report shows images or clips: leave it out for vectors")
@@ -649,12 +553,8 @@ class Detector:
                     "or a list of data.audio.LabelledClip"
                 )
             evaluation = evaluate_audio(self, data, strict)
-            if report is not None:
-                from .audio_report import write_audio_report
-
-                write_audio_report(report, self, evaluation)
-            return evaluation.metrics
-        evaluation = evaluate(self, Path(data), strict)
+        else:
+            evaluation = evaluate(self, Path(data), strict)
         if report is not None:
             from .report import write_report
 
@@ -665,38 +565,23 @@ class Detector:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the fitted detector as one safetensors file, atomically. Raises InputError."""
-        checkpoint.save(path, KIND, *self.state())
+        from . import persistence
+
+        persistence.save(self, path)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What a checkpoint holds, tensors and texts; :func:`from_state` reads it."""
+        """What a checkpoint holds, tensors and texts."""
+        from . import persistence
+
         self._require_fitted()
-        tensors = {f"model.{k}": v for k, v in self.model.state().items()}
-        for mode, (statistics, conformal) in self.calibrations.items():
-            for i, entry in enumerate(statistics):
-                if entry is not None:
-                    prefix = f"statistics.{mode}.{i}"
-                    tensors |= {f"{prefix}.{k}": v for k, v in entry._asdict().items()}
-            tensors[f"conformal.{mode}"] = torch.from_numpy(conformal.scores)
-            tensors[f"conformal_groups.{mode}"] = torch.from_numpy(conformal.group)
-        texts = {
-            "config": self.config.to_json(),
-            "statistics": json.dumps({m: len(c.statistics) for m, c in self.calibrations.items()}),
-            "features": _digest(self._features),
-            "settled": json.dumps(self._settled),
-            "most_windows": str(self._most_windows),
-            "columns": json.dumps(self.columns),
-            "history": json.dumps(dataclasses.asdict(self.history)),
-        }
-        return tensors, texts
+        return persistence.state(self)
 
     def __reduce__(self):
         """Pickled and copied as its checkpoint, and as the modules that were handed over: tensors
         would go to other processes through a file of shared memory each."""
-        options = dict(zip(("denoiser", "features"), self._given, strict=True))
-        options["device"] = str(self.device)
-        if not self.calibrations:
-            return _unpickled, (self._asked().to_json(), options)
-        return _unpickled, (checkpoint.to_bytes(KIND, *self.state()), options)
+        from . import persistence
+
+        return persistence.reduced(self)
 
     # ------------------------------------------------------ other programs
 
@@ -811,22 +696,6 @@ class Detector:
         return from_pretrained(name, **options)
 
 
-def _ends(samples: Images | Vectors, usable: Sequence[int]) -> bytes:
-    """By which a source is known again: of its first and its last usable sample."""
-    digest = hashlib.sha256()
-    for batch in samples.batches(1, indices=[usable[0], usable[-1]]):
-        digest.update(batch.x.numpy().tobytes())
-    return digest.digest()
-
-
-def _digest(features: nn.Module | None) -> str:
-    """Of a backbone's weights; "" without one."""
-    if features is None:
-        return ""
-    tensors = {k: v for k, v in features.state_dict().items() if isinstance(v, torch.Tensor)}
-    return checkpoint.checksum({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {})
-
-
 def _are_labelled(data) -> bool:
     return (
         isinstance(data, (list, tuple))
@@ -849,108 +718,6 @@ def _nothing(skipped: list[tuple[str, str]]) -> Score:
     return Score(none, none, none, none, [], none, skipped)
 
 
-def load(
-    path: str | os.PathLike,
-    *,
-    device: str | torch.device | None = None,
-    denoiser: nn.Module | None = None,
-    features: nn.Module | None = None,
-) -> Detector:
-    """Read a detector that :meth:`Detector.save` wrote.
-
-    denoiser: a module of the architecture that was fitted, for a detector with its own; its weights
-    are those in the file. features: the module that was given to the fit, with its weights, which
-    are not in the file; also for backbones that timm would fetch from elsewhere ("hf-hub:...").
-    Raises CheckpointError for a file that is missing, damaged, of another version, or of another
-    kind.
-    """
-    tensors, texts = checkpoint.load(path, KIND)
-    return from_state(tensors, texts, path, device=device, denoiser=denoiser, features=features)
-
-
-class _Complete(dict):
-    """A part of a checkpoint, which has everything that is asked for or is none."""
-
-    def __init__(self, content: dict, path: str | os.PathLike):
-        super().__init__(content)
-        self.path = path
-
-    def __missing__(self, name: str):
-        raise CheckpointError(
-            f"{self.path} is incomplete, {name} is not in it: take a file as Detector.save wrote it"
-        )
-
-
-@undisturbed
-def from_state(
-    tensors: dict[str, torch.Tensor],
-    texts: dict[str, str],
-    path: str | os.PathLike,
-    *,
-    device: str | torch.device | None = None,
-    denoiser: nn.Module | None = None,
-    features: nn.Module | None = None,
-) -> Detector:
-    """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
-    tensors, texts = _Complete(tensors, path), _Complete(texts, path)
-    config, device = DetectorConfig.from_json(texts["config"]), resolve_device(device)
-    for name, module in (("denoiser", denoiser), ("features", features)):
-        if getattr(config, name) == CUSTOM and module is None:
-            raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")
-    if features is None and ":" in (config.features or ""):
-        raise CheckpointError(
-            f"{path} names the backbone {config.features!r}, weights that anybody may have made "
-            f"and that are not fetched unasked: pass features=integrations.timm.TimmFeatures("
-            f"{config.features!r}, {config.channels})"
-        )
-    if config.inference_dtype == "bfloat16" and not config.on_tokens and not has_bfloat16(device):
-        warnings.warn(
-            f"{path} was fitted to score in bfloat16, and {device.type} has no instructions for it "
-            "here: it scores in float32, which changes scores in the third digit",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        config = config.replace(inference_dtype="float32")
-    detector = Detector.__new__(Detector)
-    detector._set_up(config, device, denoiser, features)
-    if texts["features"] != _digest(detector._features):
-        raise CheckpointError(
-            f"{path} was fitted with other weights of its features, which files do not hold: pass "
-            "features=module with those of the fit"
-        )
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-    try:
-        detector.model.restore(part("model."))
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise CheckpointError(f"{path} does not fit this denoiser: {first[0].strip()}") from None
-    for mode, count in json.loads(texts["statistics"]).items():
-        prefixes = [f"statistics.{mode}.{i}." for i in range(count)]
-        statistics = [
-            MapStatistics(*(tensors[prefix + k].to(detector.device) for k in MapStatistics._fields))
-            if part(prefix)
-            else None
-            for prefix in prefixes
-        ]
-        detector.calibrations[mode] = Calibration(
-            statistics,
-            Conformal(
-                tensors[f"conformal.{mode}"].numpy(),
-                tensors[f"conformal_groups.{mode}"].numpy(),
-                config.false_positive_rate,
-            ),
-        )
-    detector.mode = config.mode
-    detector._settled = json.loads(texts["settled"])
-    detector._most_windows = int(texts["most_windows"])
-    detector.columns = json.loads(texts.get("columns", "null"))
-    detector.history = History(**json.loads(texts["history"]))
-    return detector
-
-
 def _backbone(config: DetectorConfig) -> nn.Module:
     """The pretrained one that ``features`` names. Raises InputError for an unknown name."""
     if config.kind == "image":
@@ -964,14 +731,3 @@ def _backbone(config: DetectorConfig) -> nn.Module:
     from .integrations.yamnet import YAMNet
 
     return YAMNet.pretrained()
-
-
-def _unpickled(content: bytes | str, options: dict) -> Detector:
-    """What :meth:`Detector.__reduce__` names: of a checkpoint, or of an unfitted one's options."""
-    if isinstance(content, bytes):
-        name = "the pickle"
-        return from_state(*checkpoint.from_bytes(content, name, KIND), name, **options)
-    detector = Detector.__new__(Detector)
-    config, device = DetectorConfig.from_json(content), resolve_device(options["device"])
-    detector._set_up(config, device, options["denoiser"], options["features"])
-    return detector

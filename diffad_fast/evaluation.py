@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from . import metrics
-from .data.audio import LabelledClip
-from .data.images import TestImage, mvtec_test, read_mask
+from .data.audio_layouts import LabelledClip
+from .data.image_files import read_mask
+from .data.mvtec import TestImage, mvtec_test
 from .errors import InputError
 from .scoring import Score, own_part
 
@@ -23,15 +24,28 @@ if TYPE_CHECKING:
     from .detector import Detector
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation:
     """Scores, ground truth and figures of a labelled test set, as the report draws them."""
 
-    images: list[TestImage]
     score: Score
     label: np.ndarray
-    """(N,) int64, 1 for an image with a defect."""
+    """(N,) int64, 1 for an anomaly."""
     metrics: dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(_Evaluation):
+    """Of images; anomalies are those with a defect."""
+
+    images: list[TestImage]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioEvaluation(_Evaluation):
+    """Of clips."""
+
+    clips: list[LabelledClip]
 
 
 def evaluate(detector: Detector, root: Path, strict: bool) -> Evaluation:
@@ -44,8 +58,8 @@ def evaluate(detector: Detector, root: Path, strict: bool) -> Evaluation:
         read_mask(test.mask_path, test.path)  # a wrong mask is told before the work
     score = detector.score(images)
     first = next(iter(detector.open([tests[0].path]).batches(1))).x
-    result = {**figures(tests, score), "latency_ms": latency(detector, first)}
-    return Evaluation(tests, score, labels(tests), result)
+    found = {**image_metrics(tests, score), "latency_ms": latency(detector, first)}
+    return Evaluation(images=tests, score=score, label=image_labels(tests), metrics=found)
 
 
 def evaluate_vectors(detector: Detector, source) -> dict:
@@ -56,21 +70,9 @@ def evaluate_vectors(detector: Detector, source) -> dict:
             "the table has no labels: give the pair (X, y), an .npz with X and y, or a .csv with a "
             "column label"
         )
-    score, label = detector.score(vectors), vectors.labels
-    figures = _scalar_figures(score, label)
+    found = _score_metrics(detector.score(vectors), vectors.labels)
     milliseconds = latency(detector, next(vectors.batches(1)).x)
-    return {**figures.values, "latency_ms": milliseconds, "undefined": figures.undefined}
-
-
-@dataclass(frozen=True)
-class AudioEvaluation:
-    """Scores, ground truth and figures of labelled clips, as the report draws them."""
-
-    clips: list[LabelledClip]
-    score: Score
-    label: np.ndarray
-    """(N,) int64, 1 for an anomaly."""
-    metrics: dict
+    return {**found.values, "latency_ms": milliseconds, "undefined": found.undefined}
 
 
 def evaluate_audio(
@@ -81,18 +83,18 @@ def evaluate_audio(
     clips = [clips[i] for i in opened.load()]
     score = detector.score(opened)
     label = np.array([clip.anomaly for clip in clips], dtype=np.int64)
-    figures = _scalar_figures(score, label)
+    found = _score_metrics(score, label)
     first = next(opened.batches(1)).x
     milliseconds = latency(detector, first)
     result = {
-        **figures.values,
+        **found.values,
         "latency_ms": milliseconds,
         "real_time": first.shape[1] / detector.config.sample_rate / milliseconds * 1e3,
         "per_kind": _per_kind(clips, score, label),
         **_per_section(clips, score, label),
-        "undefined": figures.undefined,
+        "undefined": found.undefined,
     }
-    return AudioEvaluation(clips, score, label, result)
+    return AudioEvaluation(clips=clips, score=score, label=label, metrics=result)
 
 
 def _per_kind(clips: Sequence[LabelledClip], score: Score, label: np.ndarray) -> dict[str, dict]:
@@ -101,67 +103,79 @@ def _per_kind(clips: Sequence[LabelledClip], score: Score, label: np.ndarray) ->
     kinds = np.array([clip.kind for clip in clips])
     for kind in sorted(set(kinds[label == 1])):
         rows = (label == 0) | (kinds == kind)
-        figures = _Figures(label[rows])
-        figures.put(["auroc"], lambda rows=rows: (metrics.auroc(label[rows], score.score[rows]),))
-        figures.put(["pauc"], lambda rows=rows: (metrics.pauc(label[rows], score.score[rows]),))
-        result[str(kind)] = {**figures.values, "undefined": figures.undefined}
+        found = _MetricSet(label[rows])
+        found.put("auroc", metrics.auroc, label[rows], score.score[rows])
+        found.put("pauc", metrics.pauc, label[rows], score.score[rows])
+        result[str(kind)] = {**found.values, "undefined": found.undefined}
     return result
 
 
 def _per_section(clips: Sequence[LabelledClip], score: Score, label: np.ndarray) -> dict:
     """DCASE Task 2 from 2022 on: in each section the AUROC of one domain's normals against the
     anomalies of both, the pAUC of both domains, and the harmonic mean of all these."""
-    sections, found = {}, []
+    sections, every = {}, []
     section = np.array([clip.section for clip in clips])
     domain = np.array([clip.domain for clip in clips])
     for name in sorted(set(section) - {""}):
         own = section == name
-        figures = _Figures(label[own])
+        found = _MetricSet(label[own])
         for part in sorted(set(domain[own])):
             rows = own & ((domain == part) | (label == 1))
-            figures.put(
-                [f"auroc_{part}"],
-                lambda rows=rows: (metrics.auroc(label[rows], score.score[rows]),),
-            )
-        figures.put(["pauc"], lambda own=own: (metrics.pauc(label[own], score.score[own]),))
-        sections[str(name)] = {**figures.values, "undefined": figures.undefined}
-        found += [v for k, v in figures.values.items() if not k.startswith("n_")]
+            found.put(f"auroc_{part}", metrics.auroc, label[rows], score.score[rows])
+        found.put("pauc", metrics.pauc, label[own], score.score[own])
+        sections[str(name)] = {**found.values, "undefined": found.undefined}
+        every += [v for k, v in found.values.items() if not k.startswith("n_")]
     if not sections:
         return {}
-    complete = None not in found
     # An AUROC of 0 makes the harmonic mean 0.
-    mean = statistics.harmonic_mean(found) if complete else None
+    mean = None if None in every else statistics.harmonic_mean(every)
     return {"sections": sections, "harmonic_mean": mean}
 
 
-def _scalar_figures(score: Score, label: np.ndarray) -> _Figures:
-    figures = _Figures(label)
-    figures.put(["auroc"], lambda: (metrics.auroc(label, score.score),))
-    figures.put(["pauc"], lambda: (metrics.pauc(label, score.score),))
-    figures.put(["f1_max"], lambda: (metrics.f1_max(label, score.score),))
-    figures.put_rates(score)
-    return figures
+def _score_metrics(score: Score, label: np.ndarray) -> _MetricSet:
+    """Those that need nothing but a score for each sample."""
+    found = _MetricSet(label)
+    found.put("auroc", metrics.auroc, label, score.score)
+    found.put("pauc", metrics.pauc, label, score.score)
+    found.put("f1_max", metrics.f1_max, label, score.score)
+    found.put_rates(score)
+    return found
 
 
-def labels(tests: Sequence[TestImage]) -> np.ndarray:
+def image_labels(tests: Sequence[TestImage]) -> np.ndarray:
     """(N,) int64, 1 for an image with a defect."""
     return np.array([test.defect != "good" for test in tests], dtype=np.int64)
 
 
-def figures(tests: Sequence[TestImage], score: Score) -> dict:
+def image_metrics(tests: Sequence[TestImage], score: Score) -> dict:
     """The figures of these images, with ``per_defect`` and, for null ones, ``undefined``."""
-    label = labels(tests)
-    result, undefined = _figures(tests, score, label)
-    result["per_defect"] = {}
+    found, per_defect = _image_metrics(tests, score), {}
     for defect in sorted({test.defect for test in tests} - {"good"}):
         rows = [i for i, test in enumerate(tests) if test.defect in ("good", defect)]
-        part, why = _figures([tests[i] for i in rows], score.take(rows), label[rows])
-        result["per_defect"][defect] = {**part, "undefined": why}
-    result["undefined"] = undefined
-    return result
+        part = _image_metrics([tests[i] for i in rows], score.take(rows))
+        per_defect[defect] = {**part.values, "undefined": part.undefined}
+    return {**found.values, "per_defect": per_defect, "undefined": found.undefined}
 
 
-class _Figures:
+def _image_metrics(tests: Sequence[TestImage], score: Score) -> _MetricSet:
+    label = image_labels(tests)
+    found = _MetricSet(label)
+    found.put("image_auroc", metrics.auroc, label, score.score)
+    found.put("f1_max", metrics.f1_max, label, score.score)
+    found.put_all(("pixel_auroc", "aupro", "pixel_f1_max"), _pixel_metrics, tests, score)
+    found.put_rates(score)
+    return found
+
+
+def _pixel_metrics(tests: Sequence[TestImage], score: Score) -> Sequence[float]:
+    unmasked = sum(test.defect != "good" and test.mask_path is None for test in tests)
+    if unmasked:
+        raise InputError(f"{unmasked} defective images have no mask")
+    values = metrics.pixel_metrics(_Masks(tests), _MapsAtMaskSize(score.map, tests))
+    return values["auroc"], values["aupro"], values["f1_max"]
+
+
+class _MetricSet:
     """Figures of one set of samples, and why any of them is None."""
 
     def __init__(self, label: np.ndarray):
@@ -172,45 +186,31 @@ class _Figures:
         }
         self.undefined: dict[str, str] = {}
 
-    def put(self, names: Sequence[str], compute: Callable[[], Sequence[float]]) -> None:
-        """Take the figures that ``compute`` gives; None for each where it raises InputError."""
+    def put(self, name: str, metric: Callable[..., float], *arguments) -> None:
+        """Take the figure that ``metric`` gives; None where it raises InputError."""
+        self.put_all([name], lambda: [metric(*arguments)])
+
+    def put_all(
+        self, names: Sequence[str], compute: Callable[..., Sequence[float]], *arguments
+    ) -> None:
+        """The same for several figures of one calculation."""
         try:
-            self.values.update(zip(names, compute(), strict=True))
+            self.values.update(zip(names, compute(*arguments), strict=True))
         except InputError as error:
             self.values.update(dict.fromkeys(names))
             self.undefined.update(dict.fromkeys(names, str(error)))
 
     def put_rates(self, score: Score) -> None:
         """Shares of the normal and of the anomalous samples that are labelled anomalous."""
-        self.put(["false_positive_rate"], lambda: self._rate(score, 0))
-        self.put(["true_positive_rate"], lambda: self._rate(score, 1))
+        self.put("false_positive_rate", self._rate, score, 0)
+        self.put("true_positive_rate", self._rate, score, 1)
 
-    def _rate(self, score: Score, value: int) -> Sequence[float]:
+    def _rate(self, score: Score, value: int) -> float:
         if score.label is None:
             raise InputError("too few normals were held out for labels")
         if not (self.label == value).any():
             raise InputError(f"there are no {'anomalous' if value else 'normal'} test samples")
-        return (float(score.label[self.label == value].mean()),)
-
-
-def _figures(tests: Sequence[TestImage], score: Score, label: np.ndarray) -> tuple[dict, dict]:
-    """The figures of one set of test images, and why any of them is None."""
-    figures = _Figures(label)
-
-    def pixel() -> Sequence[float]:
-        unmasked = sum(
-            bool(defect) and t.mask_path is None for t, defect in zip(tests, label, strict=True)
-        )
-        if unmasked:
-            raise InputError(f"{unmasked} defective images have no mask")
-        values = metrics.pixel_metrics(_Masks(tests), _MapsAtMaskSize(score.map, tests))
-        return values["auroc"], values["aupro"], values["f1_max"]
-
-    figures.put(["image_auroc"], lambda: (metrics.auroc(label, score.score),))
-    figures.put(["f1_max"], lambda: (metrics.f1_max(label, score.score),))
-    figures.put(["pixel_auroc", "aupro", "pixel_f1_max"], pixel)
-    figures.put_rates(score)
-    return figures.values, figures.undefined
+        return float(score.label[self.label == value].mean())
 
 
 class _Masks:

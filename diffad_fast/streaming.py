@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from .data.audio import Resampler, as_mono, extended, resampling_delay
+from .data.resampling import Resampler, resampling_delay
+from .data.waves import as_mono, extended
 from .errors import InputError
 
 if TYPE_CHECKING:

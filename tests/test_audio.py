@@ -11,11 +11,12 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import diffad_fast as daf
-from diffad_fast import audio_report, cli
+from diffad_fast import cli
 from diffad_fast.config import DetectorConfig
 from diffad_fast.data.audio import LabelledClip
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.evaluation import evaluate_audio
+from diffad_fast.report.audio import clip_figure
 from diffad_fast.scoring import Score
 
 soundfile = pytest.importorskip("soundfile")
@@ -316,7 +317,7 @@ def test_figures_of_dcase(monkeypatch):
 
 def test_picture_and_report(detector, clips, tmp_path):
     out = detector.score([hum(1), hum(2, 3.0)])
-    figure = audio_report.clip_figure(detector, hum(1), out.map[0])
+    figure = clip_figure(detector, hum(1), out.map[0])
     shown = figure.axes[1].images[0].get_array()
     width = detector.score(hum(1)).map.shape[2]  # without the filling up to the longer clip
     assert np.allclose(shown, out.map[0, :, :width])

@@ -22,10 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import diffad_fast as daf
-from diffad_fast import audio_report, cli
+from diffad_fast import cli
 from diffad_fast.cli import _duration, _size, main
 from diffad_fast.data import demo, images
 from diffad_fast.errors import InputError
+from diffad_fast.report.audio import ClipPage
+from diffad_fast.report.text import evaluation_text, printable
 
 # Enough held-out normals for labels, and little else.
 OPTIONS = {"conformal_share": 0.5, "reverse_steps": 2, "warmup_steps": 2}
@@ -613,20 +615,20 @@ def test_names_on_other_outputs(monkeypatch):
         ("utf-8", "surrogateescape", "caf\xe9 \udcff"), ("ascii", "replace", "caf\xe9 \udcff"),
     ):  # fmt: skip
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding, errors))
-        assert cli._printable("caf\xe9 \udcff") == shown
+        assert printable("caf\xe9 \udcff") == shown
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert cli._printable("caf\xe9") == "caf\xe9"
+    assert printable("caf\xe9") == "caf\xe9"
 
 
 def test_kinds_of_sounds_whose_names_are_not_utf8(monkeypatch):
-    figures = dict.fromkeys(audio_report.FIGURES, 0.5)
+    figures = dict.fromkeys(ClipPage.figures, 0.5)
     row = {"n_anomalous": 1, "auroc": 0.5, "pauc": 0.5}
     metrics = {
         **figures, "n_anomalous": 2, "n_normal": 3, "latency_ms": 1.0, "real_time": 9.0,
         "undefined": {}, "per_kind": {"bang": row, "caf\udce9": row},
     }  # fmt: skip
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
-    lines = cli._audio_text(metrics).splitlines()
+    lines = evaluation_text("audio", metrics).splitlines()
     assert lines[3].startswith("caf\\udce9") and len({len(line) for line in lines[:4]}) == 1
 
 

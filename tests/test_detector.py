@@ -17,6 +17,7 @@ from diffad_fast.data.images import open_images
 from diffad_fast.denoisers import WaveletUNet, inference
 from diffad_fast.diffusion import Graphed
 from diffad_fast.errors import BackendError, CheckpointError, InputError
+from diffad_fast.persistence import from_state
 from diffad_fast.training import checkpoint
 from diffad_fast.training.state import TrainingCheckpoint
 
@@ -82,6 +83,9 @@ def test_score_iter_is_score(fitted):
     whole = fitted.score(images, maps=False, batch_size=4)
     assert whole.map is None
     np.testing.assert_array_equal(np.concatenate([p.score for p in parts]), whole.score)
+    for batch, score in fitted.score_pairs(images, batch_size=4):
+        np.testing.assert_array_equal(batch.index, score.index)
+        np.testing.assert_array_equal(fitted.score_batch(batch.x)[1], score.score)
 
 
 def test_one_seed_one_result(fitted):
@@ -330,7 +334,7 @@ def test_calibrating_leaves_the_mode_and_knows_its_data(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(found, "_calibrate", interrupted)
+        patch.setattr(daf.detector, "calibrate", interrupted)
         found.calibrate(x, ("invert",))
     assert found.mode == "one_step"
     images = normals(40)
@@ -344,15 +348,15 @@ def test_calibrating_leaves_the_mode_and_knows_its_data(monkeypatch):
 def test_an_interrupted_calibration_leaves_nothing_half_fitted(monkeypatch):
     X = np.random.default_rng(0).normal(size=(60, 4))
     detector = daf.Detector("vector", token_width=32, token_blocks=1, train_steps=2)
-    calibrate, calls = daf.Detector._calibrate, []
+    calibrate, calls = daf.detector.calibrate, []
 
-    def interrupted(self, samples):
-        calls.append(self.mode)
+    def interrupted(model, *rest):
+        calls.append(model.config.mode)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return calibrate(self, samples)
+        return calibrate(model, *rest)
 
-    monkeypatch.setattr(daf.Detector, "_calibrate", interrupted)
+    monkeypatch.setattr(daf.detector, "calibrate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detector.fit(X)
     assert detector.mode == "one_step"
@@ -432,7 +436,7 @@ def test_evaluate_on_a_folder(fitted, tmp_path):
 
 def test_bfloat16_convolutions(fitted, tmp_path, monkeypatch):
     # Whether this processor has instructions for it or not.
-    monkeypatch.setattr("diffad_fast.detector.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("diffad_fast.persistence.has_bfloat16", lambda device: True)
     fitted.save(tmp_path / "float32.diffad")
     detector = daf.load(tmp_path / "float32.diffad")
     detector.model.config = detector.config.replace(inference_dtype="bfloat16")
@@ -447,7 +451,7 @@ def test_bfloat16_convolutions(fitted, tmp_path, monkeypatch):
     assert loaded.config.inference_dtype == "bfloat16"
     np.testing.assert_array_equal(loaded.score(images).score, score.score)
     # Fitted on a GPU, say, and loaded where bfloat16 is far slower than float32.
-    monkeypatch.setattr("diffad_fast.detector.has_bfloat16", lambda device: False)
+    monkeypatch.setattr("diffad_fast.persistence.has_bfloat16", lambda device: False)
     with pytest.warns(RuntimeWarning, match="bfloat16.diffad was fitted to score in bfloat16, and"):
         elsewhere = daf.load(tmp_path / "bfloat16.diffad")
     assert elsewhere.config.inference_dtype == "float32"
@@ -770,7 +774,7 @@ def test_a_file_fetches_nothing_from_anybody(fitted):
     tensors, texts = fitted.state()
     config = json.loads(texts["config"]) | {"features": "hf-hub:somebody/something"}
     with pytest.raises(CheckpointError, match="'hf-hub:somebody/something', weights that anybody"):
-        daf.detector.from_state(tensors, texts | {"config": json.dumps(config)}, "m.diffad")
+        from_state(tensors, texts | {"config": json.dumps(config)}, "m.diffad")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

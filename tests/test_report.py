@@ -2,23 +2,21 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import errno
 import io
-import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import diffad_fast as daf
-from diffad_fast import report
+from diffad_fast.calibration import Calibration
 from diffad_fast.data import demo
-from diffad_fast.detector import Calibration
-from diffad_fast.errors import InputError
-from diffad_fast.evaluation import evaluate, figures
+from diffad_fast.evaluation import evaluate, image_metrics
+from diffad_fast.report import write_report
+from diffad_fast.report.figures import colour_range, histogram, roc_curve
+from diffad_fast.report.images import ImagePage, outline, overlay
 from diffad_fast.scoring import Conformal
 
 
@@ -94,13 +92,13 @@ def test_overlay_is_clear_below_low_and_full_above_high():
     image = rng.random((1, 20, 30)).astype(np.float32)
     plain = np.repeat(np.rint(image[0] * 255).astype(np.uint8)[..., None], 3, axis=2)
     value = rng.uniform(-5, 2, (20, 30)).astype(np.float32)
-    picture = report.overlay(image, value, 2.0, 6.0)
+    picture = overlay(image, value, 2.0, 6.0)
     assert picture.shape == (20, 30, 3) and picture.dtype == np.uint8
     np.testing.assert_array_equal(picture, plain)
 
     value[:, :15] = 6
     value[0, 0] = 1e6
-    picture = report.overlay(image, value, 2.0, 6.0)
+    picture = overlay(image, value, 2.0, 6.0)
     np.testing.assert_array_equal(picture[:, 15:], plain[:, 15:])
     # A quarter of the image and three quarters of the last colour of matplotlib's inferno.
     last = np.array([0.988362, 0.998364, 0.644924])
@@ -111,7 +109,7 @@ def test_overlay_is_clear_below_low_and_full_above_high():
 def test_overlay_hides_more_where_the_map_is_higher():
     images = [np.full((3, 1, 50), level, dtype=np.float32) for level in (0.0, 1.0)]
     ramp = np.linspace(0, 1, 50)[None]
-    black, white = (report.overlay(image, ramp, 0.0, 1.0).astype(int) for image in images)
+    black, white = (overlay(image, ramp, 0.0, 1.0).astype(int) for image in images)
     contrast = (white - black)[0]  # what is left of the difference between two images
     assert (np.diff(contrast, axis=0) <= 0).all()
     assert (contrast[0] == 255).all() and (np.abs(contrast[-1] - 64) <= 1).all()
@@ -121,14 +119,14 @@ def test_outline_surrounds_the_mask_at_any_size():
     image = np.zeros((3, 16, 16), dtype=np.float32)
     mask = np.zeros((16, 16), dtype=bool)
     mask[5:8, 9:12] = True
-    marked = (report.outline(image, mask) != 0).any(axis=-1)
+    marked = (outline(image, mask) != 0).any(axis=-1)
     ring = np.zeros_like(mask)
     ring[4:9, 8:13] = True
     np.testing.assert_array_equal(marked, ring & ~mask)
     # One pixel of a mask that is ten times as large is still shown.
     large = np.zeros((160, 160), dtype=bool)
     large[73, 118] = True
-    ys, xs = np.nonzero((report.outline(image, large) != 0).any(axis=-1))
+    ys, xs = np.nonzero((outline(image, large) != 0).any(axis=-1))
     assert (ys.min(), ys.max(), xs.min(), xs.max()) == (6, 8, 10, 12)
     # Cells that the mask covers in part are inside.
     large[:] = False
@@ -136,8 +134,8 @@ def test_outline_surrounds_the_mask_at_any_size():
     ring[:] = False
     ring[6:11, 3:7] = True
     ring[7:10, 4:6] = False
-    np.testing.assert_array_equal((report.outline(image, large) != 0).any(axis=-1), ring)
-    assert not report.outline(image, None).any() and not report.outline(image, ~mask & mask).any()
+    np.testing.assert_array_equal((outline(image, large) != 0).any(axis=-1), ring)
+    assert not outline(image, None).any() and not outline(image, ~mask & mask).any()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +152,7 @@ def test_colours_come_from_the_calibration(detector, scores, expected, monkeypat
     monkeypatch.setitem(
         detector.calibrations, detector.mode, Calibration([], Conformal(scores, None, 0.05))
     )
-    assert report.colour_range(detector) == expected
+    assert colour_range(detector) == expected
 
 
 # -------------------------------------------------------------------- page
@@ -162,18 +160,18 @@ def test_colours_come_from_the_calibration(detector, scores, expected, monkeypat
 
 def test_page_holds_figures_and_pictures(detector, evaluation, tmp_path):
     folder = tmp_path / "new" / "report"
-    report.write_report(folder, detector, evaluation)
+    write_report(folder, detector, evaluation)
     assert [p.name for p in folder.iterdir()] == ["index.html"]
     page = Page((folder / "index.html").read_text(encoding="utf-8"))
     assert page.open == []
-    width = 2 + len(report.FIGURES)
+    width = 2 + len(ImagePage.figures)
     table = [page.cells[i : i + width] for i in range(0, len(page.cells), width)]
     assert [row[0] for row in table[1:]] == ["all", *sorted(evaluation.metrics["per_defect"])]
     assert "a<b>&c" in evaluation.metrics["per_defect"]
     for row in table[1:]:
         figures = evaluation.metrics["per_defect"].get(row[0], evaluation.metrics)
         assert row[1] == str(figures["n_anomalous"])
-        assert row[2:] == [f"{figures[key]:.3f}" for key in report.FIGURES]
+        assert row[2:] == [f"{figures[key]:.3f}" for key in ImagePage.figures]
     shown = list(pictures(page))
     # Two plots; six normals, six worst and six best defects, three pictures each.
     assert len(shown) == 2 + 3 * 18
@@ -193,7 +191,7 @@ def test_missing_figures_have_a_dash_and_the_reason(detector, root, tmp_path):
     (tmp_path / "set" / "test").mkdir(parents=True)
     (tmp_path / "set" / "test" / "good").symlink_to(root / "test" / "good")
     figures = evaluate(detector, tmp_path / "set", strict=False)
-    report.write_report(tmp_path / "report", detector, figures)
+    write_report(tmp_path / "report", detector, figures)
     page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
     assert page.cells.count("—") == 6  # all but the share of false alarms
     assert figures.metrics["undefined"]["image_auroc"] in page.text
@@ -204,16 +202,14 @@ def test_without_a_threshold(detector, evaluation, tmp_path, monkeypatch):
     few = Conformal(detector.conformal.scores[:5], None, 0.05)
     monkeypatch.setitem(detector.calibrations, detector.mode, Calibration([], few))
     score = dataclasses.replace(evaluation.score, label=None)
-    metrics = {**figures(evaluation.images, score), "latency_ms": 1.0}
-    report.write_report(
-        tmp_path, detector, dataclasses.replace(evaluation, metrics=metrics, score=score)
-    )
+    metrics = {**image_metrics(evaluation.images, score), "latency_ms": 1.0}
+    write_report(tmp_path, detector, dataclasses.replace(evaluation, metrics=metrics, score=score))
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert few.why_no_label() in page.text and "missed" not in page.text
 
 
 def test_roc_curve_and_operating_point(detector, evaluation):
-    axes = report._roc(evaluation, evaluation.metrics["image_auroc"]).axes[0]
+    axes = roc_curve(evaluation, evaluation.metrics["image_auroc"]).axes[0]
     _, curve, point = axes.lines
     area = np.trapezoid(curve.get_ydata(), curve.get_xdata())
     assert area == pytest.approx(evaluation.metrics["image_auroc"], abs=1e-12)
@@ -223,7 +219,7 @@ def test_roc_curve_and_operating_point(detector, evaluation):
 
 
 def test_histogram_counts_every_image(detector, evaluation):
-    axes = report._histogram(detector, evaluation).axes[0]
+    axes = histogram(detector, evaluation).axes[0]
     bins = [np.diff(patch.get_xy()[:, 0]) for patch in axes.patches]
     assert len(bins) == 2
     names = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -237,47 +233,15 @@ def test_histogram_counts_every_image(detector, evaluation):
 
 
 def test_a_report_appears_whole_or_not_at_all(detector, evaluation, tmp_path, monkeypatch):
-    report.write_report(tmp_path, detector, evaluation)
+    write_report(tmp_path, detector, evaluation)
     before = (tmp_path / "index.html").read_bytes()
 
     def break_down(*args):
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr(report, "_page", break_down)
+    monkeypatch.setattr(ImagePage, "html", break_down)
     for folder in (tmp_path, tmp_path / "new" / "folder"):
         with pytest.raises(RuntimeError):
-            report.write_report(folder, detector, evaluation)
+            write_report(folder, detector, evaluation)
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
     assert (tmp_path / "index.html").read_bytes() == before
-
-
-def test_folders_that_cannot_be(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("text")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at" / "all")
-    for path in (file, file / "below", tmp_path / "dangling" / "below"):
-        with pytest.raises(InputError, match=re.escape(str(path))):
-            report.check_result_folder(path)
-        with pytest.raises(InputError, match=re.escape(str(path))), report.result_folder(path):
-            pass
-    report.check_result_folder(tmp_path / "a" / "b")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]
-
-
-def test_a_full_disk_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"cannot write to .*out: No space left on device"):
-        with report.result_folder(tmp_path / "out") as staged, open(staged / "scores.csv", "w"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert not os.listdir(tmp_path)
-
-
-def test_result_folder_replaces_its_own_entries(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for text in ("one", "two"):
-        with report.result_folder(Path("a/b")) as staged:
-            (staged / "maps").mkdir()
-            (staged / "maps" / text).write_text(text)
-            (staged / "list").write_text(text)
-    left = sorted(str(p) for p in Path("a").rglob("*"))
-    assert left == ["a/b", "a/b/list", "a/b/maps", "a/b/maps/two"]
-    assert Path("a/b/list").read_text() == "two"

@@ -15,7 +15,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from diffad_fast import Detector
-from diffad_fast.detector import Part
+from diffad_fast.calibration import Part
 from diffad_fast.representations import VectorTokens
 from diffad_fast.scoring import FeatureDistance
 

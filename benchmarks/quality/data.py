@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffad_fast.data.images import TestImage, mvtec_test, mvtec_train, open_images
+from diffad_fast.data.images import open_images
+from diffad_fast.data.mvtec import TestImage, mvtec_test, mvtec_train
 
 # Options are chosen on these tables and categories; figures are quoted on all others.
 DEV_NAMES = (

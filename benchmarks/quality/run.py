@@ -18,7 +18,7 @@ import torch
 from diffad_fast import Detector, metrics
 from diffad_fast.config import MODES
 from diffad_fast.denoisers.wavelet_unet import Stage
-from diffad_fast.evaluation import figures, latency
+from diffad_fast.evaluation import image_metrics, latency
 from diffad_fast.scoring import Score
 
 from .. import stats
@@ -308,7 +308,7 @@ def _scored_by(detector: Detector, data: DataSet, options: dict) -> Iterator[Non
 def _figures(data: DataSet, score: Score, rows: np.ndarray) -> dict:
     """Of the scores of ``rows``."""
     if data.tests is not None:
-        return figures([data.tests[i] for i in rows], score)
+        return image_metrics([data.tests[i] for i in rows], score)
     label = data.label[rows]
     return {
         "auroc": metrics.auroc(label, score.score), "f1_max": metrics.f1_max(label, score.score),

@@ -215,11 +215,9 @@ def overview(detector: Detector, evaluations: Sequence[Evaluation]) -> Figure:
 
     Each row shows the image with the median score of its folder: a typical one.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from ..report import colour_range, outline, overlay
-    from .images import read_mask
+    from ..report.figures import colour_range, new_figure
+    from ..report.images import outline, overlay
+    from .image_files import read_mask
 
     # Good images stand in both sets; those of the first are shown.
     members: dict[str, tuple[Evaluation, list[int]]] = {}
@@ -230,8 +228,7 @@ def overview(detector: Detector, evaluations: Sequence[Evaluation]) -> Figure:
     names = [f"{kind}-{contrast}" for kind, all_ in STRENGTHS.items() for contrast in all_]
     names.append("good")
     columns = ("image", "reconstruction", "anomaly map", "ground truth")
-    figure = Figure(figsize=(6.6, 1.62 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((6.6, 1.62 * len(names)))
     axes = figure.subplots(len(names), len(columns))
     for cells, name in zip(axes, names, strict=True):
         evaluation, rows = members[name]
@@ -266,7 +263,8 @@ def run(
     """
     from ..detector import Detector
     from ..evaluation import evaluate
-    from ..report import check_result_folder, write_report
+    from ..files import check_result_folder
+    from ..report import write_report
 
     began = time.perf_counter()
     check_result_folder(out)

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from ..arrays import to_numpy
 from ..errors import InputError
-from .images import Batch
+from .samples import Batch, Samples
 
 # Rows by which a column's precision is judged, and the least deviation, as a share of the largest
 # value: a hundred roundings of float32.
@@ -24,13 +25,11 @@ _SUFFIXES = (".npy", ".npz", ".csv")
 _GIVE_NUMBERS = "give numbers, and fill missing values or leave out their rows"
 
 
-class Vectors:
+class Vectors(Samples):
     """Rows (N,D) of one table, in the type and the place they came in; made by
     :func:`open_vectors`."""
 
     unit = "row"
-    paths = None
-    opened_as = ("vector",)
 
     def __init__(
         self,
@@ -39,10 +38,8 @@ class Vectors:
         columns: list[str] | None = None,
         name: str = "the table",
     ):
-        self.rows, self.labels, self.name = rows, labels, name
-        self.columns = columns
-        """The names of the D columns; None where the source has none."""
-        self.skipped: list[tuple[str, str]] = []
+        super().__init__(opened_as=("vector",))
+        self.rows, self.labels, self.columns, self.name = rows, labels, columns, name
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,21 +78,26 @@ class Vectors:
         rows = np.ascontiguousarray(self.rows[:, [place[name] for name in columns]])
         return Vectors(rows, self.labels, columns, self.name)
 
-    def coarse(self) -> str:
-        """Why nothing can be fitted on these rows: the column, if there is one, whose differences
-        float32 cannot hold beside its offset; "" where there is none."""
+    def check_normal(self) -> None:
+        """Raise InputError where nothing can be fitted on these rows: for a column whose
+        differences float32 cannot hold beside its offset, and for rows labelled anomalous."""
         some = self.rows[:: -(-len(self.rows) // SAMPLE)].astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
             deviation, largest = some.std(axis=0), np.abs(some).max(axis=0)
             # A constant column loses nothing, whatever its rounded deviation is.
             lost = (some.min(axis=0) < some.max(axis=0)) & (deviation < SMALLEST_SHARE * largest)
-        if not lost.any():
-            return ""
-        column = int(lost.argmax())
-        return (
-            f"column {column} of {self.name} has values up to {largest[column]:.6g} that differ by "
-            f"{deviation[column]:.3g}, too little for float32: subtract an offset first"
-        )
+        if lost.any():
+            column = int(lost.argmax())
+            raise InputError(
+                f"column {column} of {self.name} has values up to {largest[column]:.6g} that "
+                f"differ by {deviation[column]:.3g}, too little for float32: subtract an offset "
+                "first"
+            )
+        if self.labels is not None and self.labels.any():
+            raise InputError(
+                f"the table labels {int(self.labels.astype(bool).sum())} of {len(self)} rows "
+                "as anomalies: fit on the normal ones alone"
+            )
 
     def batches(self, batch_size: int, indices: Iterable[int] | None = None) -> Iterator[Batch]:
         """Batches of rows in the order of ``indices`` (default: all, in order)."""
@@ -124,13 +126,10 @@ def open_vectors(source) -> Vectors:
     elif isinstance(source, tuple) and len(source) == 2:
         source, labels = source
     columns = _names(source) if columns is None else columns
-    if isinstance(source, torch.Tensor):
-        source = source.detach().cpu()
-        source = source.float() if source.dtype == torch.bfloat16 else source
     if np.ma.is_masked(source):
         raise InputError(f"{name} has masked values: fill them, or leave out their rows")
     try:
-        rows = np.asarray(source)
+        rows = to_numpy(source) if isinstance(source, torch.Tensor) else np.asarray(source)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} is not a table of numbers: {error}") from None
     if rows.ndim != 2:

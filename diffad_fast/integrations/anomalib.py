@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..detector import Detector, from_state
+from ..detector import Detector
 from ..errors import InputError
 from ..ops.dispatch import use_backend
+from ..persistence import from_state
 from ..surroundings import evaluating
 from ._host import require
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..files import check_writable, write_atomically
 from ..ops.dispatch import use_backend
-from ..training.checkpoint import check_writable, write_atomically
 from ..version import __version__
 from ._host import require
 

@@ -8,9 +8,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from ..detector import Detector, load
+from ..detector import Detector
 from ..errors import InputError
-from ..training.checkpoint import write_atomically
+from ..files import write_atomically
+from ..persistence import load
 from ..version import __version__
 from ._host import require
 
@@ -71,8 +72,8 @@ def card(detector: Detector, data: str | None) -> str:
     config = detector.config
     rows = ["| mode | held-out normals | groups | threshold | false-positive rate |"]
     rows.append("| --- | --- | --- | --- | --- |")
-    for mode, (_, conformal) in detector.calibrations.items():
-        threshold = conformal.threshold
+    for mode, calibration in detector.calibrations.items():
+        conformal, threshold = calibration.conformal, calibration.conformal.threshold
         rows.append(
             f"| {mode}{' (default)' if mode == config.mode else ''} | {len(conformal.scores)} | "
             f"{conformal.groups} | {'none' if threshold is None else f'{threshold:.4g}'} | "

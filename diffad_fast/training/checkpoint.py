@@ -7,18 +7,17 @@ every tensor's name, type, shape and bytes. Nothing is pickled.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError
+from ..files import write_atomically
 from ..version import __version__
 
 FORMAT_VERSION = 4
@@ -131,58 +130,3 @@ def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write to a temporary name in the same folder, flush to the disk, then rename.
-
-    Whoever reads ``path``, at any moment and after any crash, finds the old content or the new.
-    Raises InputError where the folder is missing or not writable, or the disk is full.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        if temporary is not None:  # another process may have taken it for a leftover
-            Path(temporary).unlink(missing_ok=True)
-
-
-def remove_leftovers(path: str | os.PathLike) -> None:
-    """Remove what a process that was killed while it wrote ``path`` has left beside it."""
-    path = Path(path)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}"):
-        leftover.unlink(missing_ok=True)
-
-
-def check_writable(path: str | os.PathLike) -> None:
-    """Raise InputError if a file could not be written at ``path``; leaves nothing behind."""
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; give a file name")
-    try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
-        os.unlink(temporary)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.images import encode_png
+from ..data.image_files import encode_png
 from ..errors import InputError
-from .checkpoint import write_atomically
+from ..files import write_atomically
 
 COLUMNS = ("step", "seconds", "learning_rate", "loss", "validation_loss", "note")
 HEAD = ",".join(COLUMNS).encode()

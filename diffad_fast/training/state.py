@@ -18,6 +18,7 @@ import torch
 
 from ..config import DetectorConfig
 from ..errors import CheckpointError, InputError
+from ..files import remove_leftovers
 from . import checkpoint
 from .history import History
 from .optimizer import STATE
@@ -110,7 +111,7 @@ class TrainingState:
                 "first one: keep it where all machines see it"
             )
         if self.writes:
-            checkpoint.remove_leftovers(kept.path)
+            remove_leftovers(kept.path)
         return done
 
     @torch.no_grad()

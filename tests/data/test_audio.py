@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,37 +10,16 @@ import numpy as np
 import pytest
 import scipy.signal
 import torch
+from recordings import RATE, save, soundfile, tone
 
 import diffad_fast as daf
 from diffad_fast.data import audio as module
-from diffad_fast.data import images
-from diffad_fast.data.audio import (
-    Resampler,
-    groups_by_recording,
-    labelled_clips,
-    normal_files,
-    open_audio,
-    read_audio,
-    read_blocks,
-    resampling_delay,
-    training_clips,
-)
+from diffad_fast.data import samples
+from diffad_fast.data.audio import open_audio, read_audio
+from diffad_fast.data.sources import training_part
 from diffad_fast.errors import InputError, SkippedInput
 
-soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("soxr")
-
-RATE, WINDOW, STEP = 16000, 4000, 1000
-
-
-def tone(seconds=1.0, rate=RATE, hertz=440.0, level=0.5) -> np.ndarray:
-    return (level * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype("f4")
-
-
-def save(path: Path, wave, rate=RATE, **options) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, wave, rate, **options)
-    return str(path)
+WINDOW, STEP = 4000, 1000
 
 
 def opened(source, **options):
@@ -154,21 +131,6 @@ def test_batches_are_bounded(monkeypatch):
     assert sizes == [2, 2, 1]
 
 
-def test_blocks_of_a_long_file_take_bounded_memory(tmp_path):
-    path = str(tmp_path / "long.wav")
-    with soundfile.SoundFile(path, "w", 48000, 2, subtype="PCM_16") as file:
-        for _ in range(40):
-            file.write(np.zeros((480_000, 2), np.int16))  # 400 s, 150 MB as floats
-    tracemalloc.start()
-    samples = sum(len(block) for block in read_blocks(path, RATE))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert abs(samples - 400 * RATE) <= 1
-    assert peak < 40e6
-    with pytest.raises(InputError, match=r"long\.wav is 400 s long and clips may have 300 s"):
-        list(read_blocks(path, RATE, 300))
-
-
 # --- what is of no use
 
 
@@ -253,93 +215,6 @@ def test_empty_folder(tmp_path):
         opened(tmp_path)
 
 
-# --- layouts
-
-
-@pytest.fixture
-def urban(tmp_path) -> str:
-    lines = ["slice_file_name,fsID,fold,classID,class"]
-    for fold, name, number in ((1, "siren", 8), (1, "drilling", 4), (2, "siren", 8), (2, "dog", 3)):
-        path = save(tmp_path / "audio" / f"fold{fold}" / f"{fold}-{number}-0-0.wav", tone(0.1))
-        lines.append(f"{os.path.basename(path)},{fold},{fold},{number},{name}")
-    (tmp_path / "metadata").mkdir()
-    (tmp_path / "metadata" / "UrbanSound8K.csv").write_text("\n".join(lines) + "\n")
-    return str(tmp_path)
-
-
-def test_urbansound8k(urban):
-    for normal in ("siren", "8", 8):
-        clips = labelled_clips(urban, normal=normal, folds=[2])
-        assert [(c.kind, c.anomaly) for c in clips] == [("siren", False), ("dog", True)]
-        assert all(os.path.isfile(clip.path) for clip in clips)
-    assert len(labelled_clips(urban, "urbansound8k", "siren")) == 4
-    (clip,) = training_clips(urban, normal="siren", folds=[1])
-    assert clip.path.endswith(os.path.join("fold1", "1-8-0-0.wav"))
-    assert clip.recording == "1" and not clip.anomaly
-    for options, message in (
-        ({}, "normal class is None: choose one of dog, drilling, siren, .*--normal"),
-        ({"normal": "cat"}, "normal class is 'cat'"),
-        ({"normal": "siren", "folds": [3]}, "no fold 3"),
-        ({"normal": "siren", "layout": "mp3"}, "unknown layout 'mp3'"),
-    ):
-        with pytest.raises(InputError, match=message):
-            labelled_clips(urban, **options)
-    Path(urban, "metadata", "UrbanSound8K.csv").write_text("name\nx\n")
-    with pytest.raises(InputError, match="lacks one of the columns"):
-        labelled_clips(urban, normal="siren")
-
-
-def test_no_class_of_urbansound8k_is_normal_unless_named(urban):
-    detector = daf.Detector(kind="audio")
-    with pytest.raises(InputError, match="UrbanSound8K layout .* --layout urbansound8k --normal"):
-        detector.fit(urban)
-    with pytest.raises(InputError, match="1 usable"):  # more are needed, and it counts them
-        detector.fit([c.path for c in training_clips(urban, normal="siren", folds=[1])])
-
-
-def test_clips_of_one_recording_are_one_group(urban):
-    clips = labelled_clips(urban, normal="siren")
-    assert groups_by_recording(clips) == ["1", "1", "2", "2"]
-    assert groups_by_recording(clips[::2]) is None  # one of each
-
-
-def test_dcase(tmp_path):
-    for part, name in (
-        ("train", "section_00_source_train_normal_0000_x.wav"),
-        ("test", "section_00_source_test_normal_0000.wav"),
-        ("test", "section_00_target_test_anomaly_0001.wav"),
-        ("test", "section_01_target_test_normal_0002.wav"),
-    ):
-        save(tmp_path / part / name, tone(0.1))
-    (tmp_path / "test" / "readme.wav").write_bytes(b"")
-    found = [clip[1:5] for clip in labelled_clips(tmp_path)]
-    assert found == [
-        ("normal", False, "00", "source"),
-        ("anomaly", True, "00", "target"),
-        ("normal", False, "01", "target"),
-    ]
-    assert [os.path.basename(c.path) for c in training_clips(tmp_path)] == [
-        "section_00_source_train_normal_0000_x.wav"
-    ]
-    with pytest.raises(InputError, match="this is dcase"):
-        training_clips(tmp_path, normal="fan")
-
-
-def test_plain_folders(tmp_path):
-    for name in ("train/normal/0", "test/normal/1", "test/knock/2", "test/hiss/3"):
-        save(tmp_path / f"{name}.wav", tone(0.1))
-    found = [(clip.kind, clip.anomaly) for clip in labelled_clips(tmp_path)]
-    assert found == [("hiss", True), ("knock", True), ("normal", False)]
-    for folder, name in (("", "train/normal/0.wav"), ("test/hiss", "test/hiss/3.wav")):
-        clips = training_clips(tmp_path / folder)
-        assert [clip.path for clip in clips] == [str(tmp_path / name)]
-        assert groups_by_recording(clips) is None
-    with pytest.raises(InputError, match="has no folder test"):
-        labelled_clips(tmp_path / "train")
-    with pytest.raises(InputError, match="is not a folder"):
-        labelled_clips(tmp_path / "absent")
-
-
 # ---------------------------------------------------------------- rates, lengths, folders
 
 
@@ -365,187 +240,10 @@ def test_a_clip_shorter_than_a_window_is_named_once(tmp_path):
         list(open_audio([path], RATE, WINDOW, STEP).batches(1))
 
 
-@pytest.mark.parametrize("own", [1000, 2000, 4000, 8000, 22050, 44100, 48000, 96000])
-@pytest.mark.parametrize("size", [97, 1001])
-def test_the_delay_of_resampling_is_the_largest(own, size):
-    delay, resampler = resampling_delay(own, 16000), Resampler(own, 16000, "x")
-    assert resampling_delay(own, own) == 0
-    given, found, longest = 0, 0, 0.0
-    while given < 9 * own:
-        given += size
-        found += len(resampler.push(np.zeros(size, np.float32)))
-        longest = max(longest, given / own - found / 16000)
-    assert longest <= delay < 1.1 * longest + size / own
-
-
 def test_a_file_of_a_low_rate_is_named(tmp_path):
     path = save(tmp_path / "low.wav", tone(rate=4000), 4000)
     with pytest.warns(UserWarning, match="low.wav was sampled 4000 times"):
         list(open_audio([path], RATE, WINDOW, STEP, highest=4000.0).batches(1))
-
-
-def test_a_wav_file_that_was_cut_off(tmp_path):
-    whole = Path(save(tmp_path / "whole.wav", tone())).read_bytes()
-    (tmp_path / "unpadded.wav").write_bytes(whole[:-1])  # as where a last, even byte was left out
-    assert len(read_audio(str(tmp_path / "unpadded.wav"), RATE)) >= RATE - 1
-    for length in (44, len(whole) // 2, len(whole) - 2):
-        (tmp_path / "cut.wav").write_bytes(whole[:length])
-        with pytest.raises(InputError, match=f"cut off: it has {length} of {len(whole)} bytes"):
-            read_audio(str(tmp_path / "cut.wav"), RATE)
-    # What a writer to a pipe puts there, which does not know the length.
-    piped = whole[:4] + b"\xff" * 4 + whole[8:40] + b"\xff" * 4 + whole[44:]
-    (tmp_path / "piped.wav").write_bytes(piped)
-    assert np.array_equal(
-        read_audio(str(tmp_path / "piped.wav"), RATE), read_audio(str(tmp_path / "whole.wav"), RATE)
-    )
-
-
-@pytest.mark.parametrize(
-    ("form", "options"),
-    [
-        ("AIFF", {}), ("AU", {}), ("W64", {}), ("RF64", {}), ("WAV", {"endian": "BIG"}),
-        ("AIFF", {"subtype": "PCM_U8"}), ("W64", {"subtype": "PCM_24"}),
-    ],
-)  # fmt: skip
-def test_other_files_that_were_cut_off(tmp_path, form, options):
-    wave = tone()[:-3]  # an odd number of bytes, of 8 bits each
-    path = Path(save(tmp_path / "whole", wave, format=form, **options))
-    assert len(read_audio(str(path), RATE)) - len(wave) in (0, 1)  # libsndfile hears AIFF's padding
-    whole = path.read_bytes()
-    for length in (len(whole) // 2, len(whole) - 9):
-        path.write_bytes(whole[:length])
-        with pytest.raises(InputError, match=f"cut off: it has {length} of {len(whole)}"):
-            read_audio(str(path), RATE)
-
-
-def test_an_aiff_file_from_a_pipe_is_read(tmp_path):
-    path = Path(save(tmp_path / "piped.aiff", tone(), subtype="PCM_16"))
-    content, most = bytearray(path.read_bytes()), 0x7F00_0000  # what SoX puts there
-    frames, sound = content.index(b"COMM") + 10, content.index(b"SSND") + 4
-    for place, value in ((4, most + 46), (frames, most // 2), (sound, most + 8)):
-        content[place : place + 4] = value.to_bytes(4, "big")
-    path.write_bytes(content)
-    assert len(read_audio(str(path), RATE)) == RATE
-
-
-@pytest.mark.parametrize("rate_of_bits", ["CONSTANT", "VARIABLE"])
-@pytest.mark.parametrize("louder", [slice(0, 10), slice(10, 20)])
-def test_an_mp3_file_without_a_count_is_read_to_its_end(tmp_path, rate_of_bits, louder):
-    wave = 1e-3 * np.random.default_rng(0).standard_normal((20, RATE))
-    wave[louder] *= 300
-    whole = Path(
-        save(tmp_path / "a.mp3", wave.ravel(), bitrate_mode=rate_of_bits, compression_level=0.3)
-    )
-    content = whole.read_bytes()
-    first = content.find(content[:2], 60)  # after the frame that holds the count
-    assert b"Xing" in content[:first] or b"Info" in content[:first]
-    tag = b"ID3\x03\0\0\0\0\x10\0" + bytes(2048)
-    for number, before in enumerate((b"", tag)):
-        path = tmp_path / f"{number}.mp3"
-        path.write_bytes(before + content[first:])
-        found = read_audio(str(path), RATE)
-        # Its first frames are those of the encoder's delay, which nothing tells now.
-        assert 0 < len(found) - wave.size < 3000
-        second = read_audio(str(whole), RATE)[:RATE]
-        lag = np.argmax(scipy.signal.correlate(found[: 4 * RATE], second, "valid"))
-        assert 0 < lag < 3000
-        blocks = read_blocks(str(path), RATE)
-        next(blocks)
-        blocks.close()
-        with pytest.raises(InputError, match=r"\.mp3 is 20 s long and clips may have 10 s"):
-            list(read_blocks(str(path), RATE, 10))
-    for thread in threading.enumerate():  # what fed the blocks ends with them
-        if thread.name == "diffad-fast-feed":
-            thread.join(10)
-            assert not thread.is_alive()
-
-
-@pytest.mark.parametrize(
-    ("form", "options"),
-    [
-        ("WAV", {}), ("AIFF", {}), ("AU", {}), ("W64", {}), ("RF64", {}),
-        ("OGG", {"subtype": "VORBIS"}), ("OGG", {"subtype": "OPUS"}),
-        ("MP3", {"bitrate_mode": "CONSTANT"}), ("MP3", {"bitrate_mode": "VARIABLE"}),
-    ],
-)  # fmt: skip
-def test_files_joined_end_to_end_are_named(tmp_path, form, options):
-    """libsndfile reads the first."""
-    path = Path(save(tmp_path / "joined", tone(seconds=3), format=form, **options))
-    whole, tags = path.read_bytes(), [b""]
-    if form == "MP3":
-        ape = b"APETAGEX" + (2000).to_bytes(4, "little") + (5032).to_bytes(4, "little") + bytes(16)
-        foot = b"ID3\x04\0\x10\0\0\x10\0" + bytes(2048 + 10)
-        tags += [b"ID3\x03\0\0\0\0\x10\0" + bytes(2048), b"TAG" + bytes(125), ape + bytes(5032)]
-        tags.append(foot)
-        tags.append(tags[3] + tags[2] + tags[1])
-    for tag in (*tags, bytes(8000)):  # what stands after an end otherwise
-        path.write_bytes(whole + tag)
-        assert len(read_audio(str(path), RATE)) >= 3 * RATE
-    for between in tags:
-        path.write_bytes(whole + between + whole)
-        with pytest.raises(InputError, match="joined goes on after its end, as files that were jo"):
-            read_audio(str(path), RATE)
-
-
-def test_an_mp3_file_whose_count_leaves_a_frame_out_is_read(tmp_path):
-    path = Path(save(tmp_path / "a.mp3", tone(seconds=3), bitrate_mode="CONSTANT"))
-    content = bytearray(path.read_bytes())
-    count = max(content.find(b"Xing"), content.find(b"Info"))
-    assert content[count + 7] & 3 == 3
-    assert int.from_bytes(content[count + 12 : count + 16], "big") == len(content)
-    last = content.rfind(content[:2])
-    content[count + 12 : count + 16] = last.to_bytes(4, "big")
-    for tag in (b"", b"TAG" + bytes(125), b"APETAGEX" + bytes(8000), bytes(8000)):
-        path.write_bytes(content + tag)
-        assert len(read_audio(str(path), RATE)) >= 3 * RATE
-    path.write_bytes(content + content)
-    with pytest.raises(InputError, match="goes on after its end"):
-        read_audio(str(path), RATE)
-
-
-def test_an_mp3_file_cut_off_in_its_count_is_named(tmp_path):
-    path = Path(save(tmp_path / "a.mp3", tone(seconds=2), bitrate_mode="VARIABLE"))
-    content = path.read_bytes()
-    count = max(content.find(b"Xing"), content.find(b"Info"))
-    for length in range(count, count + 20):
-        path.write_bytes(content[:length])
-        with pytest.raises(InputError, match=r"a\.mp3"):
-            read_audio(str(path), RATE)
-
-
-def test_an_ogg_file_of_two_streams_at_once_is_read(tmp_path):
-    """Both begin before either goes on, so the file is no chain."""
-    pages = []
-    for seconds in (1, 2):
-        path = Path(save(tmp_path / "a.ogg", tone(seconds=seconds)))
-        content = path.read_bytes()
-        second = content.index(b"OggS", 4)
-        pages += [content[:second], content[second:]]
-    path.write_bytes(pages[0] + pages[2] + pages[1] + pages[3])
-    assert len(read_audio(str(path), RATE)) in (RATE, 2 * RATE)
-
-
-def test_a_flac_file_without_a_length_is_named(tmp_path):
-    path = Path(save(tmp_path / "piped.flac", tone()))
-    content = bytearray(path.read_bytes())
-    content[21] &= 0xF0  # the number of samples: 36 bits, and 0 where it is not known
-    content[22:26] = bytes(4)
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"piped\.flac does not tell its length"):
-        read_audio(str(path), RATE)
-
-
-def test_training_never_takes_a_test_folder(tmp_path):
-    root = tmp_path / "machine"
-    for name in ("test/anomaly_1.wav", "train/normal_1.wav", "train/deep/normal_2.wav"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        save(root / name, tone())
-    names = [os.path.relpath(clip.path, root) for clip in training_clips(root)]
-    assert names == ["train/deep/normal_2.wav", "train/normal_1.wav"]
-    shutil.rmtree(root / "train")
-    for folder in (root, tmp_path):
-        with pytest.raises(InputError, match="test lies in .*: give the folder of normal rec"):
-            training_clips(folder)
 
 
 def test_fit_takes_what_is_normal_of_a_folder(tmp_path):
@@ -562,7 +260,7 @@ def test_fit_takes_what_is_normal_of_a_folder(tmp_path):
         ("plain/test", ["knock/1.wav"]),
         ("fan", ["train/section_00_source_train_normal_0000_x.wav"]),
     ):
-        found = normal_files(os.fsencode(tmp_path / folder))
+        found, _ = training_part("audio", os.fsencode(tmp_path / folder))
         assert found == [str(tmp_path / folder / name) for name in names]
         # More are needed, and the message counts them.
         with pytest.raises(InputError, match=f"{len(names)} usable"):
@@ -574,7 +272,7 @@ def test_fit_takes_what_is_normal_of_a_folder(tmp_path):
 def test_waves_at_the_rate_start_no_threads(monkeypatch):
     started = []
     monkeypatch.setattr(
-        images, "ThreadPoolExecutor",
+        samples, "ThreadPoolExecutor",
         lambda *a, **k: (started.append(a), ThreadPoolExecutor(*a, **k))[1],
     )  # fmt: skip
     slow = tone(0.5, 8000), 8000
@@ -584,19 +282,3 @@ def test_waves_at_the_rate_start_no_threads(monkeypatch):
         started.clear()
         assert [len(w) for w in waves(source)] == [8000] * (1 if source is slow else len(source))
         assert len(started) == threads
-
-
-def test_bad_metadata_is_named(tmp_path):
-    (tmp_path / "metadata").mkdir()
-    (tmp_path / "audio").mkdir()
-    table = tmp_path / "metadata" / "a.csv"
-    head = "slice_file_name,fsID,fold,classID,class\n"
-    table.write_bytes(head.encode() + "a.wav,1,1,0,caf\u00e9\n".encode("latin-1"))
-    with pytest.raises(InputError, match="a.csv is not in UTF-8"):
-        labelled_clips(tmp_path, normal="0")
-    table.write_text(head + "a.wav,1,1,0,horn\nb.wav,2,1\n")
-    with pytest.raises(InputError, match="row 2 of .*a.csv is too short"):
-        labelled_clips(tmp_path, normal="horn")
-    table.write_text(head + "a.wav,1,1,0,horn\nb.wav,2,2,1,dog\n")
-    with pytest.raises(InputError, match="no clip of dog in fold 1"):
-        training_clips(tmp_path, normal="dog", folds=[1])

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from diffad_fast.data import demo
-from diffad_fast.data.images import mvtec_test, mvtec_train, read_mask
+from diffad_fast.data.image_files import read_mask
+from diffad_fast.data.mvtec import mvtec_test, mvtec_train
 from diffad_fast.errors import InputError
 
 

@@ -1,0 +1,135 @@
+"""Calibrating a detector: which normals are held out, and what they look like in a mode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import models
+from .config import DetectorConfig
+from .errors import InputError
+from .progress import progress
+from .scoring import (
+    SMALLEST_CALIBRATION,
+    Conformal,
+    MapStatistics,
+    Split,
+    cross_splits,
+    fit_statistics,
+    split_by_group,
+)
+
+# Of a cross-fitted calibration, unless told otherwise: each model sees four fifths of the normals.
+FOLDS = 5
+
+
+class Calibration(NamedTuple):
+    """What held-out normals look like in one mode."""
+
+    statistics: list[MapStatistics | None]
+    conformal: Conformal
+    most_windows: int = 0
+    """Of an image among the normals behind the p-values."""
+
+
+class Part(NamedTuple):
+    """Normals that were held out, and a model that has not seen them."""
+
+    model: models.TokenModel | models.CoefficientModel
+    split: Split
+
+
+def splits(
+    usable: Sequence[int], groups: Sequence[Hashable] | None, config: DetectorConfig
+) -> tuple[Split, list[Split]]:
+    """The split of the normals, and none for folds; or all of them to fit on, and a split for each
+    fold of a cross-fitted calibration."""
+    split = split_by_group(usable, groups, config)
+    count = config.cross_fit
+    if count is None:
+        few = len(set(split.conformal_groups)) < SMALLEST_CALIBRATION
+        count = FOLDS if few and config.on_tokens and config.kind != "vector" else 0
+    if not count:
+        return split, []
+    folds = cross_splits(usable, groups, count, config.seed)
+    return Split(list(usable), [], [], [], []), folds
+
+
+@torch.inference_mode()
+def calibrate(model, parts: Sequence[Part], samples) -> Calibration:
+    """The mode's statistics on held-out normals, and with these the scores of others; the models
+    of the parts score like ``model`` afterwards."""
+    config, audio = model.config, model.config.kind == "audio"
+    for part in parts:
+        part.model.config = config
+    total = sum(len(s.statistics) + len(s.conformal) for _, s in parts)
+    bar = progress(None, total, "calibrating", samples.unit)
+
+    def batches(name: str) -> Iterator[tuple]:
+        for part in parts:
+            indices = getattr(part.split, name)
+            for batch in samples.batches(config.batch_size, indices=indices):
+                yield part.model, batch
+                bar.update(len(batch.index))
+
+    def maps() -> Iterator[Sequence[torch.Tensor | None]]:
+        for part_model, batch in batches("statistics"):
+            found = part_model.raw_maps(batch.x)
+            # Clips have no positions in common, and not even a length: a window is a sample.
+            yield [m.reshape(-1, 1, 1) for m in found] if audio else found
+
+    group = {
+        i: number
+        for _, split in parts
+        for i, number in zip(split.conformal, split.conformal_groups, strict=True)
+    }
+    scores, groups, most_windows = [], [], 0
+    with bar:
+        for part in parts:
+            part.model.use(None)
+        found = fit_statistics(
+            maps(), config.statistics, model.statistics_smoothing, config.on_tokens
+        )
+        for each in {id(m): m for m in (model, *(part.model for part in parts))}.values():
+            each.use(found)
+        for part_model, batch in batches("conformal"):
+            groups += [group[i] for i in batch.index.tolist()]
+            scores.append(part_model.score(batch.x)[1].cpu().double())
+            most_windows = max(most_windows, windows(config, batch.x))
+    held_out, groups = torch.cat(scores).numpy(), np.array(groups)
+    normal = np.argsort(held_out, kind="stable")
+    normal = normal[: len(normal) - int(config.contamination * len(normal))]
+    conformal = Conformal(held_out[normal], groups[normal], config.false_positive_rate)
+    return Calibration(found, conformal, most_windows)
+
+
+def windows(config: DetectorConfig, x: torch.Tensor) -> int:
+    """How many windows of images x are looked at, each for itself; 0 where they are resized."""
+    if config.overlap is None:
+        return 0
+    return len(models.places(x.shape[2:], config.image_size, config.overlap))
+
+
+def fingerprint(samples, usable: Sequence[int]) -> bytes:
+    """By which a source is known again: of its first and its last usable sample."""
+    digest = hashlib.sha256()
+    for batch in samples.batches(1, indices=[usable[0], usable[-1]]):
+        digest.update(batch.x.numpy().tobytes())
+    return digest.digest()
+
+
+def check_source(samples, split: Split, fitted_on: bytes) -> None:
+    """Raise InputError for a source of another length than that of ``split``, or with another first
+    or last sample."""
+    usable = samples.load()
+    known = np.concatenate([np.array(part, dtype=np.int64) for part in split[:4]])
+    same = np.array_equal(usable, np.unique(known))
+    if not same or fingerprint(samples, usable) != fitted_on:
+        raise InputError(
+            f"{len(usable)} usable {samples.unit}s are not what the detector was fitted on: "
+            "calibrate on the same source, in the same order"
+        )

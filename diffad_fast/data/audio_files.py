@@ -1,0 +1,233 @@
+"""Files of recordings: read by soundfile (WAV, FLAC, OGG, MP3), and checked for what libsndfile
+would leave out without a word.
+
+`read_audio` alone decides what a usable recording is.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import numpy as np
+
+from ..errors import InputError
+from .folders import files_below
+from .resampling import Resampler, audio_package
+from .waves import mono
+
+# Clips are held whole while they are scored; a longer recording goes through a stream.
+LONGEST_SECONDS = 600.0
+# Samples of all channels in one block of a file.
+_BLOCK = 1 << 20
+# As many frames stand for a length that a file does not tell.
+_UNCOUNTED = 1 << 62
+# Of formats whose head tells how long a file is: the numbers there that make this up, their place,
+# and how many bytes they leave out.
+_LENGTHS = {
+    b"RIFF": ("<I", 4, 8), b"RIFX": (">I", 4, 8), b"RF64": ("<Q", 20, 8), b"riff": ("<Q", 16, 0),
+    b"FORM": (">I", 4, 8), b".snd": (">II", 4, 0),
+}  # fmt: skip
+# Bytes: 8 kbit/s at 24 kHz, and 320 at 32 kHz, padded.
+_SMALLEST_MP3_FRAME, _LARGEST_MP3_FRAME = 24, 1441
+_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64")
+
+
+def read_audio(path: str, rate: int, opened: Callable[[int], None] | None = None) -> np.ndarray:
+    """Read one recording of at most 10 minutes: (samples,) float32 mono at `rate`.
+
+    Channels are averaged. `opened` is called with the file's own rate.
+
+    Raises:
+        InputError: missing, no audio, damaged, empty, too long, NaN or far beyond [-1, 1]; cut off,
+            where the file tells its length (OGG does not, nor does MP3 without a Xing header); a
+            rate outside 1,000 to 768,000; files joined end to end to one, of which libsndfile would
+            read the first (but FLAC). The file is named.
+    """
+    blocks = read_blocks(path, rate, LONGEST_SECONDS, opened)
+    return np.concatenate([np.empty(0, np.float32), *blocks])
+
+
+def read_blocks(
+    path: str,
+    rate: int,
+    longest_seconds: float | None = None,
+    opened: Callable[[int], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """Blocks (samples,) float32 mono at `rate` of a recording of any length, in bounded memory.
+
+    Args:
+        path: the file.
+        rate: samples a second of the result.
+        longest_seconds: raise `InputError` for a longer recording.
+        opened: called with the file's own rate.
+
+    Raises:
+        InputError: as `read_audio`.
+    """
+    soundfile = audio_package("soundfile")
+    try:
+        _check_length(path)  # and libsndfile's own message tells no reason why a file is unreadable
+        source = _uncounted_mp3(path)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): check the path and its permissions."
+        ) from error
+    fault = "is not a recording that libsndfile can read"
+    try:
+        # As bytes: soundfile takes no name that is not UTF-8 otherwise.
+        with soundfile.SoundFile(os.fsencode(path) if source is None else source) as file:
+            fault = "is damaged or cut off"
+            own, channels, frames = file.samplerate, file.channels, file.frames
+            counted, read = frames < _UNCOUNTED, 0
+            if not counted and source is None:
+                raise InputError(
+                    f"{path} does not tell its length, as FLAC that was written to a pipe: encode "
+                    "it anew into a file."
+                )
+            longest = math.inf if longest_seconds is None else longest_seconds * own
+            resampler = Resampler(own, rate, path)
+            if opened is not None:
+                opened(own)
+            while read < frames:
+                block = file.read(max(1, _BLOCK // channels), dtype="float32", always_2d=True)
+                if not len(block):
+                    break
+                read += len(block)
+                if (found := frames if counted else read) > longest:
+                    raise InputError(
+                        f"{path} is {found / own:.0f} s long and clips may have "
+                        f"{longest_seconds:g} s: cut it, or pass its blocks "
+                        "(data.audio.read_blocks) to Detector.stream."
+                    )
+                yield resampler.push(mono(block, path))
+            if not read:
+                raise InputError(f"{path} holds no samples: replace or remove it.")
+            if counted and read < frames:
+                raise InputError(
+                    f"{path} is cut off after {read / own:.3g} of {frames / own:.3g} s: "
+                    "replace or remove it."
+                )
+            yield resampler.finish()
+    except soundfile.LibsndfileError as error:
+        why = error.error_string
+        if "does not exist" in why:  # libsndfile's reason for what no decoder of MP3 knows
+            why = "Format not recognised."
+        raise InputError(f"{path} {fault} ({why}): convert, replace or remove it.") from None
+
+
+def audio_files(source: str) -> list[str]:
+    found = files_below(source, is_audio)
+    if not found:
+        raise InputError(
+            f"{source} holds no recordings: give a folder with files {', '.join(_SUFFIXES)} in it."
+        )
+    return found
+
+
+def is_audio(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(_SUFFIXES)
+
+
+def _check_length(path: str) -> None:
+    """Raise InputError for a file that says it is longer, or in which another one follows:
+    libsndfile takes what is there, and no more than the first."""
+    with open(path, "rb") as file:
+        head = file.read(28)
+        size = os.fstat(file.fileno()).st_size
+        if head[:4] == b"OggS" and _is_chained(file):
+            raise _joined(path)
+        form, place, outside = _LENGTHS.get(head[:4], (None, 0, 0))
+        if form is None or len(head) < place + struct.calcsize(form):
+            return
+        said = sum(struct.unpack_from(form, head, place)) + outside
+        # Who writes to a pipe does not know the length, and puts 0 or the largest number there,
+        # some with a sign. Others count a last byte that makes the length even, and leave it out.
+        largest = 0x7F00_0000 if form[-1] == "I" else 1 << 62
+        if size + 1 < said < largest:
+            raise InputError(
+                f"{path} is cut off: it has {size} of {said} bytes; replace or remove it."
+            )
+        if len(head) < said < size:
+            file.seek(said)
+            if head[:4] in file.read(5):  # a last byte that was left out may stand before it
+                raise _joined(path)
+
+
+def _joined(path: str) -> InputError:
+    return InputError(
+        f"{path} goes on after its end, as files that were joined do, and only the first would be "
+        "heard: write them as one recording, or as several files."
+    )
+
+
+def _is_chained(file) -> bool:
+    """Does a stream of this OGG file begin after another one? (RFC 3533: those of one link of a
+    chain all begin before any goes on.)"""
+    file.seek(0)
+    gone_on = False
+    while len(page := file.read(27)) == 27 and page[:4] == b"OggS":
+        begins = page[5] & 2
+        if begins and gone_on:
+            return True
+        gone_on |= not begins
+        file.seek(sum(file.read(page[26])), os.SEEK_CUR)
+    return False
+
+
+def _uncounted_mp3(path: str) -> int | None:
+    """A pipe with what an MP3 file holds after its tags, if it has no count of its frames (a Xing
+    header); None for other files.
+
+    Of such a file libsndfile would guess the length by its first frame, and read no further: of a
+    variable bit rate a part, or less than there seems to be. In a pipe it looks for the end.
+    """
+    with open(path, "rb") as file:
+        start, frame = _mp3_frame(file, 0)
+        count = max(frame.find(name, 0, 64) for name in (b"Xing", b"Info"))
+        if count >= 0:
+            # Flags; if the first is set the number of frames, if the second is that of bytes.
+            flags = int.from_bytes(frame[count + 4 : count + 8], "big")
+            place = count + 8 + 4 * (flags & 1)
+            said = int.from_bytes(frame[place : place + 4], "big") if flags & 2 else 0
+            # Some leave out the frame with the count: then one more follows, and perhaps a tag.
+            after = _mp3_frame(file, start + said)[1] if said else b""
+            layer_3 = after[1:2] and after[1] & 6 == 2
+            if layer_3 and after.find(after[:2], _SMALLEST_MP3_FRAME) > 0:
+                raise _joined(path)
+    if not frame or count >= 0:
+        return None
+    reading, writing = os.pipe()
+
+    def feed() -> None:
+        with open(writing, "wb") as pipe, open(path, "rb") as file, suppress(BrokenPipeError):
+            file.seek(start)
+            shutil.copyfileobj(file, pipe)
+
+    threading.Thread(target=feed, name="diffad-fast-feed", daemon=True).start()
+    return reading
+
+
+def _mp3_frame(file, place: int) -> tuple[int, bytes]:
+    """Where a frame of MP3 begins, at ``place`` or after the tags there, and what the file holds
+    from there, a little more than one frame at most; nothing if no frame begins."""
+    for _ in range(64):  # more tags are none
+        file.seek(place)
+        found = file.read(_LARGEST_MP3_FRAME + 64)
+        if found[:3] == b"ID3":  # its length in 7 bits of each byte, and a foot by a flag
+            place += 10 + sum((byte & 127) << 7 * (3 - i) for i, byte in enumerate(found[6:10]))
+            place += 10 if found[5:6] and found[5] & 16 else 0
+        elif found[:3] == b"TAG":  # of ID3's first version
+            place += 128
+        elif found[:8] == b"APETAGEX":
+            place += 32 + int.from_bytes(found[12:16], "little")
+        elif found[:1] == b"\xff" and found[1:2] >= b"\xe0":
+            return place, found
+        else:
+            break
+    return place, b""

@@ -1,0 +1,72 @@
+"""Files below a folder, and what of a folder is no training data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from ..errors import InputError
+
+# Of data sets in the MVTec AD layout: what is in them is not all normal.
+_TEST_FOLDERS = frozenset(("test", "ground_truth"))
+
+
+def is_path(value) -> bool:
+    """Whether it names a file or folder."""
+    return isinstance(value, (str, bytes, os.PathLike))
+
+
+def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
+    """``source`` itself if it is a file, else the files below it whose bare names are wanted,
+    sorted; hidden folders are left out, links to folders followed. Raises InputError if it is
+    neither file nor folder."""
+    if os.path.isfile(source):
+        return [source]
+    if not os.path.isdir(source):
+        raise InputError(f"{source} is no file or folder: check the path.")
+    found = []
+    for folder, _, names in _visible(source):
+        found += [os.path.join(folder, name) for name in names if wanted(name)]
+    # Not pipes and devices, which would be waited for; broken links are named when they are read.
+    return sorted(path for path in found if os.path.isfile(path) or os.path.islink(path))
+
+
+def check_no_test(root: str, samples: str) -> None:
+    """Raise InputError if a folder test or ground_truth lies below `root`, or a link leads to one
+    or into one: it is no training data.
+
+    samples: what the detector sees, in the plural.
+    """
+    for folder, below, _ in _visible(root):
+        for name in below:
+            path, names = os.path.join(folder, name), [name]
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                names += os.path.relpath(target, os.path.realpath(root)).split(os.sep)
+                path = f"{path}, a link to {target},"
+            if not _TEST_FOLDERS.isdisjoint(names):
+                raise InputError(
+                    f"{path} lies in {root}, and a detector is not trained on what it is tested "
+                    f"on: give the folder of normal {samples}."
+                )
+
+
+def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As ``os.walk``, without hidden folders, and links to folders are followed. A folder that is
+    reached in several ways is seen once: by its own name, where it lies below ``root``."""
+    seen, tops = set(), [root]
+    while tops:
+        links = []
+        for top in tops:
+            for folder, below, names in os.walk(top):
+                status = os.stat(folder)
+                place = status.st_dev, status.st_ino
+                if place in seen:
+                    below[:] = []
+                    continue
+                seen.add(place)
+                below[:] = sorted(name for name in below if not name.startswith("."))
+                yield folder, below, names
+                paths = [os.path.join(folder, name) for name in below]
+                links += [path for path in paths if os.path.islink(path)]
+        tops = links

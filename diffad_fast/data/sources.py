@@ -1,0 +1,72 @@
+"""What a detector sees of a source: its samples in the detector's shape, and those to train on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..config import DetectorConfig
+from ..errors import InputError
+from .audio import Clips, open_audio
+from .audio_layouts import groups_by_recording, training_clips
+from .folders import is_path
+from .images import Images, open_images
+from .mvtec import mvtec_train
+from .samples import Samples
+from .vectors import Vectors, open_vectors
+
+
+def open_source(source, config: DetectorConfig, strict: bool) -> Images | Clips | Vectors:
+    """The samples of ``source``, as in :meth:`diffad_fast.Detector.fit`: images in the size of
+    ``config``, clips at its sampling rate. Raises InputError, also for samples that were opened in
+    another shape."""
+    shape = ()
+    if config.kind == "image":
+        size, smallest = config.image_size, (config.stride, config.stride)
+        if config.overlap is not None:
+            size, smallest = None, config.image_size
+        shape = size, config.channels
+    elif config.kind == "audio":
+        shape = config.sample_rate, config.window_samples, config.step_samples
+    if isinstance(source, Samples):
+        if source.opened_as != (config.kind, *shape):
+            raise InputError(
+                f"these samples were opened as {source.opened_as} and this detector sees "
+                f"{(config.kind, *shape)}: open them with it"
+            )
+        return source
+    if config.kind == "vector":
+        return open_vectors(source)
+    if config.kind == "audio":
+        return open_audio(source, *shape, highest=config.fmax, strict=strict)
+    return open_images(source, *shape, strict=strict, smallest=smallest)
+
+
+def training_part(
+    kind: str,
+    source,
+    layout: str = "auto",
+    normal: str | None = None,
+    folds: Sequence[int] | None = None,
+) -> tuple[object, list[str] | None]:
+    """(source, groups) of what to train on: of a folder what is not there to be tested on, with the
+    groups that its layout tells.
+
+    layout, normal, folds: of recordings, as in ``data.audio.training_clips``, whose errors this
+    raises: without them the root of an UrbanSound8K, of which nobody has said which class is
+    normal, is refused.
+    """
+    check_layout(kind, layout, normal, folds)
+    if kind == "image" and is_path(source):
+        return mvtec_train(source), None
+    asked = layout != "auto" or normal is not None or folds is not None
+    if kind == "audio" and is_path(source) and (asked or os.path.isdir(source)):
+        clips = training_clips(source, layout, normal, folds)
+        return [clip.path for clip in clips], groups_by_recording(clips)
+    return source, None
+
+
+def check_layout(kind: str, layout: str, normal: str | None, folds: Sequence[int] | None) -> None:
+    """Raise InputError for options of recordings with another kind of samples."""
+    if kind != "audio" and (layout != "auto" or normal is not None or folds is not None):
+        raise InputError(f"layout, normal and folds are for audio: leave them out for {kind}s")

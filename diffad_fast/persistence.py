@@ -1,0 +1,176 @@
+"""Detectors on disk and in pickles: one checkpoint of tensors and texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+
+import torch
+from torch import nn
+
+from .calibration import Calibration
+from .config import DetectorConfig
+from .denoisers.inference import has_bfloat16
+from .detector import CUSTOM, Detector
+from .errors import CheckpointError
+from .scoring import Conformal, MapStatistics
+from .surroundings import resolve_device, undisturbed
+from .training import checkpoint
+from .training.history import History
+
+KIND = "diffad"
+
+
+def save(detector: Detector, path: str | os.PathLike) -> None:
+    """:meth:`Detector.save`."""
+    checkpoint.save(path, KIND, *detector.state())
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device | None = None,
+    denoiser: nn.Module | None = None,
+    features: nn.Module | None = None,
+) -> Detector:
+    """Read a detector that :meth:`Detector.save` wrote.
+
+    denoiser: a module of the architecture that was fitted, for a detector with its own; its weights
+    are those in the file. features: the module that was given to the fit, with its weights, which
+    are not in the file; also for backbones that timm would fetch from elsewhere ("hf-hub:...").
+    Raises CheckpointError for a file that is missing, damaged, of another version, or of another
+    kind.
+    """
+    tensors, texts = checkpoint.load(path, KIND)
+    return from_state(tensors, texts, path, device=device, denoiser=denoiser, features=features)
+
+
+def state(detector: Detector) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Of a fitted detector what a checkpoint holds; :func:`from_state` reads it."""
+    tensors = {f"model.{k}": v for k, v in detector.model.state().items()}
+    for mode, calibration in detector.calibrations.items():
+        for i, entry in enumerate(calibration.statistics):
+            if entry is not None:
+                prefix = f"statistics.{mode}.{i}"
+                tensors |= {f"{prefix}.{k}": v for k, v in entry._asdict().items()}
+        tensors[f"conformal.{mode}"] = torch.from_numpy(calibration.conformal.scores)
+        tensors[f"conformal_groups.{mode}"] = torch.from_numpy(calibration.conformal.group)
+    texts = {
+        "config": detector.config.to_json(),
+        "statistics": json.dumps({m: len(c.statistics) for m, c in detector.calibrations.items()}),
+        "features": _digest(detector._features),
+        "settled": json.dumps(detector._settled),
+        "most_windows": str(max(c.most_windows for c in detector.calibrations.values())),
+        "columns": json.dumps(detector.columns),
+        "history": json.dumps(dataclasses.asdict(detector.history)),
+    }
+    return tensors, texts
+
+
+@undisturbed
+def from_state(
+    tensors: dict[str, torch.Tensor],
+    texts: dict[str, str],
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device | None = None,
+    denoiser: nn.Module | None = None,
+    features: nn.Module | None = None,
+) -> Detector:
+    """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
+    tensors, texts = _Complete(tensors, path), _Complete(texts, path)
+    config, device = DetectorConfig.from_json(texts["config"]), resolve_device(device)
+    for name, module in (("denoiser", denoiser), ("features", features)):
+        if getattr(config, name) == CUSTOM and module is None:
+            raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")
+    if features is None and ":" in (config.features or ""):
+        raise CheckpointError(
+            f"{path} names the backbone {config.features!r}, weights that anybody may have made "
+            f"and that are not fetched unasked: pass features=integrations.timm.TimmFeatures("
+            f"{config.features!r}, {config.channels})"
+        )
+    if config.inference_dtype == "bfloat16" and not config.on_tokens and not has_bfloat16(device):
+        warnings.warn(
+            f"{path} was fitted to score in bfloat16, and {device.type} has no instructions for it "
+            "here: it scores in float32, which changes scores in the third digit",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        config = config.replace(inference_dtype="float32")
+    detector = Detector._of_config(config, device, denoiser, features)
+    if texts["features"] != _digest(detector._features):
+        raise CheckpointError(
+            f"{path} was fitted with other weights of its features, which files do not hold: pass "
+            "features=module with those of the fit"
+        )
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    try:
+        detector.model.restore(part("model."))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise CheckpointError(f"{path} does not fit this denoiser: {first[0].strip()}") from None
+    for mode, count in json.loads(texts["statistics"]).items():
+        prefixes = [f"statistics.{mode}.{i}." for i in range(count)]
+        statistics = [
+            MapStatistics(*(tensors[prefix + k].to(detector.device) for k in MapStatistics._fields))
+            if part(prefix)
+            else None
+            for prefix in prefixes
+        ]
+        detector.calibrations[mode] = Calibration(
+            statistics,
+            Conformal(
+                tensors[f"conformal.{mode}"].numpy(),
+                tensors[f"conformal_groups.{mode}"].numpy(),
+                config.false_positive_rate,
+            ),
+            int(texts["most_windows"]),
+        )
+    detector.mode = config.mode
+    detector._settled = json.loads(texts["settled"])
+    detector.columns = json.loads(texts.get("columns", "null"))
+    detector.history = History(**json.loads(texts["history"]))
+    return detector
+
+
+def reduced(detector: Detector) -> tuple:
+    """:meth:`Detector.__reduce__`: of its checkpoint, or of its options before ``fit``."""
+    denoiser, features = detector._given
+    options = {"device": str(detector.device), "denoiser": denoiser, "features": features}
+    if not detector.calibrations:
+        return _unpickled, (detector._asked().to_json(), options)
+    return _unpickled, (checkpoint.to_bytes(KIND, *detector.state()), options)
+
+
+def _unpickled(content: bytes | str, options: dict) -> Detector:
+    """What :func:`reduced` names."""
+    if isinstance(content, str):
+        return Detector._of_config(DetectorConfig.from_json(content), **options)
+    name = "the pickle"
+    return from_state(*checkpoint.from_bytes(content, name, KIND), name, **options)
+
+
+class _Complete(dict):
+    """A part of a checkpoint, which has everything that is asked for or is none."""
+
+    def __init__(self, content: dict, path: str | os.PathLike):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, name: str):
+        raise CheckpointError(
+            f"{self.path} is incomplete, {name} is not in it: take a file as Detector.save wrote it"
+        )
+
+
+def _digest(features: nn.Module | None) -> str:
+    """Of a backbone's weights; "" without one."""
+    if features is None:
+        return ""
+    tensors = {k: v for k, v in features.state_dict().items() if isinstance(v, torch.Tensor)}
+    return checkpoint.checksum({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {})

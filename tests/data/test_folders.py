@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from diffad_fast.data.folders import check_no_test, files_below
+from diffad_fast.data.mvtec import mvtec_train
+from diffad_fast.errors import InputError
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "a.png").write_bytes(b"")
+    found = files_below(str(tmp_path), lambda name: name.endswith(".png"))
+    assert [os.path.basename(path) for path in found] == ["a.png", "lost.png"]
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_seen_once(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for folder in (data / "own" / "deep", data / ".hidden", elsewhere / "good"):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(b"")
+    (data / "a link").symlink_to(data / "own" / "deep")  # the folder's own name stays
+    (data / "more").symlink_to(elsewhere)
+    (data / "again").symlink_to(elsewhere / "good")
+    (data / "own" / "up").symlink_to(data)
+    (data / ".hidden too").symlink_to(elsewhere)
+    found = files_below(str(data), lambda name: name.endswith(".png"))
+    assert [os.path.relpath(path, data) for path in found] == ["again/a.png", "own/deep/a.png"]
+
+
+@pytest.mark.parametrize(
+    "name, target",
+    [
+        ("b", "more/test"),
+        ("b", "../elsewhere/test"),
+        ("b", "../elsewhere/test/scratch"),
+        ("b", "../other/part"),
+        ("test", "more/good"),
+        ("train/good/up", "."),
+    ],
+)
+def test_a_link_hides_no_test(tmp_path, name, target):
+    """Nor does a root in a folder of that name, or a link to what is no test."""
+    data = tmp_path / "test" / "data"
+    for folder in ("data/more/good", "data/train/good", "elsewhere/test/scratch", "other"):
+        (tmp_path / "test" / folder).mkdir(parents=True)
+    (data / "fine").symlink_to(data / ".." / "other")
+    (data / "itself").symlink_to(data)
+    (data / "lost").symlink_to(data / "nowhere")
+    check_no_test(str(data), "images")
+    assert mvtec_train(data) == str(data / "train" / "good")
+    if target == "more/test":
+        (data / target).mkdir()
+    if target == "../other/part":
+        (data / target).symlink_to(data / "../elsewhere/test/scratch")
+    if name.startswith("train"):
+        (data / "test").mkdir()
+    (data / name).symlink_to(data / target)
+    with pytest.raises(InputError, match="lies in .* a detector is not trained"):
+        check_no_test(str(data), "images")
+    if name.startswith("train"):
+        with pytest.raises(InputError, match="train/good/up/test lies in"):
+            mvtec_train(data)

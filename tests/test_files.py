@@ -1,0 +1,50 @@
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from diffad_fast.errors import InputError
+from diffad_fast.files import check_result_folder, check_writable, result_folder
+
+
+def test_unwritable_places(tmp_path):
+    with pytest.raises(InputError, match="cannot write"):
+        check_writable(tmp_path / "no" / "such" / "m.diffad")
+    with pytest.raises(InputError, match="folder"):
+        check_writable(tmp_path)
+    check_writable(tmp_path / "m.diffad")
+    assert not os.listdir(tmp_path)
+
+
+def test_folders_that_cannot_be(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("text")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at" / "all")
+    for path in (file, file / "below", tmp_path / "dangling" / "below"):
+        with pytest.raises(InputError, match=re.escape(str(path))):
+            check_result_folder(path)
+        with pytest.raises(InputError, match=re.escape(str(path))), result_folder(path):
+            pass
+    check_result_folder(tmp_path / "a" / "b")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"cannot write to .*out: No space left on device"):
+        with result_folder(tmp_path / "out") as staged, open(staged / "scores.csv", "w"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not os.listdir(tmp_path)
+
+
+def test_result_folder_replaces_its_own_entries(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("one", "two"):
+        with result_folder(Path("a/b")) as staged:
+            (staged / "maps").mkdir()
+            (staged / "maps" / text).write_text(text)
+            (staged / "list").write_text(text)
+    left = sorted(str(p) for p in Path("a").rglob("*"))
+    assert left == ["a/b", "a/b/list", "a/b/maps", "a/b/maps/two"]
+    assert Path("a/b/list").read_text() == "two"
