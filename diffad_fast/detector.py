@@ -122,7 +122,9 @@ class Detector:
         features: nn.Module | None,
     ) -> None:
         self.device = resolve_device(device)
-        self._given = denoiser, features
+        # A GPU that no number was asked for is chosen anew in another process.
+        asked = self.device.type if device is None else str(device)
+        self._given = {"denoiser": denoiser, "features": features, "device": asked}
         if features is None and config.features is not None:
             features = _backbone(config)
         self._features = features
@@ -246,7 +248,7 @@ class Detector:
             self.model.config = config
             return
         self._release()
-        denoiser = self._given[0]
+        denoiser = self._given["denoiser"]
         if denoiser is None and not config.on_tokens and not config.train_steps:
             denoiser = self.model.denoiser
         self.model = models.create(config, self.device, denoiser, self._features)

@@ -140,11 +140,9 @@ def from_state(
 
 def reduced(detector: Detector) -> tuple:
     """:meth:`Detector.__reduce__`: of its checkpoint, or of its options before ``fit``."""
-    denoiser, features = detector._given
-    options = {"device": str(detector.device), "denoiser": denoiser, "features": features}
     if not detector.calibrations:
-        return _unpickled, (detector._asked().to_json(), options)
-    return _unpickled, (checkpoint.to_bytes(KIND, *detector.state()), options)
+        return _unpickled, (detector._asked().to_json(), detector._given)
+    return _unpickled, (checkpoint.to_bytes(KIND, *detector.state()), detector._given)
 
 
 def _unpickled(content: bytes | str, options: dict) -> Detector:

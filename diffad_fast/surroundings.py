@@ -16,9 +16,11 @@ from .errors import BackendError, InputError
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the best there is. Raises BackendError if it is not there."""
+    """The device asked for, or the best there is; of several GPUs, if no number says which, the one
+    that is the program's now: it stays that one in other threads. Raises BackendError if it is not
+    there."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     name = device
     try:
         device = torch.device(device)
@@ -31,6 +33,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             f"device {device} was asked for, but PyTorch finds {torch.cuda.device_count()} CUDA "
             "GPU(s): use cpu"
         )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

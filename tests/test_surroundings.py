@@ -14,6 +14,7 @@ import torch
 
 import diffad_fast as daf
 from diffad_fast import surroundings
+from diffad_fast.errors import BackendError
 
 TOKENS = {
     "image": {
@@ -37,6 +38,18 @@ def samples(kind, n, seed):
 def fitted(kind, options):
     options = {"train_steps": 20, **options}
     return daf.Detector(**options, device="cpu").fit(samples(kind, 60, 0))
+
+
+def test_a_gpu_is_chosen_once(monkeypatch):
+    """The program's own at that time, whichever is current where the detector is used."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = {None: "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}
+    for asked, device in found.items():
+        assert surroundings.resolve_device(asked) == torch.device(device)
+    with pytest.raises(BackendError, match="cuda:2 was asked for, but PyTorch finds 2"):
+        surroundings.resolve_device("cuda:2")
 
 
 @contextlib.contextmanager
