@@ -357,7 +357,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     fit.add_argument(
         "--batch-size", type=_batch, metavar="N",
-        help="images in a training step (16), or auto: as many as fit into a GPU's memory",
+        help="samples read together (16 images, 32 clips, 4096 rows), of U-Nets also a training "
+        "step; auto: for U-Nets, as many as fit into a GPU's memory",
     )  # fmt: skip
     fit.add_argument("--seed", type=int, metavar="N", help="of everything random (0)")
     fit.add_argument(
@@ -391,7 +392,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "Compare scores with ground truth: AUROC and others.")
     evaluate.add_argument("model", help="detector that fit wrote")
     evaluate.add_argument(
-        "data", help="root of an MVTec AD layout (test/*, ground_truth/*) or of labelled clips"
+        "data",
+        help="root of an MVTec AD layout (test/*, ground_truth/*) or of labelled clips, or a table "
+        "with labels",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--report", metavar="DIR", help="folder for an HTML report")

@@ -86,12 +86,21 @@ UNET_STRIDE = 8
 class DetectorConfig:
     """The options of a :class:`diffad_fast.Detector`; read-only, stored in its checkpoint.
 
+    A preset replaces some of the defaults below: of the token MLP on images `token_width` is then
+    128 (`best`: 256), `token_blocks` 2 (3), `token_batch` 512 and `sigmas` (1, 2, 4) (`fast`: 2
+    alone), of `best` `train_steps` 1000; for audio `token_batch` is 256, `sigmas` (1.5, 2.5, 4) and
+    `train_steps` 600 (`fast`: 300, `best`: 2000), for vectors `train_steps` 600 (300, 2000).
+    U-Nets are the same in all presets.
+
     Raises InputError for a value out of its range; :meth:`create` also for an unknown name.
     """
 
     kind: str = "image"
+    """`image`, `audio` for recordings, or `vector` for tables and embeddings."""
     image_size: tuple[int, int] = (256, 256)
-    """Height and width in pixels to which every image is resized."""
+    """Height and width in pixels to which every image is resized, each a multiple of `stride`: for
+    the token MLP of the short side divided by 32, which must be at least 32; for a U-Net of
+    8 * 2^haar_level, 64 at 256 pixels."""
     channels: int = 1
     """1 for grey, 3 for colour."""
     overlap: float | None = None
@@ -99,7 +108,9 @@ class DetectorConfig:
     through windows of `image_size`, which overlap by at least this share of a side; the map has the
     size of the image, the score is that of the worst window. For the token MLP."""
     preset: str = "balanced"
+    """`fast`, `balanced` or `best`; for audio also `dcase`, the spectrogram of that challenge."""
     seed: int = 0
+    """Of everything random."""
 
     # Representation
     haar_level: int | None = None
@@ -138,6 +149,7 @@ class DetectorConfig:
     hop: int = 256
     """Samples from one frame to the next."""
     n_mels: int = 64
+    """Mel bands, a multiple of 16, at most `n_fft` / 2."""
     fmin: float = 0.0
     fmax: float | None = None
     """Lowest and highest frequency of the mel bands in Hz; None: half of `sample_rate`."""
@@ -153,12 +165,16 @@ class DetectorConfig:
     denoiser: str = "token-mlp"
     """`token-mlp`, `unet-tiny`, `unet-small` or `unet-base`; `custom`, a module handed over."""
     token_width: int = 256
+    """Width of the token MLP."""
     token_blocks: int = 3
-    """Width and residual blocks of the token MLP."""
+    """Residual blocks of the token MLP."""
     schedule: str = "cosine"
+    """`linear`, `cosine` or `scaled_linear`."""
     diffusion_steps: int = 1000
     """T, the length of the schedule."""
     prediction_type: str = "v_prediction"
+    """What the denoiser says: `epsilon`, `sample` or `v_prediction`. The token MLP takes this one
+    alone, and neither `eta` nor `clip` nor `guidance`."""
 
     # Inference
     mode: str | None = None
@@ -170,6 +186,7 @@ class DetectorConfig:
     inversion_sigmas: tuple[float, float] = (0.1, 10.0)
     """First and last noise level of `invert`."""
     inversion_steps: int = 3
+    """Steps of `invert`."""
     start_sigma: float = 3.0
     """Noise level (sigma = noise over signal) from which `reconstruct` goes back."""
     reverse_steps: int | None = None
@@ -215,8 +232,8 @@ class DetectorConfig:
     """Share of normal images that may be labelled anomalous."""
 
     contamination: float = 0.0
-    """Share of anomalies that the training data hides, below 0.5: as many of the highest scores are
-    left out of those that p-values and labels rest on."""
+    """Share of anomalies that the training data hides, at most 0.49: that share of the highest
+    scores of held-out samples is dropped before p-values and the threshold are computed."""
 
     cross_fit: int | None = None
     """0: parts of the normals are held out, by the shares below. 2 and more, for the token MLP: it
@@ -225,10 +242,12 @@ class DetectorConfig:
     takes the time of one model more than that, scoring no more. None: 5 for the token MLP on images
     and recordings (not in the preset `fast`) where the shares would leave fewer than 20 groups for
     p-values, else 0."""
-    # Held-out normals, as shares of the groups; the rest is fitted
     validation_share: float = 0.05
+    """Share of the groups of normals that is held out to choose among the weights of a training."""
     statistics_share: float = 0.10
+    """Share that is held out to standardise the maps."""
     conformal_share: float = 0.15
+    """Share that is held out for p-values and the threshold."""
 
     # Training
     train_steps: int | None = None
@@ -245,9 +264,13 @@ class DetectorConfig:
     """None: 2e-3 for the token MLP, 1e-3 for others; with the batch size `auto`, as the root of the
     batch: sqrt(batch_size/16) times that."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises; it falls as a cosine afterwards."""
     weight_decay: float = 1e-4
+    """Of AdamW."""
     gradient_clip: float = 1.0
+    """Largest norm of the gradient; 0: any."""
     ema_decay: float = 0.999
+    """Of the exponential average of the weights, which is what is kept."""
     snr_limit: float = 5.0
     """Limit of the signal-to-noise ratio in the min-SNR weight."""
     train_budget: float | None = None
@@ -524,8 +547,11 @@ class DetectorConfig:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
                 raise InputError(f"unknown option {name!r}: {hint}")
+        recipe = dict(PRESETS[kind][preset])
+        if options.get("denoiser", recipe["denoiser"]) != recipe["denoiser"]:
+            recipe.pop("train_steps", None)  # other denoisers take steps of their own
         try:
-            return cls(**{"kind": kind, "preset": preset, **PRESETS[kind][preset], **options})
+            return cls(**{"kind": kind, "preset": preset, **recipe, **options})
         except TypeError as error:
             raise InputError(f"an option has a value of the wrong type: {error}") from None
 

@@ -62,12 +62,13 @@ class Detector:
     image_size: side, or (height, width), in pixels to which every image is resized. channels: 1
     (grey) or 3 (colour). preset: "fast", "balanced" or "best", a whole recipe; for audio also
     "dcase", the spectrogram of that challenge. seed: of everything random. denoiser: overrides
-    the preset's by name, or a module ``(x (N,C,h,w), log_sigma (N,)) -> prediction`` with a method
-    ``features`` of the same arguments that gives a list of feature maps. features: a frozen module
-    ``images (N,C,H,W) in [0,1] -> feature map (N,c,h,w) or list of them``, or a timm model's name:
-    what semantic discrepancy and the token source "features" read; for audio "yamnet" or a module
-    ``waves (M,samples) in [-1,1] -> embeddings (M,D)``; see :mod:`diffad_fast.protocols`. device:
-    "cpu", "cuda", ... or None for the best there is. Further options by name: see
+    the preset's by name, or a module ``(x (N,C,h,w), log_sigma (N,)) -> prediction`` with, where
+    maps or ``semantic_weight`` take its features, a method ``features`` of the same arguments that
+    gives a list of feature maps. features: a frozen module ``images (N,C,H,W) in [0,1] -> feature
+    map (N,c,h,w) or list of them``, or a timm model's name: what semantic discrepancy and the token
+    source "features" read; for audio "yamnet" or a module ``waves (M,samples) in [-1,1] ->
+    embeddings (M,D)``; see :mod:`diffad_fast.protocols`. device: "cpu", "cuda", ... or None for the
+    best there is. Further options by name: see
     :class:`diffad_fast.DetectorConfig`.
 
     Raises InputError for an unknown or impossible option, BackendError for a missing device.
@@ -203,7 +204,9 @@ class Detector:
 
         Returns self. Raises InputError for unusable data, for a folder without train/good that has
         a folder test or ground_truth below it, and for the root of an UrbanSound8K, whose normal
-        class nobody has named, KeyboardInterrupt after SIGINT or SIGTERM, once the state is
+        class nobody has named, and for fewer than 8 samples or 4 groups; CheckpointError for the
+        state of another training; BackendError where ``train_compile=True`` fails; ProcessError
+        where another process ends; KeyboardInterrupt after SIGINT or SIGTERM, once the state is
         written.
         """
         if steps is not None and budget is not None:
@@ -605,8 +608,9 @@ class Detector:
         Its input is a batch of any length: images (N,C,H,W) at the detector's size, float32 in
         [0,1] or uint8, or vectors (N,D) float32. Its outputs are named score, p_value, label (where
         there is a threshold) and map (of images), as in :class:`Score`. The configuration lies in
-        the file as text. Raises InputError, also for audio, and ImportError where a package is
-        missing.
+        the file as text. Raises InputError, also for audio, for ``overlap``, for U-Nets that score
+        in bfloat16 as "onnx" and for paths of "torch" and "aoti" that do not end in .pt2, and
+        ImportError where a package is missing.
         """
         from .integrations.export import export
 

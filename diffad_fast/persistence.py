@@ -41,7 +41,7 @@ def load(
     are those in the file. features: the module that was given to the fit, with its weights, which
     are not in the file; also for backbones that timm would fetch from elsewhere ("hf-hub:...").
     Raises CheckpointError for a file that is missing, damaged, of another version, or of another
-    kind.
+    kind, and where the module that was fitted is not handed over, or another one is.
     """
     tensors, texts = checkpoint.load(path, KIND)
     return from_state(tensors, texts, path, device=device, denoiser=denoiser, features=features)

@@ -3,7 +3,8 @@
 Every operator has a ``reference`` implementation in plain PyTorch and may have faster ones:
 ``cpu`` (C++), ``triton`` and ``cuda``. Under ``auto`` the first implementation of the tensor's
 device type in :data:`PREFERENCE` that the operator has and that loaded on this machine serves the
-call. A backend that was asked for by name and cannot serve a call raises; it never falls back.
+call. A backend that was asked for by name and is missing raises; a few of its operators leave some
+calls, such as gradients of maps, to the reference, as their docstrings say.
 """
 
 from __future__ import annotations
