@@ -83,3 +83,12 @@ def test_read_options(tmp_path):
         read_options(str(path))
     with pytest.raises(InputError, match="no configuration file"):
         read_options(str(tmp_path / "missing.json"))
+
+
+def test_steps_of_a_recipe_are_its_own_denoisers():
+    steps = {
+        name: DetectorConfig.create(preset="best", denoiser=name).train_steps
+        for name in ("token-mlp", "unet-tiny", "unet-base", "custom")
+    }
+    assert steps == {"token-mlp": 1000, "unet-tiny": 1500, "unet-base": 10000, "custom": 2000}
+    assert DetectorConfig.create(preset="best", denoiser="unet-base", train_steps=7).train_steps == 7
