@@ -91,4 +91,5 @@ def test_steps_of_a_recipe_are_its_own_denoisers():
         for name in ("token-mlp", "unet-tiny", "unet-base", "custom")
     }
     assert steps == {"token-mlp": 1000, "unet-tiny": 1500, "unet-base": 10000, "custom": 2000}
-    assert DetectorConfig.create(preset="best", denoiser="unet-base", train_steps=7).train_steps == 7
+    given = DetectorConfig.create(preset="best", denoiser="unet-base", train_steps=7)
+    assert given.train_steps == 7
