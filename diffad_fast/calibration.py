@@ -39,7 +39,7 @@ class Calibration(NamedTuple):
 class Part(NamedTuple):
     """Normals that were held out, and a model that has not seen them."""
 
-    model: models.TokenModel | models.CoefficientModel
+    model: models.Model
     split: Split
 
 
@@ -60,7 +60,7 @@ def splits(
 
 
 @torch.inference_mode()
-def calibrate(model, parts: Sequence[Part], samples) -> Calibration:
+def calibrate_mode(model, parts: Sequence[Part], samples) -> Calibration:
     """The mode's statistics on held-out normals, and with these the scores of others; the models
     of the parts score like ``model`` afterwards."""
     config, audio = model.config, model.config.kind == "audio"

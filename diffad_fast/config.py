@@ -89,8 +89,8 @@ class DetectorConfig:
     A preset replaces some of the defaults below: of the token MLP on images `token_width` is then
     128 (`best`: 256), `token_blocks` 2 (3), `token_batch` 512 and `sigmas` (1, 2, 4) (`fast`: 2
     alone), of `best` `train_steps` 1000; for audio `token_batch` is 256, `sigmas` (1.5, 2.5, 4) and
-    `train_steps` 600 (`fast`: 300, `best`: 2000), for vectors `train_steps` 600 (300, 2000).
-    U-Nets are the same in all presets.
+    `train_steps` 600 (`fast`: 300, `best`: 2000), for vectors `train_steps` 600 (300, 2000). Other
+    denoisers take of these `sigmas` alone.
 
     Raises InputError for a value out of its range; :meth:`create` also for an unknown name.
     """

@@ -18,7 +18,7 @@ from . import models
 from .calibration import (
     Calibration,
     Part,
-    calibrate,
+    calibrate_mode,
     check_source,
     fingerprint,
     splits,
@@ -35,6 +35,7 @@ from .progress import progress
 from .scoring import Conformal, MapStatistics, Score, Split
 from .streaming import Stream
 from .surroundings import evaluating, resolve_device, undisturbed
+from .training import checkpoint
 from .training.distributed import Processes, processes
 from .training.history import History
 from .training.state import TrainingCheckpoint
@@ -216,7 +217,8 @@ class Detector:
             config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             config = config.replace(train_budget=budget)
-        samples = open_source(self._training_part(source), self.config, strict)
+        source, _ = training_part(self.config.kind, source)
+        samples = open_source(source, self.config, strict)
         usable = samples.load()
         samples.check_normal()
         groups = None if groups is None else group_labels(groups, len(samples))
@@ -232,10 +234,6 @@ class Detector:
             self._settled = {k: [v, after[k]] for k, v in before.items() if v != after[k]}
         self.calibrate(samples)
         return self
-
-    def _training_part(self, source):
-        """What to train on of ``source``; without options there are no groups in a layout."""
-        return training_part(self.config.kind, source)[0]
 
     def _asked(self) -> DetectorConfig:
         """The options as they were asked for: what an earlier ``fit`` has settled is open again,
@@ -307,13 +305,13 @@ class Detector:
             )
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
-        samples, wanted = self.open(self._training_part(source)), self.mode
+        samples, wanted = self.open(training_part(self.config.kind, source)[0]), self.mode
         check_source(samples, self.parts[0].split, self._fitted_on)
         try:
             found = {}
             for mode in modes:
                 self.mode = mode
-                found[mode] = calibrate(self.model, self.parts, samples)
+                found[mode] = calibrate_mode(self.model, self.parts, samples)
             self.calibrations |= found  # all or none, should this be interrupted
         finally:
             self.mode = wanted
@@ -570,23 +568,25 @@ class Detector:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the fitted detector as one safetensors file, atomically. Raises InputError."""
-        from . import persistence
+        from .persistence import KIND
 
-        persistence.save(self, path)
+        checkpoint.save(path, KIND, *self.state())
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What a checkpoint holds, tensors and texts."""
-        from . import persistence
+        from .persistence import state
 
         self._require_fitted()
-        return persistence.state(self)
+        return state(self)
 
     def __reduce__(self):
         """Pickled and copied as its checkpoint, and as the modules that were handed over: tensors
         would go to other processes through a file of shared memory each."""
-        from . import persistence
+        from .persistence import KIND
 
-        return persistence.reduced(self)
+        if not self.calibrations:
+            return _unpickled, (self._asked().to_json(), self._given)
+        return _unpickled, (checkpoint.to_bytes(KIND, *self.state()), self._given)
 
     # ------------------------------------------------------ other programs
 
@@ -737,3 +737,13 @@ def _backbone(config: DetectorConfig) -> nn.Module:
     from .integrations.yamnet import YAMNet
 
     return YAMNet.pretrained()
+
+
+def _unpickled(content: bytes | str, options: dict) -> Detector:
+    """What :meth:`Detector.__reduce__` names: of a checkpoint, or of an unfitted one's options."""
+    from .persistence import KIND, from_state
+
+    if isinstance(content, str):
+        return Detector._of_config(DetectorConfig.from_json(content), **options)
+    name = "the pickle"
+    return from_state(*checkpoint.from_bytes(content, name, KIND), name, **options)

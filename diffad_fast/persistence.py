@@ -23,11 +23,6 @@ from .training.history import History
 KIND = "diffad"
 
 
-def save(detector: Detector, path: str | os.PathLike) -> None:
-    """:meth:`Detector.save`."""
-    checkpoint.save(path, KIND, *detector.state())
-
-
 def load(
     path: str | os.PathLike,
     *,
@@ -81,7 +76,7 @@ def from_state(
 ) -> Detector:
     """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
     tensors, texts = _Complete(tensors, path), _Complete(texts, path)
-    config, device = DetectorConfig.from_json(texts["config"]), resolve_device(device)
+    config, found = DetectorConfig.from_json(texts["config"]), resolve_device(device)
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
             raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")
@@ -91,9 +86,9 @@ def from_state(
             f"and that are not fetched unasked: pass features=integrations.timm.TimmFeatures("
             f"{config.features!r}, {config.channels})"
         )
-    if config.inference_dtype == "bfloat16" and not config.on_tokens and not has_bfloat16(device):
+    if config.inference_dtype == "bfloat16" and not config.on_tokens and not has_bfloat16(found):
         warnings.warn(
-            f"{path} was fitted to score in bfloat16, and {device.type} has no instructions for it "
+            f"{path} was fitted to score in bfloat16, and {found.type} has no instructions for it "
             "here: it scores in float32, which changes scores in the third digit",
             RuntimeWarning,
             stacklevel=3,
@@ -136,21 +131,6 @@ def from_state(
     detector.columns = json.loads(texts.get("columns", "null"))
     detector.history = History(**json.loads(texts["history"]))
     return detector
-
-
-def reduced(detector: Detector) -> tuple:
-    """:meth:`Detector.__reduce__`: of its checkpoint, or of its options before ``fit``."""
-    if not detector.calibrations:
-        return _unpickled, (detector._asked().to_json(), detector._given)
-    return _unpickled, (checkpoint.to_bytes(KIND, *detector.state()), detector._given)
-
-
-def _unpickled(content: bytes | str, options: dict) -> Detector:
-    """What :func:`reduced` names."""
-    if isinstance(content, str):
-        return Detector._of_config(DetectorConfig.from_json(content), **options)
-    name = "the pickle"
-    return from_state(*checkpoint.from_bytes(content, name, KIND), name, **options)
 
 
 class _Complete(dict):

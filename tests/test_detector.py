@@ -348,7 +348,7 @@ def test_calibrating_leaves_the_mode_and_knows_its_data(monkeypatch):
 def test_an_interrupted_calibration_leaves_nothing_half_fitted(monkeypatch):
     X = np.random.default_rng(0).normal(size=(60, 4))
     detector = daf.Detector("vector", token_width=32, token_blocks=1, train_steps=2)
-    calibrate, calls = daf.detector.calibrate, []
+    calibrate, calls = daf.detector.calibrate_mode, []
 
     def interrupted(model, *rest):
         calls.append(model.config.mode)
@@ -356,7 +356,7 @@ def test_an_interrupted_calibration_leaves_nothing_half_fitted(monkeypatch):
             raise KeyboardInterrupt
         return calibrate(model, *rest)
 
-    monkeypatch.setattr(daf.detector, "calibrate", interrupted)
+    monkeypatch.setattr(daf.detector, "calibrate_mode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detector.fit(X)
     assert detector.mode == "one_step"

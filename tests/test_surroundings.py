@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import diffad_fast as daf
-from diffad_fast import surroundings
+from diffad_fast import models, surroundings
 from diffad_fast.errors import BackendError
 
 TOKENS = {
@@ -48,6 +48,13 @@ def test_a_gpu_is_chosen_once(monkeypatch):
     found = {None: "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}
     for asked, device in found.items():
         assert surroundings.resolve_device(asked) == torch.device(device)
+    options = {"image_size": 32, "train_steps": 1}
+    made = daf.Detector(**options, device="cpu")
+    monkeypatch.setattr(models, "create", lambda *_: made.model)
+    for asked, kept in ((None, "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+        detector = daf.Detector(**options, device=asked)
+        # Where it goes next, a number that nobody asked for may not be there.
+        assert str(detector.device) == "cuda:1" and detector.__reduce__()[1][1]["device"] == kept
     with pytest.raises(BackendError, match="cuda:2 was asked for, but PyTorch finds 2"):
         surroundings.resolve_device("cuda:2")
 

@@ -137,9 +137,7 @@ def _measure(
     for normal, (train, test) in clips.items():
         where = {"normal": normal, "test_folds": folds}
         for seed in args.seeds:
-            start = time.perf_counter()
-            detector = _fit(args, seed, features, train)
-            fit_seconds = time.perf_counter() - start
+            detector, fit_seconds = _fit(args, seed, features, train)
             evaluation = evaluate_audio(detector, test, strict=True)
             scores.setdefault(normal, []).append(evaluation.score.score)
             found = evaluation.metrics
@@ -156,9 +154,12 @@ def _measure(
     return detector, drawn(test, scores, distances)
 
 
-def _fit(args: argparse.Namespace, seed: int, features, clips: list) -> Detector:
+def _fit(args: argparse.Namespace, seed: int, features, clips: list) -> tuple[Detector, float]:
+    """A detector, and the seconds that its fit took."""
     detector = Detector(kind="audio", preset=args.preset, seed=seed, features=features)
-    return detector.fit([clip.path for clip in clips], groups=groups_by_recording(clips))
+    start = time.perf_counter()
+    detector.fit([clip.path for clip in clips], groups=groups_by_recording(clips))
+    return detector, time.perf_counter() - start
 
 
 def repeats(wave: np.ndarray) -> bool:
@@ -209,7 +210,7 @@ def within(args: argparse.Namespace) -> int:
             test = [*(known[i] for i in split.conformal), *others]
             scores = []
             for seed in args.seeds:
-                detector = _fit(args, seed, features, train)
+                detector, _ = _fit(args, seed, features, train)
                 score = detector.score([clip.path for clip in test], maps=False, strict=True).score
                 scores.append(metrics.auroc([clip.anomaly for clip in test], score))
             label = [clip.anomaly for clip in test]

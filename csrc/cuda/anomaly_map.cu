@@ -36,8 +36,13 @@ __global__ void __launch_bounds__(kBlurThreads) blur_kernel(const BlurArgs args)
   blur_tiles<kHalo>(args, shared);
 }
 
-__global__ void __launch_bounds__(kTopThreads) top_digit_kernel(const TopArgs args, int digit) {
-  top_digit(args, digit);
+template <int kDigit>
+__global__ void __launch_bounds__(kTopThreads) top_digit_kernel(const TopArgs args) {
+  top_digit<kDigit>(args);
+}
+
+__global__ void __launch_bounds__(kTopThreads) top_small_kernel(const TopArgs args) {
+  top_small(args);
 }
 
 __global__ void __launch_bounds__(kTopThreads) top_score_kernel(const TopArgs args) {
@@ -111,24 +116,39 @@ void launch_blur(const Tensor& x, const Tensor& result, double sigma, TopState* 
   launch_blur_kernel(args, radius, stream);
 }
 
-// The digits from `digit` on, and the score.
-void launch_top(const Tensor& map, const Tensor& score, double top, TopState* state, int digit,
-                cudaStream_t stream) {
+// Smooths `total` into `map`, where these are two, and takes the scores of `map`.
+void launch_blur_and_top(const Tensor& total, const Tensor& map, const Tensor& score, double sigma,
+                         double top, cudaStream_t stream) {
+  const bool smooth = gaussian_radius(sigma) > 0;
   const int64_t n = map.size(0), pixels = map.size(1) * map.size(2);
   TopArgs args{};
   args.map = static_cast<const float*>(map.const_data_ptr());
   args.pixels = pixels;
   args.top = top_count(top, pixels);
   args.blocks = (pixels + kTopShare - 1) / kTopShare;
-  const Tensor partial = empty_rows(map, n, args.blocks);
-  args.state = state;
-  args.partial = static_cast<float*>(partial.mutable_data_ptr());
   args.score = static_cast<float*>(score.mutable_data_ptr());
-  for (; digit < kDigits; ++digit) {
-    top_digit_kernel<<<static_cast<unsigned>(n * args.blocks), kTopThreads, 0, stream>>>(args, digit);
-    check_launch("anomaly_map: largest values");
+  const auto images = static_cast<unsigned>(n), blocks = static_cast<unsigned>(n * args.blocks);
+  if (args.blocks == 1) {
+    if (smooth) launch_blur(total, map, sigma, nullptr, stream);
+    top_small_kernel<<<images, kTopThreads, 0, stream>>>(args);
+    return check_launch("anomaly_map: score");
   }
-  top_score_kernel<<<static_cast<unsigned>(n), kTopThreads, 0, stream>>>(args);
+  static_assert(sizeof(TopState) % sizeof(float) == 0);
+  const Tensor state = empty_rows(map, n, sizeof(TopState) / sizeof(float), ScalarType::Float);
+  const Tensor partial = empty_rows(map, n, args.blocks, ScalarType::Float);
+  args.state = static_cast<TopState*>(state.mutable_data_ptr());
+  args.partial = static_cast<float*>(partial.mutable_data_ptr());
+  const cudaError_t error = cudaMemsetAsync(args.state, 0, n * sizeof(TopState), stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: ", cudaGetErrorString(error));
+  if (smooth) {
+    launch_blur(total, map, sigma, args.state, stream);
+  } else {
+    top_digit_kernel<0><<<blocks, kTopThreads, 0, stream>>>(args);
+  }
+  top_digit_kernel<1><<<blocks, kTopThreads, 0, stream>>>(args);
+  top_digit_kernel<2><<<blocks, kTopThreads, 0, stream>>>(args);
+  check_launch("anomaly_map: largest values");
+  top_score_kernel<<<images, kTopThreads, 0, stream>>>(args);
   check_launch("anomaly_map: score");
 }
 
@@ -154,11 +174,12 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
   if (n == 0) return {map, score};
   const cudaStream_t stream = current_stream(x);
 
-  const bool smooth = gaussian_radius(sigma) > 0;
-  const Tensor total = smooth ? empty_map() : map;
+  const Tensor total = gaussian_radius(sigma) > 0 ? empty_map() : map;
   std::vector<Tensor> kept;  // what the launched kernels read
   MapScale scales[kMostScales] = {};
   for (size_t i = 0; i < features.size(); ++i) {
+    STD_TORCH_CHECK(features[i].size(2) * features[i].size(3) <= std::numeric_limits<int32_t>::max(),
+                    "anomaly_map: too many positions of a feature map for the CUDA kernels");
     kept.push_back(cosines(features[i], features_hat[i], stream));
     scales[i] = map_scale(static_cast<const float*>(kept.back().const_data_ptr()),
                           features[i].size(2), features[i].size(3), h, w);
@@ -171,7 +192,7 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
     args.x_hat = static_cast<const T*>(x_hat.const_data_ptr());
     args.stride = strides_of(x);
     args.stride_hat = strides_of(x_hat);
-    args.channels = x.size(1);
+    args.channels = weights[0] != 0 || levels > 0 ? x.size(1) : 0;  // else nothing needs the pixels
     args.height = h;
     args.width = w;
     args.scales = static_cast<int>(features.size());
@@ -205,13 +226,7 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
       default: return launch_weighted<4>(args, n, stream);
     }
   });
-  static_assert(sizeof(TopState) % sizeof(float) == 0);
-  const Tensor states = empty_rows(x, n, sizeof(TopState) / sizeof(float));
-  auto* state = static_cast<TopState*>(states.mutable_data_ptr());
-  const cudaError_t error = cudaMemsetAsync(state, 0, n * sizeof(TopState), stream);
-  STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: ", cudaGetErrorString(error));
-  if (smooth) launch_blur(total, map, sigma, state, stream);
-  launch_top(map, score, top, state, smooth ? 1 : 0, stream);
+  launch_blur_and_top(total, map, score, sigma, top, stream);
   return {map, score};
 }
 

@@ -5,7 +5,7 @@
 //   weighted_tiles   the residual's magnitude and sub-bands, the cosines between their four nearest,
 //                    all standardised, weighted and added;
 //   blur_tiles       the Gaussian along both axes at once, counting the first digits of its values;
-//   top_digit, top_score   the mean of the largest values.
+//   top_digit, top_score   the mean of the largest values; top_small that of small images.
 //
 // Inputs are read once; the sum of the maps is written and read once between the second and the
 // third, and stays in a GPU's second-level cache for what people score at a time. Every sum is taken
@@ -100,7 +100,7 @@ constexpr int kMostScales = 8;
 struct MapStatistic {
   const float* data;  // null: the number
   float number;
-  int64_t y, x;
+  int64_t y, x;  // both 0: one for all, wherever it lies
 };
 
 struct MapScale {
@@ -173,10 +173,11 @@ __device__ __forceinline__ void add_standardised(const float (&value)[R], float 
                                                  const MapStatistic (&statistic)[2], int64_t y,
                                                  int64_t x, int rows, float (&total)[R]) {
   const MapStatistic &mean = statistic[0], &deviation = statistic[1];
-  if (!mean.data && !deviation.data) {
-    const float factor = weight / deviation.number;
+  if (mean.y == 0 && mean.x == 0 && deviation.y == 0 && deviation.x == 0) {
+    const float subtracted = mean.data ? *mean.data : mean.number;
+    const float factor = weight / (deviation.data ? *deviation.data : deviation.number);
     DIFFAD_UNROLL
-    for (int k = 0; k < R; ++k) total[k] += (value[k] - mean.number) * factor;
+    for (int k = 0; k < R; ++k) total[k] += (value[k] - subtracted) * factor;
     return;
   }
   float means[R], deviations[R];
@@ -324,11 +325,12 @@ __device__ __forceinline__ void add_counts(const uint32_t* counts, int digit, To
 // shared memory, smooths its rows in place and then its columns. A thread has a run of neighbouring
 // outputs, and each value that it reads goes into all of them; the taps lie where the kernel's
 // arguments do, in the constant memory that a product reads for nothing. So arithmetic alone sets the
-// pace. That asks for a kernel a halo: the radius rounded up, with weights 0 beyond it.
+// pace. That asks for a kernel a halo: the radius rounded up, with weights 0 beyond it (an infinity
+// there gives a NaN, as it would not in the reference).
 constexpr int kBlurSide = 64, kBlurRun = 8, kBlurThreads = 256, kBlurHaloStep = 4;
 constexpr int kBlurBand = kBlurThreads / (kBlurSide / kBlurRun);  // rows that take their turn
-// As the 99 KiB of the smallest GPUs allow.
-constexpr int kBlurMostRadius = 44;
+// The first as the 99 KiB of the smallest GPUs allow, the second as the 163 KiB of data centres'.
+constexpr int kBlurSmallRadius = 44, kBlurMostRadius = 64;
 static_assert(kBlurMostRadius % kBlurHaloStep == 0 && kBlurThreads % kBlurSide == 0);
 
 struct BlurArgs {
@@ -336,7 +338,7 @@ struct BlurArgs {
   float* result;  // both (N, H, W)
   int64_t height, width, down, across, count;
   float taps[kBlurMostRadius + 1];  // from the middle outwards, 0 beyond the radius
-  TopState* state;                  // (N)
+  TopState* state;                  // (N), or null: nothing is counted
 };
 
 inline void blur_grid(BlurArgs& a, int64_t batch) {
@@ -352,7 +354,8 @@ DIFFAD_INLINE constexpr int blur_shared_bytes(int halo) {
   return 4 * (blur_extent(halo) * (blur_pitch(halo) + 2) + (1 << digit_bits(0)));
 }
 static_assert(blur_extent(kBlurHaloStep) % 8 == 0 &&
-              blur_shared_bytes(kBlurMostRadius) <= 99 * 1024);
+              blur_shared_bytes(kBlurSmallRadius) <= 99 * 1024 &&
+              blur_shared_bytes(kBlurMostRadius) <= 163 * 1024);
 
 // Place of sample i of a signal that is mirrored at its ends, d c b a | a b c d | d c b a.
 __device__ __forceinline__ int64_t reflected(int64_t i, int64_t size) {
@@ -459,8 +462,10 @@ __device__ __forceinline__ void blur_tiles(const BlurArgs& a, float* shared) {
         }
       }
     }
-    __syncthreads();  // all are counted
-    add_counts(counts, 0, a.state[n]);
+    if (a.state) {
+      __syncthreads();  // all are counted
+      add_counts(counts, 0, a.state[n]);
+    }
   }
 }
 
@@ -471,18 +476,20 @@ constexpr int64_t kTopShare = 32 * kTopThreads;  // pixels of a block
 
 struct TopArgs {
   const float* map;  // (N, pixels)
-  int64_t pixels, top, blocks;  // blocks of an image
+  int64_t pixels, top, blocks;  // blocks of an image; state and partial are for more than one
   TopState* state;              // (N)
   float* partial;               // (N, blocks)
   float* score;                 // (N)
 };
 
-// For a whole thread block: the choice by a digit's counts, given that of the digits before.
-__device__ __forceinline__ TopChoice choose(const TopState& state, int digit, TopChoice before) {
+// For a whole thread block: the choice by the counts of a digit, given that of the digits before.
+template <int kDigit>
+__device__ __forceinline__ TopChoice choose(const uint32_t* counts, TopChoice before) {
   __shared__ uint32_t above[kTopThreads];
   __shared__ TopChoice choice;
-  const int thread = threadIdx.x, each = (1 << digit_bits(digit)) / kTopThreads;
-  const uint32_t* counts = state.counts[digit] + thread * each;
+  constexpr int each = (1 << digit_bits(kDigit)) / kTopThreads;
+  const int thread = threadIdx.x;
+  counts += thread * each;
   uint32_t own = 0;
   for (int k = 0; k < each; ++k) own += counts[k];
   above[thread] = own;  // values from a thread's digits on
@@ -496,7 +503,7 @@ __device__ __forceinline__ TopChoice choose(const TopState& state, int digit, To
   if (higher < before.missing && before.missing <= above[thread]) {  // one thread of all
     int k = each - 1;
     for (; higher + counts[k] < before.missing; --k) higher += counts[k];
-    choice = {before.prefix << digit_bits(digit) | static_cast<uint32_t>(thread * each + k),
+    choice = {before.prefix << digit_bits(kDigit) | static_cast<uint32_t>(thread * each + k),
               before.missing - higher};
   }
   __syncthreads();
@@ -516,61 +523,89 @@ __device__ __forceinline__ float sum_of_block(float value) {
   return sums[0];
 }
 
-// Counts a digit of a share of an image's values; with the last digit, adds up those that are above
-// T whatever that is.
-__device__ __forceinline__ void top_digit(const TopArgs& a, int digit) {
-  __shared__ uint32_t counts[kMostDigit];
-  const int thread = threadIdx.x, shift = digit_shift(digit), bits = digit_bits(digit);
-  const int64_t n = quotient(blockIdx.x, a.blocks), block = blockIdx.x - n * a.blocks;
-  TopState& state = a.state[n];
-  for (int k = thread; k < 1 << bits; k += kTopThreads) counts[k] = 0;
-  TopChoice before = {0, static_cast<uint32_t>(a.top)};
-  if (digit > 0) {
-    if (digit == 2) before = state.choice[0];
-    before = choose(state, digit - 1, before);
-    if (block == 0 && thread == 0) state.choice[digit - 1] = before;
-  }
-  __syncthreads();  // the counts are clear
-  const float* map = a.map + n * a.pixels;
-  const int64_t first = block * kTopShare, last = first + kTopShare;
-  const int64_t end = last < a.pixels ? last : a.pixels;
+// Counts a digit of the values from `first` to `end` whose digits before are T's. Returns the sum of
+// those of this thread that are above T whatever that is; for the last digit it is of use.
+template <int kDigit>
+__device__ __forceinline__ float count_digit(const float* map, int64_t first, int64_t end,
+                                             TopChoice before, uint32_t* counts) {
+  constexpr int shift = digit_shift(kDigit), bits = digit_bits(kDigit);
+  for (int k = threadIdx.x; k < 1 << bits; k += kTopThreads) counts[k] = 0;
+  __syncthreads();
   float sum = 0;
   DIFFAD_UNROLL4
-  for (int64_t p = first + thread; p < end; p += kTopThreads) {
+  for (int64_t p = first + threadIdx.x; p < end; p += kTopThreads) {
     const float value = map[p];
     const uint32_t key = ordered(value);
     const uint32_t prefix = key >> shift >> bits;  // 0 of the first: a shift by 32 is undefined
     if (prefix == before.prefix) atomicAdd(&counts[key >> shift & ((1u << bits) - 1)], 1u);
-    if (prefix > before.prefix) sum += value;
+    if (kDigit == kDigits - 1 && prefix > before.prefix) sum += value;
   }
-  __syncthreads();  // all are counted
-  add_counts(counts, digit, state);
-  if (digit == kDigits - 1) {
-    sum = sum_of_block(sum);
-    if (thread == 0) a.partial[blockIdx.x] = sum;
-  }
+  __syncthreads();
+  return sum;
 }
 
-// A thread block an image: the score, once all digits are counted.
-__device__ __forceinline__ void top_score(const TopArgs& a) {
-  constexpr int digit = kDigits - 1;
-  const int64_t n = blockIdx.x;
-  const TopState& state = a.state[n];
-  const TopChoice chosen = choose(state, digit, state.choice[digit - 1]);
-  float sum = 0;
-  for (int64_t k = threadIdx.x; k < a.blocks; k += kTopThreads) sum += a.partial[n * a.blocks + k];
+// For a whole thread block: the score, given what the threads have of the sum of the values whose
+// digits before the last are above T's, the counts of the last, and T.
+__device__ __forceinline__ void write_score(const TopArgs& a, int64_t n, float sum,
+                                            const uint32_t* counts, TopChoice chosen) {
   // Values that differ from T in the last digit alone are as many as were counted.
-  constexpr uint32_t digits = 1u << digit_bits(digit);
+  constexpr uint32_t digits = 1u << digit_bits(kDigits - 1);
   const uint32_t rest = chosen.prefix & ~(digits - 1);
   for (uint32_t k = (chosen.prefix & (digits - 1)) + 1 + threadIdx.x; k < digits; k += kTopThreads) {
-    const uint32_t count = state.counts[digit][k];
-    if (count) sum += static_cast<float>(count) * unordered(rest | k);
+    if (counts[k]) sum += static_cast<float>(counts[k]) * unordered(rest | k);
   }
   sum = sum_of_block(sum);
   if (threadIdx.x == 0) {
     const float equal = static_cast<float>(chosen.missing) * unordered(chosen.prefix);
     a.score[n] = (sum + equal) / static_cast<float>(a.top);
   }
+}
+
+// A share of an image's values a thread block.
+template <int kDigit>
+__device__ __forceinline__ void top_digit(const TopArgs& a) {
+  __shared__ uint32_t counts[1 << digit_bits(kDigit)];
+  const int64_t n = quotient(blockIdx.x, a.blocks), block = blockIdx.x - n * a.blocks;
+  TopState& state = a.state[n];
+  TopChoice before = {0, static_cast<uint32_t>(a.top)};
+  if constexpr (kDigit > 0) {
+    if (kDigit > 1) before = state.choice[kDigit - 2];
+    before = choose<kDigit - 1>(state.counts[kDigit - 1], before);
+    if (block == 0 && threadIdx.x == 0) state.choice[kDigit - 1] = before;
+  }
+  const int64_t first = block * kTopShare, last = first + kTopShare;
+  const int64_t end = last < a.pixels ? last : a.pixels;
+  float sum = count_digit<kDigit>(a.map + n * a.pixels, first, end, before, counts);
+  add_counts(counts, kDigit, state);
+  if (kDigit == kDigits - 1) {
+    sum = sum_of_block(sum);
+    if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
+  }
+}
+
+// A thread block an image, once all digits are counted.
+__device__ __forceinline__ void top_score(const TopArgs& a) {
+  const int64_t n = blockIdx.x;
+  const TopState& state = a.state[n];
+  const TopChoice chosen = choose<2>(state.counts[2], state.choice[1]);
+  float sum = 0;
+  for (int64_t k = threadIdx.x; k < a.blocks; k += kTopThreads) sum += a.partial[n * a.blocks + k];
+  write_score(a, n, sum, state.counts[2], chosen);
+}
+
+// A thread block an image of at most kTopShare pixels: all of it.
+__device__ __forceinline__ void top_small(const TopArgs& a) {
+  __shared__ uint32_t counts[kMostDigit];
+  const int64_t n = blockIdx.x;
+  const float* map = a.map + n * a.pixels;
+  TopChoice chosen = {0, static_cast<uint32_t>(a.top)};
+  count_digit<0>(map, 0, a.pixels, chosen, counts);
+  chosen = choose<0>(counts, chosen);
+  count_digit<1>(map, 0, a.pixels, chosen, counts);
+  chosen = choose<1>(counts, chosen);
+  const float sum = count_digit<2>(map, 0, a.pixels, chosen, counts);
+  chosen = choose<2>(counts, chosen);
+  write_score(a, n, sum, counts, chosen);
 }
 
 }  // namespace diffad

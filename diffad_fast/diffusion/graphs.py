@@ -84,16 +84,18 @@ class Graphed:
 
     @torch.inference_mode()
     def __call__(self, x: torch.Tensor):
-        if not (x.is_cuda and self.graphs):
+        # A part of it in a capture of the caller's, where there is no waiting for other calls.
+        if not (x.is_cuda and self.graphs) or torch.cuda.is_current_stream_capturing():
             return self.function(x)
         with self._turn:
             stream = torch.cuda.current_stream(x.device)
             if self._done is not None:
                 stream.wait_event(self._done)
-            captured = self._graph(x)
-            result = self.function(x) if captured is None else captured(x)
-            self._done = stream.record_event()
-            return result
+            try:
+                captured = self._graph(x)
+                return self.function(x) if captured is None else captured(x)
+            finally:
+                self._done = stream.record_event()
 
     def _graph(self, x: torch.Tensor) -> CapturedCall | None:
         """The captured call for tensors like x; None where it runs eagerly."""
@@ -165,14 +167,17 @@ class CapturedCall:
         current, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
         with CAPTURING, torch.cuda.device(x.device):
             side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(2):  # libraries load their kernels and choose among them
-                    function(self._input)
-                self._graph = torch.cuda.CUDAGraph()
-                # Other threads may use the device meanwhile.
-                with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                    self._output = function(self._input)
-            current.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(2):  # libraries load their kernels and choose among them
+                        function(self._input)
+                    self._graph = torch.cuda.CUDAGraph()
+                    mode = {"stream": side, "capture_error_mode": "thread_local"}
+                    # Other threads may use the device meanwhile.
+                    with torch.cuda.graph(self._graph, **mode):
+                        self._output = function(self._input)
+            finally:
+                current.wait_stream(side)  # before the memory of what failed is given away
 
     def __call__(self, x: torch.Tensor):
         # Its memory is another stream's, which may be given it anew when this call is forgotten.

@@ -100,8 +100,7 @@ class TokenModel(Model):
         for number, (dim, bank, held_out) in enumerate(sources):
             denoiser = self._denoiser(dim)
             part = None if kept is None else kept.part(number)
-            trainer = TokenTrainer(denoiser, bank, held_out, training, self.device)
-            history = trainer.run(part)
+            history = TokenTrainer(denoiser, bank, held_out, training, self.device).run(part)
             histories.append(history)
             # What the first one's trial has found holds for the others.
             training = training.replace(train_compile=history.compiled)

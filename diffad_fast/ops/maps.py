@@ -54,8 +54,10 @@ def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, 
     )
 
 
-# What the CUDA kernels take, see csrc/cuda/anomaly_map.cu.
-CUDA_LEVELS, CUDA_FEATURES, CUDA_RADIUS = 4, 8, 44
+# What the CUDA kernels take, see csrc/cuda/anomaly_map_tile.h. The radius of a Gaussian is bounded
+# by the shared memory of a thread block: 163 KiB and more in these generations, else 99.
+CUDA_LEVELS, CUDA_FEATURES, CUDA_RADIUS, CUDA_LARGE_RADIUS = 4, 8, 44, 64
+CUDA_LARGE = {(8, 0), (8, 7), (9, 0), (10, 0), (10, 3)}
 
 
 def _cuda_refuses(x, x_hat, features, features_hat, weights, levels, stats, sigma, top, base):
@@ -66,8 +68,12 @@ def _cuda_refuses(x, x_hat, features, features_hat, weights, levels, stats, sigm
         return f"the CUDA kernels take up to {CUDA_LEVELS} levels, not {levels}"
     if weights[1] != 0 and len(features) > CUDA_FEATURES:
         return f"the CUDA kernels take up to {CUDA_FEATURES} feature maps, not {len(features)}"
-    if int(4 * sigma + 0.5) > CUDA_RADIUS:
-        return f"the CUDA kernels take a sigma up to {CUDA_RADIUS / 4:g} pixels, not {sigma:g}"
+    radius = int(4 * sigma + 0.5)
+    if radius > CUDA_RADIUS:
+        large = torch.cuda.get_device_capability(x.device) in CUDA_LARGE
+        most = CUDA_LARGE_RADIUS if large else CUDA_RADIUS
+        if radius > most:
+            return f"the CUDA kernels take a sigma up to {most / 4:g} pixels here, not {sigma:g}"
     return None
 
 

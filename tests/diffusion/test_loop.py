@@ -491,6 +491,7 @@ def test_threads_take_turns_with_a_graph(captures, monkeypatch):
 
     order = []
     monkeypatch.setattr(graphs.torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(graphs.torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(FakeCapture, "__call__", replay)
     graphed = graphs.Graphed(lambda x: 2 * x, [])
     inputs = [OnCuda(i) for i in range(16)]

@@ -94,7 +94,8 @@ int main() {
     args.weight[i] = weights[i];
     for (int k = 0; k < 2; ++k) {
       args.statistic[i][k] = {nullptr, static_cast<float>(k), 0, 0};
-      if (given[7] == 1) args.statistic[i][k].number = statistics[2 * i + k];
+      if (given[7] == 1 && k == 0) args.statistic[i][k] = {&statistics[2 * i], NAN, 0, 0};
+      if (given[7] == 1 && k == 1) args.statistic[i][k].number = statistics[2 * i + k];
       if (given[7] == 2) {
         args.statistic[i][k] = {statistics.data() + (2 * i + k) * pixels, 0, width, 1};
       }
@@ -108,26 +109,32 @@ int main() {
     default: run_weighted<4>(args, n, blocks);
   }
 
-  std::vector<diffad::TopState> state(n);
+  const int64_t parts = (pixels + diffad::kTopShare - 1) / diffad::kTopShare;
+  std::vector<diffad::TopState> state(parts > 1 ? n : 0);
+  std::vector<float> partial(parts > 1 ? n * parts : 0, NAN);
   if (radius == 0) {
     map = total;
   } else {
     diffad::BlurArgs blur{total.data(), map.data(), height, width};
     std::copy(taps.begin(), taps.end(), blur.taps);
-    blur.state = state.data();
+    blur.state = parts > 1 ? state.data() : nullptr;
     diffad::blur_grid(blur, n);
     run_blur(blur, radius, blocks);
   }
 
-  const int64_t parts = (pixels + diffad::kTopShare - 1) / diffad::kTopShare;
-  std::vector<float> partial(n * parts, NAN);
   const diffad::TopArgs top{map.data(), pixels, given[10], parts, state.data(), partial.data(),
                             score.data()};
-  const auto grid = static_cast<unsigned>(n * parts);
-  for (int digit = radius > 0; digit < diffad::kDigits; ++digit) {
-    run_grid(grid, diffad::kTopThreads, [&] { diffad::top_digit(top, digit); });
+  const auto run_top = [&](int64_t grid, auto kernel) {
+    run_grid(static_cast<unsigned>(grid), diffad::kTopThreads, kernel);
+  };
+  if (parts == 1) {
+    run_top(n, [&] { diffad::top_small(top); });
+  } else {
+    if (radius == 0) run_top(n * parts, [&] { diffad::top_digit<0>(top); });
+    run_top(n * parts, [&] { diffad::top_digit<1>(top); });
+    run_top(n * parts, [&] { diffad::top_digit<2>(top); });
+    run_top(n, [&] { diffad::top_score(top); });
   }
-  run_grid(static_cast<unsigned>(n), diffad::kTopThreads, [&] { diffad::top_score(top); });
   std::fwrite(map.data(), 4, map.size(), stdout);
   std::fwrite(score.data(), 4, score.size(), stdout);
 }

@@ -521,27 +521,30 @@ def test_the_cuda_kernels_in_emulation(emulator, shape, levels, last):
     agrees(emulator, x, y, f[:2], g[:2], (0.0, 1.0, 0.0), 0, numbers, 0.0, 0.01, base, last=last)
 
 
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0, 5.1, 11.0])
-@pytest.mark.parametrize("size", [(1, 1), (3, 130), (67, 70)])
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0, 5.1, 11.0, 16.0])
+@pytest.mark.parametrize("size", [(1, 1), (3, 130), (67, 70), (131, 140)])
 def test_the_cuda_gaussian_in_emulation(emulator, size, sigma):
+    """The last size is more than a thread block takes the largest values of."""
     x, y = random((2, 1, *size), 1), random((2, 1, *size), 2)
     agrees(emulator, x, y, (), (), (1.0, 0.0, 0.0), 0, None, sigma, 0.3, blocks=2)
 
 
 @pytest.mark.parametrize("top", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("change", ["none", "round", "same", "infinite", "nan"])
-def test_the_cuda_score_in_emulation(emulator, change, top):
-    """Several thread blocks an image; both signs, equal values, values that are no numbers."""
-    base = random((2, 180, 190), 3)
+@pytest.mark.parametrize("height", [180, 80])
+def test_the_cuda_score_in_emulation(emulator, height, change, top):
+    """Several thread blocks an image, and one; both signs, equal values, values that are no
+    numbers."""
+    base = random((2, height, 190), 3)
     if change == "round":
         base = base.round()
     if change == "same":
         base = torch.full_like(base, -3.0)
     if change in ("infinite", "nan"):  # of both signs
-        base[0, 7, 9], base[1, 170, 3] = float(change[:3]), -float(change[:3])
-    zeros = torch.zeros(2, 1, 180, 190, dtype=torch.float64)
+        base[0, 7, 9], base[1, 70, 3] = float(change[:3]), -float(change[:3])
+    zeros = torch.zeros(2, 1, height, 190, dtype=torch.float64)
     _, score = emulator(zeros, zeros, (), (), (0.0, 0.0, 0.0), 0, None, 0.0, top, base)
-    count = max(1, round(top * 180 * 190))
+    count = max(1, round(top * height * 190))
     want = base.flatten(1).topk(count).values.mean(dim=1)
     torch.testing.assert_close(score.double(), want, rtol=2e-6, atol=2e-7, equal_nan=True)
 
@@ -559,14 +562,18 @@ def test_what_the_cuda_kernels_refuse(monkeypatch):
         ({"features": many, "features_hat": many}, "8 feature maps, not 9"),
         ({"features": many, "features_hat": many, "weights": (1.0, 0.0, 1.0)}, None),
         ({"sigma": 11.1}, None),
-        ({"sigma": 11.2}, "up to 11 pixels, not 11.2"),
+        ({"sigma": 16.1}, None),
+        ({"sigma": 16.2}, "up to 16 pixels here, not 16.2"),
+        ({"sigma": 11.2, "capability": (8, 6)}, "up to 11 pixels here, not 11.2"),
     ):
+        capability = change.pop("capability", (9, 0))
         given = {
             "x": x, "x_hat": x, "features": (), "features_hat": (), "weights": (1.0, 1.0, 1.0),
             "levels": 2, "stats": None, "sigma": 4.0, "top": 0.01, "base": None,
         } | change  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(ops.dispatch, "_selected", "cuda")
+            patch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
             if message is None:
                 assert operator.backend("cuda", *given.values()) == "cuda"
             else:

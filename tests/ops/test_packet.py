@@ -110,7 +110,8 @@ def test_native_opcheck_and_threads(by_threads):
     mean, deviation = torch.randn(48), torch.rand(48) + 1
     operator = torch.ops.diffad_fast.standardised_packet.default
     torch.library.opcheck(operator, (x, mean, deviation, 2))
-    by_threads(lambda: operator(x, mean, deviation, 2))
+    found = operator(x, mean, deviation, 2)
+    assert torch.equal(by_threads(lambda: operator(x, mean, deviation, 2)), found)
 
 
 @pytest.mark.native

@@ -244,7 +244,8 @@ def test_native_loss_takes_any_strides_and_repeats_for_any_number_of_threads(by_
             torch.testing.assert_close(loss_on_cpu(a, b, w), loss, rtol=1e-6, atol=0)
             assert torch.equal(gradient(a, b), expected)
             assert gradient(a, b).stride() == torch.empty_like(a).stride()
-    by_threads(lambda: (loss_on_cpu(x, z, w), gradient(x, z)))
+    found = by_threads(lambda: (loss_on_cpu(x, z, w), gradient(x, z)))
+    torch.testing.assert_close(found, (loss, expected), rtol=0, atol=0)
     shared = x[:1].expand_as(x)  # stride 0
     torch.testing.assert_close(
         loss_on_cpu(shared, z, w), loss_on_cpu(shared.contiguous(), z, w), rtol=0, atol=0
