@@ -334,7 +334,7 @@ def test_calibrating_leaves_the_mode_and_knows_its_data(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(daf.detector, "calibrate", interrupted)
+        patch.setattr(daf.detector, "calibrate_mode", interrupted)
         found.calibrate(x, ("invert",))
     assert found.mode == "one_step"
     images = normals(40)
