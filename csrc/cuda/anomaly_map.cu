@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kCosineThreads) cosine_kernel(const CosineArgs
 }
 
 template <int kLevel, class T>
-__global__ void __launch_bounds__(kWeightedThreads) weighted_kernel(const WeightedArgs<T> args) {
+__global__ void __launch_bounds__(kWeightedThreads, kLevel < 4 ? 4 : 2) weighted_kernel(
+    const WeightedArgs<T> args) {
   weighted_tiles<kLevel>(args);
 }
 

@@ -14,8 +14,10 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+// Blocks of a processor are told, or the compiler keeps the addresses of all tensors in registers, of
+// which few blocks have enough.
 template <int R, int kLevel, class M>
-__global__ void __launch_bounds__(kTileColumns) finish_kernel(const FinishArgs<M> args) {
+__global__ void __launch_bounds__(kTileColumns, R < 16 ? 4 : 2) finish_kernel(const FinishArgs<M> args) {
   finish_tiles<R, kLevel>(args);
 }
 

@@ -19,10 +19,11 @@ class SubBands {
   static_assert(R % (1 << kLevel) == 0 && 1 << kLevel <= 32, "a block's columns lie in one warp");
 
  public:
-  // Adds those of one channel, whose values are lost. All lanes of a warp together.
+  // Adds those of one channel, from level l on, whose values are lost. All lanes of a warp together.
+  // Recursive, as walsh is.
+  template <int l = 1>
   __device__ __forceinline__ void add(float (&low)[R]) {
-    DIFFAD_UNROLL
-    for (int l = 1; l <= kLevel; ++l) {
+    if constexpr (l <= kLevel) {
       DIFFAD_UNROLL
       for (int j = 0; j < R >> l; ++j) {
         // Of the block (a b / d e) this lane has a and d, or b and e.
@@ -34,16 +35,13 @@ class SubBands {
                            ::fabsf(difference - difference_beside);
         magnitude[before(l) + j] += 0.5f * high + (l == kLevel ? ::fabsf(low[j]) : 0.0f);
       }
+      add<l + 1>(low);
     }
   }
 
   // value[k] = the sum over all sub-bands at row k. After the last channel, once.
   __device__ __forceinline__ void sum(float (&value)[R]) {
-    DIFFAD_UNROLL
-    for (int l = kLevel - 1; l >= 1; --l) {
-      DIFFAD_UNROLL
-      for (int j = 0; j < R >> l; ++j) magnitude[before(l) + j] += magnitude[before(l + 1) + j / 2];
-    }
+    add_coarser<kLevel - 1>();
     DIFFAD_UNROLL
     for (int k = 0; k < R; ++k) value[k] = kLevel == 0 ? 0.0f : magnitude[k / 2];
   }
@@ -51,6 +49,16 @@ class SubBands {
  private:
   // Where level l starts: R/2 + R/4 + ... + R/2^(l-1) = R - R/2^(l-1).
   static __device__ __forceinline__ constexpr int before(int l) { return R - (R >> (l - 1)); }
+
+  // To each level up to l what lies above it.
+  template <int l>
+  __device__ __forceinline__ void add_coarser() {
+    if constexpr (l >= 1) {
+      DIFFAD_UNROLL
+      for (int j = 0; j < R >> l; ++j) magnitude[before(l) + j] += magnitude[before(l + 1) + j / 2];
+      add_coarser<l - 1>();
+    }
+  }
 
   float magnitude[R] = {};  // level by level, R / 2^l rows of blocks each
 };
