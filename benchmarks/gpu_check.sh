@@ -57,7 +57,8 @@ for tool in memcheck racecheck; do
         # Of the memory that kernels touch: failing calls of the driver are pytest's to see.
         part "3 compute-sanitizer $tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             $([ "$tool" = memcheck ] && echo --report-api-errors no) \
-            "$python" -m pytest -q -m gpu -x tests/ops tests/diffusion -k "not 70000" &
+            "$python" -m pytest -q -m gpu -x -k "not 70000" \
+            $(grep -rlE "mark\.gpu" tests/ops tests/diffusion) &
     else
         echo "| compute-sanitizer $tool | FAILED: not installed | |" \
             > "$out/logs/3-compute-sanitizer-$tool.row"

@@ -321,6 +321,7 @@ class Detector:
         """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
         its sampling rate, columns with names in the order of those it was fitted on."""
         samples = open_source(source, self.config, strict)
+        samples.pinned = self.device.type == "cuda"
         if self.config.kind == "vector" and self.calibrations:
             samples = samples.arranged(self.columns)
             fitted, found = self.model.representation.dims[0], samples.rows.shape[1]

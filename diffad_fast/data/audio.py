@@ -191,6 +191,8 @@ def _resampled(wave: np.ndarray, own: float, rate: int, name: str) -> np.ndarray
             f"{name} is {len(wave) / own:.0f} s long and clips may have {LONGEST_SECONDS:g} s: cut "
             "it, or pass it to Detector.stream in blocks."
         )
+    if own == rate:
+        return wave
     resampler = Resampler(own, rate, name)
     wave = np.concatenate([resampler.push(wave), resampler.finish()])
     if not len(wave):

@@ -51,9 +51,10 @@ def mono(wave: np.ndarray, name: str) -> np.ndarray:
     """(samples, channels) of floats to (samples,) float32, unless they are of no use."""
     wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
     wave = np.ascontiguousarray(wave, dtype=np.float32)
-    peak = np.abs(wave).max(initial=0)
-    if not np.isfinite(peak):
+    low, high = wave.min(initial=0), wave.max(initial=0)  # either is NaN if a sample is
+    if not (np.isfinite(low) and np.isfinite(high)):
         raise InputError(f"{name} has NaN or infinite samples: replace them or leave it out.")
+    peak = max(high, -low)
     if peak > _LARGEST_VALUE:
         raise InputError(
             f"{name} has samples up to {peak:.6g}: floats must lie in [-1, 1], so rescale them."
@@ -70,4 +71,7 @@ def extended(wave: np.ndarray, window: int, step: int) -> np.ndarray:
         return wave
     if short < window:
         return np.resize(wave, window)
-    return np.pad(wave, (0, target - short), mode="reflect")
+    whole = np.empty(target, wave.dtype)
+    whole[:short] = wave
+    whole[short:] = wave[-2 : short - target - 2 : -1]
+    return whole

@@ -78,7 +78,8 @@ class Model(nn.Module, ABC):
         (N,1,1) of vectors."""
         if self._scoring is None:
             self._scoring = self._scoring_pass()
-        return self._scoring(x.to(self.device))
+        pinned = self.device.type == "cuda" and x.is_pinned()
+        return self._scoring(x.to(self.device, non_blocking=pinned))
 
     def _mode_names(self, of_reconstruct: Sequence[str], semantic: bool) -> list[str]:
         """Of the maps of the configuration's mode."""

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from .. import native, reference
+from ..reference.wavelet import traced_as_constant
 from . import checks
 from .dispatch import Operator, kernel
 
@@ -69,12 +70,17 @@ def _cuda_refuses(x, x_hat, features, features_hat, weights, levels, stats, sigm
     if weights[1] != 0 and len(features) > CUDA_FEATURES:
         return f"the CUDA kernels take up to {CUDA_FEATURES} feature maps, not {len(features)}"
     radius = int(4 * sigma + 0.5)
-    if radius > CUDA_RADIUS:
-        large = torch.cuda.get_device_capability(x.device) in CUDA_LARGE
-        most = CUDA_LARGE_RADIUS if large else CUDA_RADIUS
-        if radius > most:
-            return f"the CUDA kernels take a sigma up to {most / 4:g} pixels here, not {sigma:g}"
+    if radius > CUDA_RADIUS and radius > (most := _largest_radius(x.device)):
+        return f"the CUDA kernels take a sigma up to {most / 4:g} pixels here, not {sigma:g}"
     return None
+
+
+def _largest_radius(device: torch.device) -> int:
+    large = torch.cuda.get_device_capability(device) in CUDA_LARGE
+    return CUDA_LARGE_RADIUS if large else CUDA_RADIUS
+
+
+traced_as_constant(_largest_radius)
 
 
 _anomaly_map = Operator(

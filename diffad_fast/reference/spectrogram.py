@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # Power below which nothing is told apart (-100 dB), as in librosa.power_to_db.
@@ -25,7 +27,8 @@ def log_mel(waves, window, filters, hop):
     if len(waves) == 0:
         return waves.new_empty((0, len(filters), frames), dtype=dtype)  # torch.stft refuses
     largest = BLOCK_SAMPLES.get(waves.device.type, LARGEST_BLOCK)
-    clips = max(1, largest // samples)
+    parts = math.ceil(len(waves) / max(1, largest // samples))
+    clips = math.ceil(len(waves) / parts)  # of much the same size
     block = max(1, (largest // clips - n_fft) // hop + 1)
     rows = []
     for part in waves.split(clips):

@@ -85,6 +85,8 @@ class Score:
 
 def _concatenated(maps: list[np.ndarray]) -> np.ndarray:
     """Smaller maps are filled up with NaN, below and to the right."""
+    if len(maps) == 1:
+        return maps[0]
     height, width = (max(map_.shape[axis] for map_ in maps) for axis in (1, 2))
     if all(map_.shape[1:] == (height, width) for map_ in maps):
         return np.concatenate(maps)

@@ -105,7 +105,11 @@ def test_a_network_that_reads_its_own_numbers_trains():
             return super().forward(x) * (1.0 if x.sum().item() > 0 else 0.9)
 
     convolution = Reads(1, 1, 3, padding=1, device="cuda")
-    step = CapturedStep(lambda x: convolution(x).square().mean().detach(), torch.device("cuda"))
+
+    def loss(x):
+        return convolution(x.cuda()).square().mean().detach()
+
+    step = CapturedStep(loss, torch.device("cuda"))
     x = torch.ones(1, 1, 4, 4)
     first = [float(step(x)) for _ in range(WARM_UP)]
     with pytest.warns(RuntimeWarning, match="without a CUDA graph"):
