@@ -48,6 +48,15 @@ inline unsigned finish_grid(FinishArgs<M>& args, int r) {
   return static_cast<unsigned>((args.blocks * r + 31) / 32 * 32);
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is worked out where it is
+// used, and does not fill registers from a loop's beginning to its end.
+__device__ __forceinline__ int64_t opaque(int64_t x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 template <int R, int kLevel, class M>
 __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
   // A word of padding a block, see haar.cu, and one a row: threads along the rows of a block's
@@ -74,13 +83,15 @@ __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
     SubBands<R, kLevel> sub_bands;
 
     for (int64_t channel = 0; channel < g.channels; ++channel) {
+      const int64_t to_band = opaque(g.packed.c), down = opaque(g.image.y);
+      const int64_t down_x_hat = opaque(image_width), channels = opaque(g.channels);
       __syncthreads();  // the last channel is done with the tile
       if (packed_active) {
         float w[R];
         DIFFAD_UNROLL
         for (int k = 0; k < R; ++k) {
-          const int64_t packed = (spread(v) + 2 * spread(k)) * g.channels + channel;
-          const int64_t at = n * g.packed.n + packed * g.packed.c + row * g.packed.y +
+          const int64_t packed = (spread(v) + 2 * spread(k)) * channels + channel;
+          const int64_t at = n * g.packed.n + packed * to_band + row * g.packed.y +
                              (block0 + block) * g.packed.x;
           const float y = args.y ? args.y[at] : 0.0f;
           const float x0 = one::ddim_update<true, true, false>(
@@ -109,8 +120,8 @@ __device__ __forceinline__ void finish_tiles(const FinishArgs<M>& args) {
             value = value > 1.0f ? 1.0f : value;  // a NaN stays one
             value = value < 0.0f ? 0.0f : value;
           }
-          x_hat[k * image_width] = value;
-          residual[k] = image[k * g.image.y] - value;
+          x_hat[k * down_x_hat] = value;
+          residual[k] = image[k * down] - value;
           magnitude[k] += ::fabsf(residual[k]);
         }
       }
