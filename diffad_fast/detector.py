@@ -125,7 +125,7 @@ class Detector:
     ) -> None:
         self.device = resolve_device(device)
         # A GPU that no number was asked for is chosen anew in another process.
-        asked = self.device.type if device is None else str(device)
+        asked = self.device.type if device is None else str(torch.device(device))
         self._given = {"denoiser": denoiser, "features": features, "device": asked}
         if features is None and config.features is not None:
             features = _backbone(config)

@@ -96,6 +96,7 @@ void launch_blur_kernel(const BlurArgs& args, int64_t radius, cudaStream_t strea
   constexpr int bytes = blur_shared_bytes(kHalo);
   const cudaError_t error = cudaFuncSetAttribute(
       blur_kernel<kHalo>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
   STD_TORCH_CHECK(error == cudaSuccess, "anomaly_map: no ", bytes, " bytes of shared memory: ",
                   cudaGetErrorString(error));
   blur_kernel<kHalo><<<grid_of(args.count), kBlurThreads, bytes, stream>>>(args);

@@ -569,7 +569,7 @@ __device__ __forceinline__ void top_digit(const TopArgs& a) {
   TopState& state = a.state[n];
   TopChoice before = {0, static_cast<uint32_t>(a.top)};
   if constexpr (kDigit > 0) {
-    if (kDigit > 1) before = state.choice[kDigit - 2];
+    if constexpr (kDigit > 1) before = state.choice[kDigit - 2];
     before = choose<kDigit - 1>(state.counts[kDigit - 1], before);
     if (block == 0 && threadIdx.x == 0) state.choice[kDigit - 1] = before;
   }

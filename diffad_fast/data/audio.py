@@ -44,7 +44,8 @@ def open_audio(
         source: a folder (searched recursively, links to folders too, in sorted order), one file,
             an array or tensor (samples,) or (N, samples) at `rate`, a pair (wave, rate of the wave)
             whose wave may have channels (the shorter axis), or a list of files, of waves or of such
-            pairs. Waves are floats in [-1, 1], int16 or int32.
+            pairs. Waves are floats in [-1, 1], int16 or int32; they need not be copied, so leave
+            them as they are until the last batch.
         rate: of the result, samples a second.
         highest: a warning names a recording whose own rate leaves out frequencies of this
             many Hz.

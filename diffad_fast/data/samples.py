@@ -6,6 +6,7 @@ At most about two batches are decoded ahead, whatever the number of samples.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -21,6 +22,8 @@ import torch
 from ..errors import InputError, SkippedInput
 from ..progress import progress
 
+# Bytes: PyTorch keeps page-locked memory until the process ends.
+LARGEST_PINNED = 1 << 28
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -259,7 +262,8 @@ class DecodedSamples(Samples):
 
     def _batch(self, found: list[tuple[int, np.ndarray]]) -> Batch:
         shape = len(found), *found[0][1].shape
-        x = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=self.pinned)
+        pinned = self.pinned and 4 * math.prod(shape) <= LARGEST_PINNED
+        x = torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
         for out, (_, sample) in zip(x.numpy(), found, strict=True):
             if sample.dtype.kind == "u":
                 np.divide(sample, np.iinfo(sample.dtype).max, out=out, dtype=np.float32)

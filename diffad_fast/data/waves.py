@@ -71,6 +71,8 @@ def extended(wave: np.ndarray, window: int, step: int) -> np.ndarray:
         return wave
     if short < window:
         return np.resize(wave, window)
+    if target >= 2 * short:  # more than once
+        return np.pad(wave, (0, target - short), mode="reflect")
     whole = np.empty(target, wave.dtype)
     whole[:short] = wave
     whole[short:] = wave[-2 : short - target - 2 : -1]

@@ -17,6 +17,7 @@ from diffad_fast.data import audio as module
 from diffad_fast.data import samples
 from diffad_fast.data.audio import open_audio, read_audio
 from diffad_fast.data.sources import training_part
+from diffad_fast.data.waves import extended
 from diffad_fast.errors import InputError, SkippedInput
 
 WINDOW, STEP = 4000, 1000
@@ -282,3 +283,12 @@ def test_waves_at_the_rate_start_no_threads(monkeypatch):
         started.clear()
         assert [len(w) for w in waves(source)] == [8000] * (1 if source is slow else len(source))
         assert len(started) == threads
+
+
+@pytest.mark.parametrize("count", [100, 101, 150, 199])
+@pytest.mark.parametrize("window, step", [(100, 7), (100, 100), (100, 1000)])
+def test_ends_are_mirrored_as_numpy_mirrors_them(count, window, step):
+    wave = np.random.default_rng(count).random(count, dtype=np.float32)
+    found = extended(wave, window, step)
+    more = -(-(count - window) // step) * step + window - count
+    assert np.array_equal(found, np.pad(wave, (0, more), mode="reflect"))

@@ -522,7 +522,7 @@ def test_the_cuda_kernels_in_emulation(emulator, shape, levels, last):
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0, 5.1, 11.0, 16.0])
-@pytest.mark.parametrize("size", [(1, 1), (3, 130), (67, 70), (131, 140)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 130), (67, 70), (128, 128), (131, 140)])
 def test_the_cuda_gaussian_in_emulation(emulator, size, sigma):
     """The last size is more than a thread block takes the largest values of."""
     x, y = random((2, 1, *size), 1), random((2, 1, *size), 2)
@@ -579,6 +579,22 @@ def test_what_the_cuda_kernels_refuse(monkeypatch):
             else:
                 with pytest.raises(BackendError, match=message):
                     operator.backend("cuda", *given.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sigma", [0.0, 1.3, 11.0, 16.0])
+@pytest.mark.parametrize("size", [(1, 1), (128, 128), (129, 128)])
+def test_sizes_and_widths_on_a_gpu(size, sigma, dtype):
+    """Images of one thread block for their largest values, the largest of these, and of two."""
+    if sigma > 11 and torch.cuda.get_device_capability() not in ops.maps.CUDA_LARGE:
+        pytest.skip("so wide a Gaussian needs the shared memory of a data centre's GPU")
+    x, y = (random((5, 2, *size), seed, dtype) for seed in (1, 2))
+    with use_backend("cuda"):
+        found = ops.anomaly_map(x.cuda(), y.cuda(), sigma=sigma, weights=(1.0, 0.0, 0.0))
+    expected = reference.anomaly_map(x.double(), y.double(), sigma=sigma, weights=(1.0, 0.0, 0.0))
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
