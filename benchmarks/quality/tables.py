@@ -24,6 +24,7 @@ FIGURES = {
 }
 # What ours is compared with.
 OTHERS = (*CONTROLS, NEAREST, *DETECTORS, anoddpm.NAME)
+PUBLISHED = {"steps": anoddpm.STEPS, "width": anoddpm.WIDTH}
 
 
 def markdown(result: dict) -> str:
@@ -100,9 +101,11 @@ def _both_parts(one: dict) -> str:
 def headlines(result: dict) -> list[list[str]]:
     """What a result of detection, without variants and robustness, comes to: a row of the data, our
     figures and those of the best of the others; over several sets the means. No row for other
-    results."""
+    results, nor where a public detector was made smaller than published."""
     sets = result.get("sets", [])
     if not any(one["best_control"] for one in sets) or result["variants"] or _robust(result):
+        return []
+    if result.get("anoddpm", PUBLISHED) != PUBLISHED:
         return []
     names = [name for name in sets[0]["runs"] if name in OTHERS]
     figures = {name: title for name, title in FIGURES[sets[0]["kind"]].items() if name != "f1_max"}
