@@ -20,10 +20,8 @@
 
 #ifdef __CUDACC__
 #define DIFFAD_UNROLL4 _Pragma("unroll 4")
-#define DIFFAD_UNROLL_ALL _Pragma("unroll")
 #else
 #define DIFFAD_UNROLL4 _Pragma("GCC unroll 4")
-#define DIFFAD_UNROLL_ALL _Pragma("GCC unroll 128")
 #endif
 
 namespace diffad {
@@ -338,7 +336,7 @@ struct BlurArgs {
   float* result;  // both (N, H, W)
   int64_t height, width, down, across, count;
   float taps[kBlurMostRadius + 1];  // from the middle outwards, 0 beyond the radius
-  TopState* state;                  // (N), or null: nothing is counted
+  TopState* state;                  // (N), or null: the counts are dropped
 };
 
 inline void blur_grid(BlurArgs& a, int64_t batch) {
@@ -377,7 +375,7 @@ __device__ __forceinline__ void blurred_run(const float (&taps)[kBlurMostRadius 
                                             float (&sum)[kBlurRun]) {
   DIFFAD_UNROLL
   for (int p = 0; p < kBlurRun; ++p) sum[p] = 0;
-  DIFFAD_UNROLL_ALL
+  DIFFAD_UNROLL
   for (int q = 0; q < kBlurRun + 2 * kHalo; q += 4) {
     const FourValues values = four(q);
     DIFFAD_UNROLL
@@ -417,12 +415,13 @@ __device__ __forceinline__ void blur_tiles(const BlurArgs& a, float* shared) {
       column[k] = places[extent + (thread % 32 + 32 * k < extent ? thread % 32 + 32 * k : 0)];
     }
     const float* x = a.x + n * a.height * a.width;
+    const int width = static_cast<int>(a.width);
     constexpr int kWarps = kBlurThreads / 32;
     static_assert(extent % kWarps == 0);
     DIFFAD_UNROLL4
     for (int j = 0; j < extent / kWarps; ++j) {
       const int y = thread / 32 + j * kWarps;
-      const float* from = x + places[y] * static_cast<int64_t>(static_cast<int>(a.width));
+      const float* from = x + static_cast<int64_t>(places[y]) * width;
       DIFFAD_UNROLL
       for (int k = 0; k < kColumns; ++k) {
         if (thread % 32 + 32 * k < extent) values[y * pitch + thread % 32 + 32 * k] = from[column[k]];

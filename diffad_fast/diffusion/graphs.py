@@ -89,13 +89,14 @@ class Graphed:
             return self.function(x)
         with self._turn:
             stream = torch.cuda.current_stream(x.device)
-            if self._done is not None:
-                stream.wait_event(self._done)
+            if self._done is None:
+                self._done = torch.cuda.Event()
+            stream.wait_event(self._done)  # nothing before the first call
             try:
                 captured = self._graph(x)
                 return self.function(x) if captured is None else captured(x)
             finally:
-                self._done = stream.record_event()
+                self._done.record(stream)
 
     def _graph(self, x: torch.Tensor) -> CapturedCall | None:
         """The captured call for tensors like x; None where it runs eagerly."""

@@ -480,16 +480,20 @@ def test_threads_take_turns_with_a_graph(captures, monkeypatch):
         return self.function(x)
 
     class Stream:
-        """Each call's: it says what happens on it."""
-
-        def record_event(self):
-            order.append(("record", len(order)))
-            return order[-1]
+        """Each call's."""
 
         def wait_event(self, event):
-            order.append(("wait", event))
+            order.append(("wait", event.stream, self))
+
+    class Event:
+        stream = None
+
+        def record(self, stream):
+            self.stream = stream
+            order.append(("record", stream))
 
     order = []
+    monkeypatch.setattr(graphs.torch.cuda, "Event", Event)
     monkeypatch.setattr(graphs.torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(graphs.torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(FakeCapture, "__call__", replay)
@@ -499,8 +503,11 @@ def test_threads_take_turns_with_a_graph(captures, monkeypatch):
         assert list(pool.map(graphed, inputs)) == [2 * i for i in range(16)]
     assert len(most) >= 14 and max(most) == 1 and len(captures) == 1
     # Each call waits on its stream for the one before, captured or not.
-    assert len(order) == 31
-    assert all(order[i] == ("wait", order[i - 1]) for i in range(1, 31, 2))
+    before = None
+    for (_, waited_for, waiting), record in zip(order[::2], order[1::2], strict=True):
+        assert waited_for is before and record == ("record", waiting)
+        before = waiting
+    assert len(order) == 32
 
 
 class OnCuda(int):
