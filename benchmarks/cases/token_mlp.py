@@ -37,6 +37,10 @@ def _loop_case(sizes, dtype, tolerance, name="") -> Case:
     """All steps of the loop. Narrow weights on a CPU are compared with wide ones too."""
     from diffad_fast import reference
 
+    def inputs(device: torch.device) -> tuple:
+        x, weights, bias, table = on(device, *_inputs(*sizes, dtype))
+        return x, weights.laid_out(), bias, table
+
     def wide(inputs):
         return map_tensors(lambda x: x.float(), inputs)
 
@@ -47,7 +51,7 @@ def _loop_case(sizes, dtype, tolerance, name="") -> Case:
     return operator_case(
         "token_mlp_loop",
         f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {steps} steps{name}",
-        lambda device: on(device, *_inputs(*sizes, dtype)),
+        inputs,
         lambda functions, *inputs: functions.token_mlp_loop(*inputs),
         formats=False,
         peers={"reference, float32 weights": in_float32} if name else {},

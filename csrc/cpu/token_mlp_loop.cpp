@@ -18,15 +18,24 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Fewer tokens than these do not fill a vector.
+// Of fewer tokens than these, reading the weights takes a good part of the time.
 constexpr int64_t kFewTokens = 16;
-// Multiply-adds below which a thread is not worth its start.
+// Tokens, and multiply-adds, below which a thread is not worth its start: for fewer tokens the
+// readings of the weights take as long as the work.
+constexpr int64_t kTokensOfThread = 4;
 constexpr int64_t kGrain = 1 << 19;
 
 // `x` itself where it is contiguous and of that dtype already.
 Tensor as(const Tensor& x, ScalarType dtype) {
   const Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
   return y.is_contiguous() ? y : torch::stable::contiguous(y);
+}
+
+// Whether the columns of matrices (..., rows, columns) follow each other in memory without gaps.
+bool by_columns(const Tensor& w) {
+  const int64_t axis = w.dim() - 2, rows = w.size(axis);
+  return w.stride(axis) == 1 && w.stride(axis + 1) == rows &&
+         (axis == 0 || w.stride(0) == rows * w.size(axis + 1));
 }
 
 int64_t up_to(int64_t multiple, int64_t n) { return (n + multiple - 1) / multiple * multiple; }
@@ -94,7 +103,10 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   const bool dots = kernel != nullptr && weight_dtype == DType::kBFloat16 && !wide;
   if (!dots) kernel = token_mlp_loop_kernel();
   const auto matrix = [&](const Tensor& w) {
-    return dots ? filled_up(as(w, ScalarType::BFloat16)) : as(w, state);
+    if (dots) return filled_up(as(w, ScalarType::BFloat16));
+    return w.scalar_type() == state && by_columns(w)
+               ? w
+               : as(torch::stable::transpose(w, w.dim() - 2, w.dim() - 1), state);
   };
   a.row_in = dots ? up_to(kBf16Inputs, a.size) : a.size;
   a.row = dots ? up_to(kBf16Inputs, a.width) : a.width;
@@ -114,9 +126,15 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
     a.tokens = tokens * levels;
     a.levels = levels;
     a.steps = levels == 1 ? steps : 1;
-    const int64_t products = 2 * a.width * (a.size + a.blocks * a.width);
-    const int64_t tiles = (a.tokens + kTokenTile - 1) / kTokenTile;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (kTokenTile * products * a.steps + 1));
+    // Where tokens are few, tiles of fewer, so that every thread has one.
+    const int64_t products = 2 * a.width * (a.size + a.blocks * a.width) * a.steps;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t least = std::max(dots ? kTokenTile / 2 : kTokensOfThread, kGrain / (products + 1));
+    const int64_t rounds = (a.tokens + threads * kTokenTile - 1) / (threads * kTokenTile);
+    const int64_t even = (a.tokens + threads * rounds - 1) / std::max<int64_t>(1, threads * rounds);
+    a.tile = std::clamp(even, std::min(least, kTokenTile), kTokenTile);
+    const int64_t tiles = (a.tokens + a.tile - 1) / a.tile;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (a.tile * products + 1));
     const auto run_tiles = [&](int64_t begin, int64_t end) {
       const Scratch scratch = scratch_of(token_mlp_scratch(a));
       kernel(a, scratch.get(), begin, end);

@@ -50,8 +50,8 @@ class TokenMLP(nn.Module):
         return self.modulation(self.embedding(log_sigma)).unflatten(1, (-1, self.width))
 
     def pack(self, dtype: torch.dtype | None = None) -> PackedTokenMLP:
-        """The weights for ``ops.token_mlp_loop``, in ``dtype`` (that of the module)."""
-        return self._packed(dtype)[0]
+        """The weights for ``ops.token_mlp_loop``, in ``dtype`` (that of the module), laid out."""
+        return self._packed(dtype)[0].laid_out()
 
     def step_bias(self, log_sigma: torch.Tensor) -> torch.Tensor:
         """(S,blocks,width) for the levels log_sigma (S,), for ``ops.token_mlp_loop``."""
@@ -60,7 +60,7 @@ class TokenMLP(nn.Module):
     def packed(
         self, log_sigma: torch.Tensor, dtype: torch.dtype | None = None
     ) -> tuple[PackedTokenMLP, torch.Tensor]:
-        """:meth:`pack` and :meth:`step_bias` together, for ``ops.token_mlp_loss``."""
+        """Weights and :meth:`step_bias` together, for ``ops.token_mlp_loss``."""
         weights, extra = self._packed(dtype)
         return weights, self._levels(log_sigma) + extra
 

@@ -102,7 +102,8 @@ def token_mlp_loop(x, weights, step_bias, table):
     backward pass evaluates the reference again, with its graph.
 
     On a CPU, bfloat16 weights are multiplied by AMX or by AVX-512's dot products where the
-    processor has them, else widened. On a GPU, one kernel serves bfloat16 weights of width 128
+    processor has them, else widened; for others, ``weights.laid_out()`` saves each call a copy,
+    which for a few tokens takes longer than the rest. On a GPU, one kernel serves bfloat16 weights of width 128
     and 256, any D and blocks; ``auto`` serves the rest by the reference, and a backend ``cuda``
     that was asked for by name refuses it.
 

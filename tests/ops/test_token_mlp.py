@@ -370,7 +370,7 @@ def test_native_result_of_a_token_is_its_own(cpu_isa_bf16, weights):
     dtype = torch.promote_types(weights, torch.float32)
     x, *rest = problem(71, 13, 22, 2, 2, dtype, weights)
     x_end, stats = on_cpu((x, *rest))
-    for count in (1, 2, 3, 5, 8, 9, 16, 17, 24, 33):
+    for count in range(1, 41):
         for begin in (0, 71 - count):
             some = on_cpu((x[begin : begin + count], *rest))
             assert torch.equal(some[0], x_end[begin : begin + count])
@@ -378,8 +378,9 @@ def test_native_result_of_a_token_is_its_own(cpu_isa_bf16, weights):
 
 
 @pytest.mark.native
-def test_native_bits_do_not_depend_on_threads(by_threads):
-    arguments = problem(300, 13, 64, 2, 2, torch.float32)
+@pytest.mark.parametrize("count", [7, 20, 41, 80, 300])
+def test_native_bits_do_not_depend_on_threads(count, by_threads):
+    arguments = problem(count, 13, 256, 2, 2, torch.float32)  # enough work for several threads
     by_threads(lambda: on_cpu(arguments))
 
 
@@ -403,6 +404,18 @@ def test_native_takes_any_strides(cpu_isa_bf16, of_weights):
     found = on_cpu((expanded[0], weights, *expanded[1:]))
     row, bias, table = (t.contiguous() for t in expanded)
     expected = on_cpu((row, weights, bias, table))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_laid_out_weights_are_the_same_weights(dtype):
+    x, weights, bias, table = problem(3, 13, 22, 2, 2, torch.float32, dtype)
+    laid_out = weights.laid_out()
+    assert all(torch.equal(a, b) for a, b in zip(laid_out, weights, strict=True))
+    for w in (laid_out.W_in, laid_out.W1, laid_out.W2, laid_out.W_out):
+        assert (w if dtype == torch.bfloat16 else w.mT).is_contiguous()
+    found = ops.token_mlp_loop(x, laid_out, bias, table)
+    expected = ops.token_mlp_loop(x, weights, bias, table)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

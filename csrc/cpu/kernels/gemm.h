@@ -9,10 +9,8 @@ namespace diffad::DIFFAD_ISA {
 // V vectors of the one operand and one broadcast number of the other.
 #if defined(__AVX512F__)
 constexpr int kPairRows = 12;  // 24 of 32 registers
-constexpr int kSingleRows = 12;
 #else
-constexpr int kPairRows = 6;    // 12 of 16, enough to keep two units of latency 4 busy
-constexpr int kSingleRows = 8;  // more rows need more pointers than there are registers
+constexpr int kPairRows = 6;  // 12 of 16, enough to keep two units of latency 4 busy
 #endif
 
 // sum[r][v] += sum over k < count of rows[r * row + k * row_step] times the vector at

@@ -8,24 +8,25 @@ namespace diffad::DIFFAD_ISA {
 namespace {
 
 template <class C>
-void run_tile(const TokenMlpArgs& a, int64_t first, void* scratch) {
-  const int64_t left = a.tokens - first;
-  const int64_t tokens = left < kTokenTile ? left : kTokenTile;
-  if (tokens > Few<C>::kMost) return run(Panels<C>(a, first, tokens), scratch);
-  run(Few<C>{a, first, tokens}, scratch);
+void run_tile(const TokenMlpArgs& a, int64_t first, int64_t tokens, void* scratch) {
+  // Panels take time for all of their lanes, Few for its tokens alone, but more for each: the last
+  // panel is full, or nearly.
+  constexpr int64_t kPanel = 2 * kLanes<C>;
+  const int64_t rest = tokens % kPanel;
+  const int64_t in_panels = rest > 3 * kPanel / 4 ? tokens : tokens - rest;
+  if (in_panels > 0) run(Panels<C>(a, first, in_panels), scratch);
+  for_even_blocks(tokens - in_panels, Few<C>::kMost, [&](int64_t begin, int64_t count) {
+    run(Few<C>{a, first + in_panels + begin, count}, scratch);
+  });
 }
 
 }  // namespace
 
 void token_mlp_loop(const TokenMlpArgs& args, void* scratch, int64_t begin, int64_t end) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first = tile * kTokenTile;
-    if (args.dtype == DType::kDouble) {
-      run_tile<double>(args, first, scratch);
-    } else {
-      run_tile<float>(args, first, scratch);
-    }
-  }
+  for_tiles(args, begin, end, [&](int64_t first, int64_t tokens) {
+    args.dtype == DType::kDouble ? run_tile<double>(args, first, tokens, scratch)
+                                 : run_tile<float>(args, first, tokens, scratch);
+  });
 }
 
 }  // namespace diffad::DIFFAD_ISA

@@ -228,7 +228,7 @@ struct PairPanels : Panels<float> {
   }
 
   void linear(const bf16* w, int64_t out_features, int64_t row, const Pair* in, const float* bias,
-              bool add, float* out, const bf16*) const {
+              bool add, float* out) const {
     for_products(w, out_features, row, in, [&](int64_t o, int64_t n, const float* sums, int64_t p,
                                                auto v_count) {
       constexpr int V = v_count;
@@ -246,7 +246,7 @@ struct PairPanels : Panels<float> {
   }
 
   void linear_silu(const bf16* w, int64_t out_features, int64_t row, const Pair* in,
-                   const Biases<float>& bias, Pair* out, const bf16*) const {
+                   const Biases<float>& bias, Pair* out) const {
     for_products(w, out_features, row, in, [&](int64_t o, int64_t n, const float* sums, int64_t p,
                                                auto v_count) {
       constexpr int V = v_count;
@@ -354,7 +354,7 @@ struct PairSingle : Few<float> {
   }
 
   void linear(const bf16* w, int64_t out_features, int64_t row, const Pair* in, const float* bias,
-              bool add, float* out, const bf16*) const {
+              bool add, float* out) const {
     for_products(w, out_features, row, in, [&](int64_t o, int64_t left, Vec<float> sum) {
       Vec<float> y = sum + bias_of(bias + o, left);
       if (add) y += load(out + o);
@@ -364,7 +364,7 @@ struct PairSingle : Few<float> {
 
   template <class F>
   void linear_silu(const bf16* w, int64_t out_features, int64_t row, const Pair* in, F&& biases,
-                   Pair* out, const bf16*) const {
+                   Pair* out) const {
     const float* bias = biases(0);
     bf16* to = reinterpret_cast<bf16*>(out);
     for_products(w, out_features, row, in, [&](int64_t o, int64_t left, Vec<float> sum) {
@@ -399,10 +399,7 @@ struct PairSingle : Few<float> {
 }  // namespace
 
 void token_mlp_loop_bf16(const TokenMlpArgs& args, void* scratch, int64_t begin, int64_t end) {
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first = tile * kTokenTile;
-    const int64_t left = args.tokens - first;
-    const int64_t tokens = left < kTokenTile ? left : kTokenTile;
+  for_tiles(args, begin, end, [&](int64_t first, int64_t tokens) {
     if (tokens > 1) {
       const Session session(L);
       run(PairPanels(args, first, tokens), scratch);
@@ -410,7 +407,7 @@ void token_mlp_loop_bf16(const TokenMlpArgs& args, void* scratch, int64_t begin,
       const Session session(1);
       run(PairSingle{{args, first, 1}}, scratch);
     }
-  }
+  });
 }
 
 }  // namespace diffad::DIFFAD_ISA

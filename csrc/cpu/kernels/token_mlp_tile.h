@@ -1,10 +1,9 @@
 // The loop of token_mlp_loop over a tile of tokens, and the two layouts of a tile that serve it; a
 // token has the same bits in both:
-//   Panels  the lanes of a vector are tokens. Weights are read where they lie, (outputs, inputs)
-//           row by row, a number at a time that is broadcast: nothing is packed.
-//   Few     for some tokens, the lanes are their features. Square blocks of weights are transposed
-//           in registers on their way, once for all of these tokens.
-// Both know the arguments of the call and their first token.
+//   Panels  the lanes of a vector are tokens, and weights are broadcast, a number at a time.
+//   Few     for some tokens, the lanes are features, and weights are read as vectors of outputs.
+// Both read float32 and float64 matrices (inputs, outputs), where the outputs of an input lie side by
+// side; both know the arguments of the call and their first token.
 // Each output of a product is one chain of fma over the inputs in their order, and each sum over
 // features runs in kLanes chains (feature f in chain f mod kLanes) that are then folded in half
 // until one is left. So a token's result depends neither on its place in x nor on other tokens.
@@ -91,16 +90,14 @@ struct Biases {
 
 // ---------------------------------------------------------------------- panels
 
-static_assert(kSingleRows >= kPairRows);  // the last panel of several has the blocks of the others
-
-// R outputs of V vectors of tokens, from output `o` on: out[r] = sum over k of w[r][k] in[k], plus its
-// bias.
-template <class C, int R, int V>
-void outputs(const C* w, int64_t inputs, const C* in, const Biases<C>& bias, int64_t o, After after,
-             C* out) {
-  constexpr int L = kLanes<C>;
+// R outputs of two vectors of tokens, from output `o` on: out[r] = sum over k < inputs of
+// w[k * row + r] in[k], plus its bias.
+template <class C, int R>
+void outputs(const C* w, int64_t row, int64_t inputs, const C* in, const Biases<C>& bias, int64_t o,
+             After after, C* out) {
+  constexpr int L = kLanes<C>, V = 2;
   Vec<C> sum[R][V] = {};
-  multiply_add<C, R, V>(w, inputs, 1, in, L, V * L, inputs, sum);
+  multiply_add<C, R, V>(w, 1, row, in, L, V * L, inputs, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
@@ -150,25 +147,17 @@ struct Panels {
     return {buffer, true};
   }
 
-  // out = after(w in + bias), w (outputs, inputs).
+  // out = after(w^T in + bias), w (inputs, outputs), in panels of two vectors all.
   void product(const C* w, int64_t out_features, int64_t in_features, const C* in,
                const Biases<C>& bias, After after, C* out) const {
-    const int64_t most = panels == 1 && last == 1 ? kSingleRows : kPairRows;
-    for_even_blocks(out_features, most, [&](int64_t o, int64_t rows) {
-      const C* weights = w + o * in_features;
+    for_even_blocks(out_features, kPairRows, [&](int64_t o, int64_t rows) {
       for (int64_t p = 0; p < panels; ++p) {
         const C* panel = in + begin(p, in_features);
         const Biases<C> biases = of_panel(bias, p, out_features);
-        C* result = out + begin(p, out_features) + o * vectors(p) * L;
-        if (vectors(p) == 2) {
-          with_rows<kPairRows>(rows, [&](auto r) {
-            outputs<C, r, 2>(weights, in_features, panel, biases, o, after, result);
-          });
-        } else {
-          with_rows<kSingleRows>(rows, [&](auto r) {
-            outputs<C, r, 1>(weights, in_features, panel, biases, o, after, result);
-          });
-        }
+        C* result = out + begin(p, out_features) + o * 2 * L;
+        with_rows<kPairRows>(rows, [&](auto r) {
+          outputs<C, r>(w + o, out_features, in_features, panel, biases, o, after, result);
+        });
       }
     });
   }
@@ -178,12 +167,12 @@ struct Panels {
   }
 
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
-              bool add, C* out, const C*) const {
+              bool add, C* out) const {
     product(w, out_features, in_features, in, {bias, false},
             add ? After::kAddToOutput : After::kNothing, out);
   }
   void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in,
-                   const Biases<C>& bias, C* out, const C*) const {
+                   const Biases<C>& bias, C* out) const {
     product(w, out_features, in_features, in, bias, After::kSilu, out);
   }
   void scale(int64_t step, const C* x, int64_t features, C* out) const {
@@ -313,9 +302,8 @@ struct Few {
   using Weight = C;
   using Operand = C;
   static constexpr int L = kLanes<C>;
-  // For more a panel of one vector is as fast: it needs an fma for every weight, this one for every
-  // vector of weights and token, and the turning of the weights.
-  static constexpr int kMost = L / 2 > 1 ? L / 2 : 1;
+  // With two vectors of outputs of each, their sums fill the registers.
+  static constexpr int kMost = kPairRows;
   const TokenMlpArgs& a;
   int64_t first;
   int64_t tokens;
@@ -331,90 +319,79 @@ struct Few {
     };
   }
 
-  // N vectors of outputs of T tokens from `o` on, of which the last may be short. The weights from
-  // `next` on, those of the block after this one, are fetched meanwhile.
+  // N vectors of outputs of T tokens from `o` on, of which the last may be short.
   template <int N, int T, class F>
   static void block(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
-                    F&& biases, After after, C* out, const C* next) {
-    constexpr int64_t kLine = 64 / sizeof(C);
+                    F&& biases, After after, C* out) {
     const int64_t in_length = length(inputs), out_length = length(out_features);
-    // Past the end the last row is taken again: its results go into lanes that nobody reads.
-    const auto row = [&](int64_t i) {
-      return w + (o + i < out_features ? o + i : out_features - 1) * inputs;
-    };
+    const int64_t rest = out_features - o - (N - 1) * L;  // of the last vector, or more
     Vec<C> sum[N][T] = {};
-    int64_t k = 0;
-    for (; k + L <= inputs; k += L) {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        Vec<C> square[L];
+    const auto add = [&](int64_t k, auto&& last) {
+      Vec<C> weights[N];
+      const C* from = w + k * out_features + o;
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) square[i] = load(row(n * L + i) + k);
-        if (k % kLine == 0) {
+      for (int n = 0; n + 1 < N; ++n) weights[n] = load(from + n * L);
+      weights[N - 1] = last(from + (N - 1) * L);
 #pragma GCC unroll 16
-          for (int i = 0; i < L; ++i) __builtin_prefetch(next + (n * L + i) * inputs + k, 0, 2);
-        }
-        transpose(square);
+      for (int t = 0; t < T; ++t) {
+        const Vec<C> number = splat(in[t * in_length + k]);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-#pragma GCC unroll 8
-          for (int t = 0; t < T; ++t) {
-            sum[n][t] = fma(square[i], splat(in[t * in_length + k + i]), sum[n][t]);
-          }
-        }
+        for (int n = 0; n < N; ++n) sum[n][t] = fma(weights[n], number, sum[n][t]);
       }
+    };
+    // What is read past the outputs of an input are those of the next one, for lanes that nobody
+    // reads: only behind the last inputs there may be nothing.
+    const int64_t missing = rest < L ? (L - rest + out_features - 1) / out_features : 0;
+    const int64_t whole = inputs > missing ? inputs - missing : 0;
+    for (int64_t k = 0; k < whole; ++k) add(k, [](const C* from) { return load(from); });
+    for (int64_t k = whole; k < inputs; ++k) {
+      add(k, [&](const C* from) { return load_partial(from, rest); });
     }
-    for (; k < inputs; ++k) {
-      for (int n = 0; n < N; ++n) {
-        C column[L];
-        for (int i = 0; i < L; ++i) column[i] = row(n * L + i)[k];
-        for (int t = 0; t < T; ++t) {
-          sum[n][t] = fma(load(column), splat(in[t * in_length + k]), sum[n][t]);
-        }
-      }
-    }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      const int64_t from = o + n * L, rest = out_features - from;
+      const int64_t from = o + n * L;
       for (int t = 0; t < T; ++t) {
         C* to = out + t * out_length + from;
         const C* bias = biases(t) + from;
-        Vec<C> y = sum[n][t] + (rest < L ? load_partial(bias, rest) : load(bias));
+        Vec<C> y = sum[n][t] + (n + 1 < N || rest >= L ? load(bias) : load_partial(bias, rest));
         if (after == After::kAddToOutput) y += load(to);
         store(to, after == After::kSilu ? silu(y) : y);
       }
     }
   }
 
-  // `next`: the weights of the product after this one.
+  // As many blocks of N vectors from `o` on as there are, then smaller ones.
+  template <int N, int T, class F>
+  static void blocks(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
+                     F&& biases, After after, C* out) {
+    for (; o + (N - 1) * L < out_features; o += N * L) {
+      block<N, T>(w, o, out_features, inputs, in, biases, after, out);
+    }
+    if constexpr (N > 1) blocks<N / 2, T>(w, o, out_features, inputs, in, biases, after, out);
+  }
+
+  // The largest up to n.
+  static constexpr int power_of_two(int n) { return n > 1 ? 2 * power_of_two(n / 2) : 1; }
+
   template <class F>
   void product(const C* w, int64_t out_features, int64_t in_features, const C* in, F&& biases,
-               After after, C* out, const C* next) const {
-    const auto after_rows = [&](int64_t o) { return o < out_features ? w + o * in_features : next; };
+               After after, C* out) const {
     with_rows<kMost>(tokens, [&](auto count) {
-      // Chains of fma that run side by side. With more of them, so many rows are read at once that
-      // their lines push each other out of the first-level cache: rows lie powers of two apart.
-      constexpr int kBlocks = count == 1 ? 2 : 1;
-      int64_t o = 0;
-      for (; o + kBlocks * L <= out_features; o += kBlocks * L) {
-        block<kBlocks, count>(w, o, out_features, in_features, in, biases, after, out,
-                              after_rows(o + kBlocks * L));
-      }
-      for (; o < out_features; o += L) {
-        block<1, count>(w, o, out_features, in_features, in, biases, after, out, after_rows(o + L));
-      }
+      // All sums stay in registers.
+      constexpr int N = power_of_two(2 * kPairRows / count);
+      blocks<N, count>(w, 0, out_features, in_features, in, biases, after, out);
     });
   }
 
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
-              bool add, C* out, const C* next) const {
+              bool add, C* out) const {
     product(w, out_features, in_features, in, [bias](int64_t) { return bias; },
-            add ? After::kAddToOutput : After::kNothing, out, next);
+            add ? After::kAddToOutput : After::kNothing, out);
   }
   template <class F>
   void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in, F&& biases,
-                   C* out, const C* next) const {
-    product(w, out_features, in_features, in, biases, After::kSilu, out, next);
+                   C* out) const {
+    product(w, out_features, in_features, in, biases, After::kSilu, out);
   }
   void scale(int64_t step, const C* x, int64_t features, C* out) const {
     for_tokens(features, [&](int64_t t, int64_t begin) {
@@ -527,21 +504,19 @@ void run(const Tile& tile, void* scratch) {
   for (int64_t step = 0; step < a.steps; ++step) {
     tile.scale(step, x, size, in);
     tile.round(a.weight_dtype, in, size);
-    tile.linear(matrix(a.w_in), width, a.row_in, in, of(a.b_in), false, h,
-                matrix(a.blocks ? a.w1 : a.w_out));
+    tile.linear(matrix(a.w_in), width, a.row_in, in, of(a.b_in), false, h);
     for (int64_t block = 0; block < a.blocks; ++block) {
       const auto* w1 = matrix(a.w1) + block * a.matrix;
       const auto* w2 = matrix(a.w2) + block * a.matrix;
       tile.layer_norm(h, width, false, in);
       tile.round(a.weight_dtype, in, width);
-      tile.linear_silu(w1, width, a.row, in, tile.step_biases(step, block, biases), inner, w2);
+      tile.linear_silu(w1, width, a.row, in, tile.step_biases(step, block, biases), inner);
       tile.round(a.weight_dtype, inner, width);
-      tile.linear(w2, width, a.row, inner, of(a.b2) + block * width, true, h,
-                  block + 1 < a.blocks ? w1 + a.matrix : matrix(a.w_out));
+      tile.linear(w2, width, a.row, inner, of(a.b2) + block * width, true, h);
     }
     tile.layer_norm(h, width, true, in);
     tile.round(a.weight_dtype, in, width);
-    tile.linear(matrix(a.w_out), size, a.row, in, of(a.b_out), false, out, matrix(a.w_in));
+    tile.linear(matrix(a.w_out), size, a.row, in, of(a.b_out), false, out);
     tile.update_all(step, x, out, size);
   }
   for_dtype(a.dtype, [&](auto zero) {
