@@ -1,11 +1,10 @@
 // token_mlp_loss on the CPU: the denoising loss of the token MLP and all its gradients in one call.
 //
-// Matrix products go to the library that PyTorch carries, everything between them to
-// kernels/token_mlp_loss.cpp. Batches are cut into chunks of whole levels, so that what the
-// backward pass reads stays in the cache; gradients of weights add up over the chunks.
+// Chunks of the batch go through three parts, each on all threads: groups of tokens through the
+// forward and the backward pass; the products over all tokens of the chunk that make the weights'
+// gradients, some rows of a matrix at a time; and sums of what the groups left.
 #include "kernels/token_mlp_loss.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,32 +13,32 @@
 #include <vector>
 
 #include "../common/tensor.h"
+#include "layout.h"
 
 namespace diffad {
 namespace {
 
 using torch::headeronly::ScalarType;
 
+// What is kept of so many tokens for the weights' gradients lies in the cache that cores share.
 constexpr int64_t kChunkTokens = 512;
-// Numbers below which a thread is not worth its start.
-constexpr int64_t kGrain = 1 << 14;
-
-// out = beta out + a b.
-void product(const Tensor& out, const Tensor& a, const Tensor& b, bool add = false) {
-  TORCH_ERROR_CODE_CHECK(
-      add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1, 1)
-          : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-
-Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+// Rows of a gradient that a thread makes at once.
+constexpr int64_t kOuterRows = 64;
+// Multiply-adds below which a thread is not worth its start.
+constexpr int64_t kGrain = 1 << 19;
 
 float* data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 const float* read(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 
-// out (columns,) += the sums over the rows of `part`.
-void add_rows(const float* part, int64_t rows, int64_t columns, float* out) {
+Tensor buffer(const Tensor& like, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(like, shape);
+}
+
+// out (columns,) = the sums over `rows` rows, `next` elements apart.
+void sum_rows(const float* part, int64_t rows, int64_t next, int64_t columns, float* out) {
+  std::fill_n(out, columns, 0.0f);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) out[c] += part[r * columns + c];
+    for (int64_t c = 0; c < columns; ++c) out[c] += part[r * next + c];
   }
 }
 
@@ -64,6 +63,12 @@ void check(const Tensor& x, const Tensor& target, const Tensor& weight,
   same(weights[6], {d});
 }
 
+// Runs and groups of S levels of so many tokens.
+TokenRuns runs_of(int64_t levels, int64_t rows) {
+  const int64_t parts = (rows + kGroupTokens - 1) / kGroupTokens;
+  return {rows, parts, parts > 1 ? 1 : std::max<int64_t>(1, kGroupTokens / rows), levels * parts};
+}
+
 // The loss, a scalar, and its gradients for the seven weights and step_bias; without `gradients`
 // an empty list.
 std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Tensor& target,
@@ -72,100 +77,120 @@ std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Te
                                                        const Tensor& step_bias, bool gradients) {
   check(x, target, weight, weights, step_bias);
   const int64_t m = x.size(0), d = x.size(1), w = weights[0].size(0), blocks = weights[2].size(0);
-  const int64_t levels = step_bias.size(0), rows = m / levels;
-  const int64_t chunk = std::max<int64_t>(1, std::min(levels, kChunkTokens / rows));
-  const auto block = [](const Tensor& t, int64_t l) { return torch::stable::select(t, 0, l); };
-  const Tensor &w_in = weights[0], &w1 = weights[2], &w2 = weights[3], &w_out = weights[5];
-  const float *b_in = read(weights[1]), *b2 = read(weights[4]), *b_out = read(weights[6]);
+  const int64_t levels = step_bias.size(0), layers = blocks + 1;
+  const int64_t filled = (d + kWidthStep - 1) / kWidthStep * kWidthStep;
 
-  // Of a chunk, (tokens, W): h, the input of a product or its result, and what the backward pass
-  // needs of every block and of the last layer: LN(h), SiLU and its sigmoid.
-  const int64_t kept = gradients ? blocks + 1 : 1;
-  const Tensor space = torch::stable::new_empty(x, {2 + 3 * kept, chunk * rows, w});
-  const Tensor scales = torch::stable::new_empty(x, {kept, chunk * rows});
-  Tensor outputs = torch::stable::new_empty(x, {chunk * rows, d});
-  const Tensor sums = torch::stable::new_empty(x, {chunk, std::max(w, d)});
-  std::vector<double> losses(chunk);
+  TokenLossArgs a{};
+  a.runs = runs_of(levels, m / levels);
+  a.size = d, a.filled = filled, a.width = w, a.blocks = blocks;
+  a.x = read(x), a.target = read(target), a.weight = read(weight);
+  a.b_in = read(weights[1]), a.w1 = read(weights[2]), a.w2 = read(weights[3]);
+  a.b2 = read(weights[4]), a.w_out = read(weights[5]), a.b_out = read(weights[6]);
+  a.step_bias = read(step_bias);
+  a.factor = 2.0f / static_cast<float>(m * d);
+  a.gradients = gradients;
+
+  const int64_t groups = (a.runs.count + a.runs.of_group - 1) / a.runs.of_group;
+  const int64_t group_tokens = std::min(kGroupTokens, a.runs.begin(a.runs.of_group));
+  const int64_t chunk = std::min(groups, std::max<int64_t>(1, kChunkTokens / group_tokens));
+  const auto group_begin = [&](int64_t group) {
+    return a.runs.begin(std::min(group * a.runs.of_group, a.runs.count));
+  };
+  a.space = std::min(m, chunk * kGroupTokens);
+
+  const Tensor turned = buffer(x, {d * w + 2 * blocks * w * w + w * filled});
+  const Tensor space = buffer(x, {4 * layers * a.space * w + a.space * filled});
+  const Tensor sums = buffer(x, {groups, layers * w + filled});
+  std::vector<double> losses(groups);
+  a.loss = losses.data();
+  a.normalised = data(space);
+  a.sigmoid = a.normalised + layers * a.space * w;
+  a.activated = a.sigmoid + layers * a.space * w;
+  a.gradient = a.activated + layers * a.space * w;
+  a.output = a.gradient + layers * a.space * w;
+  a.grad_bias = data(sums);
+  a.grad_out = a.grad_bias + groups * layers * w;
+
+  std::vector<Transposed> matrices;
+  float* next = data(turned);
+  const auto transposed = [&](const float* in, int64_t rows, int64_t columns, int64_t to) {
+    matrices.push_back({in, next, rows, columns, to});
+    next += columns * to;
+    return matrices.back().out;
+  };
+  a.w_in_t = transposed(read(weights[0]), w, d, w);
+  for (int64_t l = 0; l < blocks; ++l) {
+    const float* out = transposed(a.w1 + l * w * w, w, w, w);
+    if (l == 0) a.w1_t = out;
+  }
+  for (int64_t l = 0; l < blocks; ++l) {
+    const float* out = transposed(a.w2 + l * w * w, w, w, w);
+    if (l == 0) a.w2_t = out;
+  }
+  a.w_out_t = transposed(a.w_out, d, w, filled);
+
+  Tensor embedding, w_in_grad;
   std::vector<Tensor> grads;
   if (gradients) {
-    for (const Tensor& t : weights) grads.push_back(torch::stable::new_zeros(t, t.sizes()));
+    for (const Tensor& t : weights) grads.push_back(torch::stable::new_empty(t, t.sizes()));
     grads.push_back(torch::stable::new_empty(step_bias, step_bias.sizes()));
+    embedding = a.runs.parts == 1 ? grads[7] : buffer(x, {a.runs.count, blocks, w});
+    a.grad_embedding = data(embedding);
+    w_in_grad = buffer(x, {d, w});  // transposed, as its vectors are those of W
   }
-  const int64_t grain = std::max<int64_t>(1, kGrain / (rows * w));
-  double loss = 0;
 
-  for (int64_t first = 0; first < levels; first += chunk) {
-    const int64_t count = std::min(chunk, levels - first), tokens = count * rows;
-    const auto part = [&](const Tensor& t) {
-      return torch::stable::narrow(const_cast<Tensor&>(t), 0, first * rows, tokens);
-    };
-    const auto buffer = [&](int64_t i) {
-      Tensor whole = torch::stable::select(space, 0, i);
-      return torch::stable::narrow(whole, 0, 0, tokens);
-    };
-    const auto each_level = [&](auto kernel, const auto& args) {
-      torch::stable::parallel_for(0, count, grain,
-                                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-    };
-    const LevelRows of{rows, w};
-    const Tensor h = buffer(0), moving = buffer(1), inputs = part(x);
-    const Tensor output = torch::stable::narrow(outputs, 0, 0, tokens);
-    const auto normalised = [&](int64_t l) { return buffer(2 + (gradients ? l : 0) * 3); };
-    const auto sigmoids = [&](int64_t l) { return buffer(3 + (gradients ? l : 0) * 3); };
-    const auto activated = [&](int64_t l) { return buffer(4 + (gradients ? l : 0) * 3); };
-    const auto scale = [&](int64_t l) { return data(scales) + (gradients ? l : 0) * chunk * rows; };
-    const float* e = read(step_bias) + first * blocks * w;
+  const auto on_threads = [](int64_t begin, int64_t end, int64_t work, const auto& f) {
+    torch::stable::parallel_for(begin, end, std::max<int64_t>(1, kGrain / (work + 1)), f);
+  };
+  on_threads(0, matrices.size(), w * w, [&](int64_t begin, int64_t end) {
+    token_transposed_kernel()(matrices.data(), begin, end);
+  });
 
-    product(h, inputs, transposed(w_in));
-    for (int64_t l = 0; l <= blocks; ++l) {
-      const bool last = l == blocks;
-      each_level(token_norm_forward_kernel(),
-                 NormForward{of, data(h), data(normalised(l)), scale(l),
-                             last ? data(sigmoids(l)) : nullptr, data(activated(l)),
-                             l == 0 ? nullptr : data(moving), l == 0 ? b_in : b2 + (l - 1) * w});
-      if (last) break;
-      const Tensor s = sigmoids(l);
-      product(s, normalised(l), transposed(block(w1, l)));
-      each_level(token_activation_forward_kernel(),
-                 ActivationForward{of, data(s), e + l * w, blocks * w, data(s),
-                                   data(activated(l))});
-      product(moving, activated(l), transposed(block(w2, l)));
-    }
-    product(output, activated(blocks), transposed(w_out));
-    each_level(token_residual_kernel(),
-               Residual{{rows, d}, data(output), b_out, read(target) + first * rows * d,
-                        read(weight) + first * rows, 2.0f / static_cast<float>(m * d),
-                        losses.data(), data(sums)});
-    for (int64_t i = 0; i < count; ++i) loss += losses[i];
+  for (int64_t first = 0; first < groups; first += chunk) {
+    const int64_t last = std::min(first + chunk, groups);
+    a.first = group_begin(first);
+    on_threads(first, last, group_tokens * 6 * w * (d + blocks * w), [&](int64_t begin, int64_t end) {
+      const Scratch scratch = scratch_of(token_loss_scratch(a));
+      token_mlp_loss_kernel()(a, scratch.get(), begin, end);
+    });
     if (!gradients) continue;
 
-    const bool add = first > 0;
-    add_rows(read(sums), count, d, data(grads[6]));
-    product(grads[5], transposed(output), activated(blocks), add);
-    product(moving, output, w_out);
-    // From here on h, which is not needed any more, holds its own gradient.
-    Tensor gradient = moving;
-    for (int64_t l = blocks; l >= 0; --l) {
-      const bool last = l == blocks;
-      each_level(token_norm_backward_kernel(),
-                 NormBackward{of, data(gradient), data(h), data(normalised(l)), scale(l),
-                              last ? data(sigmoids(l)) : nullptr, data(activated(l)), last,
-                              data(sums)});
-      add_rows(read(sums), count, w, l == 0 ? data(grads[1]) : data(grads[4]) + (l - 1) * w);
-      if (l == 0) break;
-      const int64_t k = l - 1;
-      product(block(grads[3], k), transposed(h), activated(k), add);
-      product(moving, h, block(w2, k));
-      each_level(token_activation_backward_kernel(),
-                 ActivationBackward{of, data(moving), data(sigmoids(k)), data(activated(k)),
-                                    data(grads[7]) + (first * blocks + k) * w, blocks * w});
-      product(block(grads[2], k), transposed(moving), normalised(k), add);
-      gradient = sigmoids(k);  // what it held is not needed any more
-      product(gradient, moving, block(w1, k));
+    const int64_t tokens = group_begin(last) - a.first;
+    std::vector<OuterProduct> products;
+    const auto outer = [&](const float* rows_of, int64_t row, int64_t rows, const float* columns_of,
+                           float* out) {
+      for (int64_t r = 0; r < rows; r += kOuterRows) {
+        products.push_back({rows_of + r, columns_of, out + r * w, std::min(kOuterRows, rows - r), w,
+                            row, w});
+      }
+    };
+    const auto layer = [&](float* array, int64_t l) { return array + l * a.space * w; };
+    outer(a.x + a.first * d, d, d, a.gradient, data(w_in_grad));
+    for (int64_t l = 0; l < blocks; ++l) {
+      const int64_t matrix = l * w * w;
+      outer(layer(a.sigmoid, l), w, w, layer(a.normalised, l), data(grads[2]) + matrix);
+      outer(layer(a.gradient, l + 1), w, w, layer(a.activated, l), data(grads[3]) + matrix);
     }
-    product(grads[0], transposed(h), inputs, add);
+    outer(a.output, filled, d, layer(a.activated, blocks), data(grads[5]));
+    on_threads(0, products.size(), kOuterRows * w * tokens, [&](int64_t begin, int64_t end) {
+      token_outer_products_kernel()(products.data(), tokens, first > 0, begin, end);
+    });
+  }
+
+  if (gradients) {
+    const Transposed back{read(w_in_grad), data(grads[0]), d, w, d};
+    token_transposed_kernel()(&back, 0, 1);
+    sum_rows(a.grad_bias, groups, layers * w, w, data(grads[1]));
+    sum_rows(a.grad_bias + w, groups, layers * w, blocks * w, data(grads[4]));
+    sum_rows(a.grad_out, groups, filled, d, data(grads[6]));
+    const int64_t parts = a.runs.parts, row = blocks * w;
+    for (int64_t level = 0; level < levels && parts > 1; ++level) {
+      sum_rows(a.grad_embedding + level * parts * row, parts, row, row, data(grads[7]) + level * row);
+    }
   }
   Tensor result = torch::stable::new_empty(x, {});
+  double loss = 0;
+  for (const double part : losses) loss += part;
   *data(result) = static_cast<float>(loss / static_cast<double>(m * d));
   return {result, grads};
 }

@@ -1,73 +1,76 @@
-// token_mlp_loss on the CPU: what lies between the matrix products of the token MLP and its
-// backward pass. All arrays are float32 and contiguous, `width` is a multiple of kWidthStep.
+// token_mlp_loss on the CPU: what the operator hands to its kernels. All arrays are float32 and
+// contiguous.
+//
+// A level's tokens, which lie one after another, are cut into `parts` runs of at most kGroupTokens,
+// evenly. A group is what a thread works on at once: a run, or several whole levels that are short.
+// Groups depend on the sizes alone, and so do the sums over them: no result depends on threads.
 #pragma once
 
 #include "isa.h"
 
 namespace diffad {
 
-// The lanes of the widest vector.
+// The lanes of the widest vector; what widths and, in buffers, token sizes are multiples of.
 constexpr int64_t kWidthStep = 16;
+constexpr int64_t kGroupTokens = 64;
 
-// Kernels work on levels [begin, end), each of `rows` tokens that lie one after another. Sums over
-// tokens are taken within a level and left in one row a level, so that no result depends on how
-// levels are spread over threads.
-struct LevelRows {
-  int64_t rows, width;
+struct TokenRuns {
+  int64_t rows, parts;  // tokens of a level, runs of a level
+  int64_t of_group;     // runs
+  int64_t count;        // of all levels
+  // The first token of a run.
+  int64_t begin(int64_t run) const { return run / parts * rows + run % parts * rows / parts; }
 };
 
-// h += grown + bias, h (tokens, width); normalised = LN(h) and scale = 1 / sqrt(variance + eps).
-// `grown` may be null: h += bias. Where `sigmoid` is given, sigmoid = 1 / (1 + e^-normalised) and
-// activated = SiLU(normalised) follow.
-struct NormForward {
-  LevelRows of;
-  float *h, *normalised, *scale, *sigmoid, *activated;
-  const float *grown, *bias;
+// Matrices named _t are transposed: (inputs, outputs).
+struct TokenLossArgs {
+  TokenRuns runs;
+  int64_t size, filled, width, blocks;  // D, D filled up to a multiple of kWidthStep, W, B
+  const float *x, *target, *weight;     // (M, D), (M, D), (M,)
+  const float *w_in_t, *b_in;           // (D, W), (W,)
+  const float *w1, *w2, *b2;            // (B, W, W), (B, W, W), (B, W)
+  const float *w1_t, *w2_t;             // (B, W, W)
+  const float *w_out, *w_out_t, *b_out;  // (D, W), (W, filled), (D,)
+  const float* step_bias;                // (S, B, W)
+  float factor;                          // of the gradient
+  bool gradients;
+  // What the products that make the weights' gradients read, of `space` tokens from token `first` on:
+  // LN(h) in front of every block and of the last layer; the sigmoid there, in whose place comes the
+  // gradient in front of a block's SiLU; the SiLU; the gradient of h (B + 1, space, W); and that of
+  // the output (space, filled).
+  int64_t first, space;
+  float *normalised, *sigmoid, *activated, *gradient, *output;
+  double* loss;         // (groups,): sums over tokens of weight times square
+  float* grad_bias;     // (groups, B + 1, W): sums over tokens of the gradients of h
+  float* grad_out;      // (groups, filled): of those of the output
+  float* grad_embedding;  // (runs, B, W): of those in front of the SiLU
 };
-DIFFAD_KERNEL(token_norm_forward, const NormForward& args, int64_t begin, int64_t end)
 
-// sigmoid and activated, both of inner + the level's row of `embedding`; sigmoid may be inner.
-struct ActivationForward {
-  LevelRows of;
-  const float *inner, *embedding;
-  int64_t next_level;  // elements between the rows of `embedding`
-  float *sigmoid, *activated;
-};
-DIFFAD_KERNEL(token_activation_forward, const ActivationForward& args, int64_t begin, int64_t end)
+// Bytes of scratch memory that a call of token_mlp_loss needs.
+inline int64_t token_loss_scratch(const TokenLossArgs& a) {
+  return (2 * a.width + a.blocks + 1) * kGroupTokens * static_cast<int64_t>(sizeof(float));
+}
 
-// The loss of a level, sum over tokens of weight sum_j (output_j + bias_j - target_j)^2 (double),
-// and its gradient for the output, times `factor`, in place of the output; `column_sums` (levels,
-// width) of that gradient. `width` is any number here.
-struct Residual {
-  LevelRows of;
-  float* output;
-  const float *bias, *target, *weight;
-  float factor;
-  double* loss;
-  float* column_sums;
-};
-DIFFAD_KERNEL(token_residual, const Residual& args, int64_t begin, int64_t end)
+// Forward and, with `gradients`, backward pass of the tokens of groups [begin, end).
+DIFFAD_KERNEL(token_mlp_loss, const TokenLossArgs& args, void* scratch, int64_t begin, int64_t end)
 
-// gradient *= SiLU'(a) in place; column_sums, a row a level `next_level` elements apart.
-struct ActivationBackward {
-  LevelRows of;
-  float* gradient;
-  const float *sigmoid, *activated;
-  float* column_sums;
-  int64_t next_level;
+// out (rows, columns) = a^T b, or += it, of a (tokens, rows) and b (tokens, columns), for some of the
+// rows. `columns` is a multiple of kWidthStep.
+struct OuterProduct {
+  const float *a, *b;
+  float* out;
+  int64_t rows, columns;
+  int64_t a_row, b_row;  // elements from token to token
 };
-DIFFAD_KERNEL(token_activation_backward, const ActivationBackward& args, int64_t begin,
-              int64_t end)
+DIFFAD_KERNEL(token_outer_products, const OuterProduct* products, int64_t tokens, bool add,
+              int64_t begin, int64_t end)
 
-// total += the gradient of LN's input from `gradient` of its output, which is first multiplied by
-// SiLU' where `sigmoid` is given; `fresh`: total = instead. column_sums (levels, width) of total.
-struct NormBackward {
-  LevelRows of;
-  float *gradient, *total;
-  const float *normalised, *scale, *sigmoid, *activated;
-  bool fresh;
-  float* column_sums;
+// out (columns, filled) = in^T, in (rows, columns), and zeros to its right.
+struct Transposed {
+  const float* in;
+  float* out;
+  int64_t rows, columns, filled;
 };
-DIFFAD_KERNEL(token_norm_backward, const NormBackward& args, int64_t begin, int64_t end)
+DIFFAD_KERNEL(token_transposed, const Transposed* matrices, int64_t begin, int64_t end)
 
 }  // namespace diffad
