@@ -288,17 +288,25 @@ void token_outer_products(const OuterProduct* products, int64_t tokens, bool add
 void token_transposed(const Transposed* matrices, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
     const Transposed& t = matrices[m];
-    for (int64_t c = 0; c < t.columns; ++c) zero(t.out + c * t.filled, t.filled);
+    for (int64_t c = 0; c < t.columns && t.filled > t.rows; ++c) zero(t.out + c * t.filled, t.filled);
     for (int64_t r = 0; r < t.rows; r += L) {
       for (int64_t c = 0; c < t.columns; c += L) {
         const int64_t rows = t.rows - r < L ? t.rows - r : L;
         const int64_t columns = t.columns - c < L ? t.columns - c : L;
+        const float* from = t.in + r * t.columns + c;
+        float* to = t.out + c * t.filled + r;
         Vec<float> square[L] = {};
-        for (int64_t i = 0; i < rows; ++i) {
-          square[i] = load_partial(t.in + (r + i) * t.columns + c, columns);
+        if (rows == L && columns == L) {
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) square[i] = load(from + i * t.columns);
+          transpose(square);
+#pragma GCC unroll 16
+          for (int i = 0; i < L; ++i) store(to + i * t.filled, square[i]);
+          continue;
         }
+        for (int64_t i = 0; i < rows; ++i) square[i] = load_partial(from + i * t.columns, columns);
         transpose(square);
-        for (int64_t i = 0; i < columns; ++i) store_partial(t.out + (c + i) * t.filled + r, square[i], rows);
+        for (int64_t i = 0; i < columns; ++i) store_partial(to + i * t.filled, square[i], rows);
       }
     }
   }
