@@ -126,13 +126,14 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
     a.tokens = tokens * levels;
     a.levels = levels;
     a.steps = levels == 1 ? steps : 1;
-    // Where tokens are few, tiles of fewer, so that every thread has one.
+    // As many tiles for every thread; smaller ones, where tokens are few.
     const int64_t products = 2 * a.width * (a.size + a.blocks * a.width) * a.steps;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t least = std::max(dots ? kTokenTile / 2 : kTokensOfThread, kGrain / (products + 1));
-    const int64_t rounds = (a.tokens + threads * kTokenTile - 1) / (threads * kTokenTile);
-    const int64_t even = (a.tokens + threads * rounds - 1) / std::max<int64_t>(1, threads * rounds);
-    a.tile = std::clamp(even, std::min(least, kTokenTile), kTokenTile);
+    const int64_t rounds = up_to(threads * kTokenTile, a.tokens) / kTokenTile;
+    const int64_t even = rounds > 0 ? (a.tokens + rounds - 1) / rounds : 0;
+    const int64_t least = std::max(dots ? kTokenTile / 2 : kTokensOfThread,
+                                   std::min(kGrain / (products + 1), kTokenTile));
+    a.tile = std::clamp(even, least, kTokenTile);
     const int64_t tiles = (a.tokens + a.tile - 1) / a.tile;
     const int64_t grain = std::max<int64_t>(1, kGrain / (a.tile * products + 1));
     const auto run_tiles = [&](int64_t begin, int64_t end) {

@@ -20,7 +20,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// What is kept of so many tokens for the weights' gradients lies in the cache that cores share.
+// Tokens of a chunk, of which what is kept for the weights' gradients lies in the cache that cores
+// share.
 constexpr int64_t kChunkTokens = 512;
 // Rows of a gradient that a thread makes at once.
 constexpr int64_t kOuterRows = 64;
@@ -63,10 +64,65 @@ void check(const Tensor& x, const Tensor& target, const Tensor& weight,
   same(weights[6], {d});
 }
 
-// Runs and groups of S levels of so many tokens.
+// Of S levels of so many tokens each.
 TokenRuns runs_of(int64_t levels, int64_t rows) {
   const int64_t parts = (rows + kGroupTokens - 1) / kGroupTokens;
   return {rows, parts, parts > 1 ? 1 : std::max<int64_t>(1, kGroupTokens / rows), levels * parts};
+}
+
+// Calls f(begin, end) for [begin, end) in parts, each of them so many multiply-adds.
+template <class F>
+void on_threads(int64_t begin, int64_t end, int64_t work, const F& f) {
+  torch::stable::parallel_for(begin, end, std::max<int64_t>(1, kGrain / (work + 1)), f);
+}
+
+// The weights as the forward pass reads them, in a buffer that is returned.
+Tensor transpose_weights(TokenLossArgs& a, const Tensor& w_in) {
+  const int64_t d = a.size, w = a.width, blocks = a.blocks;
+  const Tensor all = buffer(w_in, {d * w + 2 * blocks * w * w + w * a.filled});
+  std::vector<Transposed> matrices;
+  float* next = data(all);
+  const auto transposed = [&](const float* in, int64_t count, int64_t rows, int64_t columns,
+                              int64_t filled) {
+    const float* first = next;
+    for (int64_t i = 0; i < count; ++i) {
+      matrices.push_back({in + i * rows * columns, next, rows, columns, filled});
+      next += columns * filled;
+    }
+    return first;
+  };
+  a.w_in_t = transposed(read(w_in), 1, w, d, w);
+  a.w1_t = transposed(a.w1, blocks, w, w, w);
+  a.w2_t = transposed(a.w2, blocks, w, w, w);
+  a.w_out_t = transposed(a.w_out, 1, d, w, a.filled);
+  on_threads(0, matrices.size(), w * w, [&](int64_t begin, int64_t end) {
+    token_transposed_kernel()(matrices.data(), begin, end);
+  });
+  return all;
+}
+
+// Those that make the gradients of the matrices from what lies in the buffers; that of W_in (D, W),
+// transposed, since vectors are of W.
+std::vector<OuterProduct> outer_products(const TokenLossArgs& a, const std::vector<Tensor>& grads,
+                                         const Tensor& w_in_grad) {
+  const int64_t d = a.size, w = a.width;
+  std::vector<OuterProduct> products;
+  const auto add = [&](const float* left, int64_t row, int64_t rows, const float* right,
+                       float* out) {
+    for (int64_t r = 0; r < rows; r += kOuterRows) {
+      const int64_t some = std::min(kOuterRows, rows - r);
+      products.push_back({left + r, right, out + r * w, some, w, row, w});
+    }
+  };
+  const auto layer = [&](float* array, int64_t l) { return array + l * a.space * w; };
+  add(a.x + a.first * d, d, d, a.gradient, data(w_in_grad));
+  for (int64_t l = 0; l < a.blocks; ++l) {
+    const int64_t matrix = l * w * w;
+    add(layer(a.sigmoid, l), w, w, layer(a.normalised, l), data(grads[2]) + matrix);
+    add(layer(a.gradient, l + 1), w, w, layer(a.activated, l), data(grads[3]) + matrix);
+  }
+  add(a.output, a.filled, d, layer(a.activated, a.blocks), data(grads[5]));
+  return products;
 }
 
 // The loss, a scalar, and its gradients for the seven weights and step_bias; without `gradients`
@@ -81,7 +137,7 @@ std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Te
   const int64_t filled = (d + kWidthStep - 1) / kWidthStep * kWidthStep;
 
   TokenLossArgs a{};
-  a.runs = runs_of(levels, m / levels);
+  const TokenRuns& runs = a.runs = runs_of(levels, m / levels);
   a.size = d, a.filled = filled, a.width = w, a.blocks = blocks;
   a.x = read(x), a.target = read(target), a.weight = read(weight);
   a.b_in = read(weights[1]), a.w1 = read(weights[2]), a.w2 = read(weights[3]);
@@ -90,108 +146,66 @@ std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Te
   a.factor = 2.0f / static_cast<float>(m * d);
   a.gradients = gradients;
 
-  const int64_t groups = (a.runs.count + a.runs.of_group - 1) / a.runs.of_group;
-  const int64_t group_tokens = std::min(kGroupTokens, a.runs.begin(a.runs.of_group));
-  const int64_t chunk = std::min(groups, std::max<int64_t>(1, kChunkTokens / group_tokens));
-  const auto group_begin = [&](int64_t group) {
-    return a.runs.begin(std::min(group * a.runs.of_group, a.runs.count));
-  };
-  a.space = std::min(m, chunk * kGroupTokens);
-
-  const Tensor turned = buffer(x, {d * w + 2 * blocks * w * w + w * filled});
+  const int64_t groups = (runs.count + runs.of_group - 1) / runs.of_group;
+  const int64_t group_tokens = runs.of_group * ((runs.rows + runs.parts - 1) / runs.parts);
+  const int64_t chunk = std::max<int64_t>(1, kChunkTokens / group_tokens);
+  a.space = std::min(m, chunk * group_tokens);
   const Tensor space = buffer(x, {4 * layers * a.space * w + a.space * filled});
-  const Tensor sums = buffer(x, {groups, layers * w + filled});
-  std::vector<double> losses(groups);
-  a.loss = losses.data();
   a.normalised = data(space);
   a.sigmoid = a.normalised + layers * a.space * w;
   a.activated = a.sigmoid + layers * a.space * w;
   a.gradient = a.activated + layers * a.space * w;
   a.output = a.gradient + layers * a.space * w;
+  const Tensor sums = buffer(x, {groups, layers * w + filled});
   a.grad_bias = data(sums);
   a.grad_out = a.grad_bias + groups * layers * w;
-
-  std::vector<Transposed> matrices;
-  float* next = data(turned);
-  const auto transposed = [&](const float* in, int64_t rows, int64_t columns, int64_t to) {
-    matrices.push_back({in, next, rows, columns, to});
-    next += columns * to;
-    return matrices.back().out;
-  };
-  a.w_in_t = transposed(read(weights[0]), w, d, w);
-  for (int64_t l = 0; l < blocks; ++l) {
-    const float* out = transposed(a.w1 + l * w * w, w, w, w);
-    if (l == 0) a.w1_t = out;
-  }
-  for (int64_t l = 0; l < blocks; ++l) {
-    const float* out = transposed(a.w2 + l * w * w, w, w, w);
-    if (l == 0) a.w2_t = out;
-  }
-  a.w_out_t = transposed(a.w_out, d, w, filled);
-
-  Tensor embedding, w_in_grad;
+  std::vector<double> losses(groups);
+  a.loss = losses.data();
   std::vector<Tensor> grads;
+  Tensor w_in_grad, embedding;
   if (gradients) {
     for (const Tensor& t : weights) grads.push_back(torch::stable::new_empty(t, t.sizes()));
     grads.push_back(torch::stable::new_empty(step_bias, step_bias.sizes()));
-    embedding = a.runs.parts == 1 ? grads[7] : buffer(x, {a.runs.count, blocks, w});
+    w_in_grad = buffer(x, {d, w});
+    embedding = runs.parts == 1 ? grads[7] : buffer(x, {runs.count, blocks, w});
     a.grad_embedding = data(embedding);
-    w_in_grad = buffer(x, {d, w});  // transposed, as its vectors are those of W
   }
+  const Tensor transposed = transpose_weights(a, weights[0]);
 
-  const auto on_threads = [](int64_t begin, int64_t end, int64_t work, const auto& f) {
-    torch::stable::parallel_for(begin, end, std::max<int64_t>(1, kGrain / (work + 1)), f);
+  const auto first_token = [&](int64_t group) {
+    return runs.begin(std::min(group * runs.of_group, runs.count));
   };
-  on_threads(0, matrices.size(), w * w, [&](int64_t begin, int64_t end) {
-    token_transposed_kernel()(matrices.data(), begin, end);
-  });
-
   for (int64_t first = 0; first < groups; first += chunk) {
     const int64_t last = std::min(first + chunk, groups);
-    a.first = group_begin(first);
-    on_threads(first, last, group_tokens * 6 * w * (d + blocks * w), [&](int64_t begin, int64_t end) {
+    a.first = first_token(first);
+    const int64_t passes = (gradients ? 4 : 2) * w * (d + blocks * w);
+    on_threads(first, last, group_tokens * passes, [&](int64_t begin, int64_t end) {
       const Scratch scratch = scratch_of(token_loss_scratch(a));
       token_mlp_loss_kernel()(a, scratch.get(), begin, end);
     });
     if (!gradients) continue;
-
-    const int64_t tokens = group_begin(last) - a.first;
-    std::vector<OuterProduct> products;
-    const auto outer = [&](const float* rows_of, int64_t row, int64_t rows, const float* columns_of,
-                           float* out) {
-      for (int64_t r = 0; r < rows; r += kOuterRows) {
-        products.push_back({rows_of + r, columns_of, out + r * w, std::min(kOuterRows, rows - r), w,
-                            row, w});
-      }
-    };
-    const auto layer = [&](float* array, int64_t l) { return array + l * a.space * w; };
-    outer(a.x + a.first * d, d, d, a.gradient, data(w_in_grad));
-    for (int64_t l = 0; l < blocks; ++l) {
-      const int64_t matrix = l * w * w;
-      outer(layer(a.sigmoid, l), w, w, layer(a.normalised, l), data(grads[2]) + matrix);
-      outer(layer(a.gradient, l + 1), w, w, layer(a.activated, l), data(grads[3]) + matrix);
-    }
-    outer(a.output, filled, d, layer(a.activated, blocks), data(grads[5]));
+    const int64_t tokens = first_token(last) - a.first;
+    const std::vector<OuterProduct> products = outer_products(a, grads, w_in_grad);
     on_threads(0, products.size(), kOuterRows * w * tokens, [&](int64_t begin, int64_t end) {
       token_outer_products_kernel()(products.data(), tokens, first > 0, begin, end);
     });
   }
 
-  if (gradients) {
-    const Transposed back{read(w_in_grad), data(grads[0]), d, w, d};
-    token_transposed_kernel()(&back, 0, 1);
-    sum_rows(a.grad_bias, groups, layers * w, w, data(grads[1]));
-    sum_rows(a.grad_bias + w, groups, layers * w, blocks * w, data(grads[4]));
-    sum_rows(a.grad_out, groups, filled, d, data(grads[6]));
-    const int64_t parts = a.runs.parts, row = blocks * w;
-    for (int64_t level = 0; level < levels && parts > 1; ++level) {
-      sum_rows(a.grad_embedding + level * parts * row, parts, row, row, data(grads[7]) + level * row);
-    }
-  }
-  Tensor result = torch::stable::new_empty(x, {});
   double loss = 0;
   for (const double part : losses) loss += part;
+  Tensor result = torch::stable::new_empty(x, {});
   *data(result) = static_cast<float>(loss / static_cast<double>(m * d));
+  if (!gradients) return {result, grads};
+  const Transposed back{read(w_in_grad), data(grads[0]), d, w, d};
+  token_transposed_kernel()(&back, 0, 1);
+  sum_rows(a.grad_bias, groups, layers * w, w, data(grads[1]));
+  sum_rows(a.grad_bias + w, groups, layers * w, blocks * w, data(grads[4]));
+  sum_rows(a.grad_out, groups, filled, d, data(grads[6]));
+  const int64_t row = blocks * w;
+  for (int64_t level = 0; level < levels && runs.parts > 1; ++level) {
+    sum_rows(a.grad_embedding + level * runs.parts * row, runs.parts, row, row,
+             data(grads[7]) + level * row);
+  }
   return {result, grads};
 }
 

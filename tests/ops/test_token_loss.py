@@ -57,9 +57,11 @@ def test_the_reference_is_the_loop_level_by_level(levels):
         (1, 1, 16, 1, 1),
         (12, 5, 16, 2, 4),
         (40, 19, 48, 1, 40),
-        (1300, 7, 32, 3, 10),  # three chunks, the last one short
+        (1300, 7, 32, 3, 10),  # levels of three groups, the last chunk short
         (1200, 3, 16, 1, 1),  # a level that is larger than a chunk
+        (600, 9, 16, 2, 200),  # groups of 21 levels, the last one short
         (64, 33, 256, 3, 8),
+        (20, 300, 16, 1, 2),  # more numbers in a token than units in a layer
     ],
 )
 @pytest.mark.native
@@ -91,9 +93,13 @@ def test_the_loss_alone_and_scaled_gradients():
 
 
 @pytest.mark.native
-def test_results_do_not_depend_on_threads(by_threads):
-    arguments = in_float32(problem(96, 9, 32, 2, 8))
-    by_threads(lambda: loss_and_gradients(ops.token_mlp_loss, arguments), rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize(
+    "m, d, width, blocks, levels",
+    [(96, 9, 32, 2, 8), (512, 20, 128, 2, 32), (1300, 7, 64, 3, 10), (300, 70, 48, 1, 1)],
+)
+def test_bits_do_not_depend_on_threads(m, d, width, blocks, levels, by_threads):
+    arguments = in_float32(problem(m, d, width, blocks, levels))
+    by_threads(lambda: loss_and_gradients(ops.token_mlp_loss, arguments))
 
 
 @pytest.mark.native

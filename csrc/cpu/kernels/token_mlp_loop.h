@@ -28,8 +28,8 @@ struct TokenMlpArgs {
   const void* x;
   int64_t x_stride;  // elements between tokens; the elements of a token lie side by side
   void* x_end;       // (M, D); with levels, that of the first
-  // (tokens, steps), and everything below, in compute_t of `dtype`, contiguous, the matrices column by
-  // column; in token_mlp_loop_bf16 these are of bf16 and lie row by row.
+  // (tokens, steps), and everything below, in compute_t of `dtype`, contiguous, the matrices column
+  // by column; in token_mlp_loop_bf16 these are of bf16 and lie row by row.
   void* stats;
   const void *w_in, *b_in, *w1, *w2, *b2, *w_out, *b_out, *step_bias, *table;
 };

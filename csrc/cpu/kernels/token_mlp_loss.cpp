@@ -1,8 +1,8 @@
-// token_mlp_loss: forward and backward pass of some tokens, and the products over all tokens that make
-// the gradients of the weights.
+// token_mlp_loss: forward and backward pass of some tokens, and the products over all tokens that
+// make the gradients of the weights.
 //
-// Every product is multiply_add() of operands as they lie, but for the forward pass, which reads the
-// weights transposed: its vectors are outputs there, inputs in the backward pass.
+// Operands of every product are read as they lie, but for the weights of the forward pass, which are
+// transposed: vectors are of a layer's outputs there, and of its inputs in the backward pass.
 //
 // With s = 1 / (1 + e^-a) and y = a s kept from the forward pass, the derivative of SiLU needs no
 // exponential: SiLU'(a) = s + a s (1 - s) = s + y (1 - s).
@@ -17,15 +17,16 @@ namespace {
 
 constexpr float kEps = 1e-5f;  // of LayerNorm
 constexpr int L = kLanes<float>;
-// Tokens whose outer products are added up at once: what they read of both sides stays in the cache.
+// Tokens whose outer products are added up at once: what they read of both sides stays in the
+// cache.
 constexpr int64_t kOuterTokens = 256;
 
 DIFFAD_SIMD void zero(float* p, int64_t n) { std::memset(p, 0, n * sizeof(float)); }
 
 // -------------------------------------------------------------------- products
 
-// out[r][n] = sum over k of a[r * row + k * row_step] b[k * columns_b + n], plus bias[n], plus what was
-// there. Vectors of n: `columns` is a multiple of L.
+// out[r * out_row + n] = sum over k of a[r * row + k * row_step] b[k * b_row + n], plus bias[n], and
+// with `add` plus what was there. Columns n in whole vectors.
 struct Product {
   const float* a;
   int64_t row, row_step;
@@ -113,8 +114,8 @@ DIFFAD_SIMD Vec<float> silu_slope(Vec<float> sigmoid, Vec<float> activated) {
   return sigmoid + activated * (1 - sigmoid);
 }
 
-// The gradient in front of SiLU, from `gradient` behind it, in place of its sigmoids; its sums over
-// tokens.
+// The gradient in front of SiLU, from `gradient` behind it, in place of the sigmoids; and its sums
+// over tokens.
 void activation_backward(const float* gradient, int64_t count, int64_t width, float* sigmoids,
                          const float* activated, float* sums) {
   zero(sums, width);
@@ -128,11 +129,11 @@ void activation_backward(const float* gradient, int64_t count, int64_t width, fl
   }
 }
 
-// total = later + the gradient of LN's input, from `gradient` of its output, which is first multiplied
-// by SiLU' where `sigmoids` are given; `later` may be null. Sums over tokens of total.
-void norm_backward(float* gradient, int64_t count, int64_t width, const float* n, const float* scales,
-                   const float* sigmoids, const float* activated, const float* later, float* total,
-                   float* sums) {
+// total = later + the gradient of LN's input, from `gradient` of its output, which is first
+// multiplied by SiLU' where `sigmoids` are given; `later` may be null. Sums over tokens of total.
+void norm_backward(float* gradient, int64_t count, int64_t width, const float* n,
+                   const float* scales, const float* sigmoids, const float* activated,
+                   const float* later, float* total, float* sums) {
   zero(sums, width);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t at = t * width;
@@ -159,8 +160,8 @@ void norm_backward(float* gradient, int64_t count, int64_t width, const float* n
   }
 }
 
-// The loss of a token, weight times the square of output + bias - target, and in place of the output
-// its gradient times `factor`, which is added to `sums`, too.
+// The loss of a token, weight times the square of output + bias - target; in place of the output its
+// gradient times `factor`, which is added to `sums`, too.
 double residual(float* output, int64_t size, const float* bias, const float* target, float weight,
                 float factor, float* sums) {
   Vec<float> squares{};
@@ -184,7 +185,7 @@ double residual(float* output, int64_t size, const float* bias, const float* tar
 
 // ---------------------------------------------------------------------- passes
 
-// Some tokens of a group, all of its arrays from their first one on.
+// The tokens of a group, on their way.
 struct Group {
   const TokenLossArgs& a;
   int64_t number, run, runs, token, count;
@@ -218,8 +219,8 @@ struct Group {
     }
     norm_forward(h, count, w, of(a.normalised, a.blocks), scales + a.blocks * kGroupTokens,
                  of(a.sigmoid, a.blocks), of(a.activated, a.blocks));
-    product({of(a.activated, a.blocks), w, 1, a.w_out_t, a.filled, nullptr, false, output(), a.filled},
-            count, a.filled, w);
+    const float* y = of(a.activated, a.blocks);
+    product({y, w, 1, a.w_out_t, a.filled, nullptr, false, output(), a.filled}, count, a.filled, w);
   }
 
   void residuals() const {
@@ -288,7 +289,7 @@ void token_outer_products(const OuterProduct* products, int64_t tokens, bool add
 void token_transposed(const Transposed* matrices, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
     const Transposed& t = matrices[m];
-    for (int64_t c = 0; c < t.columns && t.filled > t.rows; ++c) zero(t.out + c * t.filled, t.filled);
+    for (int64_t c = 0; c < t.columns; ++c) zero(t.out + c * t.filled + t.rows, t.filled - t.rows);
     for (int64_t r = 0; r < t.rows; r += L) {
       for (int64_t c = 0; c < t.columns; c += L) {
         const int64_t rows = t.rows - r < L ? t.rows - r : L;

@@ -34,16 +34,17 @@ struct TokenLossArgs {
   const float* step_bias;                // (S, B, W)
   float factor;                          // of the gradient
   bool gradients;
-  // What the products that make the weights' gradients read, of `space` tokens from token `first` on:
-  // LN(h) in front of every block and of the last layer; the sigmoid there, in whose place comes the
-  // gradient in front of a block's SiLU; the SiLU; the gradient of h (B + 1, space, W); and that of
-  // the output (space, filled).
+  // What the products that make the weights' gradients read, of tokens from `first` on. Each
+  // (B + 1, space, W): LN(h) in front of every block and of the last layer; the sigmoid of their
+  // SiLU's input, in whose place comes that input's gradient in a block; the SiLU; the gradient of h.
+  // And the gradient of the output, (space, filled).
   int64_t first, space;
   float *normalised, *sigmoid, *activated, *gradient, *output;
-  double* loss;         // (groups,): sums over tokens of weight times square
-  float* grad_bias;     // (groups, B + 1, W): sums over tokens of the gradients of h
-  float* grad_out;      // (groups, filled): of those of the output
-  float* grad_embedding;  // (runs, B, W): of those in front of the SiLU
+  // Sums over tokens:
+  double* loss;           // (groups,), of weight times square
+  float* grad_bias;       // (groups, B + 1, W), of the gradients of h
+  float* grad_out;        // (groups, filled), of those of the output
+  float* grad_embedding;  // (runs, B, W), of those in front of a block's SiLU
 };
 
 // Bytes of scratch memory that a call of token_mlp_loss needs.
@@ -54,8 +55,8 @@ inline int64_t token_loss_scratch(const TokenLossArgs& a) {
 // Forward and, with `gradients`, backward pass of the tokens of groups [begin, end).
 DIFFAD_KERNEL(token_mlp_loss, const TokenLossArgs& args, void* scratch, int64_t begin, int64_t end)
 
-// out (rows, columns) = a^T b, or += it, of a (tokens, rows) and b (tokens, columns), for some of the
-// rows. `columns` is a multiple of kWidthStep.
+// out (rows, columns) = a^T b, or += it, of a (tokens, rows) and b (tokens, columns). `columns` is a
+// multiple of kWidthStep.
 struct OuterProduct {
   const float *a, *b;
   float* out;

@@ -2,8 +2,8 @@
 // token has the same bits in both:
 //   Panels  the lanes of a vector are tokens, and weights are broadcast, a number at a time.
 //   Few     for some tokens, the lanes are features, and weights are read as vectors of outputs.
-// Both read float32 and float64 matrices (inputs, outputs), where the outputs of an input lie side by
-// side; both know the arguments of the call and their first token.
+// Both read float32 and float64 matrices (inputs, outputs), where the outputs of an input lie side
+// by side; both know the arguments of the call and their first token.
 // Each output of a product is one chain of fma over the inputs in their order, and each sum over
 // features runs in kLanes chains (feature f in chain f mod kLanes) that are then folded in half
 // until one is left. So a token's result depends neither on its place in x nor on other tokens.
