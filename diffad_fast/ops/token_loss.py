@@ -14,16 +14,20 @@ __all__ = ["token_mlp_loss"]
 WIDTH_STEP = 16  # kWidthStep of csrc/cpu/kernels/token_mlp_loss.h
 
 
+def _call(x, target, weight, step_bias, weights, gradients):
+    return torch.ops.diffad_fast.token_mlp_loss(
+        x.contiguous(), target.contiguous(), weight.contiguous(),
+        [w.contiguous() for w in weights], step_bias.contiguous(), gradients,
+    )  # fmt: skip
+
+
 class _Loss(torch.autograd.Function):
     """The operator computes its gradients beside the loss, while activations lie in the cache."""
 
     @staticmethod
     def forward(ctx, x, target, weight, step_bias, *weights):
         wanted = any(ctx.needs_input_grad)
-        loss, gradients = torch.ops.diffad_fast.token_mlp_loss(
-            x.contiguous(), target.contiguous(), weight.contiguous(),
-            [w.contiguous() for w in weights], step_bias.contiguous(), wanted,
-        )  # fmt: skip
+        loss, gradients = _call(x, target, weight, step_bias, weights, wanted)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -40,6 +44,8 @@ class _Loss(torch.autograd.Function):
 
 
 def _native(x, target, weight, weights, step_bias):
+    if not torch.is_grad_enabled():  # of which a Function's forward pass knows nothing
+        return _call(x, target, weight, step_bias, weights, False)[0]
     return _Loss.apply(x, target, weight, step_bias, *weights)
 
 

@@ -92,8 +92,9 @@ class TokenTrainer(Loop):
                 self.validation[rows.to(self.device)],
                 part.to(self.device), step.to(self.device), log_sigma,
             )  # fmt: skip
-            error = (self.denoiser(x, log_sigma) - target).square().mean(dim=1)
-            total += error.double().sum()
+            weights, bias = self.denoiser.packed(log_sigma)
+            loss = ops.token_mlp_loss(x, target, torch.ones_like(log_sigma), weights, bias)
+            total += loss.double() * len(part)
         self.processes.add(total)
         return float(total) / VALIDATION
 

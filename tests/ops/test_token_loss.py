@@ -84,6 +84,10 @@ def test_the_loss_alone_and_scaled_gradients():
     arguments = in_float32(problem(12, 5, 16, 2, 4))
     loss, gradients = loss_and_gradients(ops.token_mlp_loss, arguments)
     assert torch.equal(ops.token_mlp_loss(*arguments), loss)
+    leaf = arguments[3].W_in.clone().requires_grad_()
+    with torch.no_grad():
+        alone = ops.token_mlp_loss(*arguments[:3], arguments[3]._replace(W_in=leaf), arguments[4])
+    assert torch.equal(alone, loss) and not alone.requires_grad
     _, scaled = loss_and_gradients(lambda *a: 3 * ops.token_mlp_loss(*a), arguments)
     torch.testing.assert_close(scaled, tuple(3 * g for g in gradients), rtol=1e-6, atol=0)
     empty = torch.ops.diffad_fast.token_mlp_loss(
