@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from diffad_fast import native
 
-from ..case import Case, Contender, map_tensors, on, operator_case, random
+from ..case import OURS, Case, Contender, map_tensors, on, operator_case, random
 
 # Tokens, token size, width, blocks, steps.
 ON_CPU = (
     (4096, 64, 256, 4, 5),
     (4096, 64, 128, 4, 3),
     (256, 64, 256, 4, 5),
+    (16, 64, 256, 4, 5),
     (1, 64, 256, 4, 5),
     (1, 64, 128, 4, 3),
 )
@@ -37,21 +39,21 @@ def _loop_case(sizes, dtype, tolerance, name="") -> Case:
     """All steps of the loop. Narrow weights on a CPU are compared with wide ones too."""
     from diffad_fast import reference
 
-    def inputs(device: torch.device) -> tuple:
-        x, weights, bias, table = on(device, *_inputs(*sizes, dtype))
-        return x, weights.laid_out(), bias, table
-
     def wide(inputs):
         return map_tensors(lambda x: x.float(), inputs)
+
+    def laid_out(inputs):
+        x, weights, bias, table = inputs
+        return x, weights.laid_out(), bias, table
 
     tokens, d, width, blocks, steps = sizes
     products = 2 * d * width + 2 * blocks * width**2
     parameters = products + 2 * width + blocks * width + d
     in_float32 = Contender(lambda *inputs: reference.token_mlp_loop(*inputs), wide, graph=True)
-    return operator_case(
+    case = operator_case(
         "token_mlp_loop",
         f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {steps} steps{name}",
-        inputs,
+        lambda device: on(device, *_inputs(*sizes, dtype)),
         lambda functions, *inputs: functions.token_mlp_loop(*inputs),
         formats=False,
         peers={"reference, float32 weights": in_float32} if name else {},
@@ -63,6 +65,8 @@ def _loop_case(sizes, dtype, tolerance, name="") -> Case:
         batch=tokens,
         unit="token",
     )
+    ours = replace(case.contenders[OURS], prepare=laid_out)
+    return replace(case, contenders=case.contenders | {OURS: ours})
 
 
 def _loss_case(tokens, d, width, blocks, levels, dtype, tolerance) -> Case:

@@ -39,6 +39,11 @@ inline void huge_pages(const Tensor& x) {
 #endif
 }
 
+// The first multiple from n on.
+inline int64_t up_to(int64_t multiple, int64_t n) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
 // Memory of a thread's own. Rows of vectors in it begin with lines of the cache: what is stored across
 // two lines is slow to be read again.
 using Scratch = std::unique_ptr<char, decltype(&std::free)>;

@@ -27,8 +27,9 @@ constexpr int64_t kGrain = 1 << 19;
 
 // `x` itself where it is contiguous and of that dtype already.
 Tensor as(const Tensor& x, ScalarType dtype) {
-  const Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-  return y.is_contiguous() ? y : torch::stable::contiguous(y);
+  if (x.scalar_type() == dtype) return x.is_contiguous() ? x : torch::stable::contiguous(x);
+  return torch::stable::to(x, dtype, std::nullopt, std::nullopt, std::nullopt, false, false,
+                           torch::headeronly::MemoryFormat::Contiguous);
 }
 
 // Whether the columns of matrices (..., rows, columns) follow each other in memory without gaps.
@@ -37,8 +38,6 @@ bool by_columns(const Tensor& w) {
   return w.stride(axis) == 1 && w.stride(axis + 1) == rows &&
          (axis == 0 || w.stride(0) == rows * w.size(axis + 1));
 }
-
-int64_t up_to(int64_t multiple, int64_t n) { return (n + multiple - 1) / multiple * multiple; }
 
 // (..., rows, columns) with zeros to whole blocks of rows and groups of columns; `w` itself where it
 // has them.
@@ -98,7 +97,8 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   a.weight_dtype = weight_dtype;
   Tensor x_end = empty_rows(in, tokens, a.size);
   Tensor stats = empty_rows(in, tokens, steps, state);
-  // Dot products of bfloat16 read the weights as they are; all others widen them first.
+  // Dot products of bfloat16 read the weights row by row as they are, all others column by column
+  // and widened.
   auto* kernel = token_mlp_loop_bf16_kernel();
   const bool dots = kernel != nullptr && weight_dtype == DType::kBFloat16 && !wide;
   if (!dots) kernel = token_mlp_loop_kernel();
@@ -126,14 +126,14 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
     a.tokens = tokens * levels;
     a.levels = levels;
     a.steps = levels == 1 ? steps : 1;
-    // As many tiles for every thread; smaller ones, where tokens are few.
+    // Several threads have as many tiles each, and smaller ones where tokens are few.
     const int64_t products = 2 * a.width * (a.size + a.blocks * a.width) * a.steps;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t rounds = up_to(threads * kTokenTile, a.tokens) / kTokenTile;
-    const int64_t even = rounds > 0 ? (a.tokens + rounds - 1) / rounds : 0;
-    const int64_t least = std::max(dots ? kTokenTile / 2 : kTokensOfThread,
-                                   std::min(kGrain / (products + 1), kTokenTile));
-    a.tile = std::clamp(even, least, kTokenTile);
+    const int64_t even = threads > 1 && rounds > 0 ? (a.tokens + rounds - 1) / rounds : kTokenTile;
+    const int64_t least = std::clamp(kGrain / (products + 1), kTokensOfThread, kTokenTile);
+    // Dots are those of whole vectors.
+    a.tile = std::clamp(dots ? up_to(kBf16Outputs, even) : even, least, kTokenTile);
     const int64_t tiles = (a.tokens + a.tile - 1) / a.tile;
     const int64_t grain = std::max<int64_t>(1, kGrain / (a.tile * products + 1));
     const auto run_tiles = [&](int64_t begin, int64_t end) {

@@ -1,8 +1,8 @@
 // token_mlp_loss on the CPU: the denoising loss of the token MLP and all its gradients in one call.
 //
-// Chunks of the batch go through three parts, each on all threads: groups of tokens through the
-// forward and the backward pass; the products over all tokens of the chunk that make the weights'
-// gradients, some rows of a matrix at a time; and sums of what the groups left.
+// Chunks of the batch go through two parts, each on several threads: groups of tokens through the
+// forward and the backward pass, then the products over all tokens of the chunk that make the weights'
+// gradients, some rows of a matrix at a time. In the end what the groups left is added up.
 #include "kernels/token_mlp_loss.h"
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 
 // Tokens of a chunk, of which what is kept for the weights' gradients lies in the cache that cores
 // share.
-constexpr int64_t kChunkTokens = 512;
+constexpr int64_t kChunkTokens = 1024;
 // Rows of a gradient that a thread makes at once.
 constexpr int64_t kOuterRows = 64;
 // Multiply-adds below which a thread is not worth its start.
@@ -50,7 +50,8 @@ void check(const Tensor& x, const Tensor& target, const Tensor& weight,
                   "token_mlp_loss: expected x (M,D), seven weights, step_bias (S,B,W)");
   const int64_t m = x.size(0), d = x.size(1), w = weights[0].size(0), b = weights[2].size(0);
   const int64_t levels = step_bias.size(0);
-  STD_TORCH_CHECK(m > 0 && d > 0 && b > 0 && levels > 0 && m % levels == 0 && w % kWidthStep == 0,
+  STD_TORCH_CHECK(m > 0 && d > 0 && b > 0 && levels > 0 && w > 0 && m % levels == 0 &&
+                      w % kWidthStep == 0,
                   "token_mlp_loss: M must be a multiple of S, W of ", kWidthStep, ", none 0");
   const auto same = [&](const Tensor& t, std::vector<int64_t> shape) {
     bool fits = t.dim() == static_cast<int64_t>(shape.size()) && t.is_contiguous() &&
@@ -114,7 +115,7 @@ std::vector<OuterProduct> outer_products(const TokenLossArgs& a, const std::vect
       products.push_back({left + r, right, out + r * w, some, w, row, w});
     }
   };
-  const auto layer = [&](float* array, int64_t l) { return array + l * a.space * w; };
+  const auto layer = [&](float* array, int64_t l) { return array + l * a.layer; };
   add(a.x + a.first * d, d, d, a.gradient, data(w_in_grad));
   for (int64_t l = 0; l < a.blocks; ++l) {
     const int64_t matrix = l * w * w;
@@ -134,7 +135,7 @@ std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Te
   check(x, target, weight, weights, step_bias);
   const int64_t m = x.size(0), d = x.size(1), w = weights[0].size(0), blocks = weights[2].size(0);
   const int64_t levels = step_bias.size(0), layers = blocks + 1;
-  const int64_t filled = (d + kWidthStep - 1) / kWidthStep * kWidthStep;
+  const int64_t filled = up_to(kWidthStep, d);
 
   TokenLossArgs a{};
   const TokenRuns& runs = a.runs = runs_of(levels, m / levels);
@@ -149,13 +150,15 @@ std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Te
   const int64_t groups = (runs.count + runs.of_group - 1) / runs.of_group;
   const int64_t group_tokens = runs.of_group * ((runs.rows + runs.parts - 1) / runs.parts);
   const int64_t chunk = std::max<int64_t>(1, kChunkTokens / group_tokens);
-  a.space = std::min(m, chunk * group_tokens);
-  const Tensor space = buffer(x, {4 * layers * a.space * w + a.space * filled});
-  a.normalised = data(space);
-  a.sigmoid = a.normalised + layers * a.space * w;
-  a.activated = a.sigmoid + layers * a.space * w;
-  a.gradient = a.activated + layers * a.space * w;
-  a.output = a.gradient + layers * a.space * w;
+  const int64_t kept = std::min(m, chunk * group_tokens);
+  a.layer = gradients ? kept * w : 0;
+  const int64_t array = (gradients ? layers : 1) * kept * w;
+  const Tensor space = buffer(x, {(gradients ? 4 : 3) * array + kept * filled});
+  a.output = data(space);
+  a.normalised = a.output + kept * filled;
+  a.sigmoid = a.normalised + array;
+  a.activated = a.sigmoid + array;
+  a.gradient = a.activated + array;
   const Tensor sums = buffer(x, {groups, layers * w + filled});
   a.grad_bias = data(sums);
   a.grad_out = a.grad_bias + groups * layers * w;

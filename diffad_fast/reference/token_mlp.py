@@ -51,7 +51,7 @@ class PackedTokenMLP(NamedTuple):
 
     def laid_out(self):
         """The same weights, lying in memory as ``ops.token_mlp_loop`` reads them: on a CPU matrices
-        of more than bfloat16 column by column, which a call else has to do each time."""
+        of any dtype but bfloat16 column by column, as which a call else copies them each time."""
         if self.W_in.device.type != "cpu" or self.W_in.dtype == torch.bfloat16:
             return self
         matrices = {name: getattr(self, name) for name in ("W_in", "W1", "W2", "W_out")}

@@ -273,9 +273,11 @@ void token_mlp() {
     arguments.push_back(random_wide({3, 5}) * 0.3);
     call("token_mlp_loop", arguments);
     if (dtype == at::kFloat && w % 16 == 0) {
-      for (const bool gradients : {false, true}) {
-        call("token_mlp_loss", {random({3 * m, d}), random({3 * m, d}), at::rand({3 * m}),
-                                list(weights), random({3, b, w}), gradients});
+      for (const int64_t rows : {m, 400 * m}) {  // of each level
+        for (const bool gradients : {false, true}) {
+          call("token_mlp_loss", {random({3 * rows, d}), random({3 * rows, d}), at::rand({3 * rows}),
+                                  list(weights), random({3, b, w}), gradients});
+        }
       }
     }
   }

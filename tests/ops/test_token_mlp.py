@@ -409,7 +409,7 @@ def test_native_takes_any_strides(cpu_isa_bf16, of_weights):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_laid_out_weights_are_the_same_weights(dtype):
-    x, weights, bias, table = problem(3, 13, 22, 2, 2, torch.float32, dtype)
+    x, weights, bias, table = problem(75, 13, 22, 2, 2, torch.float32, dtype)
     laid_out = weights.laid_out()
     assert all(torch.equal(a, b) for a, b in zip(laid_out, weights, strict=True))
     for w in (laid_out.W_in, laid_out.W1, laid_out.W2, laid_out.W_out):

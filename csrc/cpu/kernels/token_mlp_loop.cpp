@@ -10,7 +10,7 @@ namespace {
 template <class C>
 void run_tile(const TokenMlpArgs& a, int64_t first, int64_t tokens, void* scratch) {
   // Panels take time for all of their lanes, Few for its tokens alone, but more for each: the last
-  // panel is full, or nearly.
+  // panel is full, or nearly. (Products in panels rely on more than half of it.)
   constexpr int64_t kPanel = 2 * kLanes<C>;
   const int64_t rest = tokens % kPanel;
   const int64_t in_panels = rest > 3 * kPanel / 4 ? tokens : tokens - rest;

@@ -337,7 +337,9 @@ struct PairSingle : Few<float> {
 #if defined(__AMX_BF16__)
     constexpr int kBlocks = 4;
 #else
-    constexpr int kBlocks = 2;  // as in Few
+    // With more, so many rows are read at once that their lines push each other out of the
+    // first-level cache: rows lie powers of two apart.
+    constexpr int kBlocks = 2;
 #endif
     alignas(64) float sums[kBlocks * kOutputs];
     for (int64_t o = 0; o < out_features; o += kBlocks * kOutputs) {
@@ -362,10 +364,9 @@ struct PairSingle : Few<float> {
     });
   }
 
-  template <class F>
-  void linear_silu(const bf16* w, int64_t out_features, int64_t row, const Pair* in, F&& biases,
-                   Pair* out) const {
-    const float* bias = biases(0);
+  void linear_silu(const bf16* w, int64_t out_features, int64_t row, const Pair* in,
+                   const Rows& biases, Pair* out) const {
+    const float* bias = biases.of(0);
     bf16* to = reinterpret_cast<bf16*>(out);
     for_products(w, out_features, row, in, [&](int64_t o, int64_t left, Vec<float> sum) {
       store(to + o, silu(sum + bias_of(bias + o, left)));

@@ -192,7 +192,7 @@ struct Group {
   float *h, *moving, *scales;
 
   float* of(float* array, int64_t layer) const {
-    return array + (layer * a.space + token - a.first) * a.width;
+    return array + layer * a.layer + (token - a.first) * a.width;
   }
   float* output() const { return a.output + (token - a.first) * a.filled; }
 
@@ -204,23 +204,29 @@ struct Group {
     }
   }
 
+  // out = in w, plus the bias if there is one, plus what was there if asked; w (inputs, columns).
+  void times(const float* w, int64_t inputs, int64_t columns, const float* in, int64_t in_row,
+             float* out, const float* bias = nullptr, bool add = false) const {
+    product({in, in_row, 1, w, columns, bias, add, out, columns}, count, columns, inputs);
+  }
+
   void forward() const {
     const int64_t w = a.width;
-    product({a.x + token * a.size, a.size, 1, a.w_in_t, w, a.b_in, false, h, w}, count, w, a.size);
+    times(a.w_in_t, a.size, w, a.x + token * a.size, a.size, h, a.b_in);
     for (int64_t l = 0; l < a.blocks; ++l) {
       float *n = of(a.normalised, l), *s = of(a.sigmoid, l), *y = of(a.activated, l);
       norm_forward(h, count, w, n, scales + l * kGroupTokens, nullptr, nullptr);
-      product({n, w, 1, a.w1_t + l * w * w, w, nullptr, false, s, w}, count, w, w);
+      times(a.w1_t + l * w * w, w, w, n, w, s);
       for_runs([&](int64_t r, int64_t first, int64_t some) {
         const float* e = a.step_bias + (r / a.runs.parts * a.blocks + l) * w;
         activation_forward(s + first * w, some, w, e, y + first * w);
       });
-      product({y, w, 1, a.w2_t + l * w * w, w, a.b2 + l * w, true, h, w}, count, w, w);
+      times(a.w2_t + l * w * w, w, w, y, w, h, a.b2 + l * w, true);
     }
+    float* y = of(a.activated, a.blocks);
     norm_forward(h, count, w, of(a.normalised, a.blocks), scales + a.blocks * kGroupTokens,
-                 of(a.sigmoid, a.blocks), of(a.activated, a.blocks));
-    const float* y = of(a.activated, a.blocks);
-    product({y, w, 1, a.w_out_t, a.filled, nullptr, false, output(), a.filled}, count, a.filled, w);
+                 of(a.sigmoid, a.blocks), y);
+    times(a.w_out_t, w, a.filled, y, w, output());
   }
 
   void residuals() const {
@@ -237,20 +243,20 @@ struct Group {
   void backward() const {
     const int64_t w = a.width;
     float* sums = a.grad_bias + number * (a.blocks + 1) * w;
-    product({output(), a.filled, 1, a.w_out, w, nullptr, false, moving, w}, count, w, a.size);
+    times(a.w_out, a.size, w, output(), a.filled, moving);
     norm_backward(moving, count, w, of(a.normalised, a.blocks), scales + a.blocks * kGroupTokens,
                   of(a.sigmoid, a.blocks), of(a.activated, a.blocks), nullptr,
                   of(a.gradient, a.blocks), sums + a.blocks * w);
     for (int64_t l = a.blocks - 1; l >= 0; --l) {
       const float* later = of(a.gradient, l + 1);
       float* s = of(a.sigmoid, l);
-      product({later, w, 1, a.w2 + l * w * w, w, nullptr, false, moving, w}, count, w, w);
+      times(a.w2 + l * w * w, w, w, later, w, moving);
       for_runs([&](int64_t r, int64_t first, int64_t some) {
         activation_backward(moving + first * w, some, w, s + first * w,
                             of(a.activated, l) + first * w,
                             a.grad_embedding + (r * a.blocks + l) * w);
       });
-      product({s, w, 1, a.w1 + l * w * w, w, nullptr, false, moving, w}, count, w, w);
+      times(a.w1 + l * w * w, w, w, s, w, moving);
       norm_backward(moving, count, w, of(a.normalised, l), scales + l * kGroupTokens, nullptr,
                     nullptr, later, of(a.gradient, l), sums + l * w);
     }

@@ -18,8 +18,10 @@ struct TokenRuns {
   int64_t rows, parts;  // tokens of a level, runs of a level
   int64_t of_group;     // runs
   int64_t count;        // of all levels
-  // The first token of a run.
-  int64_t begin(int64_t run) const { return run / parts * rows + run % parts * rows / parts; }
+  // The first token of a run. Inlined always, see isa.h.
+  __attribute__((always_inline)) int64_t begin(int64_t run) const {
+    return run / parts * rows + run % parts * rows / parts;
+  }
 };
 
 // Matrices named _t are transposed: (inputs, outputs).
@@ -34,11 +36,12 @@ struct TokenLossArgs {
   const float* step_bias;                // (S, B, W)
   float factor;                          // of the gradient
   bool gradients;
-  // What the products that make the weights' gradients read, of tokens from `first` on. Each
-  // (B + 1, space, W): LN(h) in front of every block and of the last layer; the sigmoid of their
-  // SiLU's input, in whose place comes that input's gradient in a block; the SiLU; the gradient of h.
-  // And the gradient of the output, (space, filled).
-  int64_t first, space;
+  // What the products that make the weights' gradients read, of tokens from `first` on. Of B + 1
+  // layers, `layer` elements apart (0 without gradients: nothing is kept then), the tokens' rows of W:
+  // LN(h) in front of every block and of the last layer; the sigmoid of their SiLU's input, in whose
+  // place comes that input's gradient in a block; the SiLU; the gradient of h. And rows of `filled`
+  // with the gradient of the output.
+  int64_t first, layer;
   float *normalised, *sigmoid, *activated, *gradient, *output;
   // Sums over tokens:
   double* loss;           // (groups,), of weight times square

@@ -113,7 +113,8 @@ void outputs(const C* w, int64_t row, int64_t inputs, const C* in, const Biases<
   }
 }
 
-// Tokens in panels of two vectors, the last one of one vector where that is enough. In a panel,
+// Tokens in panels of two vectors; in products of bfloat16 the last one has one where that is enough.
+// In a panel,
 // element (feature, token) is panel[feature * tokens of the panel + token]; the panels of an array
 // follow each other.
 template <class C>
@@ -311,18 +312,23 @@ struct Few {
   static int64_t length(int64_t features) { return (features + L - 1) / L * L; }
   int64_t numbers(int64_t features) const { return tokens * length(features); }
 
-  // Of token t in a block, the biases of a step.
-  auto step_biases(int64_t step, int64_t block, C*) const {
-    return [this, step, block](int64_t t) {
-      const int64_t row = a.levels == 1 ? step : (first + t) % a.levels;
-      return static_cast<const C*>(a.step_bias) + (row * a.blocks + block) * a.width;
-    };
+  // Where the biases of each token are: of all the same, or of its level.
+  struct Rows {
+    const C* numbers;
+    int64_t first, levels, next;
+    const C* of(int64_t token) const { return numbers + (first + token) % levels * next; }
+  };
+  // The biases of a step in a block.
+  Rows step_biases(int64_t step, int64_t block, C*) const {
+    const int64_t next = a.blocks * a.width;
+    const C* numbers = static_cast<const C*>(a.step_bias) + block * a.width;
+    return {numbers + (a.levels == 1 ? step * next : 0), first, a.levels, next};
   }
 
   // N vectors of outputs of T tokens from `o` on, of which the last may be short.
-  template <int N, int T, class F>
+  template <int N, int T>
   static void block(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
-                    F&& biases, After after, C* out) {
+                    const Rows& biases, After after, C* out) {
     const int64_t in_length = length(inputs), out_length = length(out_features);
     const int64_t rest = out_features - o - (N - 1) * L;  // of the last vector, or more
     Vec<C> sum[N][T] = {};
@@ -352,18 +358,23 @@ struct Few {
       const int64_t from = o + n * L;
       for (int t = 0; t < T; ++t) {
         C* to = out + t * out_length + from;
-        const C* bias = biases(t) + from;
+        const C* bias = biases.of(t) + from;
         Vec<C> y = sum[n][t] + (n + 1 < N || rest >= L ? load(bias) : load_partial(bias, rest));
         if (after == After::kAddToOutput) y += load(to);
-        store(to, after == After::kSilu ? silu(y) : y);
+        store(to, y);
       }
+    }
+    if (after != After::kSilu) return;
+    for (int t = 0; t < T; ++t) {
+      C* to = out + t * out_length + o;
+      for (int64_t i = 0; i < N * L; i += L) store(to + i, silu(load(to + i)));
     }
   }
 
   // As many blocks of N vectors from `o` on as there are, then smaller ones.
-  template <int N, int T, class F>
+  template <int N, int T>
   static void blocks(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
-                     F&& biases, After after, C* out) {
+                     const Rows& biases, After after, C* out) {
     for (; o + (N - 1) * L < out_features; o += N * L) {
       block<N, T>(w, o, out_features, inputs, in, biases, after, out);
     }
@@ -373,9 +384,8 @@ struct Few {
   // The largest up to n.
   static constexpr int power_of_two(int n) { return n > 1 ? 2 * power_of_two(n / 2) : 1; }
 
-  template <class F>
-  void product(const C* w, int64_t out_features, int64_t in_features, const C* in, F&& biases,
-               After after, C* out) const {
+  void product(const C* w, int64_t out_features, int64_t in_features, const C* in,
+               const Rows& biases, After after, C* out) const {
     with_rows<kMost>(tokens, [&](auto count) {
       // All sums stay in registers.
       constexpr int N = power_of_two(2 * kPairRows / count);
@@ -385,12 +395,11 @@ struct Few {
 
   void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
               bool add, C* out) const {
-    product(w, out_features, in_features, in, [bias](int64_t) { return bias; },
+    product(w, out_features, in_features, in, {bias, 0, 1, 0},
             add ? After::kAddToOutput : After::kNothing, out);
   }
-  template <class F>
-  void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in, F&& biases,
-                   C* out) const {
+  void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in,
+                   const Rows& biases, C* out) const {
     product(w, out_features, in_features, in, biases, After::kSilu, out);
   }
   void scale(int64_t step, const C* x, int64_t features, C* out) const {
