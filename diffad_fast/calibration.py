@@ -25,6 +25,8 @@ from .scoring import (
 
 # Of a cross-fitted calibration, unless told otherwise: each model sees four fifths of the normals.
 FOLDS = 5
+# Windows of a recording that are scored together.
+WINDOWS_AT_ONCE = 64
 
 
 class Calibration(NamedTuple):
@@ -34,6 +36,17 @@ class Calibration(NamedTuple):
     conformal: Conformal
     most_windows: int = 0
     """Of an image among the normals behind the p-values."""
+    of_windows: Conformal | None = None
+    """Of recordings, each window by itself, as a stream scores them."""
+
+    def at_rate(self, false_positive_rate: float) -> Calibration:
+        """The same with the thresholds of another rate of false positives."""
+        of_windows = self.of_windows
+        if of_windows is not None:
+            of_windows = of_windows.at_rate(false_positive_rate)
+        return self._replace(
+            conformal=self.conformal.at_rate(false_positive_rate), of_windows=of_windows
+        )
 
 
 class Part(NamedTuple):
@@ -87,7 +100,7 @@ def calibrate_mode(model, parts: Sequence[Part], samples) -> Calibration:
         for _, split in parts
         for i, number in zip(split.conformal, split.conformal_groups, strict=True)
     }
-    scores, groups, most_windows = [], [], 0
+    held_out = _HeldOut(config)
     with bar:
         for part in parts:
             part.model.use(None)
@@ -97,14 +110,62 @@ def calibrate_mode(model, parts: Sequence[Part], samples) -> Calibration:
         for each in {id(m): m for m in (model, *(part.model for part in parts))}.values():
             each.use(found)
         for part_model, batch in batches("conformal"):
-            groups += [group[i] for i in batch.index.tolist()]
-            scores.append(part_model.score(batch.x)[1].cpu().double())
-            most_windows = max(most_windows, windows(config, batch.x))
-    held_out, groups = torch.cat(scores).numpy(), np.array(groups)
-    normal = np.argsort(held_out, kind="stable")
-    normal = normal[: len(normal) - int(config.contamination * len(normal))]
-    conformal = Conformal(held_out[normal], groups[normal], config.false_positive_rate)
-    return Calibration(found, conformal, most_windows)
+            held_out.add(part_model, batch.x, [group[i] for i in batch.index.tolist()])
+    return held_out.calibration(found)
+
+
+@torch.inference_mode()
+def recalibrate_mode(
+    model, calibration: Calibration, samples, groups: Sequence[int] | None
+) -> Calibration:
+    """With the p-values of all these samples, which the model has not seen, in its mode."""
+    held_out = _HeldOut(model.config)
+    with progress(None, samples.length, "calibrating", samples.unit) as bar:
+        for batch in samples.batches(model.config.batch_size):
+            index = batch.index.tolist()
+            held_out.add(model, batch.x, index if groups is None else [groups[i] for i in index])
+            bar.update(len(index))
+    return held_out.calibration(calibration.statistics)
+
+
+class _HeldOut:
+    """Scores of normals that were held out, and of the windows of recordings."""
+
+    def __init__(self, config: DetectorConfig):
+        self.config = config
+        self.most_windows = 0
+        self._scores: tuple[list, list] = [], []
+        self._of_windows: tuple[list, list] = [], []
+
+    def add(self, model, x: torch.Tensor, groups: Sequence[int]) -> None:
+        config = self.config
+        self._score(self._scores, model, x, groups)
+        self.most_windows = max(self.most_windows, windows(config, x))
+        if config.kind != "audio" or config.remove_level:  # which a stream cannot
+            return
+        for clip, group in zip(
+            x.unfold(1, config.window_samples, config.step_samples), groups, strict=True
+        ):
+            for part in clip.split(WINDOWS_AT_ONCE):
+                self._score(self._of_windows, model, part.contiguous(), [group] * len(part))
+
+    @staticmethod
+    def _score(found: tuple[list, list], model, x: torch.Tensor, groups: Sequence[int]) -> None:
+        found[0].append(model.score(x)[1].cpu().double())
+        found[1].extend(groups)
+
+    def calibration(self, statistics: list[MapStatistics | None]) -> Calibration:
+        of_windows = self._conformal(*self._of_windows) if self._of_windows[0] else None
+        return Calibration(
+            statistics, self._conformal(*self._scores), self.most_windows, of_windows
+        )
+
+    def _conformal(self, scores: list[torch.Tensor], groups: list[int]) -> Conformal:
+        """Without as many of the highest as the normals are contaminated."""
+        every, group = torch.cat(scores).numpy(), np.array(groups)
+        normal = np.argsort(every, kind="stable")
+        normal = normal[: len(normal) - int(self.config.contamination * len(normal))]
+        return Conformal(every[normal], group[normal], self.config.false_positive_rate)
 
 
 def windows(config: DetectorConfig, x: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The command line ``diffad-fast``: fit, score, evaluate, info, bench.
+"""The command line ``diffad-fast``: fit, score, calibrate, evaluate, info, bench.
 
 Results go to standard output or to the files that were named; progress, warnings and errors go to
 standard error. Exit status: 0 done, 2 an error (one sentence, nothing half-written), 130
@@ -30,7 +30,7 @@ from .version import __version__
 if TYPE_CHECKING:
     import torch
 
-    from .data.samples import Batch
+    from .data.samples import Batch, Samples
     from .detector import Detector
     from .scoring import Score
 
@@ -105,8 +105,6 @@ def _one_line_warnings() -> Iterator[None]:
 
 def _fit(args: argparse.Namespace) -> None:
     from .config import read_options
-    from .data.groups import groups_by_regex
-    from .data.sources import training_part
     from .detector import Detector
     from .files import check_writable
     from .training.distributed import processes
@@ -124,14 +122,7 @@ def _fit(args: argparse.Namespace) -> None:
         raise InputError(
             f"there is no unfinished training to resume: {state} does not exist; leave out --resume"
         )
-    source, groups = training_part(
-        detector.config.kind, args.data, args.layout, args.normal, args.folds
-    )
-    samples = detector.open(source, strict=args.strict)
-    if args.group_regex:
-        if samples.paths is None:
-            raise InputError("--group-regex reads names of files: leave it out for a table")
-        groups = groups_by_regex(samples.paths, args.group_regex)
+    samples, groups = _normals(detector, args)
     kept = TrainingCheckpoint(
         state, seconds=args.checkpoint_every, resume=args.resume, log=f"{args.out}.csv",
         pictures_every=args.pictures_every,
@@ -149,6 +140,22 @@ def _fit(args: argparse.Namespace) -> None:
     if first:
         kept.remove()
         print(_fit_summary(detector, samples, args.out), file=sys.stderr)
+
+
+def _normals(detector: Detector, args: argparse.Namespace) -> tuple[Samples, list[str] | None]:
+    """The samples that a command is to learn from, and their groups."""
+    from .data.groups import groups_by_regex
+    from .data.sources import training_part
+
+    source, groups = training_part(
+        detector.config.kind, args.data, args.layout, args.normal, args.folds
+    )
+    samples = detector.open(source, strict=args.strict)
+    if args.group_regex:
+        if samples.paths is None:
+            raise InputError("--group-regex reads names of files: leave it out for a table")
+        groups = groups_by_regex(samples.paths, args.group_regex)
+    return samples, groups
 
 
 def _keep_apart(data: str, out: str | os.PathLike) -> None:
@@ -183,7 +190,30 @@ def _loaded(args: argparse.Namespace) -> Detector:
     detector = load(args.model, device=args.device)
     if args.mode is not None:
         detector.mode = args.mode
+    if args.false_positive_rate is not None:
+        detector.false_positive_rate = args.false_positive_rate
     return detector
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from .files import check_writable
+    from .training.distributed import processes
+
+    detector, first = _loaded(args), processes().first
+    _keep_apart(args.data, args.out)
+    if first:
+        check_writable(args.out)
+    samples, groups = _normals(detector, args)
+    detector.recalibrate(samples, groups=groups)
+    if first:
+        detector.save(args.out)
+        above = detector.conformal.why_no_label()
+        if detector.threshold is not None:
+            above = f"{detector.mode} labels above a score of {detector.threshold:.4g}"
+        print(
+            f"p-values of {len(samples.load())} {samples.unit}s; {above}; saved as {args.out}",
+            file=sys.stderr,
+        )
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -365,11 +395,6 @@ def _parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="JSON object of options; those given here override it"
     )
     fit.add_argument(
-        "--group-regex", metavar="RE",
-        help="files whose names agree in what its first parenthesis matches show one object and "
-        "are held out together",
-    )  # fmt: skip
-    fit.add_argument(
         "--resume", action="store_true", help="continue the interrupted training of --out"
     )
     fit.add_argument(
@@ -389,6 +414,13 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--batch-size", type=_positive, metavar="N", help="images scored together")
     score.add_argument("--no-maps", action="store_false", dest="maps", help="scores.csv only")
 
+    calibrate = command(
+        "calibrate", _calibrate, "Take p-values and threshold from other normals, without training."
+    )
+    calibrate.add_argument("model", help="detector that fit wrote")
+    calibrate.add_argument("data", help="normals that it was not fitted on, as for fit")
+    calibrate.add_argument("--out", required=True, metavar="FILE", help="detector; may be MODEL")
+
     evaluate = command("evaluate", _evaluate, "Compare scores with ground truth: AUROC and others.")
     evaluate.add_argument("model", help="detector that fit wrote")
     evaluate.add_argument(
@@ -399,7 +431,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--report", metavar="DIR", help="folder for an HTML report")
 
-    for sub in (fit, evaluate):
+    for sub in (fit, calibrate):
+        sub.add_argument(
+            "--group-regex", metavar="RE",
+            help="files whose names agree in what its first parenthesis matches show one object "
+            "and belong together",
+        )  # fmt: skip
+
+    for sub in (fit, calibrate, evaluate):
         sub.add_argument(
             "--layout", default="auto",
             help="of audio: auto (default), folder, urbansound8k or dcase",
@@ -409,12 +448,16 @@ def _parser() -> argparse.ArgumentParser:
             "--folds", type=_folds, metavar="N[,N]", help="folds of urbansound8k (all)"
         )
 
-    for sub in (score, evaluate):
+    for sub in (score, calibrate, evaluate):
         sub.add_argument(
             "--mode", help="how scores are made: reconstruct, invert, one_step (as fitted)"
         )
+        sub.add_argument(
+            "--false-positive-rate", type=float, metavar="R",
+            help="share of normals that may be labelled anomalous (as fitted, 0.05)",
+        )  # fmt: skip
 
-    for sub in (fit, score, evaluate):
+    for sub in (fit, score, calibrate, evaluate):
         sub.add_argument("--device", help="cpu or cuda; default: the best there is")
         sub.add_argument("--strict", action="store_true", help="stop at the first unusable file")
 

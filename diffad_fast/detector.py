@@ -21,12 +21,15 @@ from .calibration import (
     calibrate_mode,
     check_source,
     fingerprint,
+    recalibrate_mode,
     splits,
     windows,
 )
 from .config import MODES, DetectorConfig
 from .data.audio_layouts import LabelledClip, labelled_clips
+from .data.folders import is_path
 from .data.groups import group_labels
+from .data.mvtec import TestImage, mvtec_test
 from .data.samples import Batch, Samples
 from .data.sources import check_layout, open_source, training_part
 from .errors import InputError
@@ -170,6 +173,25 @@ class Detector:
         """The mode's scores of held-out normals; None before ``fit``."""
         calibration = self.calibrations.get(self.mode)
         return None if calibration is None else calibration.conformal
+
+    @property
+    def threshold(self) -> float | None:
+        """The score above which a sample is labelled anomalous in the mode; None before ``fit``,
+        and where the held-out normals are too few for labels."""
+        return None if self.conformal is None else self.conformal.threshold
+
+    @property
+    def false_positive_rate(self) -> float:
+        """The share of normals that labels may call anomalous: what thresholds are made from.
+
+        Can be set at any time, of a loaded detector too; ``save`` keeps it.
+        """
+        return self.config.false_positive_rate
+
+    @false_positive_rate.setter
+    def false_positive_rate(self, value: float) -> None:
+        self.model.config = self.config.replace(false_positive_rate=value)
+        self.calibrations = {m: c.at_rate(value) for m, c in self.calibrations.items()}
 
     # ---------------------------------------------------------------- fit
 
@@ -317,8 +339,44 @@ class Detector:
             self.mode = wanted
             self._release(but=self.model)
 
+    @undisturbed
+    def recalibrate(
+        self,
+        source,
+        *,
+        groups: Sequence[Hashable] | None = None,
+        modes: Sequence[str] = MODES,
+        strict: bool = False,
+    ) -> Detector:
+        """Take p-values and thresholds from other normals, such as a new camera's or those of a
+        month of production; model and statistics of maps stay as they are.
+
+        source, groups, strict: as in :meth:`fit`; none of these samples may have been fitted on,
+        or p-values are too large and anomalies are missed. With 20 groups or more there are labels.
+        Works on loaded detectors; no other thread may use this one meanwhile. Returns self. Raises
+        InputError for unusable data, an unknown mode, and before ``fit``.
+        """
+        self._require_fitted()
+        for mode in modes:
+            self.config.replace(mode=mode)  # raises before anything is changed
+        source, found_groups = training_part(self.config.kind, source)
+        samples, wanted = self.open(source, strict=strict), self.mode
+        samples.load()
+        groups = found_groups if groups is None else groups
+        numbers = None if groups is None else group_labels(groups, len(samples))
+        try:
+            found = {}
+            for mode in modes:
+                self.mode = mode
+                before = self.calibrations[mode]
+                found[mode] = recalibrate_mode(self.model, before, samples, numbers)
+            self.calibrations |= found  # all or none, should this be interrupted
+        finally:
+            self.mode = wanted
+        return self
+
     def open(self, source, *, strict: bool = False) -> Samples:
-        """The samples of ``source`` (as in :meth:`fit`), images in this detector's size, clips at
+        """The samples of ``source`` (as in :meth:`score`), images in this detector's size, clips at
         its sampling rate, columns with names in the order of those it was fitted on."""
         samples = open_source(source, self.config, strict)
         samples.pinned = self.device.type == "cuda"
@@ -336,10 +394,12 @@ class Detector:
     def score(
         self, source, *, maps: bool = True, batch_size: int | None = None, strict: bool = False
     ) -> Score:
-        """Score samples; ``source`` as in :meth:`fit`.
+        """Score samples.
 
-        maps=False keeps no maps: memory then does not grow with the number of samples, but for a
-        few numbers each. Raises InputError for unusable data or before ``fit``.
+        source: as in :meth:`fit`, but of a folder all that is in it, whatever its layout, without
+        the masks in folders named ground_truth. maps=False keeps no maps: memory then does not grow
+        with the number of samples, but for a few numbers each. Raises InputError for unusable data
+        or before ``fit``.
         """
         return Score.join(self.score_iter(source, maps=maps, batch_size=batch_size, strict=strict))
 
@@ -524,21 +584,22 @@ class Detector:
     ) -> dict:
         """Figures on a labelled test set.
 
-        data: for images the root of an MVTec AD layout, root/test/*, root/ground_truth/*; for
-        audio the root of a data set, to which layout, normal and folds belong as in
-        ``data.audio.labelled_clips``, or a list of its ``LabelledClip``; for vectors a table with
-        labels, as in ``data.vectors.open_vectors``.
+        data: for images the root of an MVTec AD layout, root/test/*, root/ground_truth/*, or a list
+        of ``data.mvtec.TestImage``; for audio the root of a data set, to which layout, normal and
+        folds belong as in ``data.audio.labelled_clips``, or a list of its ``LabelledClip``; for
+        vectors a table with labels, as in ``data.vectors.open_vectors``.
 
         Returns a dict that JSON can hold: image_auroc, pixel_auroc, aupro (to a false-positive
         rate of 0.3), f1_max (of images), pixel_f1_max, false_positive_rate and
         true_positive_rate of the labels, per_defect (the same figures for one kind of defect
-        against all normals), latency_ms (median of single images, decoded image in, score and map
-        out), n_normal, n_anomalous, and ``undefined``: why a figure is null. Pixel metrics are
-        taken at each mask's own size. For vectors: auroc, pauc (to a false-positive rate of 0.1),
-        f1_max, the two rates, the two numbers, latency_ms and ``undefined``. For audio: the same,
-        real_time (seconds of sound a second, clip after clip), per_kind (auroc and pauc of one kind
-        of anomaly against all normals), sections (of DCASE: auroc_source and auroc_target, of one
-        domain's normals against all anomalies, and pauc) and harmonic_mean (of all of these).
+        against all normals), threshold (that of the labels, no choice of the test's), latency_ms
+        (median of single images, decoded image in, score and map out), n_normal, n_anomalous, and
+        ``undefined``: why a figure is null. Pixel metrics are taken at each mask's own size. For
+        vectors: auroc, pauc (to a false-positive rate of 0.1), f1_max, the two rates, threshold,
+        the two numbers, latency_ms and ``undefined``. For audio: the same, real_time (seconds of
+        sound a second, clip after clip), per_kind (auroc and pauc of one kind of anomaly against
+        all normals), sections (of DCASE: auroc_source and auroc_target, of one domain's normals
+        against all anomalies, and pauc) and harmonic_mean (of all of these).
         report: a folder for an HTML report of images or clips.
         Raises InputError for a missing test folder or labels, or a mask of the wrong size.
         """
@@ -549,16 +610,15 @@ class Detector:
                 raise InputError("a report shows images or clips: leave it out for vectors")
             return evaluate_vectors(self, data)
         if kind == "audio":
-            if isinstance(data, (str, os.PathLike)):
+            if is_path(data):
                 data = labelled_clips(data, layout, normal, folds)
-            elif not _are_labelled(data):
-                raise InputError(
-                    f"evaluate cannot read a {type(data).__name__}: give the root of a data set, "
-                    "or a list of data.audio.LabelledClip"
-                )
+            _check_labelled(data, LabelledClip, "data.audio.LabelledClip")
             evaluation = evaluate_audio(self, data, strict)
         else:
-            evaluation = evaluate(self, Path(data), strict)
+            if is_path(data):
+                data = mvtec_test(data)
+            _check_labelled(data, TestImage, "data.mvtec.TestImage")
+            evaluation = evaluate(self, data, strict)
         if report is not None:
             from .report import write_report
 
@@ -703,12 +763,14 @@ class Detector:
         return from_pretrained(name, **options)
 
 
-def _are_labelled(data) -> bool:
-    return (
-        isinstance(data, (list, tuple))
-        and len(data) > 0
-        and all(isinstance(clip, LabelledClip) for clip in data)
-    )
+def _check_labelled(data, kind: type, name: str) -> None:
+    """Raise InputError for what is no list of that kind."""
+    listed = isinstance(data, (list, tuple)) and len(data) > 0
+    if not listed or not all(isinstance(sample, kind) for sample in data):
+        raise InputError(
+            f"evaluate cannot read a {type(data).__name__}: give the root of a data set, or a list "
+            f"of {name}"
+        )
 
 
 def _on_host(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import nn
 from . import metrics
 from .data.audio_layouts import LabelledClip
 from .data.image_files import read_mask
-from .data.mvtec import TestImage, mvtec_test
+from .data.mvtec import TestImage
 from .errors import InputError
 from .scoring import Score, own_part
 
@@ -48,17 +47,20 @@ class AudioEvaluation(_Evaluation):
     clips: list[LabelledClip]
 
 
-def evaluate(detector: Detector, root: Path, strict: bool) -> Evaluation:
-    """Score every image below ``root``/test and compare with the masks; figures as documented at
+def evaluate(detector: Detector, tests: Sequence[TestImage], strict: bool) -> Evaluation:
+    """Score images and compare with their masks; figures as documented at
     :meth:`diffad_fast.Detector.evaluate`."""
-    tests = mvtec_test(root)
     images = detector.open([test.path for test in tests], strict=strict)
     tests = [tests[i] for i in images.load()]
     for test in tests:
         read_mask(test.mask_path, test.path)  # a wrong mask is told before the work
     score = detector.score(images)
     first = next(iter(detector.open([tests[0].path]).batches(1))).x
-    found = {**image_metrics(tests, score), "latency_ms": latency(detector, first)}
+    found = {
+        **image_metrics(tests, score),
+        "threshold": detector.threshold,
+        "latency_ms": latency(detector, first),
+    }
     return Evaluation(images=tests, score=score, label=image_labels(tests), metrics=found)
 
 
@@ -72,7 +74,12 @@ def evaluate_vectors(detector: Detector, source) -> dict:
         )
     found = _score_metrics(detector.score(vectors), vectors.labels)
     milliseconds = latency(detector, next(vectors.batches(1)).x)
-    return {**found.values, "latency_ms": milliseconds, "undefined": found.undefined}
+    return {
+        **found.values,
+        "threshold": detector.threshold,
+        "latency_ms": milliseconds,
+        "undefined": found.undefined,
+    }
 
 
 def evaluate_audio(
@@ -88,6 +95,7 @@ def evaluate_audio(
     milliseconds = latency(detector, first)
     result = {
         **found.values,
+        "threshold": detector.threshold,
         "latency_ms": milliseconds,
         "real_time": first.shape[1] / detector.config.sample_rate / milliseconds * 1e3,
         "per_kind": _per_kind(clips, score, label),

@@ -50,8 +50,9 @@ def state(detector: Detector) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             if entry is not None:
                 prefix = f"statistics.{mode}.{i}"
                 tensors |= {f"{prefix}.{k}": v for k, v in entry._asdict().items()}
-        tensors[f"conformal.{mode}"] = torch.from_numpy(calibration.conformal.scores)
-        tensors[f"conformal_groups.{mode}"] = torch.from_numpy(calibration.conformal.group)
+        tensors |= _conformal_state(f"conformal{{}}.{mode}", calibration.conformal)
+        if calibration.of_windows is not None:
+            tensors |= _conformal_state(f"of_windows{{}}.{mode}", calibration.of_windows)
     texts = {
         "config": detector.config.to_json(),
         "statistics": json.dumps({m: len(c.statistics) for m, c in detector.calibrations.items()}),
@@ -62,6 +63,13 @@ def state(detector: Detector) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         "history": json.dumps(dataclasses.asdict(detector.history)),
     }
     return tensors, texts
+
+
+def _conformal_state(name: str, conformal: Conformal) -> dict[str, torch.Tensor]:
+    return {
+        name.format(""): torch.from_numpy(conformal.scores),
+        name.format("_groups"): torch.from_numpy(conformal.group),
+    }
 
 
 @undisturbed
@@ -117,14 +125,15 @@ def from_state(
             else None
             for prefix in prefixes
         ]
+
+        def conformal(name: str, mode: str = mode) -> Conformal:
+            scores, group = (tensors[f"{name}{part}.{mode}"].numpy() for part in ("", "_groups"))
+            return Conformal(scores, group, config.false_positive_rate)
+
+        # Earlier versions kept no windows of recordings.
+        of_windows = conformal("of_windows") if f"of_windows.{mode}" in tensors else None
         detector.calibrations[mode] = Calibration(
-            statistics,
-            Conformal(
-                tensors[f"conformal.{mode}"].numpy(),
-                tensors[f"conformal_groups.{mode}"].numpy(),
-                config.false_positive_rate,
-            ),
-            int(texts["most_windows"]),
+            statistics, conformal("conformal"), int(texts["most_windows"]), of_windows
         )
     detector.mode = config.mode
     detector._settled = json.loads(texts["settled"])

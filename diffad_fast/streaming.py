@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+from .calibration import WINDOWS_AT_ONCE
+from .data.audio import what_is_missing
 from .data.resampling import Resampler, resampling_delay
 from .data.waves import as_mono, extended
 from .errors import InputError
@@ -14,21 +17,23 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .detector import Detector
 
-# Windows that are scored at once, however large a chunk is.
-_LARGEST_BATCH = 64
-
-
 class StreamScores(NamedTuple):
     """What the windows that a chunk completed sound like.
 
     time (k,) float64: the end of each window, in seconds from the start of the stream; score (k,)
     float64, of which the mean (of the part ``top_fraction`` of the highest) over a clip is the
     clip's score; map (k,n_mels) float32: what each band has in it, adding up to the score.
+    p_value (k,) float64 and label (k,) int64, 1 for an anomaly, by single windows of held-out
+    normals: a share ``false_positive_rate`` of normal windows is labelled, so an alarm is better
+    rung by several in a row. label is None where these are of fewer than 20 recordings, both are
+    for detectors of a file that was written before there were any.
     """
 
     time: np.ndarray
     score: np.ndarray
     map: np.ndarray
+    p_value: np.ndarray | None
+    label: np.ndarray | None
 
 
 class Stream:
@@ -51,6 +56,9 @@ class Stream:
         self._detector, self._rate = detector, config.sample_rate
         self._window, self._step = config.window_samples, config.step_samples
         self._resampler = Resampler(rate, config.sample_rate, "the stream")
+        missing = what_is_missing(rate, config.fmax, "the stream")
+        if missing:
+            warnings.warn(missing, stacklevel=3)
         # From the start of the first window that has not been scored.
         self._buffer = np.empty(0, np.float32)
         # The step before that, which the mirrored end of a recording may need.
@@ -98,13 +106,15 @@ class Stream:
             end = np.pad(end, (0, self._window - size), mode="reflect")
             self._buffer = end[len(self._past) :]
         parts.append(self._complete())
-        return StreamScores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return StreamScores(
+            *(None if c[0] is None else np.concatenate(c) for c in zip(*parts, strict=True))
+        )
 
     def _complete(self) -> StreamScores:
         """Score every window that the buffer holds whole, and drop what no later one needs."""
         scores, maps, first = [], [], self._scored
         while len(self._buffer) >= self._window:
-            count = min(_LARGEST_BATCH, (len(self._buffer) - self._window) // self._step + 1)
+            count = min(WINDOWS_AT_ONCE, (len(self._buffer) - self._window) // self._step + 1)
             windows = torch.from_numpy(self._buffer).unfold(0, self._window, self._step)[:count]
             map_, score = self._detector.score_batch(windows.contiguous())
             scores.append(score)
@@ -116,11 +126,15 @@ class Stream:
         if scores:  # once, and not in the loop: a chunk may be a recording of hours
             self._buffer = self._buffer.copy()
         number = np.arange(first, self._scored)
+        score = np.concatenate([np.empty(0), *scores])
         n_mels = self._detector.config.n_mels
+        normal = self._detector.calibrations[self._detector.mode].of_windows
         return StreamScores(
             (number * self._step + self._window) / self._rate,
-            np.concatenate([np.empty(0), *scores]),
+            score,
             np.concatenate([np.empty((0, n_mels), np.float32), *maps]),
+            None if normal is None else normal.p_value(score),
+            None if normal is None else normal.label(score),
         )
 
     def _require_open(self) -> None:

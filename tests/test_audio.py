@@ -16,6 +16,7 @@ from diffad_fast.config import DetectorConfig
 from diffad_fast.data.audio import LabelledClip
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.evaluation import evaluate_audio
+from diffad_fast.persistence import from_state
 from diffad_fast.report.audio import clip_figure
 from diffad_fast.scoring import Score
 
@@ -162,6 +163,51 @@ def test_a_stream_of_windows_that_do_not_overlap_ends_as_the_clip(more):
     assert found.score(wave).score[0] == pytest.approx(score.mean(), abs=1e-4)
 
 
+def test_windows_of_a_stream_have_p_values_of_windows(detector, tmp_path):
+    """Against windows cut by hand of the clips that were held out, each clip counting once."""
+    config, (part,) = detector.config, detector.parts
+    window, step = config.window_samples, config.step_samples
+    clips = [next(detector.open([hum(i)]).batches(1)).x[0] for i in part.split.conformal]
+    known = [detector.score_batch(clip.unfold(0, window, step))[1] for clip in clips]
+    stream = detector.stream(RATE)
+    parts = [stream.push(hum(300, 6.0)), stream.push(hum(301, 6.0, extra=0.2)), stream.finish()]
+    score, p_value, label = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("score", "p_value", "label")
+    )
+    shares = [[(scores >= s).mean() for scores in known] for s in score]
+    expected = (1 + np.sum(shares, axis=1)) / (len(known) + 1)
+    np.testing.assert_allclose(p_value, expected, rtol=0, atol=0.01)
+    end = parts[0].time[-1]
+    time = np.concatenate([part.time for part in parts])
+    whistle = (time > end + 3) & (time < end + 4)
+    assert label[whistle].all() and label[time <= end].mean() < 0.2
+    detector.save(tmp_path / "a.diffad")
+    loaded = daf.load(tmp_path / "a.diffad")
+    again = loaded.stream(RATE).push(hum(300, 6.0))
+    np.testing.assert_array_equal(again.p_value, parts[0].p_value)
+    loaded.false_positive_rate = 0.5
+    assert loaded.stream(RATE).push(hum(300, 6.0)).label.mean() > 0.2
+    loaded.recalibrate([hum(400 + i, 3.0, extra=0.2) for i in range(30)])
+    again = loaded.stream(RATE).push(hum(301, 6.0, extra=0.2))
+    assert np.median(again.p_value) > 0.2
+
+
+def test_streams_of_earlier_files_have_no_p_values(detector):
+    state = detector.state()
+    tensors = {k: v for k, v in state[0].items() if not k.startswith("of_windows")}
+    assert len(tensors) == len(state[0]) - 6  # scores and groups of three modes
+    part = from_state(tensors, state[1], "a.diffad").stream(RATE).push(hum(3))
+    assert len(part.score) and part.p_value is None and part.label is None
+
+
+def test_a_stream_without_high_frequencies_is_told(detector, recwarn):
+    detector.stream(RATE)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="the stream was sampled 4000 times .* fmax=2000"):
+        detector.stream(4000)
+
+
 def test_stream_of_less_than_a_window_and_of_nothing(detector):
     stream = detector.stream(RATE)
     assert len(stream.push(hum(1)[:900]).score) == 0
@@ -284,6 +330,7 @@ def test_figures_of_dcase(monkeypatch):
 
     class Fake:
         config = DetectorConfig.create(kind="audio")
+        threshold = None
 
         def open(self, paths, strict):
             return self

@@ -585,6 +585,24 @@ def test_tables_from_a_shell(tmp_path, capsys):
         assert re.search(f"^{line}$", text, re.M)
 
 
+def test_calibrate_takes_other_normals(model, root, good, tmp_path, capsys, fails):
+    before, out = daf.load(model), tmp_path / "other.diffad"
+    options = ["--false-positive-rate", "0.2", "--group-regex", r"(\d+)\.png"]
+    assert main(["calibrate", str(model), str(good), "--out", str(out), *options]) == 0
+    after = daf.load(out)
+    expected = before.score(str(good), maps=False).score
+    np.testing.assert_array_equal(np.sort(after.conformal.scores), np.sort(expected))
+    assert (after.conformal.groups, after.false_positive_rate) == (44, 0.2)
+    err = capsys.readouterr().err
+    assert f"of 44 images; reconstruct labels above a score of {after.threshold:.4g}; saved" in err
+    assert main(["evaluate", str(out), str(root), "--json", "--false-positive-rate", "0.3"]) == 0
+    threshold = json.loads(capsys.readouterr().out)["threshold"]
+    after.false_positive_rate = 0.3
+    assert threshold == after.threshold
+    fails("calibrate", model, root / "test", "--out", good, names=["it is a folder"])
+    fails("score", model, good, "--out", tmp_path / "o", "--false-positive-rate", 7, names=["7"])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
 def test_names_that_are_not_utf8(model, tmp_path):
     folder = tmp_path / "new"
@@ -625,6 +643,7 @@ def test_kinds_of_sounds_whose_names_are_not_utf8(monkeypatch):
     row = {"n_anomalous": 1, "auroc": 0.5, "pauc": 0.5}
     metrics = {
         **figures, "n_anomalous": 2, "n_normal": 3, "latency_ms": 1.0, "real_time": 9.0,
+        "threshold": None,
         "undefined": {}, "per_kind": {"bang": row, "caf\udce9": row},
     }  # fmt: skip
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))

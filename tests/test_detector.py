@@ -14,6 +14,7 @@ import torch
 import diffad_fast as daf
 from diffad_fast.config import MODES
 from diffad_fast.data.images import open_images
+from diffad_fast.data.mvtec import mvtec_test
 from diffad_fast.denoisers import WaveletUNet, inference
 from diffad_fast.diffusion import Graphed
 from diffad_fast.errors import BackendError, CheckpointError, InputError
@@ -175,6 +176,54 @@ def test_test_data_changes_nothing(fitted):
     fitted.score(with_squares(normals(30, seed=11))[0])
     assert all(torch.equal(a, s.mean) for a, s in zip(statistics, fitted.statistics, strict=True))
     np.testing.assert_array_equal(fitted.score(normals(3, seed=10)).score, before)
+
+
+def test_recalibrating_takes_p_values_of_other_normals(fitted, tmp_path):
+    """A darker camera: all of its normals are anomalies, until p-values are theirs."""
+    detector = pickle.loads(pickle.dumps(fitted))
+    before, statistics = dict(detector.calibrations), detector.statistics
+    dark = normals(120, seed=20) * 0.8
+    assert detector.score(dark).label.mean() > 0.5
+    assert detector.recalibrate(dark[:60]) is detector and detector.statistics is statistics
+    scores, new = detector.score(dark[:60]).score, detector.score(dark[60:])
+    at_least = (scores[:, None] >= new.score).sum(axis=0)
+    np.testing.assert_allclose(new.p_value, (1 + at_least) / 61, rtol=0, atol=1e-12)
+    assert new.label.mean() < 0.2 and detector.threshold == np.sort(scores)[-3]
+    assert all(detector.calibrations[mode] is not before[mode] for mode in MODES)
+    # Of one mode; an object's images count together.
+    detector.recalibrate(dark[:60], groups=np.arange(60) // 2, modes=["one_step"])
+    assert detector.calibrations["one_step"].conformal.groups == 30
+    assert detector.calibrations["invert"].conformal.groups == 60
+    assert detector.mode == fitted.mode
+    detector.save(tmp_path / "dark.diffad")
+    again = daf.load(tmp_path / "dark.diffad").score(dark[60:])
+    np.testing.assert_array_equal(again.p_value, new.p_value)
+
+
+def test_recalibrating_needs_a_fit_normals_and_a_mode(fitted, tmp_path):
+    with pytest.raises(InputError, match="not fitted"):
+        daf.Detector(**OPTIONS).recalibrate(normals(20))
+    with pytest.raises(InputError, match="'upwards'"):
+        fitted.recalibrate(normals(20), modes=["upwards"])
+    (tmp_path / "test").mkdir()
+    with pytest.raises(InputError, match="is not trained on what it is tested on"):
+        fitted.recalibrate(tmp_path)
+
+
+def test_another_false_positive_rate_moves_the_threshold(fitted, tmp_path):
+    detector = pickle.loads(pickle.dumps(fitted))
+    assert daf.Detector(**OPTIONS).threshold is None
+    scores = detector.conformal.scores
+    for rate in (0.2, 0.1, 0.3):
+        detector.false_positive_rate = rate
+        allowed = int(rate * (len(scores) + 1) - 1)  # of the calibration scores above it
+        assert detector.threshold == scores[len(scores) - 1 - allowed]
+        assert detector.config.false_positive_rate == detector.false_positive_rate == rate
+    detector.save(tmp_path / "m.diffad")
+    assert daf.load(tmp_path / "m.diffad").threshold == detector.threshold
+    with pytest.raises(InputError, match="false_positive_rate"):
+        detector.false_positive_rate = 2
+    assert detector.false_positive_rate == 0.3
 
 
 def test_few_normals_give_no_label_and_one_warning():
@@ -432,6 +481,12 @@ def test_evaluate_on_a_folder(fitted, tmp_path):
     assert (part["n_normal"], part["n_anomalous"]) == (6, 3)
     assert part["image_auroc"] == daf.metrics.auroc(kinds[dent] != "good", score.score[dent])
     assert result["true_positive_rate"] == score.label[kinds != "good"].mean()
+    assert result["threshold"] == fitted.threshold
+    listed = fitted.evaluate(mvtec_test(tmp_path)[3:])
+    assert (listed["n_normal"], listed["n_anomalous"]) == (6, 3)  # without one kind of defect
+    for wrong in ([], normals(3), ["a.png"], 3):
+        with pytest.raises(InputError, match="evaluate cannot read a .*data.mvtec.TestImage"):
+            fitted.evaluate(wrong)
 
 
 def test_bfloat16_convolutions(fitted, tmp_path, monkeypatch):

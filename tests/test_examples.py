@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 # A host that may be missing, and what stands in the output.
 EXAMPLES = {
     "images": (None, r"(?s)(normal\n.*){3}(ANOMALY at row [123]\d, column [234]\d\n.*){3}$"),
+    "service": (None, r'"anomaly": false.*\n.*"anomaly": true, "at": \[[123]\d, [234]\d\].*\n422 '),
     "own_parts": (None, r"normal \[.*\]\nbroken \["),
     "scikit_learn": (None, r"AUROC of the training data: (0\.[89]\d*|1\.000)\n"),
     "pyod_combination": ("pyod", r"mean    AUROC (0\.9\d*|1\.000)\n"),

@@ -13,6 +13,7 @@ from PIL import Image
 import diffad_fast as daf
 from diffad_fast.calibration import Calibration
 from diffad_fast.data import demo
+from diffad_fast.data.mvtec import mvtec_test
 from diffad_fast.evaluation import evaluate, image_metrics
 from diffad_fast.report import write_report
 from diffad_fast.report.figures import colour_range, histogram, roc_curve
@@ -45,7 +46,7 @@ def detector(root):
 
 @pytest.fixture(scope="module")
 def evaluation(detector, root):
-    return evaluate(detector, root, strict=False)
+    return evaluate(detector, mvtec_test(root), strict=False)
 
 
 class Page(HTMLParser):
@@ -190,7 +191,7 @@ def test_page_holds_figures_and_pictures(detector, evaluation, tmp_path):
 def test_missing_figures_have_a_dash_and_the_reason(detector, root, tmp_path):
     (tmp_path / "set" / "test").mkdir(parents=True)
     (tmp_path / "set" / "test" / "good").symlink_to(root / "test" / "good")
-    figures = evaluate(detector, tmp_path / "set", strict=False)
+    figures = evaluate(detector, mvtec_test(tmp_path / "set"), strict=False)
     write_report(tmp_path / "report", detector, figures)
     page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
     assert page.cells.count("—") == 6  # all but the share of false alarms

@@ -113,6 +113,19 @@ class Clips(DecodedSamples):
         return wave.shape == item.shape and (len(found) + 1) * item.size <= _LARGEST_BATCH
 
 
+def what_is_missing(own: float, highest: float, name: str) -> str | None:
+    """The warning for a recording of the rate `own` in which a part of what a detector listens to,
+    up to `highest` Hz, is missing."""
+    # Between what a filter leaves and half of the rate nothing sounds different.
+    if own / 2 >= 0.9 * highest:
+        return None
+    return (
+        f"{name} was sampled {own:g} times a second and holds nothing above {own / 2:g} Hz, and "
+        f"the detector listens up to {highest:g} Hz: such recordings sound anomalous to one fitted "
+        f"on others; fit with fmax={own / 2:g}"
+    )
+
+
 class _ClipItems(Items):
     def __init__(self, rate: int, window: int, step: int, highest: float):
         self._rate, self._shape, self._highest = rate, (window, step), highest
@@ -125,15 +138,9 @@ class _ClipItems(Items):
             warnings.warn(text, stacklevel=3)
 
     def _hear(self, own: float, name: str) -> None:
-        """Warn of recordings in which a part of what the detector listens to is missing."""
-        # Between what a filter leaves and half of the rate nothing sounds different.
-        if own / 2 < 0.9 * self._highest:
-            self._warn_once(
-                "rate",
-                f"{name} was sampled {own:g} times a second and holds nothing above {own / 2:g} "
-                f"Hz, and the detector listens up to {self._highest:g} Hz: such recordings sound "
-                f"anomalous to one fitted on others; fit with fmax={own / 2:g}",
-            )
+        missing = what_is_missing(own, self._highest, name)
+        if missing:
+            self._warn_once("rate", missing)
 
     def _extended(self, wave: np.ndarray, name: str) -> np.ndarray:
         """The wave at the length of whole windows; warn of those that are repeated for that."""

@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from .audio_files import audio_files, is_audio
-from .folders import check_no_test
+from .folders import NORMAL_FOLDERS, check_no_test
 
 LAYOUTS = ("auto", "folder", "urbansound8k", "dcase")
-_NORMAL_FOLDERS = ("good", "normal")
-_DCASE_NAME = re.compile(r"section_(\d+)_(source|target)_(train|test)_(normal|anomaly)_")
+_DCASE_NAME = re.compile(
+    r"section_(?P<section>\d+)_(?P<domain>source|target)_(train|test)_(?P<kind>normal|anomaly)_"
+    r"|(?P<kind_2020>normal|anomaly)_id_(?P<machine>\d+)_"  # of 2020, which had one domain
+)
 
 
 class LabelledClip(NamedTuple):
@@ -54,7 +56,7 @@ def training_clips(
     _check_plain(layout, normal, folds)
     if layout == "dcase":
         return [c for c in _dcase(root, "train") if not c.anomaly]
-    parts = [os.path.join(root, "train", name) for name in (*_NORMAL_FOLDERS, "")]
+    parts = [os.path.join(root, "train", name) for name in (*NORMAL_FOLDERS, "")]
     folder = next(filter(os.path.isdir, parts), root)
     check_no_test(folder, "recordings")
     return [LabelledClip(path, "normal", False) for path in audio_files(folder)]
@@ -164,15 +166,16 @@ def _dcase(root: str, part: str) -> list[LabelledClip]:
     found = [(name, match) for name in names if (match := _DCASE_NAME.match(name))]
     if not found:
         raise InputError(
-            f"{folder} holds no section_NN_source_{part}_normal_*: it is not in the layout of "
-            "DCASE Task 2."
+            f"{folder} holds no section_NN_source_{part}_normal_* or normal_id_NN_*: it is not in "
+            "the layout of DCASE Task 2."
         )
-    return [
-        LabelledClip(
-            os.path.join(folder, name), match[4], match[4] == "anomaly", *match.group(1, 2)
-        )
-        for name, match in found
-    ]
+    clips = []
+    for name, match in found:
+        kind = match["kind"] or match["kind_2020"]
+        section, domain = match["section"] or match["machine"], match["domain"] or "source"
+        path = os.path.join(folder, name)
+        clips.append(LabelledClip(path, kind, kind == "anomaly", section, domain))
+    return clips
 
 
 def _folders(root: str) -> list[LabelledClip]:
@@ -188,7 +191,7 @@ def _folders(root: str) -> list[LabelledClip]:
         if kind.startswith(".") or not os.path.isdir(folder):
             continue
         for path in sorted(os.path.join(folder, n) for n in os.listdir(folder) if is_audio(n)):
-            found.append(LabelledClip(path, kind, kind not in _NORMAL_FOLDERS))
+            found.append(LabelledClip(path, kind, kind not in NORMAL_FOLDERS))
     if not found:
         raise InputError(
             f"{test} holds no recordings: it needs folders of them, such as test/good."

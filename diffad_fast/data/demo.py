@@ -265,6 +265,7 @@ def run(
     from ..evaluation import evaluate
     from ..files import check_result_folder
     from ..report import write_report
+    from .mvtec import mvtec_test
 
     began = time.perf_counter()
     check_result_folder(out)
@@ -277,7 +278,7 @@ def run(
     write_data(data, null, texture=texture, seed=seed, **SIZES)
     detector.fit(data / "train" / "good")
     detector.save(out / "model.diffad")
-    evaluations = [evaluate(detector, root, strict=False) for root in (data, null)]
+    evaluations = [evaluate(detector, mvtec_test(root), strict=False) for root in (data, null)]
     write_report(out / "report", detector, evaluations[0])
     overview(detector, evaluations).savefig(out / "overview.png", dpi=110)
     metrics, null_metrics = (evaluation.metrics for evaluation in evaluations)

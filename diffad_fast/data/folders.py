@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 from ..errors import InputError
 
+# What the folder of the normals is called.
+NORMAL_FOLDERS = ("good", "normal")
 # Of data sets in the MVTec AD layout: what is in them is not all normal.
 _TEST_FOLDERS = frozenset(("test", "ground_truth"))
 
@@ -18,14 +20,15 @@ def is_path(value) -> bool:
 
 def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     """``source`` itself if it is a file, else the files below it whose bare names are wanted,
-    sorted; hidden folders are left out, links to folders followed. Raises InputError if it is
-    neither file nor folder."""
+    sorted; hidden folders and those of masks, ground_truth, are left out, links to folders
+    followed. Raises InputError if it is neither file nor folder."""
     if os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
         raise InputError(f"{source} is no file or folder: check the path.")
     found = []
-    for folder, _, names in _visible(source):
+    for folder, below, names in _visible(source):
+        below[:] = [name for name in below if name != "ground_truth"]
         found += [os.path.join(folder, name) for name in names if wanted(name)]
     # Not pipes and devices, which would be waited for; broken links are named when they are read.
     return sorted(path for path in found if os.path.isfile(path) or os.path.islink(path))

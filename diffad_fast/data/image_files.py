@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import numpy as np
@@ -24,9 +25,13 @@ _ROUNDING = 1e-5
 
 
 def read_image(
-    path: str, size: tuple[int, int] | None, channels: int, smallest: tuple[int, int] = (1, 1)
+    source,
+    size: tuple[int, int] | None,
+    channels: int,
+    smallest: tuple[int, int] = (1, 1),
+    name: str | None = None,
 ) -> np.ndarray:
-    """Read one image file.
+    """Read one image: a file, or what :func:`is_picture` knows.
 
     Anything that Pillow decodes: 1, 8 or 16 bit, palette, CMYK, float in grey; the EXIF orientation
     is applied, alpha is dropped, grey is replicated to colour, and colour becomes grey by ITU-R
@@ -34,10 +39,11 @@ def read_image(
     first frame is read. Resized to `size` by the antialiased bilinear filter.
 
     Args:
-        path: the file.
+        source: the file's path, or the picture.
         size: (height, width) of the result; None keeps the image's own.
         channels: 1 or 3.
         smallest: (height, width) in pixels of the smallest image that is accepted.
+        name: what errors call a picture that has no path.
 
     Returns:
         (channels, height, width) uint8, uint16 (16-bit grey), or float32 in [0, 1].
@@ -46,7 +52,8 @@ def read_image(
         InputError: missing, unreadable, damaged, no image, a decompression bomb (by Pillow's
             limit), constant, NaN or out of range, or smaller than `smallest`; the file is named.
     """
-    with _opened(path) as image:
+    path = source if name is None else name
+    with _opened(source, path) as image:
         _check_depth(image, path)
         image = _upright(image)
     check_sides(image.height, image.width, smallest, path)
@@ -64,6 +71,7 @@ def read_image(
     else:
         image = _grey_or_colour(image, path)
         if image.mode == "RGB" and channels == 1:
+            _check_grey(image)
             image = image.convert("L")
         values = np.asarray(image)
         values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
@@ -82,13 +90,13 @@ def read_mask(path: str | None, image_path: str) -> np.ndarray:
     Raises:
         InputError: one of the files cannot be read, or their sizes differ.
     """
-    with _opened(image_path) as image:
+    with _opened(image_path, image_path) as image:
         # Orientations 5 to 8 of EXIF swap the sides, of some formats while the pixels are read.
         turned = 5 <= image.getexif().get(0x0112, 1) <= 8
         height, width = np.shape(_upright(image))[:2] if turned else image.size[::-1]
     if path is None:
         return np.zeros((height, width), dtype=bool)
-    with _opened(path) as mask:
+    with _opened(path, path) as mask:
         mask = _upright(mask)
     if mask.size != (width, height):
         raise InputError(
@@ -165,15 +173,35 @@ def check_sides(height: int, width: int, smallest: tuple[int, int], name: str) -
         )
 
 
+def is_picture(value) -> bool:
+    """Whether it is an image that is no array and no path: one of Pillow's, an open binary file, or
+    the bytes of one, among which there is a zero, as in no path."""
+    if isinstance(value, (bytes, bytearray)):
+        return 0 in value
+    pillow = sys.modules.get("PIL.Image")  # who has one of its images has loaded it
+    return hasattr(value, "read") or (pillow is not None and isinstance(value, pillow.Image))
+
+
 @contextmanager
-def _opened(path: str) -> Iterator:
-    """Open an image file with Pillow, and turn whatever goes wrong with it into an InputError."""
+def _opened(source, path: str) -> Iterator:
+    """Open an image with Pillow, and turn whatever goes wrong with it into an InputError; `path` is
+    what that calls it."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # By name Pillow maps some files into memory as they lie, whatever their orientation.
-        with open(path, "rb") as file, Image.open(file, formats=_formats()[0]) as image:
-            yield image
+        if isinstance(source, Image.Image):
+            yield source
+            return
+        with ExitStack() as stack:
+            if isinstance(source, (bytes, bytearray)) and is_picture(source):
+                file = io.BytesIO(source)
+            elif hasattr(source, "read"):
+                file = source
+                file.seek(0)
+            else:
+                # By name Pillow maps some files into memory as they lie, however oriented.
+                file = stack.enter_context(open(source, "rb"))
+            yield stack.enter_context(Image.open(file, formats=_formats()[0]))
     except UnidentifiedImageError:
         raise InputError(
             f"{path} is not an image that Pillow can read: convert or remove it."
@@ -211,12 +239,24 @@ def _check_depth(image, path: str) -> None:
             f"{path} has a plane of {max(bits)}-bit values for each colour, which Pillow reads "
             "wrongly: save the colours of a pixel side by side, or compressed."
         )
-    if any(";16" in str(tile[3]) for tile in image.tile):
+    # One that was not opened from a file has no tiles.
+    if any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())):
         # Without the file's name: Python shows a text once.
         warnings.warn(
             "colours of 16 bits are read in 8, which is all that Pillow gives: of values that fill "
             "a part of the 16 bits little is left; convert them to 8 bits over their whole range, "
             "or give an array of uint16.",
+            stacklevel=3,
+        )
+
+
+def _check_grey(image) -> None:
+    """Warn, once, where a colour image that becomes grey has colours."""
+    sample = np.asarray(image.resize((32, 32), 0), dtype=np.int16)
+    if (np.ptp(sample, axis=2) > 48).mean() > 0.1:
+        warnings.warn(
+            "colour images are read in grey, and what differs in colour alone cannot be seen: pass "
+            "channels=3, --channels 3 in a shell, where colours matter.",
             stacklevel=3,
         )
 

@@ -15,7 +15,14 @@ import torch
 from ..arrays import to_numpy
 from ..errors import InputError
 from .folders import files_below, is_path
-from .image_files import check_sides, is_image, read_image, resized, usable_pixels
+from .image_files import (
+    check_sides,
+    is_image,
+    is_picture,
+    read_image,
+    resized,
+    usable_pixels,
+)
 from .samples import DecodedSamples, Items
 
 _DTYPES = {"uint8", "uint16", "float16", "bfloat16", "float32", "float64"}
@@ -33,11 +40,12 @@ def open_images(
 
     Args:
         source: a folder (searched recursively, links to folders too, in sorted order; hidden files
-            and suffixes that are no image's are ignored), one file, a list or tuple of files, an
-            array or tensor (N, C, H, W) or (N, H, W), or anything that can be iterated more than
-            once and gives batches: tensors, tuples or lists that begin with one, or dicts with the
-            key "image". Such a batch may also be one image, (H, W), or (C, H, W) of several
-            channels.
+            and suffixes that are no image's are ignored, and folders of masks, ground_truth), one
+            file, a list or tuple of files, an array or tensor (N, C, H, W) or (N, H, W), or
+            anything that can be iterated more than once and gives batches: tensors, tuples or lists
+            that begin with one, or dicts with the key "image". Such a batch may also be one image,
+            (H, W), or (C, H, W) of several channels. In place of a file there may be an image of
+            Pillow's, an open binary file, or the bytes of one, as they arrive at a service.
             Arrays are uint8, uint16, or floats in [0, 1].
         image_size: (height, width) to which every image is resized, ignoring its aspect; None
             keeps every image's own size, and images of different sizes stand in different batches.
@@ -54,14 +62,18 @@ def open_images(
     opened_as = "image", size, channels
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return Images(_ArrayItems(source, size, channels, smallest), opened_as)
+    if is_picture(source):
+        source, strict = [source], True
     if is_path(source):
         paths = _image_files(os.fsdecode(source))
         strict = strict or os.path.isfile(source)
-    elif isinstance(source, (list, tuple)) and source and is_path(source[0]):
-        for i, path in enumerate(source):
-            if not is_path(path):
-                kind = type(path).__name__
-                raise InputError(f"the list of files holds a {kind} at {i}: {path!r}.")
+    elif isinstance(source, (list, tuple)) and source and _is_file(source[0]):
+        for i, file in enumerate(source):
+            if not _is_file(file):
+                kind = type(file).__name__
+                raise InputError(f"the list of files holds a {kind} at {i}: {file!r}.")
+        if any(map(is_picture, source)):
+            return Images(_PictureItems(source, size, channels, smallest), opened_as, strict)
         paths = [os.fsdecode(path) for path in source]
     elif isinstance(source, Iterable) and not isinstance(source, Iterator):
         if isinstance(source, Sequence) and len(source) == 0:
@@ -86,10 +98,14 @@ class Images(DecodedSamples):
     unit = "image"
 
 
+def _is_file(value) -> bool:
+    return is_picture(value) or is_path(value)
+
+
 class _FileItems(Items):
     def __init__(
         self,
-        paths: list[str],
+        paths: list[str] | None,
         size: tuple[int, int],
         channels: int,
         smallest: tuple[int, int],
@@ -107,6 +123,20 @@ class _FileItems(Items):
 
     def read(self, index: int) -> np.ndarray:
         return read_image(self.paths[index], *self._how)
+
+
+class _PictureItems(_FileItems):
+    """Pictures, or files among them, which go by their places then."""
+
+    def __init__(self, pictures: Sequence, *how):
+        super().__init__(None, *how)
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def read(self, index: int) -> np.ndarray:
+        return read_image(self._pictures[index], *self._how, name=f"image {index} of the list")
 
 
 class _ArrayItems(Items):
@@ -128,6 +158,8 @@ class _ArrayItems(Items):
         found = shape[1] if len(shape) == 4 else 1
         if found != channels:
             hint = "convert the array, or choose the number of channels accordingly."
+            if len(shape) == 3 and channels in (shape[0], shape[2]):
+                hint = "one image is to have the shape (1, C, H, W)."
             if len(shape) == 4 and shape[3] == channels:
                 hint = "its channels seem to be last, so transpose it to (N, C, H, W)."
             raise InputError(

@@ -22,6 +22,7 @@ from ._host import require
 FORMATS = ("torch", "aoti", "onnx")
 # How far the exported program may be from the detector, relative to scores of the size of 1.
 TOLERANCE = 1e-4
+GPU_TOLERANCE = 2e-2
 
 
 class ScoringProgram(nn.Module):
@@ -94,9 +95,12 @@ def export(detector, path: str | os.PathLike, format: str = "torch", uint8: bool
     program = _traced(ScoringProgram(detector).eval().requires_grad_(False), example)
     expected = detector.score_batch(example.float() / 255 if uint8 else example)[1]
     error = abs(program.module()(example)["score"].numpy() - expected).max()
-    if not error <= TOLERANCE * max(1.0, abs(expected).max()):
+    # On a GPU the detector rounds more, the program is traced for a CPU.
+    tolerance = TOLERANCE if detector.device.type == "cpu" else GPU_TOLERANCE
+    if not error <= tolerance * max(1.0, abs(expected).max()):
         raise RuntimeError(
-            f"the exported program's scores differ by {error:.2g} from the detector's"
+            f"the exported program's scores differ by {error:.2g} from the detector's: export it "
+            "as diffad_fast.load(path, device='cpu') gives it, and report this"
         )
     facts = {"diffad_fast": __version__, "config": detector.config.to_json()}
     with tempfile.TemporaryDirectory() as folder:

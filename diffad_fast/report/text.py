@@ -20,6 +20,8 @@ def evaluation_text(kind: str, metrics: dict) -> str:
         speed = f"{metrics['latency_ms']:.1f} ms {page.one}"
         if "real_time" in metrics:
             speed += f", {metrics['real_time']:.0f} times real time"
+        if metrics["threshold"] is not None:
+            speed += f"; labelled above a score of {metrics['threshold']:.4g}"
         lines.append(f"{metrics['n_normal']} normal {page.unit}s; {speed}")
         names = page.figures
     return "\n".join([*lines, *(f"- {reason}" for reason in reasons(metrics["undefined"], names))])

@@ -37,6 +37,10 @@ class Conformal:
         # tail[i]: groups of which scores[i:] consist, in shares.
         self.tail = np.append(np.cumsum((1 / sizes)[number][::-1])[::-1], 0.0)
 
+    def at_rate(self, false_positive_rate: float) -> Conformal:
+        """The same scores with the threshold of another rate."""
+        return Conformal(self.scores, self.group, false_positive_rate)
+
     @property
     def threshold(self) -> float | None:
         """The score above which an image is labelled anomalous; None where no label is given.
@@ -65,8 +69,9 @@ class Conformal:
         if self.groups < SMALLEST_CALIBRATION:
             return (
                 f"labels need at least {SMALLEST_CALIBRATION} held-out normal groups, and there "
-                f"are {self.groups}: fit on more objects or recordings; where parts are held out, "
-                "hold out more, by a larger conformal_share, or all by cross_fit=5 (token MLP)"
+                f"are {self.groups}: fit on more objects or recordings, or recalibrate with other "
+                "ones; where parts are held out, hold out more, by a larger conformal_share, or "
+                "all by cross_fit=5 (token MLP)"
             )
         return (
             f"a false-positive rate of {self.false_positive_rate:g} cannot be reached with "

@@ -81,6 +81,18 @@ def test_dcase(tmp_path):
         training_clips(tmp_path, normal="fan")
 
 
+def test_dcase_of_2020(tmp_path):
+    for name in (
+        "train/normal_id_00_00000000", "test/normal_id_00_00000001", "test/anomaly_id_02_00000000",
+    ):  # fmt: skip
+        save(tmp_path / f"{name}.wav", tone(0.1))
+    assert [clip[1:5] for clip in labelled_clips(tmp_path)] == [
+        ("anomaly", True, "02", "source"), ("normal", False, "00", "source")
+    ]  # fmt: skip
+    (clip,) = training_clips(tmp_path)
+    assert os.path.basename(clip.path) == "normal_id_00_00000000.wav"
+
+
 def test_plain_folders(tmp_path):
     for name in ("train/normal/0", "test/normal/1", "test/knock/2", "test/hiss/3"):
         save(tmp_path / f"{name}.wav", tone(0.1))

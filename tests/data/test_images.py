@@ -69,6 +69,68 @@ def test_folder_is_searched_in_order(tmp_path):
     assert batch.x.is_contiguous() and len(images) == images.length == 4
 
 
+def test_pictures_in_memory_are_what_their_files_are(tmp_path):
+    """As a service has them: bytes, open files, images of Pillow's; also beside paths."""
+    paths = [save(tmp_path / f"{i}.png", pixels(i)) for i in range(4)]
+    expected = everything(open_images(paths, (16, 16), 1))[0]
+    data = [Path(path).read_bytes() for path in paths]
+    with Image.open(paths[2]) as opened:
+        sources = [data[0], io.BytesIO(data[1]), opened, paths[3]]
+        sources[1].read()
+        found = open_images(sources, (16, 16), 1)
+        for _ in range(2):
+            assert torch.equal(everything(found)[0], expected)
+    assert found.paths is None and len(found) == 4
+    for one in (data[0], bytearray(data[0]), io.BytesIO(data[0]), Image.fromarray(pixels(0))):
+        assert torch.equal(everything(open_images(one, (16, 16), 1))[0], expected[:1])
+    colour = Image.fromarray(pixels(0)).convert("RGB")
+    assert everything(open_images(colour, (16, 16), 3))[0].shape == (1, 3, 16, 16)
+    turned = Image.fromarray(pixels(0))
+    turned.getexif()[0x0112] = 3
+    before = turned.tobytes()
+    found = everything(open_images(turned, (16, 16), 1))[0]
+    torch.testing.assert_close(found, expected[:1].flip(2, 3), rtol=0, atol=1.1 / 255)
+    assert turned.tobytes() == before
+
+
+def test_unusable_pictures_in_memory_are_told_by_their_place(tmp_path):
+    good = Path(save(tmp_path / "a.png", pixels())).read_bytes()
+    for bad, message in (
+        (b"no \0 image", "image 1 of the list is not an image"), (good[:200], "image 1 .*damaged"),
+        (io.BytesIO(), "image 1 of the list is not an image"),
+        (Image.new("L", (20, 20)), "image 1 of the list is constant"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            everything(open_images([good, bad], (16, 16), 1))
+    with pytest.raises(InputError, match="holds a int at 1"):
+        open_images([good, 3], (16, 16), 1)
+    with pytest.raises(InputError, match=r"one image is to have the shape \(1, C, H, W\)"):
+        open_images(np.zeros((20, 24, 3), np.uint8), (16, 16), 3)
+
+
+def test_masks_in_a_data_set_are_no_images(tmp_path):
+    root = mvtec(tmp_path)
+    paths = open_images(root, (16, 16), 1).paths
+    assert [Path(path).relative_to(root).parts[0] for path in paths] == ["test"] * 3 + ["train"] * (
+        len(paths) - 3
+    )
+    masks = open_images(root / "ground_truth", (16, 16), 1).paths  # asked for by name
+    assert len(masks) == 2
+
+
+def test_colours_that_become_grey_are_told(tmp_path, recwarn):
+    grey = np.repeat(pixels()[..., None], 3, axis=2)
+    path = save(tmp_path / "grey.png", grey)
+    read_image(path, None, 1)
+    colour = grey.copy()
+    colour[:20, :, 2] = 255 - colour[:20, :, 2] // 4
+    path = save(tmp_path / "colour.png", colour)
+    read_image(path, None, 3)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="colour images are read in grey.*channels=3"):
+        read_image(path, None, 1)
+
+
 def test_names_are_kept_as_given(tmp_path, monkeypatch):
     save(tmp_path / "x" / "a.png", pixels())
     monkeypatch.chdir(tmp_path)

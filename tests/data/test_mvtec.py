@@ -47,6 +47,15 @@ def test_mvtec_without_masks_or_anomalies(tmp_path):
     assert [t.mask_path for t in mvtec_test(tmp_path)] == [None, None]
 
 
+def test_normal_stands_for_good(tmp_path):
+    for name in ("train/normal/0.png", "test/normal/1.png", "test/hole/2.png"):
+        save(tmp_path / name, pixels())
+    save(tmp_path / "ground_truth/hole/2.png", pixels())
+    assert mvtec_train(tmp_path) == str(tmp_path / "train/normal")
+    found = [(test.defect, test.mask_path is None) for test in mvtec_test(tmp_path)]
+    assert found == [("hole", False), ("good", True)]
+
+
 def test_mvtec_errors(tmp_path):
     with pytest.raises(InputError, match="no folder test"):
         mvtec_test(tmp_path)
