@@ -22,7 +22,7 @@ using torch::headeronly::ScalarType;
 
 // Tokens of a chunk, of which what is kept for the weights' gradients lies in the cache that cores
 // share.
-constexpr int64_t kChunkTokens = 1024;
+constexpr int64_t kChunkTokens = 512;
 // Rows of a gradient that a thread makes at once.
 constexpr int64_t kOuterRows = 64;
 // Multiply-adds below which a thread is not worth its start.

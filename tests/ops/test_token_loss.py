@@ -57,9 +57,9 @@ def test_the_reference_is_the_loop_level_by_level(levels):
         (1, 1, 16, 1, 1),
         (12, 5, 16, 2, 4),
         (40, 19, 48, 1, 40),
-        (2300, 7, 32, 3, 10),  # levels of four groups, the last chunk short
+        (2300, 7, 32, 3, 10),  # levels of eight groups, the last chunk short
         (1200, 3, 16, 1, 1),  # a level that is larger than a chunk
-        (600, 9, 16, 2, 200),  # groups of 21 levels, the last one short
+        (603, 9, 16, 2, 201),  # groups of ten levels, the last one short
         (64, 33, 256, 3, 8),
         (20, 300, 16, 1, 2),  # more numbers in a token than units in a layer
     ],

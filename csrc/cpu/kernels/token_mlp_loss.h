@@ -12,7 +12,7 @@ namespace diffad {
 
 // The lanes of the widest vector; what widths and, in buffers, token sizes are multiples of.
 constexpr int64_t kWidthStep = 16;
-constexpr int64_t kGroupTokens = 64;
+constexpr int64_t kGroupTokens = 32;
 
 struct TokenRuns {
   int64_t rows, parts;  // tokens of a level, runs of a level
