@@ -25,8 +25,6 @@ from .scoring import (
 
 # Of a cross-fitted calibration, unless told otherwise: each model sees four fifths of the normals.
 FOLDS = 5
-# Windows of a recording that are scored together.
-WINDOWS_AT_ONCE = 64
 
 
 class Calibration(NamedTuple):
@@ -100,7 +98,7 @@ def calibrate_mode(model, parts: Sequence[Part], samples) -> Calibration:
         for _, split in parts
         for i, number in zip(split.conformal, split.conformal_groups, strict=True)
     }
-    held_out = _HeldOut(config)
+    held_out = _HeldOut(config, config.contamination)
     with bar:
         for part in parts:
             part.model.use(None)
@@ -119,7 +117,7 @@ def recalibrate_mode(
     model, calibration: Calibration, samples, groups: Sequence[int] | None
 ) -> Calibration:
     """With the p-values of all these samples, which the model has not seen, in its mode."""
-    held_out = _HeldOut(model.config)
+    held_out = _HeldOut(model.config, contamination=0.0)
     with progress(None, samples.length, "calibrating", samples.unit) as bar:
         for batch in samples.batches(model.config.batch_size):
             index = batch.index.tolist()
@@ -129,43 +127,38 @@ def recalibrate_mode(
 
 
 class _HeldOut:
-    """Scores of normals that were held out, and of the windows of recordings."""
+    """Scores of normals that were held out, and of the windows of recordings.
 
-    def __init__(self, config: DetectorConfig):
-        self.config = config
+    contamination: the share of them that are taken for anomalies, those with the highest scores.
+    """
+
+    def __init__(self, config: DetectorConfig, contamination: float):
+        self.config, self.contamination = config, contamination
         self.most_windows = 0
-        self._scores: tuple[list, list] = [], []
-        self._of_windows: tuple[list, list] = [], []
+        self._scores: list[torch.Tensor] = []
+        self._groups: list[int] = []
+        self._of_windows: list[torch.Tensor] = []
 
     def add(self, model, x: torch.Tensor, groups: Sequence[int]) -> None:
         config = self.config
-        self._score(self._scores, model, x, groups)
+        self._scores.append(model.score(x)[1].cpu().double())
+        self._groups += groups
         self.most_windows = max(self.most_windows, windows(config, x))
-        if config.kind != "audio" or config.remove_level:  # which a stream cannot
-            return
-        for clip, group in zip(
-            x.unfold(1, config.window_samples, config.step_samples), groups, strict=True
-        ):
-            for part in clip.split(WINDOWS_AT_ONCE):
-                self._score(self._of_windows, model, part.contiguous(), [group] * len(part))
-
-    @staticmethod
-    def _score(found: tuple[list, list], model, x: torch.Tensor, groups: Sequence[int]) -> None:
-        found[0].append(model.score(x)[1].cpu().double())
-        found[1].extend(groups)
+        if config.kind == "audio" and not config.remove_level:  # which a stream does not do
+            self._of_windows += model.window_scores(x).cpu().double().unbind()
 
     def calibration(self, statistics: list[MapStatistics | None]) -> Calibration:
-        of_windows = self._conformal(*self._of_windows) if self._of_windows[0] else None
-        return Calibration(
-            statistics, self._conformal(*self._scores), self.most_windows, of_windows
-        )
-
-    def _conformal(self, scores: list[torch.Tensor], groups: list[int]) -> Conformal:
-        """Without as many of the highest as the normals are contaminated."""
-        every, group = torch.cat(scores).numpy(), np.array(groups)
-        normal = np.argsort(every, kind="stable")
-        normal = normal[: len(normal) - int(self.config.contamination * len(normal))]
-        return Conformal(every[normal], group[normal], self.config.false_positive_rate)
+        rate = self.config.false_positive_rate
+        scores, groups = torch.cat(self._scores).numpy(), np.array(self._groups)
+        normal = np.argsort(scores, kind="stable")
+        normal = normal[: len(normal) - int(self.contamination * len(normal))]
+        of_windows = None
+        if self._of_windows:
+            own = [self._of_windows[i] for i in normal]
+            group = np.repeat(groups[normal], [len(scores) for scores in own])
+            of_windows = Conformal(torch.cat(own).numpy(), group, rate)
+        conformal = Conformal(scores[normal], groups[normal], rate)
+        return Calibration(statistics, conformal, self.most_windows, of_windows)
 
 
 def windows(config: DetectorConfig, x: torch.Tensor) -> int:

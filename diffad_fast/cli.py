@@ -188,7 +188,7 @@ def _loaded(args: argparse.Namespace) -> Detector:
     from .persistence import load
 
     detector = load(args.model, device=args.device)
-    if args.mode is not None:
+    if getattr(args, "mode", None) is not None:
         detector.mode = args.mode
     if args.false_positive_rate is not None:
         detector.false_positive_rate = args.false_positive_rate
@@ -207,8 +207,9 @@ def _calibrate(args: argparse.Namespace) -> None:
     detector.recalibrate(samples, groups=groups)
     if first:
         detector.save(args.out)
-        above = detector.conformal.why_no_label()
-        if detector.threshold is not None:
+        if detector.threshold is None:
+            above = detector.conformal.why_no_label()
+        else:
             above = f"{detector.mode} labels above a score of {detector.threshold:.4g}"
         print(
             f"p-values of {len(samples.load())} {samples.unit}s; {above}; saved as {args.out}",
@@ -448,10 +449,12 @@ def _parser() -> argparse.ArgumentParser:
             "--folds", type=_folds, metavar="N[,N]", help="folds of urbansound8k (all)"
         )
 
-    for sub in (score, calibrate, evaluate):
+    for sub in (score, evaluate):
         sub.add_argument(
             "--mode", help="how scores are made: reconstruct, invert, one_step (as fitted)"
         )
+
+    for sub in (score, calibrate, evaluate):
         sub.add_argument(
             "--false-positive-rate", type=float, metavar="R",
             help="share of normals that may be labelled anomalous (as fitted, 0.05)",

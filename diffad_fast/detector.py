@@ -190,8 +190,9 @@ class Detector:
 
     @false_positive_rate.setter
     def false_positive_rate(self, value: float) -> None:
-        self.model.config = self.config.replace(false_positive_rate=value)
-        self.calibrations = {m: c.at_rate(value) for m, c in self.calibrations.items()}
+        config = self.config.replace(false_positive_rate=value)
+        found = {mode: c.at_rate(value) for mode, c in self.calibrations.items()}
+        self.model.config, self.calibrations = config, found
 
     # ---------------------------------------------------------------- fit
 
@@ -351,19 +352,22 @@ class Detector:
         """Take p-values and thresholds from other normals, such as a new camera's or those of a
         month of production; model and statistics of maps stay as they are.
 
-        source, groups, strict: as in :meth:`fit`; none of these samples may have been fitted on,
-        or p-values are too large and anomalies are missed. With 20 groups or more there are labels.
-        Works on loaded detectors; no other thread may use this one meanwhile. Returns self. Raises
-        InputError for unusable data, an unknown mode, and before ``fit``.
+        source, groups, strict: as in :meth:`fit`; all are taken for normal, and none of them may
+        have been in the fit's source, or p-values are too large and anomalies are missed. With 20
+        groups or more there are labels. Works on loaded detectors; no other thread may use this one
+        meanwhile. Returns self. Raises InputError for unusable data, an unknown mode, and before
+        ``fit``.
         """
         self._require_fitted()
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
-        source, found_groups = training_part(self.config.kind, source)
-        samples, wanted = self.open(source, strict=strict), self.mode
+        samples = self.open(training_part(self.config.kind, source)[0], strict=strict)
         samples.load()
-        groups = found_groups if groups is None else groups
-        numbers = None if groups is None else group_labels(groups, len(samples))
+        samples.check_normal()
+        numbers, wanted = None, self.mode
+        if groups is not None:
+            known: dict[Hashable, int] = {}
+            numbers = [known.setdefault(g, len(known)) for g in group_labels(groups, len(samples))]
         try:
             found = {}
             for mode in modes:
@@ -769,7 +773,7 @@ def _check_labelled(data, kind: type, name: str) -> None:
     if not listed or not all(isinstance(sample, kind) for sample in data):
         raise InputError(
             f"evaluate cannot read a {type(data).__name__}: give the root of a data set, or a list "
-            f"of {name}"
+            f"of {name} that is not empty"
         )
 
 

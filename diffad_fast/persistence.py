@@ -59,6 +59,9 @@ def state(detector: Detector) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         "features": _digest(detector._features),
         "settled": json.dumps(detector._settled),
         "most_windows": str(max(c.most_windows for c in detector.calibrations.values())),
+        "most_windows_of": json.dumps(
+            {m: c.most_windows for m, c in detector.calibrations.items()}
+        ),
         "columns": json.dumps(detector.columns),
         "history": json.dumps(dataclasses.asdict(detector.history)),
     }
@@ -117,6 +120,12 @@ def from_state(
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise CheckpointError(f"{path} does not fit this denoiser: {first[0].strip()}") from None
+    def conformal(name: str, mode: str) -> Conformal:
+        scores, group = (tensors[f"{name}{suffix}.{mode}"].numpy() for suffix in ("", "_groups"))
+        return Conformal(scores, group, config.false_positive_rate)
+
+    # Earlier versions kept one number for all modes, and no windows of recordings.
+    most_windows = json.loads(texts.get("most_windows_of", "{}"))
     for mode, count in json.loads(texts["statistics"]).items():
         prefixes = [f"statistics.{mode}.{i}." for i in range(count)]
         statistics = [
@@ -125,15 +134,11 @@ def from_state(
             else None
             for prefix in prefixes
         ]
-
-        def conformal(name: str, mode: str = mode) -> Conformal:
-            scores, group = (tensors[f"{name}{part}.{mode}"].numpy() for part in ("", "_groups"))
-            return Conformal(scores, group, config.false_positive_rate)
-
-        # Earlier versions kept no windows of recordings.
-        of_windows = conformal("of_windows") if f"of_windows.{mode}" in tensors else None
         detector.calibrations[mode] = Calibration(
-            statistics, conformal("conformal"), int(texts["most_windows"]), of_windows
+            statistics,
+            conformal("conformal", mode),
+            most_windows.get(mode, int(texts["most_windows"])),
+            conformal("of_windows", mode) if f"of_windows.{mode}" in tensors else None,
         )
     detector.mode = config.mode
     detector._settled = json.loads(texts["settled"])

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from .calibration import WINDOWS_AT_ONCE
 from .data.audio import what_is_missing
 from .data.resampling import Resampler, resampling_delay
 from .data.waves import as_mono, extended
@@ -17,6 +16,10 @@ from .errors import InputError
 if TYPE_CHECKING:
     from .detector import Detector
 
+# Windows that are scored at once, however large a chunk is.
+_LARGEST_BATCH = 64
+
+
 class StreamScores(NamedTuple):
     """What the windows that a chunk completed sound like.
 
@@ -24,9 +27,10 @@ class StreamScores(NamedTuple):
     float64, of which the mean (of the part ``top_fraction`` of the highest) over a clip is the
     clip's score; map (k,n_mels) float32: what each band has in it, adding up to the score.
     p_value (k,) float64 and label (k,) int64, 1 for an anomaly, by single windows of held-out
-    normals: a share ``false_positive_rate`` of normal windows is labelled, so an alarm is better
-    rung by several in a row. label is None where these are of fewer than 20 recordings, both are
-    for detectors of a file that was written before there were any.
+    normals: of new recordings like these a share ``false_positive_rate`` of the windows is labelled
+    on average, of one recording more or less. label is None where the held-out recordings are too
+    few for the rate (``Conformal.threshold``); both are for detectors from a file that was written
+    before there were any, and with ``remove_level``, which streams cannot.
     """
 
     time: np.ndarray
@@ -114,7 +118,7 @@ class Stream:
         """Score every window that the buffer holds whole, and drop what no later one needs."""
         scores, maps, first = [], [], self._scored
         while len(self._buffer) >= self._window:
-            count = min(WINDOWS_AT_ONCE, (len(self._buffer) - self._window) // self._step + 1)
+            count = min(_LARGEST_BATCH, (len(self._buffer) - self._window) // self._step + 1)
             windows = torch.from_numpy(self._buffer).unfold(0, self._window, self._step)[:count]
             map_, score = self._detector.score_batch(windows.contiguous())
             scores.append(score)

@@ -1,7 +1,7 @@
 """A detector behind HTTP: images are posted as they are, the answer is JSON.
 
-With any other server it is the same: `detector.score` takes the bytes of a request. Threads may
-share one detector.
+With any other server it is the same: `detector.score` takes io.BytesIO of a request's body (never
+the bare bytes, which would be a path). Threads may share one detector.
 """
 
 import io
@@ -20,8 +20,8 @@ from diffad_fast.errors import InputError
 
 
 def answer(detector: daf.Detector, body: bytes) -> dict:
-    """What a client is told about an image, the bytes of a file."""
-    found = detector.score(body)
+    """What a client is told about an image, the content of a file."""
+    found = detector.score(io.BytesIO(body))
     row, column = np.unravel_index(found.map[0].argmax(), found.map[0].shape)
     return {
         "score": round(float(found.score[0]), 2),
@@ -68,7 +68,7 @@ def main() -> None:
             picture.save(file, "png")
             print(urlopen(address, file.getvalue()).read().decode())
         try:
-            urlopen(address, b"no\0image")
+            urlopen(address, b"/etc/passwd")
         except HTTPError as error:
             print(error.code, error.read().decode())
         running.shutdown()

@@ -169,6 +169,9 @@ def test_windows_of_a_stream_have_p_values_of_windows(detector, tmp_path):
     window, step = config.window_samples, config.step_samples
     clips = [next(detector.open([hum(i)]).batches(1)).x[0] for i in part.split.conformal]
     known = [detector.score_batch(clip.unfold(0, window, step))[1] for clip in clips]
+    of_windows = detector.calibrations["one_step"].of_windows
+    assert of_windows.groups == len(known)
+    np.testing.assert_allclose(of_windows.scores, np.sort(np.concatenate(known)), rtol=0, atol=1e-4)
     stream = detector.stream(RATE)
     parts = [stream.push(hum(300, 6.0)), stream.push(hum(301, 6.0, extra=0.2)), stream.finish()]
     score, p_value, label = (
@@ -191,6 +194,21 @@ def test_windows_of_a_stream_have_p_values_of_windows(detector, tmp_path):
     loaded.recalibrate([hum(400 + i, 3.0, extra=0.2) for i in range(30)])
     again = loaded.stream(RATE).push(hum(301, 6.0, extra=0.2))
     assert np.median(again.p_value) > 0.2
+
+
+def test_windows_of_clips_that_were_cut_count_for_nothing():
+    """Clips of two lengths; a tenth may be anomalies, which drop out with their windows."""
+    clips = [hum(i, 1.5 + i % 2, extra=0.2 * (i % 12 == 0)) for i in range(96)]
+    found = daf.Detector(kind="audio", **OPTIONS, contamination=0.1).fit(clips)
+    calibration = found.calibrations["one_step"]
+    kept = {int(group) for group in calibration.conformal.group}
+    assert {int(group) for group in calibration.of_windows.group} == kept
+    (part,) = found.parts
+    assert calibration.conformal.groups == len(part.split.conformal) * 9 // 10 + (
+        len(part.split.conformal) % 10 > 0
+    )
+    level = daf.Detector(kind="audio", **OPTIONS, remove_level=True).fit(clips)
+    assert level.calibrations["one_step"].of_windows is None
 
 
 def test_streams_of_earlier_files_have_no_p_values(detector):

@@ -191,8 +191,10 @@ def test_recalibrating_takes_p_values_of_other_normals(fitted, tmp_path):
     assert new.label.mean() < 0.2 and detector.threshold == np.sort(scores)[-3]
     assert all(detector.calibrations[mode] is not before[mode] for mode in MODES)
     # Of one mode; an object's images count together.
-    detector.recalibrate(dark[:60], groups=np.arange(60) // 2, modes=["one_step"])
-    assert detector.calibrations["one_step"].conformal.groups == 30
+    for label in (lambda i: i // 2, lambda i: f"tile {i // 2}", lambda i: (i // 2) / 10):
+        groups = [label(i) for i in range(60)]
+        detector.recalibrate(dark[:60], groups=groups, modes=["one_step"])
+        assert detector.calibrations["one_step"].conformal.groups == 30
     assert detector.calibrations["invert"].conformal.groups == 60
     assert detector.mode == fitted.mode
     detector.save(tmp_path / "dark.diffad")
@@ -208,6 +210,43 @@ def test_recalibrating_needs_a_fit_normals_and_a_mode(fitted, tmp_path):
     (tmp_path / "test").mkdir()
     with pytest.raises(InputError, match="is not trained on what it is tested on"):
         fitted.recalibrate(tmp_path)
+    table = daf.Detector(kind="vector", train_steps=2).fit(np.random.default_rng(0).random((40, 3)))
+    with pytest.raises(InputError, match="labels 1 of 20 rows as anomalies"):
+        table.recalibrate((np.random.default_rng(1).random((20, 3)), [0] * 19 + [1]))
+
+
+def test_new_normals_are_not_contaminated(fitted):
+    detector = pickle.loads(pickle.dumps(fitted))
+    detector.model.config = detector.config.replace(contamination=0.2)
+    detector.recalibrate(normals(50, seed=30), modes=["one_step"])
+    assert len(detector.calibrations["one_step"].conformal.scores) == 50
+
+
+def test_an_interrupted_recalibration_changes_nothing(fitted, monkeypatch):
+    detector = pickle.loads(pickle.dumps(fitted))
+    before, mode = dict(detector.calibrations), detector.mode
+
+    def interrupted(model, *rest):
+        if model.config.mode == MODES[-1]:
+            raise KeyboardInterrupt
+        return before[MODES[0]]
+
+    monkeypatch.setattr("diffad_fast.detector.recalibrate_mode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detector.recalibrate(normals(20))
+    assert detector.mode == mode and all(detector.calibrations[m] is before[m] for m in MODES)
+
+
+def test_windows_of_a_mode_are_kept_of_that_mode(tmp_path):
+    options = {"image_size": 32, "tokens": ("cell-8",), "train_steps": 2, "overlap": 0.25}
+    wide = np.concatenate([normals(40), normals(40, seed=1)], axis=2)  # two windows, or three
+    detector = daf.Detector(**options).fit(wide)
+    many = detector.calibrations["invert"].most_windows
+    detector.recalibrate(normals(20, seed=2), modes=["invert"])
+    detector.save(tmp_path / "m.diffad")
+    loaded = daf.load(tmp_path / "m.diffad").calibrations
+    found = {mode: calibration.most_windows for mode, calibration in loaded.items()}
+    assert many > 1 and found == {"reconstruct": many, "invert": 1, "one_step": many}
 
 
 def test_another_false_positive_rate_moves_the_threshold(fitted, tmp_path):
@@ -484,8 +523,8 @@ def test_evaluate_on_a_folder(fitted, tmp_path):
     assert result["threshold"] == fitted.threshold
     listed = fitted.evaluate(mvtec_test(tmp_path)[3:])
     assert (listed["n_normal"], listed["n_anomalous"]) == (6, 3)  # without one kind of defect
-    for wrong in ([], normals(3), ["a.png"], 3):
-        with pytest.raises(InputError, match="evaluate cannot read a .*data.mvtec.TestImage"):
+    for wrong, what in (([], "a list"), (["a.png"], "a list"), (normals(3), "a ndarray")):
+        with pytest.raises(InputError, match=f"cannot read {what}: .*data.mvtec.TestImage"):
             fitted.evaluate(wrong)
 
 

@@ -77,7 +77,8 @@ def labelled_clips(
     Args:
         root: its folder.
         layout: "urbansound8k": audio/foldN and metadata/*.csv. "dcase", of one machine type in Task
-            2: test/section_00_source_test_normal_*.wav and train/. "folder": test/good or
+            2: test/section_00_source_test_normal_*.wav, of 2020 test/normal_id_00_*.wav, and
+            train/. "folder": test/good or
             test/normal, and test/<kind> for each kind of anomaly. "auto": what is found.
         normal: the class that is normal in UrbanSound8K, by name or number; all others are
             anomalous. Only for that layout.

@@ -14,8 +14,8 @@ _TEST_FOLDERS = frozenset(("test", "ground_truth"))
 
 
 def is_path(value) -> bool:
-    """Whether it names a file or folder."""
-    return isinstance(value, (str, bytes, os.PathLike))
+    """Whether it may name a file or folder."""
+    return isinstance(value, (str, os.PathLike)) or (isinstance(value, bytes) and 0 not in value)
 
 
 def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:

@@ -174,10 +174,9 @@ def check_sides(height: int, width: int, smallest: tuple[int, int], name: str) -
 
 
 def is_picture(value) -> bool:
-    """Whether it is an image that is no array and no path: one of Pillow's, an open binary file, or
-    the bytes of one, among which there is a zero, as in no path."""
-    if isinstance(value, (bytes, bytearray)):
-        return 0 in value
+    """Whether it is an image that is no array and no path: one of Pillow's, or an open file."""
+    if isinstance(value, os.PathLike):
+        return False
     pillow = sys.modules.get("PIL.Image")  # who has one of its images has loaded it
     return hasattr(value, "read") or (pillow is not None and isinstance(value, pillow.Image))
 
@@ -193,11 +192,9 @@ def _opened(source, path: str) -> Iterator:
             yield source
             return
         with ExitStack() as stack:
-            if isinstance(source, (bytes, bytearray)) and is_picture(source):
-                file = io.BytesIO(source)
-            elif hasattr(source, "read"):
+            if hasattr(source, "read"):
                 file = source
-                file.seek(0)
+                file.seek(0)  # every reading begins anew
             else:
                 # By name Pillow maps some files into memory as they lie, however oriented.
                 file = stack.enter_context(open(source, "rb"))
@@ -210,6 +207,10 @@ def _opened(source, path: str) -> Iterator:
         raise InputError(
             f"{path} is a decompression bomb or far too large ({error}): shrink it, or raise "
             "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+        ) from None
+    except io.UnsupportedOperation as error:
+        raise InputError(
+            f"{path} is a file that cannot be read again ({error}): give io.BytesIO of its content."
         ) from None
     except (InputError, MemoryError):
         raise

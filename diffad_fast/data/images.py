@@ -45,7 +45,8 @@ def open_images(
             anything that can be iterated more than once and gives batches: tensors, tuples or lists
             that begin with one, or dicts with the key "image". Such a batch may also be one image,
             (H, W), or (C, H, W) of several channels. In place of a file there may be an image of
-            Pillow's, an open binary file, or the bytes of one, as they arrive at a service.
+            Pillow's or an open binary file, such as io.BytesIO of what arrived at a service; one
+            that cannot be used raises.
             Arrays are uint8, uint16, or floats in [0, 1].
         image_size: (height, width) to which every image is resized, ignoring its aspect; None
             keeps every image's own size, and images of different sizes stand in different batches.
@@ -62,8 +63,12 @@ def open_images(
     opened_as = "image", size, channels
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return Images(_ArrayItems(source, size, channels, smallest), opened_as)
+    for item in source if isinstance(source, (list, tuple)) else [source]:
+        if isinstance(item, bytearray) or (isinstance(item, bytes) and 0 in item):
+            # As paths they could name any file, so bytes are never taken for an image's content.
+            raise InputError("these bytes are no path: give an image's content as io.BytesIO(...).")
     if is_picture(source):
-        source, strict = [source], True
+        source = [source]
     if is_path(source):
         paths = _image_files(os.fsdecode(source))
         strict = strict or os.path.isfile(source)
@@ -73,7 +78,7 @@ def open_images(
                 kind = type(file).__name__
                 raise InputError(f"the list of files holds a {kind} at {i}: {file!r}.")
         if any(map(is_picture, source)):
-            return Images(_PictureItems(source, size, channels, smallest), opened_as, strict)
+            return Images(_PictureItems(source, size, channels, smallest), opened_as)
         paths = [os.fsdecode(path) for path in source]
     elif isinstance(source, Iterable) and not isinstance(source, Iterator):
         if isinstance(source, Sequence) and len(source) == 0:
@@ -136,7 +141,8 @@ class _PictureItems(_FileItems):
         return len(self._pictures)
 
     def read(self, index: int) -> np.ndarray:
-        return read_image(self._pictures[index], *self._how, name=f"image {index} of the list")
+        name = "the image" if len(self) == 1 else f"image {index} of the list"
+        return read_image(self._pictures[index], *self._how, name=name)
 
 
 class _ArrayItems(Items):

@@ -286,6 +286,17 @@ class TokenModel(Model):
         their shares of the residual's length, that of the semantic distance evenly. The sum of a
         column is the curve.
         """
+        curve, bands = self._curves(waves)
+        representation = self.representation
+        map_ = time_map(bands, representation.window, representation.step)
+        return map_, top_mean(curve, self.config.top_fraction)
+
+    def window_scores(self, waves: torch.Tensor) -> torch.Tensor:
+        """(N,k): of clips (N,samples) what each window scores by itself, as a clip of its own."""
+        return self._curves(waves.to(self.device))[0]
+
+    def _curves(self, waves: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N,k) and, with the bands' parts in it, (N,k,bands)."""
         representation = self.representation
         (tokens,) = representation.encode(waves)
         rows = tokens.flatten(0, 2)
@@ -305,9 +316,7 @@ class TokenModel(Model):
             part = (log_distance(number) - mean) / deviation * (weight / sum(weights))
             curve, bands = curve + part, bands + part[:, None] * share
         curve = curve.view(len(waves), -1)
-        score = top_mean(curve, self.config.top_fraction)
-        bands = bands.view(*curve.shape, -1)
-        return time_map(bands, representation.window, representation.step), score
+        return curve, bands.view(*curve.shape, -1)
 
     def trajectory(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As of every model; means over tokens and sources."""

@@ -121,7 +121,7 @@ class Page(ABC):
         objects = f" of {conformal.groups} objects" if conformal.groups < count else ""
         return (
             f"The threshold {conformal.threshold:.3f} aims at a false-positive rate of "
-            f"{conformal.false_positive_rate:g} and comes from {count} held-out normal training "
+            f"{conformal.false_positive_rate:g} and comes from {count} held-out normal "
             f"{self.unit}s{objects}, not from the {self.unit}s below."
         )
 

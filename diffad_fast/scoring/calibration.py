@@ -69,11 +69,12 @@ class Conformal:
         if self.groups < SMALLEST_CALIBRATION:
             return (
                 f"labels need at least {SMALLEST_CALIBRATION} held-out normal groups, and there "
-                f"are {self.groups}: fit on more objects or recordings, or recalibrate with other "
-                "ones; where parts are held out, hold out more, by a larger conformal_share, or "
-                "all by cross_fit=5 (token MLP)"
+                f"are {self.groups}: recalibrate with more, or fit on more objects or recordings; "
+                "where a fit holds out parts, hold out more, by a larger conformal_share, or all "
+                "by cross_fit=5 (token MLP)"
             )
         return (
             f"a false-positive rate of {self.false_positive_rate:g} cannot be reached with "
-            f"{self.groups} held-out normal groups: fit on more or raise false_positive_rate"
+            f"{self.groups} held-out normal groups: fit on more, recalibrate with more, or raise "
+            "false_positive_rate"
         )

@@ -70,19 +70,20 @@ def test_folder_is_searched_in_order(tmp_path):
 
 
 def test_pictures_in_memory_are_what_their_files_are(tmp_path):
-    """As a service has them: bytes, open files, images of Pillow's; also beside paths."""
+    """As a service has them: open files, images of Pillow's; also beside paths."""
     paths = [save(tmp_path / f"{i}.png", pixels(i)) for i in range(4)]
     expected = everything(open_images(paths, (16, 16), 1))[0]
     data = [Path(path).read_bytes() for path in paths]
     with Image.open(paths[2]) as opened:
-        sources = [data[0], io.BytesIO(data[1]), opened, paths[3]]
+        sources = [io.BytesIO(data[0]), io.BytesIO(data[1]), opened, paths[3]]
         sources[1].read()
         found = open_images(sources, (16, 16), 1)
         for _ in range(2):
             assert torch.equal(everything(found)[0], expected)
     assert found.paths is None and len(found) == 4
-    for one in (data[0], bytearray(data[0]), io.BytesIO(data[0]), Image.fromarray(pixels(0))):
-        assert torch.equal(everything(open_images(one, (16, 16), 1))[0], expected[:1])
+    with open(paths[0], "rb") as file:
+        for one in (file, io.BytesIO(data[0]), Image.fromarray(pixels(0))):
+            assert torch.equal(everything(open_images(one, (16, 16), 1))[0], expected[:1])
     colour = Image.fromarray(pixels(0)).convert("RGB")
     assert everything(open_images(colour, (16, 16), 3))[0].shape == (1, 3, 16, 16)
     turned = Image.fromarray(pixels(0))
@@ -95,15 +96,24 @@ def test_pictures_in_memory_are_what_their_files_are(tmp_path):
 
 def test_unusable_pictures_in_memory_are_told_by_their_place(tmp_path):
     good = Path(save(tmp_path / "a.png", pixels())).read_bytes()
-    for bad, message in (
-        (b"no \0 image", "image 1 of the list is not an image"), (good[:200], "image 1 .*damaged"),
-        (io.BytesIO(), "image 1 of the list is not an image"),
-        (Image.new("L", (20, 20)), "image 1 of the list is constant"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=message):
-            everything(open_images([good, bad], (16, 16), 1))
+    pipe, end = os.pipe()
+    os.close(end)
+    with os.fdopen(pipe, "rb") as once:
+        for bad, message in (
+            (io.BytesIO(b"no image"), "is not an image"), (io.BytesIO(good[:200]), ".*damaged"),
+            (io.BytesIO(), "is not an image"), (Image.new("L", (20, 20)), "is constant"),
+            (once, "is a file that cannot be read again"),
+        ):  # fmt: skip
+            both = [io.BytesIO(good), bad]
+            for source, name in ((both, "image 1 of the list"), (bad, "the image")):
+                with pytest.raises(InputError, match=f"{name} {message}"):
+                    everything(open_images(source, (16, 16), 1))
     with pytest.raises(InputError, match="holds a int at 1"):
-        open_images([good, 3], (16, 16), 1)
+        open_images([io.BytesIO(good), 3], (16, 16), 1)
+    for content in (good, bytearray(good), [good], [str(tmp_path), good]):
+        with pytest.raises(InputError, match="bytes are no path.*io.BytesIO"):
+            open_images(content, (16, 16), 1)
+    assert open_images(os.fsencode(tmp_path), (16, 16), 1).paths == [str(tmp_path / "a.png")]
     with pytest.raises(InputError, match=r"one image is to have the shape \(1, C, H, W\)"):
         open_images(np.zeros((20, 24, 3), np.uint8), (16, 16), 3)
 
