@@ -155,7 +155,7 @@ class _HeldOut:
         of_windows = None
         if self._of_windows:
             own = [self._of_windows[i] for i in normal]
-            group = np.repeat(groups[normal], [len(scores) for scores in own])
+            group = np.repeat(groups[normal], list(map(len, own)))
             of_windows = Conformal(torch.cat(own).numpy(), group, rate)
         conformal = Conformal(scores[normal], groups[normal], rate)
         return Calibration(statistics, conformal, self.most_windows, of_windows)

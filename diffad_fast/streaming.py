@@ -29,8 +29,8 @@ class StreamScores(NamedTuple):
     p_value (k,) float64 and label (k,) int64, 1 for an anomaly, by single windows of held-out
     normals: of new recordings like these a share ``false_positive_rate`` of the windows is labelled
     on average, of one recording more or less. label is None where the held-out recordings are too
-    few for the rate (``Conformal.threshold``); both are for detectors from a file that was written
-    before there were any, and with ``remove_level``, which streams cannot.
+    few for the rate (``Conformal.threshold``), both are None where the detector is from a file that
+    was written before it kept such windows.
     """
 
     time: np.ndarray
