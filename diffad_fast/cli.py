@@ -188,7 +188,7 @@ def _loaded(args: argparse.Namespace) -> Detector:
     from .persistence import load
 
     detector = load(args.model, device=args.device)
-    if getattr(args, "mode", None) is not None:
+    if args.mode is not None:
         detector.mode = args.mode
     if args.false_positive_rate is not None:
         detector.false_positive_rate = args.false_positive_rate
@@ -421,6 +421,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("model", help="detector that fit wrote")
     calibrate.add_argument("data", help="normals that it was not fitted on, as for fit")
     calibrate.add_argument("--out", required=True, metavar="FILE", help="detector; may be MODEL")
+    calibrate.set_defaults(mode=None)  # that of the file stays: all modes are calibrated
 
     evaluate = command("evaluate", _evaluate, "Compare scores with ground truth: AUROC and others.")
     evaluate.add_argument("model", help="detector that fit wrote")

@@ -50,9 +50,11 @@ def state(detector: Detector) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             if entry is not None:
                 prefix = f"statistics.{mode}.{i}"
                 tensors |= {f"{prefix}.{k}": v for k, v in entry._asdict().items()}
-        tensors |= _conformal_state(f"conformal{{}}.{mode}", calibration.conformal)
-        if calibration.of_windows is not None:
-            tensors |= _conformal_state(f"of_windows{{}}.{mode}", calibration.of_windows)
+        for name in ("conformal", "of_windows"):
+            conformal = getattr(calibration, name)
+            if conformal is not None:
+                tensors[f"{name}.{mode}"] = torch.from_numpy(conformal.scores)
+                tensors[f"{name}_groups.{mode}"] = torch.from_numpy(conformal.group)
     texts = {
         "config": detector.config.to_json(),
         "statistics": json.dumps({m: len(c.statistics) for m, c in detector.calibrations.items()}),
@@ -66,13 +68,6 @@ def state(detector: Detector) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         "history": json.dumps(dataclasses.asdict(detector.history)),
     }
     return tensors, texts
-
-
-def _conformal_state(name: str, conformal: Conformal) -> dict[str, torch.Tensor]:
-    return {
-        name.format(""): torch.from_numpy(conformal.scores),
-        name.format("_groups"): torch.from_numpy(conformal.group),
-    }
 
 
 @undisturbed

@@ -112,7 +112,7 @@ std::vector<OuterProduct> outer_products(const TokenLossArgs& a, const std::vect
                        float* out) {
     for (int64_t r = 0; r < rows; r += kOuterRows) {
       const int64_t some = std::min(kOuterRows, rows - r);
-      products.push_back({left + r, right, out + r * w, some, w, row, w});
+      products.push_back({left + r, right, out + r * w, some, w, row});
     }
   };
   const auto layer = [&](float* array, int64_t l) { return array + l * a.layer; };

@@ -85,13 +85,13 @@ def test_pictures_in_memory_are_what_their_files_are(tmp_path):
         for one in (file, io.BytesIO(data[0]), Image.fromarray(pixels(0))):
             assert torch.equal(everything(open_images(one, (16, 16), 1))[0], expected[:1])
     colour = Image.fromarray(pixels(0)).convert("RGB")
-    assert everything(open_images(colour, (16, 16), 3))[0].shape == (1, 3, 16, 16)
+    found = everything(open_images(colour, (16, 16), 3))[0]
+    assert torch.equal(found, expected[:1].expand(-1, 3, -1, -1))
     turned = Image.fromarray(pixels(0))
-    turned.getexif()[0x0112] = 3
-    before = turned.tobytes()
-    found = everything(open_images(turned, (16, 16), 1))[0]
-    torch.testing.assert_close(found, expected[:1].flip(2, 3), rtol=0, atol=1.1 / 255)
-    assert turned.tobytes() == before
+    turned.getexif()[0x0112] = 3  # by half a turn
+    found, upright = (everything(open_images(x, None, 1))[0] for x in (turned, pixels(0)[None]))
+    assert torch.equal(found, upright.flip(2, 3))
+    assert turned.tobytes() == pixels(0).tobytes()
 
 
 def test_unusable_pictures_in_memory_are_told_by_their_place(tmp_path):

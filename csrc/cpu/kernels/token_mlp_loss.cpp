@@ -286,8 +286,8 @@ void token_outer_products(const OuterProduct* products, int64_t tokens, bool add
     const OuterProduct& p = products[i];
     for (int64_t t = 0; t < tokens; t += kOuterTokens) {
       const int64_t count = tokens - t < kOuterTokens ? tokens - t : kOuterTokens;
-      product({p.a + t * p.a_row, 1, p.a_row, p.b + t * p.b_row, p.b_row, nullptr, add || t > 0,
-               p.out, p.columns}, p.rows, p.columns, count);
+      product({p.a + t * p.a_row, 1, p.a_row, p.b + t * p.columns, p.columns, nullptr,
+               add || t > 0, p.out, p.columns}, p.rows, p.columns, count);
     }
   }
 }

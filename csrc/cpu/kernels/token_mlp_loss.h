@@ -64,7 +64,7 @@ struct OuterProduct {
   const float *a, *b;
   float* out;
   int64_t rows, columns;
-  int64_t a_row, b_row;  // elements from token to token
+  int64_t a_row;  // elements from token to token of a; of b these are `columns`
 };
 DIFFAD_KERNEL(token_outer_products, const OuterProduct* products, int64_t tokens, bool add,
               int64_t begin, int64_t end)
