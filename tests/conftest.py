@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,17 +69,29 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def native_program(tmp_path_factory):
-    """Compiles ``tests/native/<name>.cpp``, which runs a CUDA kernel's own code on the CPU."""
+    """Compiles ``tests/native/<name>.cpp``, which runs a CUDA kernel's own code on the CPU; returns
+    a function from standard input to output. With a sanitizer, what that finds is an error."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    native = Path(__file__).parent / "native"
 
-    def build(name: str) -> Path:
-        compiler = shutil.which("c++")
-        if compiler is None:
-            pytest.skip("no C++ compiler")
+    def build(name: str, sanitizer: str | None = None) -> Callable[[bytes], bytes]:
         program = tmp_path_factory.mktemp("native") / name
-        source = Path(__file__).parent / "native" / f"{name}.cpp"
-        flags = ["-O2", "-std=c++17", "-Wno-unknown-pragmas"]
-        subprocess.run([compiler, *flags, source, "-o", program], check=True)
-        return program
+        sanitizer = sanitizer or os.environ.get("DIFFAD_TEST_SANITIZER")
+        flags = ["-O1" if sanitizer else "-O2", "-std=c++17", "-pthread", "-Wno-unknown-pragmas"]
+        if sanitizer:
+            flags += ["-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+        subprocess.run([compiler, *flags, native / f"{name}.cpp", "-o", program], check=True)
+
+        def run(task: bytes) -> bytes:
+            # Python may have been started beside the library of another sanitizer.
+            environ = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+            return subprocess.run(
+                [program], input=task, stdout=subprocess.PIPE, check=True, env=environ
+            ).stdout
+
+        return run
 
     return build
 

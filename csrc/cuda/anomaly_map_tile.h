@@ -400,13 +400,15 @@ __device__ __forceinline__ void blur_tiles(const BlurArgs& a, float* shared) {
   for (int64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
     const int64_t line = quotient(i, a.across), n = quotient(line, a.down);
     const int64_t top = (line - n * a.down) * kBlurSide, left = (i - line * a.across) * kBlurSide;
-    __syncthreads();  // the last tile is done with the shared memory
+    // Of the last tile only the values are still read, which come after the next barrier.
     for (int k = thread; k < 2 * extent; k += kBlurThreads) {
       const bool row = k < extent;
       const int64_t at = (row ? top + k : left + k - extent) - kHalo;
       places[k] = static_cast<int>(reflected(at, row ? a.height : a.width));
     }
-    for (int k = thread; k < 1 << digit_bits(0); k += kBlurThreads) counts[k] = 0;
+    if (a.state) {
+      for (int k = thread; k < 1 << digit_bits(0); k += kBlurThreads) counts[k] = 0;
+    }
     __syncthreads();
     constexpr int kColumns = (extent + 31) / 32;  // of a lane
     int column[kColumns];
@@ -509,7 +511,7 @@ __device__ __forceinline__ TopChoice choose(const uint32_t* counts, TopChoice be
   return choice;
 }
 
-// The same for all threads of a block.
+// What the first thread of a block gets; all of them call it.
 __device__ __forceinline__ float sum_of_block(float value) {
   __shared__ float sums[kTopThreads];
   const int thread = threadIdx.x;
@@ -518,7 +520,6 @@ __device__ __forceinline__ float sum_of_block(float value) {
     __syncthreads();
     if (thread < half) sums[thread] += sums[thread + half];
   }
-  __syncthreads();
   return sums[0];
 }
 

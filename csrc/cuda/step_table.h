@@ -16,12 +16,15 @@ struct StepCounter {
 };
 
 // Called once by every block after it has read the counter: the last one moves it on, and back to
-// the first row after the last.
+// the first row after the last. The fences order what each block has read before what that one writes;
+// counting alone orders nothing.
 __device__ __forceinline__ void advance(StepCounter* counter, int32_t steps) {
   __syncthreads();  // all threads of this block have read it
   if (threadIdx.x != 0) return;
   const int32_t blocks = static_cast<int32_t>(gridDim.x);
+  __threadfence();
   if (atomicAdd(&counter->finished, 1) == blocks - 1) {
+    __threadfence();
     counter->finished = 0;
     counter->step = counter->step + 1 < steps ? counter->step + 1 : 0;
   }

@@ -28,8 +28,8 @@ def band_energies(x, cell, levels):
     for level in range(1, levels + 1):
         shift = 2 ** (level - 1)
         left, right = low[..., :-shift], low[..., shift:]
-        low, *details = _sum_and_difference(left + right, shift)
-        details += _sum_and_difference(right - left, shift)
+        low, low_difference = _sum_and_difference(left + right, shift)
+        details = low_difference, *_sum_and_difference(right - left, shift)
         start = reach - shift
         for band in details:
             band = band[..., start : start + h, start : start + w]

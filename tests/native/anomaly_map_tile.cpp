@@ -2,16 +2,9 @@
 // numbers; standard output: the map and the scores.
 #include "thread_block.h"
 
-
-#define __shared__ static
-
-static uint32_t atomicAdd(uint32_t* at, uint32_t more) {
-  const uint32_t before = *at;
-  *at += more;
-  return before;
-}
-
 #include "../../csrc/cuda/anomaly_map_tile.h"
+
+using emulated::read;
 
 namespace {
 
@@ -21,18 +14,10 @@ diffad::Strides strides(int64_t c, int64_t h, int64_t w, bool last) {
   return {c * h * w, h * w, w, 1};
 }
 
-template <class F>
-void run_grid(unsigned blocks, unsigned threads, F&& kernel) {
-  blockDim.x = threads;
-  gridDim.x = blocks;
-  body = kernel;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
-}
-
 template <int kLevel>
 void run_weighted(diffad::WeightedArgs<float>& args, int64_t batch, unsigned blocks) {
   const unsigned threads = diffad::weighted_grid<kLevel>(args, batch);
-  run_grid(blocks, threads, [&] { diffad::weighted_tiles<kLevel>(args); });
+  emulated::launch(blocks, threads, 0, [&] { diffad::weighted_tiles<kLevel>(args); });
 }
 
 template <int kHalo = diffad::kBlurHaloStep>
@@ -40,12 +25,9 @@ void run_blur(const diffad::BlurArgs& args, int radius, unsigned blocks) {
   if constexpr (kHalo < diffad::kBlurMostRadius) {
     if (radius > kHalo) return run_blur<kHalo + diffad::kBlurHaloStep>(args, radius, blocks);
   }
-  // What is not written first must not be read: all NaN, and nothing behind the end.
-  constexpr size_t bytes = diffad::blur_shared_bytes(kHalo);
-  auto* shared = static_cast<float*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16));
-  std::fill(shared, shared + bytes / 4, NAN);
-  run_grid(blocks, diffad::kBlurThreads, [&] { diffad::blur_tiles<kHalo>(args, shared); });
-  std::free(shared);
+  emulated::launch(blocks, diffad::kBlurThreads, diffad::blur_shared_bytes(kHalo), [&] {
+    diffad::blur_tiles<kHalo>(args, reinterpret_cast<float*>(emulated::dynamic_shared));
+  });
 }
 
 }  // namespace
@@ -71,7 +53,7 @@ int main() {
     const auto layout = strides(c, h, w, last);
     const diffad::CosineArgs<float> scale{f.data(), f_hat.data(), layout, layout, c, w, h * w,
                                           n * h * w, cosines.back().data()};
-    run_grid(blocks, diffad::kCosineThreads, [&] {
+    emulated::launch(blocks, diffad::kCosineThreads, 0, [&] {
       last ? diffad::cosine_tiles<true>(scale) : diffad::cosine_tiles<false>(scale);
     });
     args.scale[s] = diffad::map_scale(cosines.back().data(), h, w, height, width);
@@ -125,7 +107,7 @@ int main() {
   const diffad::TopArgs top{map.data(), pixels, given[10], parts, state.data(), partial.data(),
                             score.data()};
   const auto run_top = [&](int64_t grid, auto kernel) {
-    run_grid(static_cast<unsigned>(grid), diffad::kTopThreads, kernel);
+    emulated::launch(static_cast<unsigned>(grid), diffad::kTopThreads, 0, kernel);
   };
   if (parts == 1) {
     run_top(n, [&] { diffad::top_small(top); });

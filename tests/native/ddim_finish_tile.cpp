@@ -2,9 +2,9 @@
 // numbers; standard output: x0, x_hat, pixel and sub_band.
 #include "thread_block.h"
 
-#define __shared__ static
-
 #include "../../csrc/cuda/ddim_finish_tile.h"
+
+using emulated::read;
 
 namespace {
 
@@ -44,18 +44,15 @@ int main() {
   args.clamp = n[7];
   const unsigned threads = diffad::finish_grid(args, static_cast<int>(r));
 
-  blockDim.x = threads;
-  gridDim.x = n[8];
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+  emulated::launch(n[8], threads, 0, [&] {
     switch (n[0]) {
-      case 0: body = [&] { diffad::finish_tiles<1, 0>(args); }; break;
-      case 1: body = [&] { diffad::finish_tiles<2, 1>(args); }; break;
-      case 2: body = [&] { diffad::finish_tiles<4, 2>(args); }; break;
-      case 3: body = [&] { diffad::finish_tiles<8, 3>(args); }; break;
-      default: body = [&] { diffad::finish_tiles<16, 4>(args); };
+      case 0: return diffad::finish_tiles<1, 0>(args);
+      case 1: return diffad::finish_tiles<2, 1>(args);
+      case 2: return diffad::finish_tiles<4, 2>(args);
+      case 3: return diffad::finish_tiles<8, 3>(args);
+      default: return diffad::finish_tiles<16, 4>(args);
     }
-    run_block(threads);
-  }
+  });
   for (const auto* out : {&x0, &x_hat, &pixel, &sub_band}) {
     std::fwrite(out->data(), 4, out->size(), stdout);
   }

@@ -3,17 +3,9 @@
 // Standard input: the task as numbers; standard output: x_end and stats.
 #include "thread_block.h"
 
+using emulated::read;
+
 namespace {
-
-union Slot {
-  uint32_t u[8];
-  float f[8];
-  const void* p;
-};
-std::vector<Slot> slots;
-
-Slot& mine() { return slots[threadIdx.x]; }
-Slot& of_lane(int lane) { return slots[threadIdx.x / 32 * 32 + lane]; }
 
 float from_bf16(uint32_t bits) {
   bits <<= 16;
@@ -32,7 +24,7 @@ struct Copy {
   const void* global;
   bool valid;
 };
-std::vector<std::vector<Copy>> pending;  // by thread
+thread_local std::vector<Copy> pending[256];  // of a block's threads
 
 }  // namespace
 
@@ -51,32 +43,26 @@ static uint32_t pack_bf16(float low, float high) { return to_bf16(low) | to_bf16
 // row / 8 + k / 8 * 2, half k % 2; B element (k, n) in lane n * 4 + k % 8 / 2, register k / 8, half
 // k % 2; C element (row, n) in lane (row % 8) * 4 + n / 2, register row / 8 * 2 + n % 2.
 static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  for (int i = 0; i < 4; ++i) mine().u[i] = a[i];
-  mine().u[4] = b0;
-  mine().u[5] = b1;
-  yield();
+  struct Factors {
+    uint32_t a[4], b[2];
+  };
+  const auto all = emulated::gather<Factors>({{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const int lane = lane_of_thread();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const uint32_t x = of_lane(row % 8 * 4 + k % 8 / 2).u[row / 8 + k / 8 * 2];
-      const uint32_t y = of_lane(n * 4 + k % 8 / 2).u[4 + k / 8];
+      const uint32_t x = all[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      const uint32_t y = all[n * 4 + k % 8 / 2].b[k / 8];
       c[i] += from_bf16(x >> k % 2 * 16 & 0xffffu) * from_bf16(y >> k % 2 * 16 & 0xffffu);
     }
   }
-  yield();
 }
 
 // PTX ISA, ldmatrix.x4.
 static void load_matrices(uint32_t (&r)[4], const void* shared) {
-  mine().p = shared;
-  yield();
+  const auto rows = emulated::gather(static_cast<const uint32_t*>(shared));
   const int lane = lane_of_thread();
-  for (int i = 0; i < 4; ++i) {
-    const char* row = static_cast<const char*>(of_lane(i * 8 + lane / 4).p);
-    std::memcpy(&r[i], row + lane % 4 * 4, 4);
-  }
-  yield();
+  for (int i = 0; i < 4; ++i) r[i] = rows[i * 8 + lane / 4][lane % 4];
 }
 
 // A copy may arrive at any time up to the wait: those of odd threads do at once, which shows where
@@ -103,6 +89,16 @@ static void copy_async(void* shared, const void* global, bool valid) {
 }  // namespace diffad
 
 #include "../../csrc/cuda/token_mlp_tile.h"
+
+template <int kWidth, int kTiles, int kWarps>
+struct Launch {
+  static constexpr int width = kWidth, tiles = kTiles, warps = kWarps;
+  void operator()(const diffad::TokenMlpTask& task, unsigned blocks) const {
+    emulated::launch(blocks, 32 * kWarps, diffad::kTokenMlpShared, [&] {
+      diffad::TokenMlp<kWidth, kTiles, kWarps>(task, emulated::dynamic_shared).run();
+    });
+  }
+};
 
 int main() {
   // width, tiles of a warp, warps, thread blocks; tokens, size, blocks, steps
@@ -136,23 +132,14 @@ int main() {
   task.x_end = x_end.data();
   task.stats = stats.data();
 
-  blockDim.x = 32 * n[2];
-  gridDim.x = n[3];
-  char* shared = static_cast<char*>(std::aligned_alloc(1024, diffad::kTokenMlpShared));
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    std::memset(shared, 0xff, diffad::kTokenMlpShared);  // NaN
-    const auto is = [&](int width, int tiles, int warps) {
-      return n[0] == width && n[1] == tiles && n[2] == warps;
-    };
-    if (is(128, 1, 4)) body = [&] { diffad::TokenMlp<128, 1, 4>(task, shared).run(); };
-    if (is(128, 2, 8)) body = [&] { diffad::TokenMlp<128, 2, 8>(task, shared).run(); };
-    if (is(256, 1, 4)) body = [&] { diffad::TokenMlp<256, 1, 4>(task, shared).run(); };
-    if (is(256, 1, 8)) body = [&] { diffad::TokenMlp<256, 1, 8>(task, shared).run(); };
-    if (is(128, 1, 1)) body = [&] { diffad::TokenMlp<128, 1, 1>(task, shared).run(); };
-    slots.assign(blockDim.x, {});
-    pending.assign(blockDim.x, {});
-    run_block(blockDim.x);
-  }
+  const auto run = [&](auto launch) {
+    if (n[0] == launch.width && n[1] == launch.tiles && n[2] == launch.warps) launch(task, n[3]);
+  };
+  run(Launch<128, 1, 4>());
+  run(Launch<128, 2, 8>());
+  run(Launch<256, 1, 4>());
+  run(Launch<256, 1, 8>());
+  run(Launch<128, 1, 1>());
   std::fwrite(x_end.data(), 4, x_end.size(), stdout);
   std::fwrite(stats.data(), 4, stats.size(), stdout);
 }

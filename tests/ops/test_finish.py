@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import numpy as np
 import pytest
 import pywt
@@ -220,9 +218,9 @@ def test_the_bare_operator_guards_its_memory():
 
 
 @pytest.fixture(scope="module")
-def emulator(native_program):
-    """The CUDA kernel's own code, run thread by thread on the CPU."""
-    program = native_program("ddim_finish_tile")
+def emulator(native_program, request):
+    """The CUDA kernel's own code, run thread by thread on the CPU; its parameter is a sanitizer."""
+    program = native_program("ddim_finish_tile", getattr(request, "param", None))
 
     def run(arguments, guide, last, grid, clip, clamp):
         x, m, alpha, images, mean, deviation, level = arguments
@@ -235,9 +233,7 @@ def emulator(native_program):
         packed = [t.permute(order).contiguous() for t in (x, m, x if guide is None else guide)]
         data = [np.array(numbers, np.int32)]
         data += [t.numpy() for t in (step, *packed, images, mean, deviation)]
-        found = subprocess.run(
-            [program], input=b"".join(d.tobytes() for d in data), stdout=subprocess.PIPE, check=True
-        ).stdout
+        found = program(b"".join(d.tobytes() for d in data))
         sizes = np.cumsum([x.numel(), images.numel(), n * height * width])
         x0, *others = (torch.tensor(p) for p in np.split(np.frombuffer(found, np.float32), sizes))
         back = (0, 3, 1, 2) if last else (0, 1, 2, 3)
@@ -261,6 +257,14 @@ def test_the_cuda_kernel_in_emulation(emulator, level, channels, cols, grid, las
         found = emulator(arguments, guide, last, grid, clip, clamp)
         options = {"prediction_type": "v_prediction", "clip": clip, "clamp": clamp}
         check(found, arguments, 2e-6, guide, **options)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("emulator", ["thread"], indirect=True)
+def test_the_cuda_kernel_has_no_races(emulator):
+    """Under ThreadSanitizer, to which each CUDA thread is a thread; several tiles and channels."""
+    arguments, y = problem(3, 2, n=1, rows=2, cols=40, last=False)
+    emulator(arguments, y, False, 2, None, True)
 
 
 def test_float64_is_refused_by_the_cuda_kernel(monkeypatch):

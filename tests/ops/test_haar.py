@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import subprocess
 from itertools import product
 
 import numpy as np
@@ -314,11 +313,11 @@ def test_cuda_agrees_with_the_reference_in_float64(level, dtype):
 
 
 @pytest.fixture(scope="module")
-def emulator(native_program):
-    """The code of a CUDA thread that holds whole blocks, run for every thread on the CPU."""
-    program = native_program("haar_block")
+def emulator(native_program, request):
+    """The CUDA kernels' own code, run thread by thread on the CPU; its parameter is a sanitizer."""
+    program = native_program("haar", getattr(request, "param", None))
 
-    def run(x, level, pack):
+    def run(x, level, pack, tiles=False):
         last = not x.is_contiguous()
         axes = (0, 2, 3, 1) if last else (0, 1, 2, 3)
         n, c, h, w = x.shape
@@ -326,10 +325,10 @@ def emulator(native_program):
         shape = (n, c * r * r, h // r, w // r) if pack else (n, c // (r * r), h * r, w * r)
         blocks = (h // r, w // r) if pack else (h, w)
         channels = c if pack else c // (r * r)
-        numbers = [pack, level, last, x.dtype == torch.float64, n, channels, *blocks]
+        numbers = [pack, level, last, x.dtype == torch.float64, tiles, n, channels, *blocks]
         given = np.array(numbers, np.int32).tobytes()
         given += x.permute(axes).contiguous().numpy().tobytes()
-        found = subprocess.run([program], input=given, stdout=subprocess.PIPE, check=True).stdout
+        found = program(given)
         if not found:
             return None
         y = torch.frombuffer(bytearray(found), dtype=x.dtype)
@@ -342,7 +341,7 @@ def emulator(native_program):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("level", [1, 2])
-def test_a_cuda_thread_with_whole_blocks(emulator, level, layout, dtype):
+def test_cuda_blocks_in_emulation(emulator, level, layout, dtype):
     served = 0
     for channels, rows, columns in ((1, 1, 4), (8, 3, 2), (12, 2, 6), (3, 2, 5)):
         x = image(2, channels, rows << level, columns << level, dtype, layout)
@@ -355,3 +354,26 @@ def test_a_cuda_thread_with_whole_blocks(emulator, level, layout, dtype):
                 served += 1
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
     assert served >= 4, served  # all of them, or those that come in runs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("level", range(1, 5))
+def test_cuda_tiles_in_emulation(emulator, level, layout, dtype):
+    """Of one and of several channels, cut off on the right and in the last group of channels."""
+    for channels, rows, columns in ((1, 1, 300 >> level), (3, 2, 5), (130, 1, 2)):
+        x = image(3, channels, rows << level, columns << level, dtype, layout)
+        packed = reference.haar_pack(x, level)
+        for given, pack, expected in ((x, True, packed), (packed, False, x)):
+            found = emulator(given, level, pack, tiles=True)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("emulator", ["thread"], indirect=True)
+def test_the_cuda_kernels_have_no_races(emulator):
+    """Under ThreadSanitizer, to which each CUDA thread is a thread."""
+    for layout in LAYOUTS:
+        x = image(3, 3, 16, 40, torch.float32, layout)
+        for pack, given in ((True, x), (False, reference.haar_pack(x, 2))):
+            for tiles in (False, True):
+                emulator(given, 2, pack, tiles)

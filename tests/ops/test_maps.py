@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import numpy as np
 import pytest
 import pywt
@@ -457,9 +455,9 @@ def test_native_guards_its_memory():
 
 
 @pytest.fixture(scope="module")
-def emulator(native_program):
-    """The CUDA kernels' own code, run thread by thread on the CPU."""
-    program = native_program("anomaly_map_tile")
+def emulator(native_program, request):
+    """The CUDA kernels' own code, run thread by thread on the CPU; its parameter is a sanitizer."""
+    program = native_program("anomaly_map_tile", getattr(request, "param", None))
 
     def run(x, y, f, g, weights, levels, stats, sigma, top, base=None, last=False, blocks=3):
         n, channels, height, width = x.shape
@@ -480,12 +478,7 @@ def emulator(native_program):
             np.broadcast_to(np.asarray(v, np.float32), shape) for pair in stats or () for v in pair
         ]
         data += [] if base is None else [base.float().numpy()]
-        found = subprocess.run(
-            [program],
-            input=b"".join(np.ascontiguousarray(d).tobytes() for d in data),
-            stdout=subprocess.PIPE,
-            check=True,
-        ).stdout
+        found = program(b"".join(np.ascontiguousarray(d).tobytes() for d in data))
         map_, score = np.split(np.frombuffer(found, np.float32), [n * height * width])
         return torch.tensor(map_).view(n, height, width), torch.tensor(score)
 
@@ -547,6 +540,15 @@ def test_the_cuda_score_in_emulation(emulator, height, change, top):
     count = max(1, round(top * height * 190))
     want = base.flatten(1).topk(count).values.mean(dim=1)
     torch.testing.assert_close(score.double(), want, rtol=2e-6, atol=2e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("emulator", ["thread"], indirect=True)
+@pytest.mark.parametrize("height, last", [(40, True), (180, False)])
+def test_the_cuda_kernels_have_no_races(emulator, height, last):
+    """Under ThreadSanitizer, to which each CUDA thread is a thread; one and two thread blocks an
+    image in the search for the largest values."""
+    x, y, f, g = inputs((1, 2, height, 100), [(3, 5, 7)], torch.float32)
+    emulator(x, y, f, g, (1.0, 1.0, 1.0), 2, None, 1.0, 0.01, None, last=last, blocks=2)
 
 
 def test_what_the_cuda_kernels_refuse(monkeypatch):

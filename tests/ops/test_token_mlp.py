@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import numpy as np
 import pytest
 import torch
@@ -499,9 +497,9 @@ def test_native_refuses_what_does_not_fit(argument):
 
 
 @pytest.fixture(scope="module")
-def emulator(native_program):
-    """The CUDA kernel's own code, run lane by lane on the CPU."""
-    program = native_program("token_mlp_tile")
+def emulator(native_program, request):
+    """The CUDA kernel's own code, run lane by lane on the CPU; its parameter is a sanitizer."""
+    program = native_program("token_mlp_tile", getattr(request, "param", None))
 
     def run(arguments, tiles, warps, grid):
         x, weights, bias, table = arguments
@@ -513,8 +511,7 @@ def emulator(native_program):
         numbers += [w.contiguous().view(torch.int16).numpy() for w in weights]
         numbers += [t.float().contiguous().numpy() for t in (bias, table, x)]
         data = b"".join(n.tobytes() for n in numbers)
-        out = subprocess.run([program], input=data, stdout=subprocess.PIPE, check=True).stdout
-        x_end, stats = np.split(np.frombuffer(out, np.float32), [m * d])
+        x_end, stats = np.split(np.frombuffer(program(data), np.float32), [m * d])
         return torch.tensor(x_end).view(m, d), torch.tensor(stats).view(m, steps)
 
     return run
@@ -544,6 +541,14 @@ def test_the_cuda_kernel_in_emulation(emulator, width, tiles, warps, grid, m, d,
     if native.loaded():
         for result, same, largest in zip(found, on_cpu(arguments), scale, strict=True):
             torch.testing.assert_close(result, same, rtol=0, atol=4e-3 * largest)
+
+
+@pytest.mark.parametrize("emulator", ["thread"], indirect=True)
+def test_the_cuda_kernel_has_no_races(emulator):
+    """Under ThreadSanitizer, to which each CUDA thread is a thread: stages are neither used before
+    they have come nor overwritten while they are."""
+    arguments = problem(70, 70, 128, 1, 2, torch.float32, torch.bfloat16)
+    emulator(arguments, 1, 4, 1)
 
 
 @pytest.mark.gpu
