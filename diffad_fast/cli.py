@@ -427,8 +427,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="detector that fit wrote")
     evaluate.add_argument(
         "data",
-        help="root of an MVTec AD layout (test/*, ground_truth/*) or of labelled clips, or a table "
-        "with labels",
+        help="root of a data set of images or clips in one of the layouts, or a table with labels",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--report", metavar="DIR", help="folder for an HTML report")
@@ -443,7 +442,8 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (fit, calibrate, evaluate):
         sub.add_argument(
             "--layout", default="auto",
-            help="of audio: auto (default), folder, urbansound8k or dcase",
+            help="auto (default); of images mvtec (MVTec AD, BTAD), mvtec_loco, mvtec_ad2 or visa; "
+            "of audio folder, urbansound8k or dcase",
         )  # fmt: skip
         sub.add_argument("--normal", metavar="CLASS", help="the normal class of urbansound8k")
         sub.add_argument(

@@ -29,7 +29,8 @@ from .config import MODES, DetectorConfig
 from .data.audio_layouts import LabelledClip, labelled_clips
 from .data.folders import is_path
 from .data.groups import group_labels
-from .data.mvtec import TestImage, mvtec_test
+from .data.image_layouts import labelled_images
+from .data.mvtec import TestImage
 from .data.samples import Batch, Samples
 from .data.sources import check_layout, open_source, training_part
 from .errors import InputError
@@ -210,9 +211,9 @@ class Detector:
         """Train on normal data and calibrate every mode on held-out normals; where these would be
         few, on all of them, each by a model that has not seen it (``DetectorConfig.cross_fit``).
 
-        source: for images a folder (of one in the MVTec AD layout its train/good, else searched
-        through), a list of files, an array or tensor (N,C,H,W) or (N,H,W) of uint8, uint16 or float
-        in [0,1], or a DataLoader of such batches; for audio what ``data.audio.open_audio`` takes: a
+        source: for images a folder (of which ``data.image_layouts.training_images`` are taken), a
+        list of files, an array or tensor (N,C,H,W) or (N,H,W) of uint8, uint16 or float in [0,1],
+        or a DataLoader of such batches; for audio what ``data.audio.open_audio`` takes: a
         folder (of which the files of ``data.audio.training_clips`` are taken), files, waves, (wave,
         rate) pairs; for vectors what ``data.vectors.open_vectors`` takes, whose names of columns
         are kept: later tables with names may have them in any order, and must have the same.
@@ -227,11 +228,11 @@ class Detector:
         weights, and with ``train_steps=0`` a built-in one keeps them.
 
         Returns self. Raises InputError for unusable data, for a folder without train/good that has
-        a folder test or ground_truth below it, and for the root of an UrbanSound8K, whose normal
-        class nobody has named, and for fewer than 8 samples or 4 groups; CheckpointError for the
-        state of another training; BackendError where ``train_compile=True`` fails; ProcessError
-        where another process ends; KeyboardInterrupt after SIGINT or SIGTERM, once the state is
-        written.
+        a folder of tests below it, such as test or ground_truth, for a category of VisA without its
+        table, for the root of an UrbanSound8K, whose normal class nobody has named, and for fewer
+        than 8 samples or 4 groups; CheckpointError for the state of another training; BackendError
+        where ``train_compile=True`` fails; ProcessError where another process ends;
+        KeyboardInterrupt after SIGINT or SIGTERM, once the state is written.
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")
@@ -588,10 +589,11 @@ class Detector:
     ) -> dict:
         """Figures on a labelled test set.
 
-        data: for images the root of an MVTec AD layout, root/test/*, root/ground_truth/*, or a list
-        of ``data.mvtec.TestImage``; for audio the root of a data set, to which layout, normal and
-        folds belong as in ``data.audio.labelled_clips``, or a list of its ``LabelledClip``; for
-        vectors a table with labels, as in ``data.vectors.open_vectors``.
+        data: for images the root of a data set, to which layout belongs as in
+        ``data.image_layouts.labelled_images``, or a list of ``data.mvtec.TestImage``; for audio the
+        root of a data set, to which layout, normal and folds belong as in
+        ``data.audio.labelled_clips``, or a list of its ``LabelledClip``; for vectors a table with
+        labels, as in ``data.vectors.open_vectors``.
 
         Returns a dict that JSON can hold: image_auroc, pixel_auroc, aupro (to a false-positive
         rate of 0.3), f1_max (of images), pixel_f1_max, false_positive_rate and
@@ -605,7 +607,10 @@ class Detector:
         all normals), sections (of DCASE: auroc_source and auroc_target, of one domain's normals
         against all anomalies, and pauc) and harmonic_mean (of all of these).
         report: a folder for an HTML report of images or clips.
-        Raises InputError for a missing test folder or labels, or a mask of the wrong size.
+        Where an image has several masks, as in MVTec LOCO AD, their union is the truth of every
+        figure; that data set's own sPRO, with its saturation thresholds, is not among them.
+        Raises InputError for an unknown layout, a missing test folder, labels or mask, or a mask of
+        the wrong size.
         """
         kind = self.config.kind
         check_layout(kind, layout, normal, folds)
@@ -620,7 +625,7 @@ class Detector:
             evaluation = evaluate_audio(self, data, strict)
         else:
             if is_path(data):
-                data = mvtec_test(data)
+                data = labelled_images(data, layout)
             _check_labelled(data, TestImage, "data.mvtec.TestImage")
             evaluation = evaluate(self, data, strict)
         if report is not None:

@@ -499,7 +499,7 @@ def test_other_kinds_have_no_stream():
     vectors.fit(np.random.default_rng(0).standard_normal((40, 3)))
     with pytest.raises(InputError, match="kind is 'vector'"):
         vectors.stream(RATE)
-    with pytest.raises(InputError, match="layout, normal and folds are for audio"):
+    with pytest.raises(InputError, match="layout is for images and audio: leave it out"):
         vectors.evaluate((np.zeros((2, 3)), [0, 1]), layout="dcase")
 
 

@@ -494,6 +494,49 @@ def test_test_sets_that_cannot_be_evaluated(model, root, tmp_path, fails):
     fails("evaluate", model, copy, names=[mask])
 
 
+def test_a_category_of_visa_from_the_download_to_the_figures(root, config, tmp_path, fails, capsys):
+    """The pictures of the other data set, under the names that VisA gives them."""
+    table = ["object,split,label,image,mask"]
+    folders = {"Normal": "Images", "Anomaly": "Images", "Masks/Anomaly": "."}
+    data = tmp_path / "candle"
+    for label, folder in folders.items():
+        (data / "Data" / folder / label).mkdir(parents=True)
+
+    def add(source, split, label, name, mask=None):
+        image = f"candle/Data/Images/{label}/{name}.JPG"
+        Image.open(source).save(tmp_path / image, quality=95)
+        truth = "" if mask is None else f"candle/Data/Masks/Anomaly/{name}.png"
+        if mask is not None:
+            shutil.copy(mask, tmp_path / truth)
+        table.append(f"candle,{split},{label.lower()},{image},{truth}")
+
+    for i, path in enumerate(sorted((root / "train/good").iterdir())):
+        add(path, "train", "Normal", f"{i:04}")
+    for i, path in enumerate(sorted((root / "test/good").iterdir())):
+        add(path, "test", "Normal", f"1{i:03}")
+    for i, path in enumerate(sorted((root / "test/blob-high").iterdir())):
+        mask = root / "ground_truth/blob-high" / f"{path.stem}_mask.png"
+        add(path, "test", "Anomaly", f"{i:03}", mask)
+    fit = ["fit", data, "--config", config, "--steps", "5", *FAST, "--out", tmp_path / "m.diffad"]
+    evaluate = ["evaluate", tmp_path / "m.diffad", data, "--json"]
+    fails(*fit, names=["split_csv/1cls.csv is missing"])
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv" / "1cls.csv").write_text("\n".join(table) + "\n")
+    fails(*fit, "--layout", "mvtec_ad2", names=["Anomaly lies in"])
+    fails(*fit, "--layout", "dcase", names=["unknown layout 'dcase': choose auto, mvtec, mvtec_lo"])
+    assert main([str(a) for a in fit]) == 0
+    assert "of 44 images" in capsys.readouterr().err
+    fails(*evaluate, "--layout", "mvtec", names=["no folder test"])
+    figures = []
+    for layout in ([], ["--layout", "visa"]):
+        assert main([str(a) for a in [*evaluate, *layout]]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    for found in figures:
+        assert (found["n_normal"], found["n_anomalous"]) == (6, 2) and found["undefined"] == {}
+        assert set(found["per_defect"]) == {"anomaly"}
+    assert figures[0]["aupro"] == figures[1]["aupro"]
+
+
 # -------------------------------------------------------------------- stop and resume
 
 

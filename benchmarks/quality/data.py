@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from diffad_fast.data.image_layouts import is_data_set, labelled_images, training_images
 from diffad_fast.data.images import open_images
-from diffad_fast.data.mvtec import TestImage, mvtec_test, mvtec_train
+from diffad_fast.data.mvtec import TestImage
 
 # Options are chosen on these tables and categories; figures are quoted on all others.
 DEV_NAMES = (
@@ -41,26 +42,26 @@ class DataSet:
 
 
 def find(path: Path, size: int, channels: int, number: str | None, gap: int) -> list[DataSet]:
-    """The data sets below ``path``: one in the MVTec AD layout, a folder of those, or a folder of
-    .npz tables with X and y.
+    """The data sets below ``path``: one in a layout of ``data.image_layouts``, a folder of those,
+    or a folder of .npz tables with X and y.
 
     number, gap: a regular expression whose first parenthesis is a number in the names of image
     files; sorted by it, a step of more than ``gap`` begins a new object.
     """
-    if (path / "test").is_dir():
+    if is_data_set(path):
         return [_images(path, size, channels, number, gap)]
-    roots = sorted(p for p in path.iterdir() if (p / "test").is_dir())
+    roots = sorted(p for p in path.iterdir() if is_data_set(p))
     if roots:
         return [_images(root, size, channels, number, gap) for root in roots]
     tables = sorted(path.glob("*.npz"))
     if not tables:
-        raise SystemExit(f"{path} holds neither an MVTec AD layout nor .npz tables")
+        raise SystemExit(f"{path} holds neither images in a known layout nor .npz tables")
     return [_table(table) for table in tables]
 
 
 def _images(root: Path, size: int, channels: int, number: str | None, gap: int) -> DataSet:
-    train = open_images(mvtec_train(str(root)), (size, size), channels)
-    tests = mvtec_test(str(root))
+    train = open_images(training_images(root), (size, size), channels)
+    tests = labelled_images(root)
     paths = [test.path for test in tests]
     return DataSet(
         name=root.name,

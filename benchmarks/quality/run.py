@@ -80,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data", required=True, nargs="+", type=Path, metavar="PATH",
-        help="an MVTec AD layout, a folder of them (all of MVTec AD), or a folder of .npz tables; "
-        "for UrbanSound8K see python -m benchmarks audio",
+        help="a category of MVTec AD, BTAD, MVTec LOCO AD, MVTec AD 2 or VisA, a folder of them "
+        "(all of MVTec AD), or one of .npz tables; for UrbanSound8K see python -m benchmarks audio",
     )  # fmt: skip
     parser.add_argument("--part", choices=("report", "dev", "all"), default="report")
     parser.add_argument("--preset", default="balanced")

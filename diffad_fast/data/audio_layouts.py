@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from .audio_files import audio_files, is_audio
-from .folders import NORMAL_FOLDERS, check_no_test
+from .folders import NORMAL_FOLDERS, check_no_test, read_table
 
 LAYOUTS = ("auto", "folder", "urbansound8k", "dcase")
 _DCASE_NAME = re.compile(
@@ -42,8 +41,9 @@ def training_clips(
 ) -> list[LabelledClip]:
     """The normal clips to train on; arguments and errors as in `labelled_clips`.
 
-    A plain folder gives root/train/good or root/train/normal, all of root/train, or all that it
-    holds. Raises `InputError` where a folder test or ground_truth lies anywhere below that.
+    A plain folder gives root/train/good, root/train/normal or root/train/ok, all of root/train, or
+    all that it holds. Raises `InputError` where a folder of tests, such as test or ground_truth,
+    lies anywhere below that.
     """
     root = os.fsdecode(root)
     layout = _layout(root, layout)
@@ -78,8 +78,8 @@ def labelled_clips(
         root: its folder.
         layout: "urbansound8k": audio/foldN and metadata/*.csv. "dcase", of one machine type in Task
             2: test/section_00_source_test_normal_*.wav, of 2020 test/normal_id_00_*.wav, and
-            train/. "folder": test/good or
-            test/normal, and test/<kind> for each kind of anomaly. "auto": what is found.
+            train/. "folder": test/good, test/normal or test/ok, and test/<kind> for each kind of
+            anomaly. "auto": what is found.
         normal: the class that is normal in UrbanSound8K, by name or number; all others are
             anomalous. Only for that layout.
         folds: its folds, by number; None: all. Only for that layout.
@@ -123,17 +123,7 @@ def _urbansound8k(root: str, normal: str | None, folds: Sequence[int] | None) ->
     tables = sorted(Path(root, "metadata").glob("*.csv"))
     if not tables:
         raise InputError(f"{root} has no metadata/*.csv: it is not in the UrbanSound8K layout.")
-    try:
-        with open(tables[0], newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except UnicodeDecodeError:
-        raise InputError(f"{tables[0]} is not in UTF-8: convert it.") from None
-    needed = {"slice_file_name", "fsID", "fold", "classID", "class"}
-    if not rows or not needed <= set(rows[0]):
-        raise InputError(f"{tables[0]} lacks one of the columns {', '.join(sorted(needed))}.")
-    for number, row in enumerate(rows, 1):
-        if any(row[name] is None for name in needed):
-            raise InputError(f"row {number} of {tables[0]} is too short: complete or remove it.")
+    rows = read_table(tables[0], {"slice_file_name", "fsID", "fold", "classID", "class"})
     names = {row["classID"]: row["class"] for row in rows}
     normal = names.get(str(normal), normal)
     if normal not in names.values():

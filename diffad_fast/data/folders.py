@@ -1,16 +1,19 @@
-"""Files below a folder, and what of a folder is no training data."""
+"""Files below a folder, what of a folder is no training data, and tables that tell it."""
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable, Iterator
 
 from ..errors import InputError
 
 # What the folder of the normals is called.
-NORMAL_FOLDERS = ("good", "normal")
-# Of data sets in the MVTec AD layout: what is in them is not all normal.
-_TEST_FOLDERS = frozenset(("test", "ground_truth"))
+NORMAL_FOLDERS = ("good", "normal", "ok")
+# Of data sets, MVTec AD, MVTec AD 2 and VisA: what is in them is not all normal.
+_TEST_FOLDERS = frozenset(
+    ("test", "ground_truth", "test_public", "test_private", "test_private_mixed", "Anomaly")
+)
 
 
 def is_path(value) -> bool:
@@ -35,8 +38,8 @@ def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
 
 
 def check_no_test(root: str, samples: str) -> None:
-    """Raise InputError if a folder test or ground_truth lies below `root`, or a link leads to one
-    or into one: it is no training data.
+    """Raise InputError if a folder of tests, such as test or ground_truth, lies below `root`, or a
+    link leads to one or into one: it is no training data.
 
     samples: what the detector sees, in the plural.
     """
@@ -52,6 +55,23 @@ def check_no_test(root: str, samples: str) -> None:
                     f"{path} lies in {root}, and a detector is not trained on what it is tested "
                     f"on: give the folder of normal {samples}."
                 )
+
+
+def read_table(path: str | os.PathLike, columns: set[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file that tells of samples. Raises InputError if it is not in UTF-8, lacks
+    one of the columns or has a row without a value for each of them."""
+    try:
+        # Spreadsheets put a mark in front.
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not in UTF-8: convert it.") from None
+    if not rows or not columns <= set(rows[0]):
+        raise InputError(f"{path} lacks one of the columns {', '.join(sorted(columns))}.")
+    for number, row in enumerate(rows, 1):
+        if any(row[name] is None for name in columns):
+            raise InputError(f"row {number} of {path} is too short: complete or remove it.")
+    return rows
 
 
 def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -84,18 +84,39 @@ def read_image(
 def read_mask(path: str | None, image_path: str) -> np.ndarray:
     """Read the ground-truth mask of an image; all False where `path` is None.
 
+    Args:
+        path: the mask's file, or a folder of masks: what is True in one of them is.
+        image_path: the image.
+
     Returns:
         (h, w) bool, True where any channel is > 0, of the image's own size (after EXIF rotation).
 
     Raises:
-        InputError: one of the files cannot be read, or their sizes differ.
+        InputError: one of the files cannot be read, their sizes differ, or the folder is empty.
     """
     with _opened(image_path, image_path) as image:
         # Orientations 5 to 8 of EXIF swap the sides, of some formats while the pixels are read.
         turned = 5 <= image.getexif().get(0x0112, 1) <= 8
         height, width = np.shape(_upright(image))[:2] if turned else image.size[::-1]
+    found = np.zeros((height, width), dtype=bool)
+    for file in _mask_files(path):
+        found |= _one_mask(file, found.shape, image_path)
+    return found
+
+
+def _mask_files(path: str | None) -> list[str]:
     if path is None:
-        return np.zeros((height, width), dtype=bool)
+        return []
+    if not os.path.isdir(path):
+        return [path]
+    names = sorted(filter(is_image, os.listdir(path)))
+    if not names:
+        raise InputError(f"{path} holds no masks: add them, or leave out their image.")
+    return [os.path.join(path, name) for name in names]
+
+
+def _one_mask(path: str, shape: tuple[int, int], image_path: str) -> np.ndarray:
+    height, width = shape
     with _opened(path, path) as mask:
         mask = _upright(mask)
     if mask.size != (width, height):

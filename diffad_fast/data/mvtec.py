@@ -1,6 +1,8 @@
-"""Data sets in the MVTec AD layout: train/good, test/<defect>, ground_truth/<defect>.
+"""Data sets in the MVTec AD layout: train/good, test/<defect>, ground_truth/<defect>; also in those
+of MVTec LOCO AD, whose masks lie in a folder for each image, and of MVTec AD 2, whose test folder
+is test_public.
 
-A folder "normal" in place of "good" will do.
+A folder "normal", or "ok" as in BTAD, in place of "good" will do.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from .image_files import is_image
 
 
 class TestImage(NamedTuple):
-    """One test image in the MVTec AD layout.
+    """One test image.
 
     `defect` is "good", or what the defect is called, such as its folder; `mask_path` is the ground
-    truth, None for a good image and where there are no masks. Figures of pixels need those of all
-    defects.
+    truth, a file or a folder of masks whose union counts; None for a good image and where there are
+    no masks. Figures of pixels need those of all defects.
     """
 
     __test__ = False  # pytest would collect the class by its name
@@ -29,11 +31,11 @@ class TestImage(NamedTuple):
 
 
 def mvtec_train(root: str | bytes | os.PathLike) -> str:
-    """What to train on of a folder: `root/train/good` or `root/train/normal`, or all of `root`
-    where neither is there.
+    """What to train on of a folder: `root/train/good`, `root/train/normal` or `root/train/ok`, or
+    all of `root` where none of them is there.
 
     Raises:
-        InputError: somewhere below it is a folder test or ground_truth.
+        InputError: somewhere below it is a folder of test images or masks.
     """
     root = os.fsdecode(root)
     parts = [os.path.join(root, "train", name) for name in NORMAL_FOLDERS]
@@ -42,44 +44,64 @@ def mvtec_train(root: str | bytes | os.PathLike) -> str:
     return folder
 
 
-def mvtec_test(root: str) -> list[TestImage]:
-    """The test images of a data set in the MVTec AD layout, sorted by defect and name.
+def mvtec_test(root: str | bytes | os.PathLike, layout: str = "mvtec") -> list[TestImage]:
+    """The test images of a data set, sorted by defect and name.
 
     Images are `root/test/<defect>/*`; masks are `root/ground_truth/<defect>/<stem>_mask.*` or
-    `<stem>.*`. A data set without a folder `ground_truth` has no masks.
+    `<stem>.*`, in the layout "mvtec_loco" all of `<stem>/*`. In "mvtec_ad2" both lie in
+    `root/test_public`. A data set without a folder `ground_truth` has no masks.
 
     Raises:
         InputError: there is no folder `test` with images in it, or a mask is missing.
     """
     root = os.fsdecode(root)
-    test, truth = os.path.join(root, "test"), os.path.join(root, "ground_truth")
+    public = layout == "mvtec_ad2"
+    test = os.path.join(root, "test_public" if public else "test")
+    truth = os.path.join(test if public else root, "ground_truth")
     if not os.path.isdir(test):
         raise InputError(
-            f"{root} has no folder test: evaluation needs the MVTec AD layout, test/good and "
-            "test/<defect> with masks in ground_truth/<defect>, or a list of data.mvtec.TestImage."
+            f"{root} has no folder {os.path.basename(test)}: evaluation needs the folder of one "
+            "category in the layout of MVTec AD (test/good, test/<defect>, ground_truth/<defect>), "
+            "BTAD, MVTec LOCO AD, MVTec AD 2 or VisA, or a list of data.mvtec.TestImage."
         )
+    list_masks, mask_name = _masks, "{}_mask.png"
+    if layout == "mvtec_loco":
+        list_masks, mask_name = _folders_of_masks, os.path.join("{}", "000.png")
     found: list[TestImage] = []
     for defect in sorted(os.listdir(test)):
         folder = os.path.join(test, defect)
-        if defect.startswith(".") or not os.path.isdir(folder):
+        if defect.startswith(".") or folder == truth or not os.path.isdir(folder):
             continue
         good = defect in NORMAL_FOLDERS
         need_mask = not good and os.path.isdir(truth)
-        masks = _masks(os.path.join(truth, defect)) if need_mask else {}
-        for name in sorted(filter(is_image, os.listdir(folder))):
+        masks = list_masks(os.path.join(truth, defect)) if need_mask else {}
+        for name in _images(folder):
             path, stem = os.path.join(folder, name), os.path.splitext(name)[0]
             mask = masks.get(f"{stem}_mask", masks.get(stem))
             if need_mask and mask is None:
+                missing = os.path.join(truth, defect, mask_name.format(stem))
                 raise InputError(
-                    f"{path} has no mask: {os.path.join(truth, defect, stem + '_mask.png')} is "
-                    "missing; add it, or remove the whole folder ground_truth."
+                    f"{path} has no mask: {missing} is missing; add it, or remove the whole folder "
+                    "ground_truth."
                 )
             found.append(TestImage(path, "good" if good else defect, mask))
     if not found:
-        raise InputError(f"{test} holds no images: it needs folders of images, such as test/good.")
+        raise InputError(
+            f"{test} holds no images: it needs folders of images, such as "
+            f"{os.path.basename(test)}/good."
+        )
     return found
 
 
+def _images(folder: str) -> list[str]:
+    return sorted(filter(is_image, os.listdir(folder))) if os.path.isdir(folder) else []
+
+
 def _masks(folder: str) -> dict[str, str]:
-    names = sorted(filter(is_image, os.listdir(folder))) if os.path.isdir(folder) else []
-    return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in names}
+    return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in _images(folder)}
+
+
+def _folders_of_masks(folder: str) -> dict[str, str]:
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    paths = {name: os.path.join(folder, name) for name in names}
+    return {name: path for name, path in paths.items() if _images(path)}

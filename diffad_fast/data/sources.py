@@ -10,8 +10,8 @@ from ..errors import InputError
 from .audio import Clips, open_audio
 from .audio_layouts import groups_by_recording, training_clips
 from .folders import is_path
+from .image_layouts import training_images
 from .images import Images, open_images
-from .mvtec import mvtec_train
 from .samples import Samples
 from .vectors import Vectors, open_vectors
 
@@ -52,13 +52,13 @@ def training_part(
     """(source, groups) of what to train on: of a folder what is not there to be tested on, with the
     groups that its layout tells.
 
-    layout, normal, folds: of recordings, as in ``data.audio.training_clips``, whose errors this
-    raises: without them the root of an UrbanSound8K, of which nobody has said which class is
-    normal, is refused.
+    layout: of images as in ``data.image_layouts.training_images``; layout, normal, folds: of
+    recordings as in ``data.audio.training_clips``. This raises their errors: without a normal class
+    the root of an UrbanSound8K is refused.
     """
     check_layout(kind, layout, normal, folds)
     if kind == "image" and is_path(source):
-        return mvtec_train(source), None
+        return training_images(source, layout), None
     asked = layout != "auto" or normal is not None or folds is not None
     if kind == "audio" and is_path(source) and (asked or os.path.isdir(source)):
         clips = training_clips(source, layout, normal, folds)
@@ -67,6 +67,8 @@ def training_part(
 
 
 def check_layout(kind: str, layout: str, normal: str | None, folds: Sequence[int] | None) -> None:
-    """Raise InputError for options of recordings with another kind of samples."""
-    if kind != "audio" and (layout != "auto" or normal is not None or folds is not None):
-        raise InputError(f"layout, normal and folds are for audio: leave them out for {kind}s")
+    """Raise InputError for options of another kind of samples."""
+    if kind != "audio" and (normal is not None or folds is not None):
+        raise InputError(f"normal and folds are for audio: leave them out for {kind}s")
+    if kind == "vector" and layout != "auto":
+        raise InputError("layout is for images and audio: leave it out for vectors")
