@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import shutil
-import subprocess
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ if not torch.cuda.is_available():
 from diffad_fast import native, use_backend
 from diffad_fast.denoisers import inference
 from diffad_fast.errors import BackendError
+from tests import emulation
 
 
 def pytest_collection_modifyitems(items):
@@ -67,33 +66,29 @@ def data_dir() -> Path:
     return Path(folder)
 
 
-@pytest.fixture(scope="session")
-def native_program(tmp_path_factory):
-    """Compiles ``tests/native/<name>.cpp``, which runs a CUDA kernel's own code on the CPU; returns
-    a function from standard input to output. With a sanitizer, what that finds is an error."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    native = Path(__file__).parent / "native"
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def cuda(request, monkeypatch) -> Iterator[str]:
+    """The device where the CUDA operators serve all calls of a test: a GPU, and the CPU, for which
+    their sources are compiled (emulation/)."""
+    if request.param == "emulated":
+        emulation.install(monkeypatch)
+    with use_backend("cuda"):
+        yield "cuda" if request.param == "cuda" else "cpu"
 
-    def build(name: str, sanitizer: str | None = None) -> Callable[[bytes], bytes]:
-        program = tmp_path_factory.mktemp("native") / name
-        sanitizer = sanitizer or os.environ.get("DIFFAD_TEST_SANITIZER")
-        flags = ["-O1" if sanitizer else "-O2", "-std=c++17", "-pthread", "-Wno-unknown-pragmas"]
-        if sanitizer:
-            flags += ["-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-        subprocess.run([compiler, *flags, native / f"{name}.cpp", "-o", program], check=True)
 
-        def run(task: bytes) -> bytes:
-            # Python may have been started beside the library of another sanitizer.
-            environ = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
-            return subprocess.run(
-                [program], input=task, stdout=subprocess.PIPE, check=True, env=environ
-            ).stdout
-
-        return run
-
-    return build
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.native),
+        "emulated",
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def compiled(request, monkeypatch) -> Iterator[str]:
+    """As `cuda`, and the device where the C++ operators do."""
+    if request.param == "emulated":
+        emulation.install(monkeypatch)
+    with use_backend("cpu" if request.param == "cpu" else "cuda"):
+        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def _selected(isa: str):

@@ -511,7 +511,7 @@ __device__ __forceinline__ TopChoice choose(const uint32_t* counts, TopChoice be
   return choice;
 }
 
-// What the first thread of a block gets; all of them call it.
+// For a whole thread block; what its first thread gets is the sum.
 __device__ __forceinline__ float sum_of_block(float value) {
   __shared__ float sums[kTopThreads];
   const int thread = threadIdx.x;
@@ -520,7 +520,7 @@ __device__ __forceinline__ float sum_of_block(float value) {
     __syncthreads();
     if (thread < half) sums[thread] += sums[thread + half];
   }
-  return sums[0];
+  return sums[thread];
 }
 
 // Counts a digit of the values from `first` to `end` whose digits before are T's. Returns the sum of

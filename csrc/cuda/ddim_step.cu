@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "../common/diffusion_tensor.h"
 #include "ddim_step_kernels.h"
@@ -88,6 +89,15 @@ ScalarType output_dtype(const Tensor& x, const Tensor& m) {
   return x.scalar_type() == ScalarType::Float && narrow ? m.scalar_type() : x.scalar_type();
 }
 
+// Is x narrow and an operand of another dtype? It would be rounded to that of x: then all is
+// computed in float, and the result rounded once.
+bool wants_float(const Tensor& x, std::initializer_list<const Tensor*> operands) {
+  const ScalarType dtype = x.scalar_type();
+  return (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half) &&
+         std::any_of(operands.begin(), operands.end(),
+                     [&](const Tensor* y) { return y && y->scalar_type() != dtype; });
+}
+
 Tensor doubles(const Tensor& x) {
   return torch::stable::contiguous(torch::stable::to(x, ScalarType::Double));
 }
@@ -110,6 +120,13 @@ Tensor ddim_step(const Tensor& x_t, const Tensor& model_output, std::optional<Te
   const torch::stable::accelerator::DeviceGuard guard(x_t.get_device_index());
   check_step(x_t, model_output, noise, guide, prediction, eta);
   if (x_t.numel() == 0) return torch::stable::empty_like(x_t);
+  if (wants_float(x_t, {&model_output, guide ? &*guide : nullptr, eta > 0 ? &*noise : nullptr})) {
+    return torch::stable::to(
+        ddim_step(torch::stable::to(x_t, ScalarType::Float), model_output, alpha_t, alpha_s, noise,
+                  guide, number_t, number_s, prediction, eta, guidance, clip, ratio, largest,
+                  recompute_epsilon),
+        x_t.scalar_type());
+  }
   const cudaStream_t stream = current_stream(x_t);
   const Tensor x = dense_samples(x_t);
   const Tensor out = torch::stable::empty_like(x);
@@ -177,6 +194,10 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& noise, const Te
   STD_TORCH_CHECK(table.dim() == 1 && table.device() == x0.device(),
                   "q_sample: the table must have one axis, on the device of x0");
   if (x0.numel() == 0) return torch::stable::empty_like(x0);
+  if (wants_float(x0, {&noise})) {
+    const Tensor wide = torch::stable::to(x0, ScalarType::Float);
+    return torch::stable::to(q_sample(wide, t, noise, table), x0.scalar_type());
+  }
   const cudaStream_t stream = current_stream(x0);
   const Tensor x = dense_samples(x0);
   const Tensor out = torch::stable::empty_like(x);

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffad_fast import denoisers, native, ops, use_backend
+from diffad_fast import denoisers, native, ops, reference, use_backend
 from diffad_fast.denoisers.diffusers_unet import DiffusersUNet
 from diffad_fast.diffusion import NoiseSchedule, ReverseLoop, graphs
 from diffad_fast.representations import WaveletRepresentation
@@ -637,29 +637,29 @@ def test_the_loop_does_not_wait_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
+@pytest.mark.native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("side", [4, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fused_steps_are_the_steps_of_the_cpu(dtype, side, layout):
+def test_fused_steps_are_the_steps_of_the_cpu(cuda, dtype, side, layout):
     """In-kernel noise included: the same Philox numbers, whatever the layout."""
     steps = NoiseSchedule("linear").reverse_steps(700, 3)
     x, y = (torch.randn(2, 8, side, side).to(memory_format=layout) for _ in range(2))
     for limits in ({"clip": 0.8}, {}, {"dynamic_threshold": (0.9, 1.5)}):
         clip = 1.0 if "dynamic_threshold" in limits else limits.get("clip")
-        table = ops.diffusion.step_table(steps, "v_prediction", 0.7, clip, 0.2).cuda()
-        counter = torch.zeros(2, dtype=torch.int32, device="cuda")
-        state, expected = x.cuda(), x
+        table = ops.diffusion.step_table(steps, "v_prediction", 0.7, clip, 0.2).to(cuda)
+        counter = torch.zeros(2, dtype=torch.int32, device=cuda)
+        state, expected = x.to(cuda, copy=True), x
         following = torch.empty_like(state, dtype=dtype)
         for i, step in enumerate(steps):
             m = torch.randn(2, 8, side, side).to(dtype).to(memory_format=layout)
-            noise = ops.philox_normal((1, 8, side, side), 3, step=i + 1, device="cpu")
+            noise = reference.philox_normal((1, 8, side, side), 3, step=i + 1)
             torch.ops.diffad_fast.ddim_loop_step_(
-                state, m.cuda(), y.cuda(), table, counter, following, 3, 0,
+                state, m.to(cuda), y.to(cuda), table, counter, following, 3, 0,
                 *limits.get("dynamic_threshold", (-1.0, 1.0)),
             )  # fmt: skip
-            expected = ops.ddim_step(expected, m, *step[:2], "v_prediction", 0.7, noise,
-                                     guidance=(y, 0.2), **limits)  # fmt: skip
+            expected = reference.ddim_step(expected, m, *step[:2], "v_prediction", 0.7, noise,
+                                           guidance=(y, 0.2), **limits)  # fmt: skip
             torch.testing.assert_close(state.cpu(), expected, rtol=1e-5, atol=1e-5)
             assert torch.equal(following, state.to(dtype))
         assert counter.tolist() == [0, 0]

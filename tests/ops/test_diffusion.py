@@ -322,20 +322,44 @@ def close_to_float64(got, arguments, **options):
     torch.testing.assert_close(got.double(), expected, rtol=RTOL[got.dtype], atol=ATOL[got.dtype])
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 17, 5), (1, 1, 1, 13), (2, 4100)])
-def test_native_is_the_reference_in_float64(cpu_isa, shape, options):
+SHAPES = [(1, 1), (3, 7), (2, 3, 17, 5), (1, 1, 1, 13), (2, 4100)]
+
+
+def is_the_reference_in_float64(shape, options, device="cpu"):
     """All pairs of dtypes, a level per sample, odd sizes; 4100 elements are three tiles."""
-    levels = torch.tensor([0.3, 0.7, 0.5]).double()[: shape[0]]
+    levels = torch.tensor([0.3, 0.7, 0.5], device=device).double()[: shape[0]]
     for dtype in RTOL:
         for others in RTOL:
-            x = random(shape, 0, dtype)
-            m, z, y = (random(shape, s, others) for s in (1, 2, 3))
+            x = random(shape, 0, dtype).to(device)
+            m, z, y = (random(shape, s, others).to(device) for s in (1, 2, 3))
             for a, b in ((levels, (levels + 1) / 2), (0.3, 0.6)):
-                with use_backend("cpu"):
-                    got = step_of(ops, x, m, z, y, a, b, **options)
+                got = step_of(ops, x, m, z, y, a, b, **options)
                 assert got.dtype == dtype and got.shape == shape
                 close_to_float64(got, (x, m, z, y, a, b), **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_is_the_reference_in_float64(cpu_isa, shape, options):
+    with use_backend("cpu"):
+        is_the_reference_in_float64(shape, options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cuda_is_the_reference_in_float64(cuda, shape, options):
+    is_the_reference_in_float64(shape, options, cuda)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cuda_takes_numbers_of_eight(cuda, name):
+    """Whole packs in a sample: accesses of 16 bytes; and samples that share an operand."""
+    for size, shared in ((264, False), (1024, True)):
+        x, m, z, y = (random((3, size), s, torch.float32).to(cuda) for s in range(4))
+        if shared:
+            m, z, y = (t[:1].expand(3, size) for t in (m, z, y))
+        got = step_of(ops, x, m.bfloat16(), z, y, 0.3, 0.6, **OPTIONS[name])
+        close_to_float64(got, (x, m.bfloat16(), z, y, 0.3, 0.6), **OPTIONS[name])
 
 
 def layouts(x):
@@ -350,46 +374,46 @@ def layouts(x):
     yield "sliced", wide[::2, 1:-1, :, ::2]
 
 
-@pytest.mark.native
-def test_any_strides_in_any_pair():
-    x, m, z, y = (random((3, 4, 5, 6), s, torch.float32) for s in range(4))
+def test_any_strides_in_any_pair(compiled):
+    x, m, z, y = (random((3, 4, 5, 6), s, torch.float32).to(compiled) for s in range(4))
     options = {"eta": 0.5, "guidance": 0.2, "dynamic_threshold": (0.8, 1.5)}
+    t, table = torch.tensor([3, 500, 9], device=compiled), alphas().to(compiled)
     expected = step_of(ops, x, m, z, y, 0.3, 0.6, **options)
-    expected_q = ops.q_sample(x, torch.tensor([3, 500, 9]), m, alphas())
+    expected_q = ops.q_sample(x, t, m, table)
     for name, x_ in layouts(x):
         for other, m_ in layouts(m):
             got = step_of(ops, x_, m_, dict(layouts(z))[other], y, 0.3, 0.6, **options)
             assert torch.equal(got, expected), (name, other)
-            got = ops.q_sample(x_, torch.tensor([3, 500, 9]), m_, alphas())
+            got = ops.q_sample(x_, t, m_, table)
             assert torch.equal(got, expected_q), (name, other)
         dense = name in ("contiguous", "channels_last", "transposed")
         assert got.stride() == (x_.stride() if dense else x.stride()), name
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_noise_of_one_sample_serves_all(layout):
-    x, m = (random((3, 4, 5, 6), s, torch.float32).to(memory_format=layout) for s in range(2))
-    z = random((1, 4, 5, 6), 2, torch.float32)
+def test_noise_of_one_sample_serves_all(compiled, layout):
+    x, m = (
+        random((3, 4, 5, 6), s, torch.float32).to(compiled, memory_format=layout) for s in range(2)
+    )
+    z = random((1, 4, 5, 6), 2, torch.float32).to(compiled)
     full = ops.ddim_step(x, m, 0.3, 0.6, eta=1.0, noise=z.expand(x.shape).contiguous())
     for noise in (z, z.expand(x.shape), z.to(memory_format=layout)):
         assert torch.equal(ops.ddim_step(x, m, 0.3, 0.6, eta=1.0, noise=noise), full)
-    t = torch.tensor([1, 2, 3])
-    full = ops.q_sample(x, t, z.expand(x.shape).contiguous(), alphas())
-    assert torch.equal(ops.q_sample(x, t, z.expand(x.shape), alphas()), full)
+    t, table = torch.tensor([1, 2, 3], device=compiled), alphas().to(compiled)
+    full = ops.q_sample(x, t, z.expand(x.shape).contiguous(), table)
+    assert torch.equal(ops.q_sample(x, t, z.expand(x.shape), table), full)
     # Expanded operands other than the noise.
     got = ops.ddim_step(x[:1].expand(x.shape), m[:1].expand(x.shape), 0.3, 0.6)
     assert torch.equal(got[2], ops.ddim_step(x[:1], m[:1], 0.3, 0.6)[0])
 
 
-@pytest.mark.native
-def test_empty_tensors():
+def test_empty_tensors(compiled):
     for shape in ((0, 3, 4), (2, 0, 4), (0,)):
-        x = torch.empty(shape)
+        x = torch.empty(shape, device=compiled)
         assert ops.ddim_step(x, x, 0.3, 0.6, clip=1.0).shape == shape
         assert ops.ddim_step(x, x, 0.3, 0.6, dynamic_threshold=(0.5, 2.0)).shape == shape
-        t = torch.zeros(shape[0], dtype=torch.int64)
-        assert ops.q_sample(x, t, x, alphas()).shape == shape
+        t = torch.zeros(shape[0], dtype=torch.int64, device=compiled)
+        assert ops.q_sample(x, t, x, alphas().to(compiled)).shape == shape
 
 
 def test_outputs_are_fully_written(cpu_isa, written):
@@ -400,23 +424,22 @@ def test_outputs_are_fully_written(cpu_isa, written):
             assert written(ops.q_sample(x, torch.tensor([0, 9]), x, alphas()))
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_nan_is_not_hidden(options):
-    x = random((2, 9), 0, torch.float32)
+def test_nan_is_not_hidden(compiled, options):
+    x = random((2, 9), 0, torch.float32).to(compiled)
     x[1, 3] = float("nan")
     got = step_of(ops, x, x, x, x, 0.3, 0.6, **options)
     assert got[1, 3].isnan() and got[0].isfinite().all()
 
 
-@pytest.mark.native
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.995, 1.0])
 @pytest.mark.parametrize("size", [1, 2, 5, 1000, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_quantile_is_exact(dtype, size, ratio):
+def test_the_quantile_is_exact(compiled, dtype, size, ratio):
     """Bit for bit that of a sort: the reference's, where s has to be the limit of a huge x0."""
     x = random((4, size), 0, dtype) * torch.tensor([[1e-3], [1.5], [3], [1e4]], dtype=dtype)
     x[2, ::2] = x[2, 0]  # ties
+    x = x.to(compiled)
     options = {"prediction_type": "sample", "dynamic_threshold": (ratio, 1e30)}
     got = ops.ddim_step(x, x, 0.5, 1.0, **options)
     expected = reference.ddim_step(x, x, 0.5, 1.0, **options)
@@ -555,125 +578,3 @@ def test_the_bare_operators_guard_their_memory():
     ):
         with pytest.raises(RuntimeError):
             q_sample(x_, t_, z_, table)
-
-
-# ------------------------------------------------------------------------- CUDA
-
-
-@pytest.fixture(scope="module")
-def emulator(native_program, request):
-    """The CUDA kernels' own code, run thread by thread on the CPU; its parameter is a sanitizer."""
-    program = native_program("ddim_step", getattr(request, "param", None))
-
-    def run(x, m, y, z, packed, blocks, options, alphas=None, loop=None):
-        """Returns the result, the limits, and of a loop the next input and the counter.
-
-        options: those of ddim_step, guidance as its weight. alphas: of each sample, of t and s.
-        loop: (table, seed, draw, channels, are channels inside).
-        """
-        samples, size = x.shape
-        ratio, largest = options.get("dynamic_threshold") or (-1.0, 1.0)
-        table, seed, draw, channels, inside = loop or ((), 0, 0, 1, False)
-        threshold = ratio >= 0
-        shared = [t is not None and len(t) < samples for t in (m, y, z)]
-        numbers = [x.dtype == torch.float64, m.dtype == torch.bfloat16, packed, loop is not None]
-        numbers += [samples, size, blocks, y is not None, z is not None, threshold, *shared]
-        numbers += [PREDICTIONS.index(options["prediction_type"])]
-        numbers += [options.get("use_clipped_model_output", False), len(table), channels, inside]
-        scalars = [options.get("guidance", 0), options.get("eta", 0)]
-        scalars += [options.get("clip", np.inf), ratio, largest]
-        data = [np.array(numbers, np.int32), np.array(scalars, np.float64)]
-        data += [t.view(torch.int16) if t.dtype == torch.bfloat16 else t
-                 for t in (x, m, y, z) if t is not None]  # fmt: skip
-        data += [np.array(alphas, np.float64)] if loop is None else [table]
-        data += [] if loop is None else [np.array([seed, draw], np.uint64)]
-        found = program(b"".join(np.asarray(d).tobytes() for d in data))
-        kinds = [(x.dtype, x.numel()), (x.dtype, threshold * samples)]
-        kinds += [(m.dtype, x.numel() if loop else 0), (torch.int32, 2)]
-        results = []
-        for dtype, count in kinds:
-            part, found = found[: count * dtype.itemsize], found[count * dtype.itemsize :]
-            results.append(torch.frombuffer(bytearray(part), dtype=dtype) if count else None)
-        assert not found
-        return results
-
-    return run
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_the_cuda_step_in_emulation(emulator, name, prediction):
-    """Levels of each sample, accesses of one and of eight, more than one turn of the thread blocks,
-    operands of one sample for all."""
-    options = {"prediction_type": prediction, **OPTIONS[name]}
-    a, b = (0.3, 0.9, 0.02), (0.6, 1.0, 0.4)
-    for x_type, m_type, packed, size, shared in (
-        (torch.float32, torch.float32, False, 2309, False),
-        (torch.float32, torch.bfloat16, True, 2312, True),
-        (torch.float64, torch.float64, True, 1024, False),
-    ):
-        x, m, z, y = (random((3, size), s, x_type) for s in range(4))
-        m = m.to(m_type)
-        if shared:
-            m, z, y = m[:1], z[:1], y[:1]
-        guided, noisy = "guidance" in options, "eta" in options
-        got, limits, _, _ = emulator(
-            x, m, y if guided else None, z if noisy else None, packed, 2, options, a + b
-        )
-        levels = [torch.tensor(v, dtype=torch.float64) for v in (a, b)]
-        y = y.expand(x.shape)
-        arguments = (x, m.expand(x.shape), z, y, *levels)
-        close_to_float64(got.view(x.shape), arguments, prediction=prediction, **OPTIONS[name])
-        assert (limits is None) == ("dynamic_threshold" not in options)
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.995, 1.0])
-@pytest.mark.parametrize("size", [1, 2, 5, 1000, 5000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_cuda_quantile_in_emulation(emulator, dtype, size, ratio):
-    """As the quantile of a sort; four samples on three thread blocks."""
-    x = random((4, size), 0, dtype) * torch.tensor([[1e-3], [1.5], [3], [1e4]], dtype=dtype)
-    x[2, ::2] = x[2, 0]  # ties
-    options = {"prediction_type": "sample", "dynamic_threshold": (ratio, 1e30)}
-    _, limits, _, _ = emulator(x, x, None, None, False, 3, options, (0.5,) * 4 + (1.0,) * 4)
-    expected = x.double().abs().quantile(ratio, dim=1).clamp(min=1)
-    torch.testing.assert_close(limits.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("threshold", [None, (0.9, 1.5)])
-def test_the_cuda_loop_in_emulation(emulator, threshold, inside):
-    """A table of steps and its counter, noise drawn in the kernel, the network's next input."""
-    samples, channels, pixels, seed, draw = 2, 3, 40, 5, 2**33 + 7
-    options = {"prediction_type": "epsilon", "eta": 0.8}
-    if threshold:
-        options["dynamic_threshold"] = threshold
-    levels = [(0.1, 0.4), (0.4, 0.7), (0.7, 0.95)]
-    table = ops.diffusion.step_table(levels, "epsilon", 0.8, 1e9 if threshold else None)
-    x = random((samples, channels, pixels), 0, torch.float32)
-    m = random((samples, channels, pixels), 1, torch.bfloat16)
-
-    def flat(t):
-        return (t.transpose(1, 2) if inside else t).reshape(samples, -1).contiguous()
-
-    got, _, following, counter = emulator(
-        flat(x), flat(m), None, None, True, 3, options, loop=(table, seed, draw, channels, inside)
-    )
-    expected = x.double()
-    for i, (a, b) in enumerate(levels):
-        z = reference.philox_normal((1, channels, pixels), seed, draw, step=i + 1).double()
-        expected = reference.ddim_step(expected, m.double(), a, b, noise=z, **options)
-    torch.testing.assert_close(got.double(), flat(expected).flatten(), rtol=1e-5, atol=3e-5)
-    assert torch.equal(following, got.bfloat16())
-    assert counter.tolist() == [0, 0]  # back at the first step, for the next replay
-
-
-@pytest.mark.parametrize("emulator", ["thread"], indirect=True)
-def test_the_cuda_kernels_have_no_races(emulator):
-    """Under ThreadSanitizer, to which each CUDA thread is a thread."""
-    x, m = random((3, 300), 0, torch.float32), random((3, 300), 1, torch.float32)
-    options = {"prediction_type": "epsilon", "dynamic_threshold": (0.9, 1.5)}
-    emulator(x, m, None, None, False, 2, options, (0.3,) * 3 + (0.6,) * 3)
-    table = torch.zeros(2, 9)
-    emulator(x, m, None, None, False, 2, options, loop=(table, 0, 0, 1, False))

@@ -1,4 +1,4 @@
-"""ddim_finish against its parts, float64 and PyWavelets; the CUDA kernel's code in emulation."""
+"""ddim_finish against its parts, float64 and PyWavelets."""
 
 from __future__ import annotations
 
@@ -217,56 +217,6 @@ def test_the_bare_operator_guards_its_memory():
 # ------------------------------------------------------------------------- CUDA
 
 
-@pytest.fixture(scope="module")
-def emulator(native_program, request):
-    """The CUDA kernel's own code, run thread by thread on the CPU; its parameter is a sanitizer."""
-    program = native_program("ddim_finish_tile", getattr(request, "param", None))
-
-    def run(arguments, guide, last, grid, clip, clamp):
-        x, m, alpha, images, mean, deviation, level = arguments
-        n, channels, height, width = images.shape
-        step = ops.diffusion.step_table(
-            [(alpha, 1.0)], "v_prediction", clip=clip, guidance=0.0 if guide is None else 0.2
-        )
-        numbers = [level, n, channels, *x.shape[2:], last, guide is not None, clamp, grid]
-        order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
-        packed = [t.permute(order).contiguous() for t in (x, m, x if guide is None else guide)]
-        data = [np.array(numbers, np.int32)]
-        data += [t.numpy() for t in (step, *packed, images, mean, deviation)]
-        found = program(b"".join(d.tobytes() for d in data))
-        sizes = np.cumsum([x.numel(), images.numel(), n * height * width])
-        x0, *others = (torch.tensor(p) for p in np.split(np.frombuffer(found, np.float32), sizes))
-        back = (0, 3, 1, 2) if last else (0, 1, 2, 3)
-        x0 = x0.view(packed[0].shape).permute(back)
-        maps = (o.view(n, height, width) for o in others[1:])
-        return ops.Finish(x0, others[0].view(images.shape), *maps)
-
-    return run
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize(
-    "level, channels, cols, grid",
-    [(0, 2, 300, 2), (1, 1, 130, 3), (2, 3, 70, 2), (3, 1, 5, 1), (3, 2, 40, 1), (4, 1, 17, 4)],
-)
-def test_the_cuda_kernel_in_emulation(emulator, level, channels, cols, grid, last):
-    """Tiles beside each other and cut off, several tiles of a thread block, all levels."""
-    arguments, y = problem(level, channels, n=2, rows=2, cols=cols, last=last)
-    for guide, clip, clamp in ((None, None, False), (y, 0.9, True)):
-        found = emulator(arguments, guide, last, grid, clip, clamp)
-        options = {"prediction_type": "v_prediction", "clip": clip, "clamp": clamp}
-        check(found, arguments, 2e-6, guide, **options)
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("emulator", ["thread"], indirect=True)
-def test_the_cuda_kernel_has_no_races(emulator):
-    """Under ThreadSanitizer, to which each CUDA thread is a thread; several tiles and channels."""
-    arguments, y = problem(3, 2, n=1, rows=2, cols=40, last=False)
-    emulator(arguments, y, False, 2, None, True)
-
-
 def test_float64_is_refused_by_the_cuda_kernel(monkeypatch):
     operator = ops.dispatch.OPERATORS["ddim_finish"]
     monkeypatch.setitem(operator.implementations, "cuda", lambda *_: None)
@@ -278,20 +228,20 @@ def test_float64_is_refused_by_the_cuda_kernel(monkeypatch):
         operator.backend("cuda", *arguments)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", range(5))
-def test_on_a_gpu(level, dtype, last):
-    for channels in (1, 3):
-        arguments, y = problem(level, channels, cols=40, last=last)
+def test_cuda_is_the_reference_in_float64(cuda, level, dtype, last):
+    """Tiles beside each other and cut off, several channels, with and without what is optional."""
+    for channels, cols in ((1, 300 >> level), (3, 17)):
+        arguments, y = problem(level, channels, rows=2, cols=cols, last=last)
         arguments = (arguments[0], arguments[1].to(dtype), *arguments[2:])
-        moved = [t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments]
-        for clamp in (True, False):
-            options = {"prediction_type": "v_prediction", "clip": 1.5, "clamp": clamp}
-            with use_backend("cuda"):
-                got = ops.ddim_finish(*moved, guidance=(y.cuda(), 0.2), **options)
-            check(ops.Finish(*(t.cpu() for t in got)), arguments, 1e-5, y, **options)
+        moved = [t.to(cuda) if isinstance(t, torch.Tensor) else t for t in arguments]
+        for guide, clip, clamp in ((None, None, False), (y, 1.5, True)):
+            options = {"prediction_type": "v_prediction", "clip": clip, "clamp": clamp}
+            guidance = None if guide is None else (guide.to(cuda), 0.2)
+            got = ops.ddim_finish(*moved, guidance=guidance, **options)
+            check(ops.Finish(*(t.cpu() for t in got)), arguments, 2e-6, guide, **options)
 
 
 @pytest.mark.gpu

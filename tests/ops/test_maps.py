@@ -454,103 +454,6 @@ def test_native_guards_its_memory():
 # ------------------------------------------------------------------------- CUDA
 
 
-@pytest.fixture(scope="module")
-def emulator(native_program, request):
-    """The CUDA kernels' own code, run thread by thread on the CPU; its parameter is a sanitizer."""
-    program = native_program("anomaly_map_tile", getattr(request, "param", None))
-
-    def run(x, y, f, g, weights, levels, stats, sigma, top, base=None, last=False, blocks=3):
-        n, channels, height, width = x.shape
-        radius = int(4 * sigma + 0.5)
-        half = np.exp(-0.5 * (np.arange(radius + 1) / max(sigma, 1e-3)) ** 2)
-        half /= 2 * half.sum() - half[0]
-        numbers = [isinstance(v, float) for pair in stats or () for v in pair]
-        kind = 0 if stats is None else 1 if all(numbers) else 2
-        task = [n, channels, height, width, levels, len(f), last, kind, base is not None, radius]
-        task += [max(1, round(top * height * width)), blocks]
-        order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
-        data = [np.array(task + [s for t in f for s in t.shape[1:]], np.int32)]
-        data += [np.array(weights, np.float32), half.astype(np.float32)]
-        pairs = [t for pair in zip(f, g, strict=True) for t in pair]
-        data += [t.permute(order).float().numpy() for t in (x, y, *pairs)]
-        shape = () if kind == 1 else (height, width)
-        data += [
-            np.broadcast_to(np.asarray(v, np.float32), shape) for pair in stats or () for v in pair
-        ]
-        data += [] if base is None else [base.float().numpy()]
-        found = program(b"".join(np.ascontiguousarray(d).tobytes() for d in data))
-        map_, score = np.split(np.frombuffer(found, np.float32), [n * height * width])
-        return torch.tensor(map_).view(n, height, width), torch.tensor(score)
-
-    return run
-
-
-def agrees(emulator, x, y, f=(), g=(), *options, last=False, blocks=3):
-    """With the reference in float64; options: weights, levels, stats, sigma, top, base."""
-    found = emulator(x, y, f, g, *options, last=last, blocks=blocks)
-    for got, want in zip(found, reference.anomaly_map(x, y, f, g, *options), strict=True):
-        scale = want.abs().max().clamp(min=1)
-        assert float((got.double() - want).abs().max() / scale) < 2e-6
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize(
-    "shape, levels", [((2, 3, 16, 300), 0), ((2, 1, 6, 270), 1), ((1, 2, 8, 36), 2),
-                      ((3, 1, 24, 264), 3), ((1, 2, 32, 48), 4)]
-)  # fmt: skip
-def test_the_cuda_kernels_in_emulation(emulator, shape, levels, last):
-    """Tiles beside each other and cut off, several tiles of a thread block, all levels."""
-    scales = [(3, 5, 7), (40, 3, 2), (2, 1, 1), (17, 19, 11)]
-    x, y, f, g = inputs(shape, scales, torch.float64)
-    n, _, height, width = shape
-    base = random((n, height, width), 4)
-    positions = [
-        (random((height, width), i), random((height, width), i + 9).abs() + 0.5) for i in range(3)
-    ]
-    ones = (1.0, 1.0, 1.0)
-    agrees(emulator, x, y, (), (), ones, levels, None, 0.0, 0.01, None, last=last)
-    agrees(emulator, x, y, f, g, (0.5, 2.0, -1.0), levels, positions, 1.0, 0.1, base, last=last)
-    numbers = [(0.3, 1.7)] * 3
-    agrees(emulator, x, y, f[:2], g[:2], (0.0, 1.0, 0.0), 0, numbers, 0.0, 0.01, base, last=last)
-
-
-@pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0, 5.1, 11.0, 16.0])
-@pytest.mark.parametrize("size", [(1, 1), (3, 130), (67, 70), (128, 128), (131, 140)])
-def test_the_cuda_gaussian_in_emulation(emulator, size, sigma):
-    """The last size is more than a thread block takes the largest values of."""
-    x, y = random((2, 1, *size), 1), random((2, 1, *size), 2)
-    agrees(emulator, x, y, (), (), (1.0, 0.0, 0.0), 0, None, sigma, 0.3, blocks=2)
-
-
-@pytest.mark.parametrize("top", [0.0, 0.01, 1.0])
-@pytest.mark.parametrize("change", ["none", "round", "same", "infinite", "nan"])
-@pytest.mark.parametrize("height", [180, 80])
-def test_the_cuda_score_in_emulation(emulator, height, change, top):
-    """Several thread blocks an image, and one; both signs, equal values, values that are no
-    numbers."""
-    base = random((2, height, 190), 3)
-    if change == "round":
-        base = base.round()
-    if change == "same":
-        base = torch.full_like(base, -3.0)
-    if change in ("infinite", "nan"):  # of both signs
-        base[0, 7, 9], base[1, 70, 3] = float(change[:3]), -float(change[:3])
-    zeros = torch.zeros(2, 1, height, 190, dtype=torch.float64)
-    _, score = emulator(zeros, zeros, (), (), (0.0, 0.0, 0.0), 0, None, 0.0, top, base)
-    count = max(1, round(top * height * 190))
-    want = base.flatten(1).topk(count).values.mean(dim=1)
-    torch.testing.assert_close(score.double(), want, rtol=2e-6, atol=2e-7, equal_nan=True)
-
-
-@pytest.mark.parametrize("emulator", ["thread"], indirect=True)
-@pytest.mark.parametrize("height, last", [(40, True), (180, False)])
-def test_the_cuda_kernels_have_no_races(emulator, height, last):
-    """Under ThreadSanitizer, to which each CUDA thread is a thread; one and two thread blocks an
-    image in the search for the largest values."""
-    x, y, f, g = inputs((1, 2, height, 100), [(3, 5, 7)], torch.float32)
-    emulator(x, y, f, g, (1.0, 1.0, 1.0), 2, None, 1.0, 0.01, None, last=last, blocks=2)
-
-
 def test_what_the_cuda_kernels_refuse(monkeypatch):
     operator = ops.dispatch.OPERATORS["anomaly_map"]
     monkeypatch.setitem(operator.implementations, "cuda", lambda *_: None)
@@ -583,20 +486,77 @@ def test_what_the_cuda_kernels_refuse(monkeypatch):
                     operator.backend("cuda", *given.values())
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sigma", [0.0, 1.3, 11.0, 16.0])
-@pytest.mark.parametrize("size", [(1, 1), (128, 128), (129, 128)])
-def test_sizes_and_widths_on_a_gpu(size, sigma, dtype):
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 1.3, 5.1, 11.0, 16.0])
+@pytest.mark.parametrize("size", [(1, 1), (3, 130), (67, 70), (128, 128), (129, 128)])
+def test_sizes_and_widths_on_cuda(cuda, size, sigma, dtype):
     """Images of one thread block for their largest values, the largest of these, and of two."""
-    if sigma > 11 and torch.cuda.get_device_capability() not in ops.maps.CUDA_LARGE:
+    if sigma > ops.maps._largest_radius(torch.device(cuda)) / 4:
         pytest.skip("so wide a Gaussian needs the shared memory of a data centre's GPU")
-    x, y = (random((5, 2, *size), seed, dtype) for seed in (1, 2))
-    with use_backend("cuda"):
-        found = ops.anomaly_map(x.cuda(), y.cuda(), sigma=sigma, weights=(1.0, 0.0, 0.0))
-    expected = reference.anomaly_map(x.double(), y.double(), sigma=sigma, weights=(1.0, 0.0, 0.0))
+    x, y = (random((2, 2, *size), seed, dtype).to(cuda) for seed in (1, 2))
+    found = ops.anomaly_map(x, y, sigma=sigma, weights=(1.0, 0.0, 0.0), top=0.3)
+    expected = reference.anomaly_map(
+        x.double(), y.double(), sigma=sigma, weights=(1.0, 0.0, 0.0), top=0.3
+    )
     for got, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(got.cpu().double(), want, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape, levels", [((2, 3, 16, 300), 0), ((2, 1, 6, 270), 1),
+                                           ((1, 2, 8, 36), 2), ((3, 1, 24, 264), 3),
+                                           ((1, 2, 32, 48), 4)])  # fmt: skip
+def test_maps_on_cuda(cuda, shape, levels, layout):
+    """Tiles beside each other and cut off, all levels, many and few channels of features."""
+    scales = [(3, 5, 7), (40, 3, 2), (2, 1, 1), (17, 19, 11)]
+    x, y, f, g = inputs(shape, scales, torch.float32, layout)
+    n, _, height, width = shape
+    base = random((n, height, width), 4, torch.float32)
+    positions = [
+        (random((height, width), i, torch.float32), random((height, width), i + 9).abs() + 0.5)
+        for i in range(3)
+    ]
+    positions = [(mean, deviation.float()) for mean, deviation in positions]
+    for options in (
+        (),
+        (levels, positions, 1.0, 0.1, base),
+        (levels, [(0.3, 1.7), positions[1], (positions[2][0][:, :1], 2.0)], 0.0, 0.01, None),
+    ):
+        weights = (0.5, 2.0, -1.0) if options else (1.0, 1.0, 1.0)
+
+        def moved(value, change):
+            if isinstance(value, (list, tuple)):
+                return type(value)(moved(v, change) for v in value)  # noqa: B023
+            return change(value) if isinstance(value, torch.Tensor) else value
+
+        given = (x, y, tuple(f), tuple(g), weights, *options)
+        found = ops.anomaly_map(*moved(given, lambda t: t.to(cuda)))
+        expected = reference.anomaly_map(*moved(given, torch.Tensor.double))
+        for got, want in zip(found, expected, strict=True):
+            scale = want.abs().max().clamp(min=1)
+            assert float((got.cpu().double() - want).abs().max() / scale) < 2e-6
+
+
+@pytest.mark.parametrize("top", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("change", ["none", "round", "same", "infinite", "nan"])
+@pytest.mark.parametrize("height", [180, 80])
+def test_scores_on_cuda(cuda, height, change, top):
+    """Several thread blocks an image, and one; both signs, equal values, values that are no
+    numbers."""
+    base = random((2, height, 190), 3, torch.float32)
+    if change == "round":
+        base = base.round()
+    if change == "same":
+        base = torch.full_like(base, -3.0)
+    if change in ("infinite", "nan"):  # of both signs
+        base[0, 7, 9], base[1, 70, 3] = float(change[:3]), -float(change[:3])
+    base = base.to(cuda)
+    zeros = torch.zeros(2, 1, height, 190, device=cuda)
+    weights = (0.0, 0.0, 0.0)
+    _, score = ops.anomaly_map(zeros, zeros, weights=weights, sigma=0.0, top=top, base=base)
+    count = max(1, round(top * height * 190))
+    want = base.double().flatten(1).topk(count).values.mean(dim=1)
+    torch.testing.assert_close(score.double(), want, rtol=2e-6, atol=2e-7, equal_nan=True)
 
 
 @pytest.mark.gpu

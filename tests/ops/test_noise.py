@@ -61,6 +61,16 @@ def test_layout(backend, count, seed, draw, step):
     np.testing.assert_allclose(got.numpy(), by_integers(count, seed, draw, step), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 4, 7), (2, 1024)])
+def test_cuda_is_the_reference(cuda, shape):
+    """Whole and broken blocks of four; a field for all, and one for each index."""
+    draws, steps = torch.arange(shape[0]) * 2**33 + 3, torch.arange(shape[0]) + 2**31
+    for draw, step in ((2**40 + 1, 7), (draws, 7), (draws, steps), (0, steps)):
+        got = ops.philox_normal(shape, 2**62 + 5, draw, step, device=cuda)
+        expected = reference.philox_normal(shape, 2**62 + 5, draw, step)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_the_smallest_and_the_largest_word():
     """u1 is (0 + 1) 2^-32, not 0 whose logarithm is infinite, and 1, of which it is 0."""
     words = torch.tensor([0, 2**32 - 1])

@@ -1,4 +1,6 @@
-// CUDA kernels on the CPU, for tests: thread blocks whose threads are fibers.
+// In place of CUDA's header: kernels run on the CPU, for tests, on thread blocks whose threads are
+// fibers. build.py makes of kernel<<<grid, threads, bytes, stream>>>(arguments) a call of
+// emulated::launch, which returns when the kernel has run.
 //
 // A fiber runs until it meets the others of its warp or of its block. Where some wait for others that
 // never come, the program says so and ends. Lanes meet to exchange numbers; that orders no memory.
@@ -34,35 +36,40 @@
 #endif
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-// A block is a thread, so that its variables are its own.
+// A block is run by one thread, so that its variables are its own.
 #define __shared__ static thread_local
 
 struct dim3 {
   unsigned x, y;
   dim3(unsigned x, unsigned y = 1) : x(x), y(y) {}
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 namespace emulated {
 
-constexpr int kWarp = 32;
+constexpr unsigned kWarp = 32, kMostThreads = 1024;
 constexpr size_t kStack = 128 * 1024;
 
 enum class State { kRuns, kMeetsWarp, kMeetsBlock, kFinished };
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::kRuns;
   unsigned barriers = 0;
-  char given[32];  // to the other lanes
-  void* known;     // to the sanitizer
+  char given[32];                              // to the other lanes
+  std::vector<std::function<void()>> copies;   // on their way
+  void* known;                                 // to the sanitizer
 };
 
 // Of the block that this thread runs.
 inline thread_local std::vector<Fiber> fibers;
+inline thread_local std::unique_ptr<char[]> stacks;
 inline thread_local unsigned current;
 inline thread_local ucontext_t scheduler;
 inline thread_local void* known_scheduler;
@@ -73,11 +80,17 @@ inline thread_local char* dynamic_shared;
 inline std::function<void()> kernel;
 inline char fence;
 
+[[noreturn]] inline void fail(const char* why) {
+  std::fprintf(stderr, "%s\n", why);
+  std::_Exit(3);
+}
+
 UNSEEN inline unsigned thread_index() { return current; }
-UNSEEN inline char* next_barrier() { return &barrier[fibers[current].barriers++ % 2]; }
+UNSEEN inline Fiber& this_fiber() { return fibers[current]; }
+UNSEEN inline char* next_barrier() { return &barrier[this_fiber().barriers++ % 2]; }
 
 UNSEEN inline void wait(State state) {
-  Fiber& me = fibers[current];
+  Fiber& me = this_fiber();
   me.state = state;
   TELL(__tsan_switch_to_fiber(known_scheduler, __tsan_switch_to_fiber_no_sync);)
   swapcontext(&me.context, &scheduler);
@@ -107,15 +120,17 @@ UNSEEN inline bool wake(size_t first, size_t last, State state) {
 }
 
 UNSEEN inline void run_block(unsigned threads) {
+  if (!stacks) stacks.reset(new char[kMostThreads * kStack]);
   fibers = std::vector<Fiber>(threads);
   TELL(known_scheduler = __tsan_get_current_fiber();)
-  for (Fiber& fiber : fibers) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
-    TELL(fiber.known = __tsan_create_fiber(0);)
+  for (unsigned i = 0; i < threads; ++i) {
+    ucontext_t& context = fibers[i].context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks.get() + i * kStack;
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, run_fiber, 0);
+    TELL(fibers[i].known = __tsan_create_fiber(0);)
   }
   for (bool some = true; some;) {
     for (current = 0; current < threads; ++current) {
@@ -130,10 +145,7 @@ UNSEEN inline void run_block(unsigned threads) {
   }
   TELL(__tsan_acquire(&end);)
   for (Fiber& fiber : fibers) {
-    if (fiber.state != State::kFinished) {
-      std::fprintf(stderr, "threads of a block wait for others that do not come\n");
-      std::_Exit(3);
-    }
+    if (fiber.state != State::kFinished) fail("threads of a block wait for others that do not come");
     TELL(__tsan_destroy_fiber(fiber.known);)
   }
 }
@@ -142,7 +154,7 @@ UNSEEN inline void run_block(unsigned threads) {
 template <class T>
 UNSEEN std::array<T, kWarp> gather(T value) {
   static_assert(sizeof(T) <= sizeof(Fiber::given));
-  std::memcpy(fibers[current].given, &value, sizeof(T));
+  std::memcpy(this_fiber().given, &value, sizeof(T));
   wait(State::kMeetsWarp);
   std::array<T, kWarp> all;
   const size_t first = current / kWarp * kWarp;
@@ -153,49 +165,57 @@ UNSEEN std::array<T, kWarp> gather(T value) {
   return all;
 }
 
-// Starts at a multiple of 16, as tensors do.
-template <class T>
-std::vector<T> read(size_t count) {
-  std::vector<T> x(count);
-  if (count > 0 && std::fread(x.data(), sizeof(T), count, stdin) != count) std::exit(2);
-  return x;
-}
-
 }  // namespace emulated
 
 // The threads of a block have one variable for all of them: their index is not kept in it.
-struct {
+struct ThreadIndex {
   struct {
     operator unsigned() const { return emulated::thread_index(); }
   } x;
-} static threadIdx;
-static thread_local dim3 blockIdx = 0;
-static dim3 blockDim = 0, gridDim = 0;
+};
+inline ThreadIndex threadIdx;
+inline thread_local dim3 blockIdx = 0;
+inline dim3 blockDim = 0, gridDim = 0;
 
 namespace emulated {
 
-// kernel<<<grid, threads, bytes>>>(): all bits of the shared memory are 1, NaN.
+UNSEEN inline void run_blocks(unsigned first, unsigned end, unsigned step, size_t bytes) {
+  // Exactly so large, for AddressSanitizer, and of bits that make NaN.
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 1024, bytes)) fail("no memory");
+  dynamic_shared = static_cast<char*>(shared);
+  for (unsigned i = first; i < end; i += step) {
+    std::memset(shared, 0xff, bytes);
+    blockIdx = {i % gridDim.x, i / gridDim.x};
+    run_block(blockDim.x);
+  }
+  std::free(shared);
+}
+
 template <class Kernel>
 void launch(dim3 grid, unsigned threads, size_t bytes, Kernel&& code) {
+  if (threads > kMostThreads || grid.x * grid.y == 0) fail("a launch that CUDA would refuse");
   kernel = code;
   blockDim = threads;
   gridDim = grid;
-  std::vector<std::unique_ptr<void, decltype(&std::free)>> shared;
-  std::vector<std::thread> blocks;
-  for (unsigned i = 0; i < grid.x * grid.y; ++i) {
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 1024, bytes)) std::abort();
-    shared.emplace_back(std::memset(memory, 0xff, bytes), std::free);
-    blocks.emplace_back([=] {
-      blockIdx = {i % grid.x, i / grid.x};
-      dynamic_shared = static_cast<char*>(memory);
-      run_block(threads);
-    });
+  const unsigned blocks = grid.x * grid.y;
+  unsigned side_by_side = 2, each = blocks;
+  // To ThreadSanitizer blocks that follow each other in a thread would be in order; of the threads
+  // that it can have every fiber is one.
+  TELL(side_by_side = 4096 / threads; each = side_by_side;)
+  for (unsigned first = 0; first < blocks; first += each) {
+    const unsigned end = std::min(first + each, blocks);
+    std::vector<std::thread> runners;
+    for (unsigned i = first; i < std::min(first + side_by_side, end); ++i) {
+      runners.emplace_back(run_blocks, i, end, side_by_side, bytes);
+    }
+    for (std::thread& runner : runners) runner.join();
   }
-  for (std::thread& block : blocks) block.join();
 }
 
 }  // namespace emulated
+
+// ----------------------------------------------------------------- device functions
 
 inline float __uint_as_float(uint32_t x) {
   float y;
@@ -217,6 +237,7 @@ inline double __longlong_as_double(long long x) {
   std::memcpy(&y, &x, 8);
   return y;
 }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
 inline void __syncthreads() {
   [[maybe_unused]] char* const barrier = emulated::next_barrier();
@@ -240,4 +261,32 @@ inline void __threadfence() {
 template <class T>
 T atomicAdd(T* at, T more) {
   return __atomic_fetch_add(at, more, __ATOMIC_RELAXED);
+}
+
+// ------------------------------------------------------------------ of the runtime
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  std::memset(at, value, bytes);
+  return cudaSuccess;
+}
+// So few that thread blocks take several turns.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 2;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
 }

@@ -1,0 +1,54 @@
+"""CUDA's kernels under ThreadSanitizer, to which each CUDA thread is a thread (see emulation/)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import emulation
+
+ROOT = Path(__file__).parents[1]
+# Of every kernel one that meets all of its barriers.
+TESTS = [
+    "diffusion/test_loop.py::test_fused_steps_are_the_steps_of_the_cpu[emulated-dtype1-5-layout1]",
+    "ops/test_diffusion.py::test_cuda_takes_numbers_of_eight[emulated-all]",
+    "ops/test_finish.py::test_cuda_is_the_reference_in_float64[emulated-3-dtype0-False]",
+    "ops/test_haar.py::test_cuda_agrees_with_the_reference_in_float64[emulated-3-3-dtype1]",
+    "ops/test_maps.py::test_maps_on_cuda[emulated-shape2-2-layout0]",
+    "ops/test_maps.py::test_sizes_and_widths_on_cuda[emulated-size4-1.3-dtype0]",
+    "ops/test_noise.py::test_cuda_is_the_reference[emulated-shape1]",
+    "ops/test_token_mlp.py::test_cuda_is_the_reference[emulated-70-70-1-2-128-dtype0]",
+]
+
+
+def watched(*arguments: str) -> subprocess.CompletedProcess:
+    """A Python process under ThreadSanitizer."""
+    runtime = subprocess.run(
+        ["c++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    environment = {
+        **os.environ,
+        "DIFFAD_TEST_SANITIZER": "thread",
+        "LD_PRELOAD": runtime,
+        "OMP_NUM_THREADS": "1",  # PyTorch's OpenMP is not instrumented: its barriers are unknown
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.native
+def test_cuda_kernels_have_no_races():
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    if watched("-c", "import torch").returncode:
+        pytest.skip("ThreadSanitizer does not run here")
+    emulation.library("thread")
+    paths = [f"tests/{test}" for test in TESTS]
+    done = watched("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *paths)
+    assert done.returncode == 0 and f"{len(TESTS)} passed" in done.stdout, done.stdout + done.stderr
