@@ -15,26 +15,28 @@ namespace {
 using torch::headeronly::ScalarType;
 
 unsigned grid_of(int64_t tiles) {
-  return static_cast<unsigned>(std::min<int64_t>(tiles, std::numeric_limits<int32_t>::max()));
+  STD_TORCH_CHECK(tiles <= std::numeric_limits<int32_t>::max(),
+                  "anomaly_map: ", tiles, " tiles are more than a launch can have");
+  return static_cast<unsigned>(tiles);
 }
 
 Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
 
 template <bool kLast, class T>
 __global__ void __launch_bounds__(kCosineThreads) cosine_kernel(const CosineArgs<T> args) {
-  cosine_tiles<kLast>(args);
+  cosine_tile<kLast>(args);
 }
 
 template <int kLevel, class T>
 __global__ void __launch_bounds__(kWeightedThreads, kLevel < 4 ? 4 : 2) weighted_kernel(
     const WeightedArgs<T> args) {
-  weighted_tiles<kLevel>(args);
+  weighted_tile<kLevel>(args);
 }
 
 template <int kHalo>
 __global__ void __launch_bounds__(kBlurThreads) blur_kernel(const BlurArgs args) {
   extern __shared__ __align__(16) float shared[];
-  blur_tiles<kHalo>(args, shared);
+  blur_tile<kHalo>(args, shared);
 }
 
 template <int kDigit>

@@ -1,10 +1,10 @@
 // The kernels of anomaly_map, apart from torch: a test on the CPU runs this very code, thread by
-// thread (tests/native/). diffad_fast/reference/maps.py defines the map.
+// thread (tests/emulation/). diffad_fast/reference/maps.py defines the map.
 //
-//   cosine_tiles     1 - cosine of the features at their own resolution, one scale a launch;
-//   weighted_tiles   the residual's magnitude and sub-bands, the cosines between their four nearest,
-//                    all standardised, weighted and added;
-//   blur_tiles       the Gaussian along both axes at once, counting the first digits of its values;
+//   cosine_tile     1 - cosine of the features at their own resolution, one scale a launch;
+//   weighted_tile   the residual's magnitude and sub-bands, the cosines between their four nearest,
+//                   all standardised, weighted and added;
+//   blur_tile       the Gaussian along both axes at once, counting the first digits of its values;
 //   top_digit, top_score   the mean of the largest values; top_small that of small images.
 //
 // Inputs are read once; the sum of the maps is written and read once between the second and the
@@ -45,48 +45,43 @@ template <bool kLast>
 constexpr int kCosinePixels = kCosineThreads / (kLast ? 16 : 4);
 
 template <bool kLast, class T>
-__device__ __forceinline__ void cosine_tiles(const CosineArgs<T>& a) {
+__device__ __forceinline__ void cosine_tile(const CosineArgs<T>& a) {
   constexpr int kPixels = kCosinePixels<kLast>, kLanes = kCosineThreads / kPixels;
   __shared__ float sums[3][kCosineThreads];
   const int thread = threadIdx.x;
   const int lane = kLast ? thread % kLanes : thread / kPixels;
   const int pixel = kLast ? thread / kLanes : thread % kPixels;
-  const int64_t tiles = (a.count + kPixels - 1) / kPixels;
-
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    float dot = 0, square = 0, square_hat = 0;
-    const int64_t i = tile * kPixels + pixel;
-    if (i < a.count) {
-      const int64_t n = quotient(i, a.pixels), p = i - n * a.pixels;
-      const int64_t y = quotient(p, a.width), x = p - y * a.width;
-      const T* f = a.f + n * a.stride.n + y * a.stride.y + x * a.stride.x;
-      const T* f_hat = a.f_hat + n * a.stride_hat.n + y * a.stride_hat.y + x * a.stride_hat.x;
-      DIFFAD_UNROLL4
-      for (int64_t c = lane; c < a.channels; c += kLanes) {
-        const float u = static_cast<float>(f[c * a.stride.c]);
-        const float v = static_cast<float>(f_hat[c * a.stride_hat.c]);
-        dot += u * v;
-        square += u * u;
-        square_hat += v * v;
-      }
+  float dot = 0, square = 0, square_hat = 0;
+  const int64_t first = int64_t{blockIdx.x} * kPixels, i = first + pixel;
+  if (i < a.count) {
+    const int64_t n = quotient(i, a.pixels), p = i - n * a.pixels;
+    const int64_t y = quotient(p, a.width), x = p - y * a.width;
+    const T* f = a.f + n * a.stride.n + y * a.stride.y + x * a.stride.x;
+    const T* f_hat = a.f_hat + n * a.stride_hat.n + y * a.stride_hat.y + x * a.stride_hat.x;
+    DIFFAD_UNROLL4
+    for (int64_t c = lane; c < a.channels; c += kLanes) {
+      const float u = static_cast<float>(f[c * a.stride.c]);
+      const float v = static_cast<float>(f_hat[c * a.stride_hat.c]);
+      dot += u * v;
+      square += u * u;
+      square_hat += v * v;
     }
-    const int slot = lane * kPixels + pixel;
-    sums[0][slot] = dot;
-    sums[1][slot] = square;
-    sums[2][slot] = square_hat;
-    __syncthreads();
-    const int64_t mine = tile * kPixels + thread;
-    if (thread < kPixels && mine < a.count) {
-      float sum[3] = {};
-      for (int l = 0; l < kLanes; ++l) {
-        DIFFAD_UNROLL
-        for (int k = 0; k < 3; ++k) sum[k] += sums[k][l * kPixels + thread];
-      }
-      const float norm = ::fmaxf(::sqrtf(sum[1]), kCosineEps);
-      const float norm_hat = ::fmaxf(::sqrtf(sum[2]), kCosineEps);
-      a.result[mine] = 1.0f - sum[0] / norm / norm_hat;
+  }
+  const int slot = lane * kPixels + pixel;
+  sums[0][slot] = dot;
+  sums[1][slot] = square;
+  sums[2][slot] = square_hat;
+  __syncthreads();
+  const int64_t mine = first + thread;
+  if (thread < kPixels && mine < a.count) {
+    float sum[3] = {};
+    for (int l = 0; l < kLanes; ++l) {
+      DIFFAD_UNROLL
+      for (int k = 0; k < 3; ++k) sum[k] += sums[k][l * kPixels + thread];
     }
-    __syncthreads();  // the next tile writes the sums
+    const float norm = ::fmaxf(::sqrtf(sum[1]), kCosineEps);
+    const float norm_hat = ::fmaxf(::sqrtf(sum[2]), kCosineEps);
+    a.result[mine] = 1.0f - sum[0] / norm / norm_hat;
   }
 }
 
@@ -186,95 +181,93 @@ __device__ __forceinline__ void add_standardised(const float (&value)[R], float 
 }
 
 template <int kLevel, class T>
-__device__ __forceinline__ void weighted_tiles(const WeightedArgs<T>& a) {
+__device__ __forceinline__ void weighted_tile(const WeightedArgs<T>& a) {
   constexpr int R = kStripRows<kLevel>;
   // Of the strip's rows in each scale: the row before, and the share of the one after.
   __shared__ int above[kMostScales][R];
   __shared__ float share_below[kMostScales][R];
 
-  for (int64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
-    const int64_t line = quotient(i, a.across), n = quotient(line, a.strips);
-    const int64_t top = (line - n * a.strips) * R;
-    const int64_t column = (i - line * a.across) * kWeightedThreads + threadIdx.x;
-    // Of this thread. Blocks of the last levels fill their strips.
-    const int rows = column >= a.width ? 0 : a.height - top < R ? static_cast<int>(a.height - top) : R;
-    const auto there = [&](int k) { return 1 << kLevel == R ? rows > 0 : k < rows; };
-    for (int k = threadIdx.x; k < a.scales * R; k += blockDim.x) {
-      const int s = k / R, row = k % R;
-      const int64_t y = top + row < a.height ? top + row : a.height - 1;
-      above[s][row] = before_pixel(y, a.scale[s].down, share_below[s][row]);
-    }
+  const int64_t i = blockIdx.x;
+  const int64_t line = quotient(i, a.across), n = quotient(line, a.strips);
+  const int64_t top = (line - n * a.strips) * R;
+  const int64_t column = (i - line * a.across) * kWeightedThreads + threadIdx.x;
+  // Of this thread. Blocks of the last levels fill their strips.
+  const int rows = column >= a.width ? 0 : a.height - top < R ? static_cast<int>(a.height - top) : R;
+  const auto there = [&](int k) { return 1 << kLevel == R ? rows > 0 : k < rows; };
+  for (int k = threadIdx.x; k < a.scales * R; k += blockDim.x) {
+    const int s = k / R, row = k % R;
+    const int64_t y = top + row < a.height ? top + row : a.height - 1;
+    above[s][row] = before_pixel(y, a.scale[s].down, share_below[s][row]);
+  }
 
-    float magnitude[R] = {};
-    SubBands<R, kLevel> sub_bands;
-    const T* x = a.x + n * a.stride.n + top * a.stride.y + column * a.stride.x;
-    const T* x_hat =
-        a.x_hat + n * a.stride_hat.n + top * a.stride_hat.y + column * a.stride_hat.x;
-    for (int64_t c = 0; c < a.channels; ++c, x += a.stride.c, x_hat += a.stride_hat.c) {
-      float residual[R];
-      DIFFAD_UNROLL
-      for (int k = 0; k < R; ++k) {
-        residual[k] = there(k) ? static_cast<float>(x[k * a.stride.y]) -
-                                     static_cast<float>(x_hat[k * a.stride_hat.y])
-                               : 0.0f;
-      }
-      DIFFAD_UNROLL
-      for (int k = 0; k < R; ++k) magnitude[k] += ::fabsf(residual[k]);
-      sub_bands.add(residual);
+  float magnitude[R] = {};
+  SubBands<R, kLevel> sub_bands;
+  const T* x = a.x + n * a.stride.n + top * a.stride.y + column * a.stride.x;
+  const T* x_hat =
+      a.x_hat + n * a.stride_hat.n + top * a.stride_hat.y + column * a.stride_hat.x;
+  for (int64_t c = 0; c < a.channels; ++c, x += a.stride.c, x_hat += a.stride_hat.c) {
+    float residual[R];
+    DIFFAD_UNROLL
+    for (int k = 0; k < R; ++k) {
+      residual[k] = there(k) ? static_cast<float>(x[k * a.stride.y]) -
+                                   static_cast<float>(x_hat[k * a.stride_hat.y])
+                             : 0.0f;
     }
-    __syncthreads();  // the scales' rows are there
-    if (rows > 0) {
-      const float share = 1.0f / static_cast<float>(a.channels);
-      const int64_t place = (n * a.height + top) * a.width + column;
-      float total[R], map[R];
+    DIFFAD_UNROLL
+    for (int k = 0; k < R; ++k) magnitude[k] += ::fabsf(residual[k]);
+    sub_bands.add(residual);
+  }
+  __syncthreads();  // the scales' rows are there
+  if (rows > 0) {
+    const float share = 1.0f / static_cast<float>(a.channels);
+    const int64_t place = (n * a.height + top) * a.width + column;
+    float total[R], map[R];
+    DIFFAD_UNROLL
+    for (int k = 0; k < R; ++k) {
+      total[k] = a.base && there(k) ? a.base[place + k * a.width] : 0.0f;
+    }
+    if (a.weight[0] != 0) {
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) map[k] = magnitude[k] * share;
+      add_standardised(map, a.weight[0], a.statistic[0], top, column, rows, total);
+    }
+    DIFFAD_UNROLL
+    for (int k = 0; k < R; ++k) map[k] = 0;
+    for (int s = 0; s < a.scales; ++s) {
+      const MapScale& scale = a.scale[s];
+      float u;
+      const int left = before_pixel(column, scale.across, u);
+      const float* at_left = scale.cosines + n * scale.pixels + left;
+      const float* at_right = left + 1 < scale.width ? at_left + 1 : at_left;
+      const auto across = [&](int row) {
+        const int at = row * scale.width;
+        return at_left[at] + u * (at_right[at] - at_left[at]);
+      };
+      // Many rows of pixels lie between the same two of the scale.
+      float upper = 0, slope = 0;
       DIFFAD_UNROLL
       for (int k = 0; k < R; ++k) {
-        total[k] = a.base && there(k) ? a.base[place + k * a.width] : 0.0f;
-      }
-      if (a.weight[0] != 0) {
-        DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) map[k] = magnitude[k] * share;
-        add_standardised(map, a.weight[0], a.statistic[0], top, column, rows, total);
-      }
-      DIFFAD_UNROLL
-      for (int k = 0; k < R; ++k) map[k] = 0;
-      for (int s = 0; s < a.scales; ++s) {
-        const MapScale& scale = a.scale[s];
-        float u;
-        const int left = before_pixel(column, scale.across, u);
-        const float* at_left = scale.cosines + n * scale.pixels + left;
-        const float* at_right = left + 1 < scale.width ? at_left + 1 : at_left;
-        const auto across = [&](int row) {
-          const int at = row * scale.width;
-          return at_left[at] + u * (at_right[at] - at_left[at]);
-        };
-        // Many rows of pixels lie between the same two of the scale.
-        float upper = 0, slope = 0;
-        DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) {
-          const int y = above[s][k];
-          if (k == 0 || y != above[s][k - 1]) {  // the same for all threads
-            upper = across(y);
-            slope = across(y + 1 < scale.height ? y + 1 : y) - upper;
-          }
-          map[k] += upper + share_below[s][k] * slope;
+        const int y = above[s][k];
+        if (k == 0 || y != above[s][k - 1]) {  // the same for all threads
+          upper = across(y);
+          slope = across(y + 1 < scale.height ? y + 1 : y) - upper;
         }
-      }
-      if (a.scales > 0) {
-        add_standardised(map, a.weight[1], a.statistic[1], top, column, rows, total);
-      }
-      if (kLevel > 0) {
-        sub_bands.sum(map);
-        DIFFAD_UNROLL
-        for (int k = 0; k < R; ++k) map[k] *= share;
-        add_standardised(map, a.weight[2], a.statistic[2], top, column, rows, total);
-      }
-      DIFFAD_UNROLL
-      for (int k = 0; k < R; ++k) {
-        if (there(k)) a.result[place + k * a.width] = total[k];
+        map[k] += upper + share_below[s][k] * slope;
       }
     }
-    __syncthreads();  // the next tile writes the rows
+    if (a.scales > 0) {
+      add_standardised(map, a.weight[1], a.statistic[1], top, column, rows, total);
+    }
+    if (kLevel > 0) {
+      sub_bands.sum(map);
+      DIFFAD_UNROLL
+      for (int k = 0; k < R; ++k) map[k] *= share;
+      add_standardised(map, a.weight[2], a.statistic[2], top, column, rows, total);
+    }
+    DIFFAD_UNROLL
+    for (int k = 0; k < R; ++k) {
+      if (there(k)) a.result[place + k * a.width] = total[k];
+    }
   }
 }
 
@@ -391,82 +384,80 @@ __device__ __forceinline__ void blurred_run(const float (&taps)[kBlurMostRadius 
 
 // `shared`: blur_shared_bytes(kHalo), at a multiple of 16.
 template <int kHalo>
-__device__ __forceinline__ void blur_tiles(const BlurArgs& a, float* shared) {
+__device__ __forceinline__ void blur_tile(const BlurArgs& a, float* shared) {
   constexpr int extent = blur_extent(kHalo), pitch = blur_pitch(kHalo);
   const int thread = threadIdx.x;
   float* values = shared;
   int* places = reinterpret_cast<int*>(values + extent * pitch);  // rows, then columns
   auto* counts = reinterpret_cast<uint32_t*>(places + 2 * extent);
-  for (int64_t i = blockIdx.x; i < a.count; i += gridDim.x) {
-    const int64_t line = quotient(i, a.across), n = quotient(line, a.down);
-    const int64_t top = (line - n * a.down) * kBlurSide, left = (i - line * a.across) * kBlurSide;
-    // Of the last tile only the values are still read, which come after the next barrier.
-    for (int k = thread; k < 2 * extent; k += kBlurThreads) {
-      const bool row = k < extent;
-      const int64_t at = (row ? top + k : left + k - extent) - kHalo;
-      places[k] = static_cast<int>(reflected(at, row ? a.height : a.width));
-    }
-    if (a.state) {
-      for (int k = thread; k < 1 << digit_bits(0); k += kBlurThreads) counts[k] = 0;
-    }
-    __syncthreads();
-    constexpr int kColumns = (extent + 31) / 32;  // of a lane
-    int column[kColumns];
+  const int64_t i = blockIdx.x;
+  const int64_t line = quotient(i, a.across), n = quotient(line, a.down);
+  const int64_t top = (line - n * a.down) * kBlurSide, left = (i - line * a.across) * kBlurSide;
+  for (int k = thread; k < 2 * extent; k += kBlurThreads) {
+    const bool row = k < extent;
+    const int64_t at = (row ? top + k : left + k - extent) - kHalo;
+    places[k] = static_cast<int>(reflected(at, row ? a.height : a.width));
+  }
+  if (a.state) {
+    for (int k = thread; k < 1 << digit_bits(0); k += kBlurThreads) counts[k] = 0;
+  }
+  __syncthreads();
+  constexpr int kColumns = (extent + 31) / 32;  // of a lane
+  int column[kColumns];
+  DIFFAD_UNROLL
+  for (int k = 0; k < kColumns; ++k) {
+    column[k] = places[extent + (thread % 32 + 32 * k < extent ? thread % 32 + 32 * k : 0)];
+  }
+  const float* x = a.x + n * a.height * a.width;
+  const int width = static_cast<int>(a.width);
+  constexpr int kWarps = kBlurThreads / 32;
+  static_assert(extent % kWarps == 0);
+  DIFFAD_UNROLL4
+  for (int j = 0; j < extent / kWarps; ++j) {
+    const int y = thread / 32 + j * kWarps;
+    const float* from = x + static_cast<int64_t>(places[y]) * width;
     DIFFAD_UNROLL
     for (int k = 0; k < kColumns; ++k) {
-      column[k] = places[extent + (thread % 32 + 32 * k < extent ? thread % 32 + 32 * k : 0)];
+      if (thread % 32 + 32 * k < extent) values[y * pitch + thread % 32 + 32 * k] = from[column[k]];
     }
-    const float* x = a.x + n * a.height * a.width;
-    const int width = static_cast<int>(a.width);
-    constexpr int kWarps = kBlurThreads / 32;
-    static_assert(extent % kWarps == 0);
-    DIFFAD_UNROLL4
-    for (int j = 0; j < extent / kWarps; ++j) {
-      const int y = thread / 32 + j * kWarps;
-      const float* from = x + static_cast<int64_t>(places[y]) * width;
-      DIFFAD_UNROLL
-      for (int k = 0; k < kColumns; ++k) {
-        if (thread % 32 + 32 * k < extent) values[y * pitch + thread % 32 + 32 * k] = from[column[k]];
+  }
+  float sum[kBlurRun];
+  for (int band = 0; band < extent; band += kBlurBand) {
+    // A warp has one run of 32 rows.
+    const int y = band + thread % kBlurBand, first = thread / kBlurBand * kBlurRun;
+    auto* run = reinterpret_cast<FourValues*>(values + y * pitch + first);
+    __syncthreads();  // the values are there
+    if (y < extent) blurred_run<kHalo>(a.taps, [&](int q) { return run[q / 4]; }, sum);
+    __syncthreads();  // all have read the rows of this band
+    if (y < extent) {
+      run[0] = {sum[0], sum[1], sum[2], sum[3]};
+      run[1] = {sum[4], sum[5], sum[6], sum[7]};
+    }
+  }
+  __syncthreads();
+  for (int k = thread; k < kBlurSide * kBlurSide / kBlurRun; k += kBlurThreads) {
+    const int x = k % kBlurSide, first = k / kBlurSide * kBlurRun;
+    if (left + x >= a.width || top + first >= a.height) continue;
+    const float* run = values + first * pitch + x;
+    blurred_run<kHalo>(a.taps, [&](int q) {
+      const float* at = run + q * pitch;
+      return FourValues{at[0], at[pitch], at[2 * pitch], at[3 * pitch]};
+    }, sum);
+    float* to = a.result + (n * a.height + top + first) * a.width + left + x;
+    const int64_t below = a.height - top - first;
+    const int rows = below < kBlurRun ? static_cast<int>(below) : kBlurRun;
+    DIFFAD_UNROLL
+    for (int p = 0; p < kBlurRun; ++p, to += a.width) {
+      const uint32_t digit = ordered(sum[p]) >> digit_shift(0);
+      if (p < rows) {
+        *to = sum[p];
+        atomicAdd(&counts[digit], 1u);
       }
     }
-    float sum[kBlurRun];
-    for (int band = 0; band < extent; band += kBlurBand) {
-      // A warp has one run of 32 rows.
-      const int y = band + thread % kBlurBand, first = thread / kBlurBand * kBlurRun;
-      auto* run = reinterpret_cast<FourValues*>(values + y * pitch + first);
-      __syncthreads();  // the values are there
-      if (y < extent) blurred_run<kHalo>(a.taps, [&](int q) { return run[q / 4]; }, sum);
-      __syncthreads();  // all have read the rows of this band
-      if (y < extent) {
-        run[0] = {sum[0], sum[1], sum[2], sum[3]};
-        run[1] = {sum[4], sum[5], sum[6], sum[7]};
-      }
-    }
-    __syncthreads();
-    for (int k = thread; k < kBlurSide * kBlurSide / kBlurRun; k += kBlurThreads) {
-      const int x = k % kBlurSide, first = k / kBlurSide * kBlurRun;
-      if (left + x >= a.width || top + first >= a.height) continue;
-      const float* run = values + first * pitch + x;
-      blurred_run<kHalo>(a.taps, [&](int q) {
-        const float* at = run + q * pitch;
-        return FourValues{at[0], at[pitch], at[2 * pitch], at[3 * pitch]};
-      }, sum);
-      float* to = a.result + (n * a.height + top + first) * a.width + left + x;
-      const int64_t below = a.height - top - first;
-      const int rows = below < kBlurRun ? static_cast<int>(below) : kBlurRun;
-      DIFFAD_UNROLL
-      for (int p = 0; p < kBlurRun; ++p, to += a.width) {
-        const uint32_t digit = ordered(sum[p]) >> digit_shift(0);
-        if (p < rows) {
-          *to = sum[p];
-          atomicAdd(&counts[digit], 1u);
-        }
-      }
-    }
-    if (a.state) {
-      __syncthreads();  // all are counted
-      add_counts(counts, 0, a.state[n]);
-    }
+  }
+  if (a.state) {
+    __syncthreads();  // all are counted
+    add_counts(counts, 0, a.state[n]);
   }
 }
 

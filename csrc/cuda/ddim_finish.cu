@@ -1,7 +1,7 @@
 // ddim_finish on CUDA: the arguments of the kernel in ddim_finish_tile.h.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
+#include <limits>
 #include <tuple>
 
 #include "../common/ddim_finish.h"
@@ -18,14 +18,16 @@ using torch::headeronly::ScalarType;
 // which few blocks have enough.
 template <int R, int kLevel, class M>
 __global__ void __launch_bounds__(kTileColumns, R < 16 ? 4 : 2) finish_kernel(const FinishArgs<M> args) {
-  finish_tiles<R, kLevel>(args);
+  finish_tile<R, kLevel>(args);
 }
 
 template <int R, int kLevel, class M>
 void launch(FinishArgs<M> args, cudaStream_t stream) {
   static_assert(1 << kLevel == R);
   const unsigned threads = finish_grid(args, R);
-  const auto grid = static_cast<unsigned>(std::min<int64_t>(args.count, 0x7fffffff));
+  STD_TORCH_CHECK(args.count <= std::numeric_limits<int32_t>::max(),
+                  "ddim_finish: ", args.count, " tiles are more than a launch can have");
+  const auto grid = static_cast<unsigned>(args.count);
   finish_kernel<R, kLevel><<<grid, threads, 0, stream>>>(args);
   check_launch("ddim_finish");
 }

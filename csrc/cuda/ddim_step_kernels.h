@@ -1,5 +1,5 @@
 // The kernels of q_sample and ddim_step, apart from torch: a test on the CPU runs this very code,
-// thread by thread (tests/native/). See common/diffusion.h for the maths.
+// thread by thread (tests/emulation/). See common/diffusion.h for the maths.
 //
 // One pass: a thread reads eight neighbouring elements of x_t and of the network's output with
 // 16-byte accesses, computes in float (double for double), and writes x_s and, in a loop, the

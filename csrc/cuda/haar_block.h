@@ -1,5 +1,5 @@
 // haar_pack and haar_unpack where one thread holds whole R x R blocks of pixels, apart from torch: a
-// test on the CPU runs this very code (tests/native/).
+// test on the CPU runs this very code (tests/emulation/).
 //
 // A thread takes L blocks that lie side by side in memory: of one channel along x (NCHW), or of
 // L channels at one place (channels_last). It reads and writes each value once, in runs of up to 16

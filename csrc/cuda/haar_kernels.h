@@ -1,5 +1,5 @@
 // The kernels of haar_pack and haar_unpack, apart from torch: a test on the CPU runs this very
-// code, thread by thread (tests/native/). See common/haar.h for the maths.
+// code, thread by thread (tests/emulation/). See common/haar.h for the maths.
 //
 // Where a thread can hold whole blocks of pixels it does, see haar_block.h. Elsewhere, for larger
 // blocks, and for strides and channels that allow no runs, a thread block takes a tile: R rows of up

@@ -1,5 +1,5 @@
 // Magnitudes of the Haar sub-bands of images in registers, for the kernels of ddim_finish and of
-// anomaly_map; apart from torch: tests on the CPU run this very code (tests/native/).
+// anomaly_map; apart from torch: tests on the CPU run this very code (tests/emulation/).
 //
 // A thread has R pixels below each other, R a multiple of 2^kLevel, and the lanes of a warp have
 // neighbouring columns. A level takes sums and differences of neighbouring rows in the thread and of

@@ -1,5 +1,5 @@
 // The kernel of token_mlp_loop, apart from the instructions (mma.h) and from torch: a test on the
-// CPU runs this very code, lane by lane (tests/native/).
+// CPU runs this very code, lane by lane (tests/emulation/).
 //
 // A warp owns 16 kTiles tokens. Of them it keeps h, in the results' layout of the matrix units
 // (mma.h), and the input of the present product, as left factors, in registers through all layers.
