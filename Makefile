@@ -29,10 +29,8 @@ test-plugins: .venv-plugins/.built
 	.venv-plugins/bin/python -m pytest $(PYTEST_JOBS) -m "slow or not slow" \
 		tests/integrations tests/test_examples.py
 
-# Then the CUDA kernels' code in emulation, each CUDA thread a thread to ThreadSanitizer.
-test-asan: .venv/.built
+test-asan: .venv/.installed
 	tests/asan.sh $(abspath $(BIN)/python) out/asan
-	DIFFAD_TEST_SANITIZER=thread $(BIN)/python -m pytest $(PYTEST_JOBS) tests/ops -k emulation
 
 bench: .venv/.built .venv/.bench
 	$(BIN)/python -m benchmarks cpu

@@ -28,5 +28,5 @@ run() {
         ASAN_OPTIONS=detect_leaks=0:malloc_fill_byte=254:max_malloc_fill_size=10000000 "$python" "$@"
 }
 run -c "from diffad_fast import native; assert native.loaded()"
-export DIFFAD_TEST_SANITIZER=address,undefined # of CUDA kernels in emulation
+export DIFFAD_TEST_SANITIZER=address,undefined # of the CUDA operators in emulation
 run -m pytest -q -n auto --maxprocesses 4 tests/ops tests/test_metrics.py

@@ -1,12 +1,12 @@
-"""The detector on a GPU agrees with the one on the CPU."""
+"""The detector on a GPU, or with CUDA's operators on the CPU, agrees with the one on the CPU."""
 
 import numpy as np
 import pytest
 import torch
 
 import diffad_fast as daf
+from diffad_fast import ops
 
-pytestmark = pytest.mark.gpu
 OPTIONS = {"image_size": 64, "denoiser": "unet-tiny", "train_steps": 40, "reverse_steps": 3}
 
 
@@ -16,16 +16,32 @@ def images(n, seed):
     return (0.8 * smooth + 0.2 * rng.random((n, 64, 64))).astype(np.float32)
 
 
-def test_scores_agree_with_the_cpu(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A checkpoint, and what it scores on the CPU in each mode."""
+    path = tmp_path_factory.mktemp("fitted") / "m.diffad"
+    daf.Detector(**OPTIONS, device="cpu").fit(images(160, 0)).save(path)
+    detector, found = daf.load(path, device="cpu"), {}
+    for detector.mode in ("reconstruct", "invert", "one_step"):
+        found[detector.mode] = detector.score(images(9, 1))
+    return path, found
+
+
+@pytest.mark.parametrize("mode", ["reconstruct", "invert", "one_step"])
+def test_scores_agree_with_the_cpu(fitted, cuda, monkeypatch, mode):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert not torch.backends.cuda.matmul.allow_tf32
-    daf.Detector(**OPTIONS, device="cpu").fit(images(160, 0)).save(tmp_path / "m.diffad")
-    cpu = daf.load(tmp_path / "m.diffad", device="cpu").score(images(9, 1))
-    gpu = daf.load(tmp_path / "m.diffad", device="cuda").score(images(9, 1))
-    np.testing.assert_allclose(gpu.score, cpu.score, rtol=1e-3)
-    np.testing.assert_allclose(gpu.map, cpu.map, rtol=1e-2, atol=1e-2)
+    path, on_cpu = fitted
+    with daf.use_backend("auto"):
+        assert ops.diffusion.fused_steps(torch.device(cuda))
+        detector = daf.load(path, device=cuda)
+        detector.mode = mode
+        found = detector.score(images(9, 1))
+    np.testing.assert_allclose(found.score, on_cpu[mode].score, rtol=1e-3)
+    np.testing.assert_allclose(found.map, on_cpu[mode].map, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.gpu
 def test_fits_saves_and_repeats(tmp_path):
     detector = daf.Detector(**OPTIONS, device="cuda").fit(images(160, 0))
     assert detector.history.validation_loss[-1][1] < detector.history.validation_loss[0][1]

@@ -162,7 +162,7 @@ class ReverseLoop:
         first = torch.tensor([self.steps[0].alpha_t], dtype=torch.float64, device=device)
         log_sigma = torch.tensor([s.log_sigma for s in self.steps], device=device)
         table = None
-        if device.type == "cuda" and ops.diffusion.fused_steps(device):
+        if ops.diffusion.fused_steps(device):
             table = ops.diffusion.step_table(
                 self.steps, self.prediction_type, self.eta, self.clip, self.guidance
             ).to(device)

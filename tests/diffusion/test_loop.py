@@ -259,57 +259,74 @@ def test_a_narrow_network_gets_narrow_inputs_and_the_state_stays_wide():
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """``fused(run)`` takes the steps of a loop by a stand-in for the CUDA kernel, which writes into
-    the state and the next input behind autograd's back."""
-    calls = []
+def fused(cuda, monkeypatch):
+    """The next inputs that CUDA's steps of a loop were given, one a step; and the device."""
+    step, calls = torch.ops.diffad_fast.ddim_loop_step_, []
 
-    def plant(run):
-        first, log_sigma, _ = run._on(torch.device("cpu"))
-        run._constants[torch.device("cpu"), "auto"] = first, log_sigma, torch.zeros(1)
-        calls.clear()
+    def watched(*args):
+        calls.append(args[5])
+        step(*args)
 
-        def step(x_t, output, guide, table, counter, next_input, *_):
-            levels = run.steps[len(calls)]
-            calls.append(next_input)
-            x_s = ops.ddim_step(x_t, output, levels.alpha_t, levels.alpha_s,
-                                prediction_type=run.prediction_type)  # fmt: skip
-            x_t.detach().numpy()[:] = x_s.detach().numpy()
-            if next_input is not None:
-                assert next_input.dtype == output.dtype  # as the kernel wants it
-                next_input.copy_(x_s)
-
-        monkeypatch.setattr(torch.ops.diffad_fast, "ddim_loop_step_", step, raising=False)
-        return calls
-
-    return plant
+    monkeypatch.setattr(torch.ops.diffad_fast, "ddim_loop_step_", watched)
+    return calls, cuda
 
 
-def test_fused_steps_are_not_taken_where_gradients_are_wanted(fused):
+def in_plain_steps(run, x):
+    with use_backend("reference"):
+        return run.eager(x)
+
+
+@pytest.mark.native
+def test_fused_steps_are_not_taken_where_gradients_are_wanted(fused, monkeypatch):
     torch.manual_seed(0)
-    unet, x = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh()), torch.randn(2, 3, 4, 4)
+    calls, device = fused
+    unet = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh()).to(device)
+    x = torch.randn(2, 3, 4, 4, device=device)
+    plain, run = (
+        ReverseLoop(lambda x, level: unet(x), NoiseSchedule().reverse_steps(500, 3))
+        for _ in range(2)
+    )
 
     def gradient(run):
         leaf = x.clone().requires_grad_()
         return torch.autograd.grad(run.eager(leaf).square().sum(), leaf)[0]
 
-    plain, run = (
-        ReverseLoop(lambda x, level: unet(x), NoiseSchedule().reverse_steps(500, 3))
-        for _ in range(2)
-    )
-    calls = fused(run)
-    assert torch.equal(gradient(run), gradient(plain)) and not calls
-    torch.testing.assert_close(run(x), plain(x), rtol=1e-6, atol=1e-6)
+    with use_backend("reference"):
+        expected = gradient(plain)
+        monkeypatch.setattr(ops.diffusion, "fused_steps", lambda device: True)
+        assert torch.equal(gradient(run), expected) and not calls
+        with torch.inference_mode():
+            torch.testing.assert_close(run.eager(x), plain.eager(x), rtol=1e-5, atol=1e-6)
     assert len(calls) == 3
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("answer", [torch.bfloat16, torch.float32])
 def test_fused_steps_of_a_network_that_answers_in_another_dtype(fused, answer):
-    x, steps = torch.randn(2, 3, 4, 4), NoiseSchedule().reverse_steps(500, 3)
-    run = ReverseLoop(Narrow(answer), steps)
-    calls = fused(run)
-    torch.testing.assert_close(run(x), ReverseLoop(Narrow(answer), steps)(x), rtol=0, atol=1e-6)
+    calls, device = fused
+    x = torch.randn(2, 3, 4, 4, device=device)
+    run = ReverseLoop(Narrow(answer).to(device), NoiseSchedule().reverse_steps(500, 3))
+    with torch.inference_mode():
+        torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=0, atol=1e-6)
     assert [c is None for c in calls] == [answer == torch.float32] * 3
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_loop_of_fused_steps_is_the_plain_one(fused, layout):
+    """Noise, guidance and a limit; each call begins at the table's first step."""
+    torch.manual_seed(0)
+    calls, device = fused
+    conv = nn.Conv2d(5, 5, 3, padding=1).to(device, memory_format=layout)
+    run = ReverseLoop(
+        lambda x, level: conv(x), NoiseSchedule().reverse_steps(700, 4), eta=0.6, clip=1.0,
+        guidance=0.3,
+    )  # fmt: skip
+    with torch.inference_mode():
+        for n in (2, 3):
+            x = torch.randn(n, 5, 6, 6, device=device).to(memory_format=layout)
+            torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=1e-4, atol=1e-5)
+    assert len(calls) == 8
 
 
 def test_a_unet_of_diffusers():
