@@ -48,8 +48,10 @@ fi
 # What only looks for errors runs side by side: compiling and sanitizing keep several cores busy.
 workers=()
 "$python" -c "import xdist" 2> /dev/null && workers=(-n 6)
+# Tests of a GPU: by their mark, or by a fixture of conftest.py whose devices are one of these.
+of_gpus='mark\.gpu|def test.*[(, ](cuda|compiled|fused)[,)]'
 part "2 gpu tests" 150 env OMP_NUM_THREADS=2 "$python" -m pytest -q -m gpu "${workers[@]}" \
-    $(grep -rlE "mark\.gpu" tests) -k "not times_on_a_gpu" &
+    $(grep -rlE "$of_gpus" tests --include='test_*.py') -k "not times_on_a_gpu" &
 # The extension's kernels: those of the operators and of the loop, which the Triton ones are not.
 # Fewer tokens: the tools run a kernel up to a hundred times slower.
 for tool in memcheck racecheck; do
@@ -58,7 +60,7 @@ for tool in memcheck racecheck; do
         part "3 compute-sanitizer $tool" 150 compute-sanitizer --tool "$tool" --error-exitcode 9 \
             $([ "$tool" = memcheck ] && echo --report-api-errors no) \
             "$python" -m pytest -q -m gpu -x -k "not 70000" \
-            $(grep -rlE "mark\.gpu" tests/ops tests/diffusion) &
+            $(grep -rlE "$of_gpus" tests/ops tests/diffusion --include='test_*.py') &
     else
         echo "| compute-sanitizer $tool | FAILED: not installed | |" \
             > "$out/logs/3-compute-sanitizer-$tool.row"

@@ -614,6 +614,11 @@ class Detector:
         """
         kind = self.config.kind
         check_layout(kind, layout, normal, folds)
+        if not is_path(data) and (layout != "auto" or normal is not None or folds is not None):
+            raise InputError(
+                "layout, normal and folds tell how a folder is read, and the data is a "
+                f"{type(data).__name__}: leave them out"
+            )
         if kind == "vector":
             if report is not None:
                 raise InputError("a report shows images or clips: leave it out for vectors")

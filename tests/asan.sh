@@ -30,3 +30,4 @@ run() {
 run -c "from diffad_fast import native; assert native.loaded()"
 export DIFFAD_TEST_SANITIZER=address,undefined # of the CUDA operators in emulation
 run -m pytest -q -n auto --maxprocesses 4 tests/ops tests/test_metrics.py
+run -m pytest -q -k emulated tests/diffusion/test_loop.py

@@ -70,10 +70,8 @@ def data_dir() -> Path:
 def cuda(request, monkeypatch) -> Iterator[str]:
     """The device where the CUDA operators serve all calls of a test: a GPU, and the CPU, for which
     their sources are compiled (emulation/)."""
-    if request.param == "emulated":
-        emulation.install(monkeypatch)
-    with use_backend("cuda"):
-        yield "cuda" if request.param == "cuda" else "cpu"
+    with _compiled(request, monkeypatch) as device:
+        yield device
 
 
 @pytest.fixture(
@@ -85,7 +83,15 @@ def cuda(request, monkeypatch) -> Iterator[str]:
 )
 def compiled(request, monkeypatch) -> Iterator[str]:
     """As `cuda`, and the device where the C++ operators do."""
+    with _compiled(request, monkeypatch) as device:
+        yield device
+
+
+@contextlib.contextmanager
+def _compiled(request, monkeypatch) -> Iterator[str]:
     if request.param == "emulated":
+        if request.node.get_closest_marker("gpu"):
+            pytest.skip("of a size for a GPU")
         emulation.install(monkeypatch)
     with use_backend("cpu" if request.param == "cpu" else "cuda"):
         yield "cuda" if request.param == "cuda" else "cpu"

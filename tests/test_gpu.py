@@ -27,6 +27,7 @@ def fitted(tmp_path_factory):
     return path, found
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("mode", ["reconstruct", "invert", "one_step"])
 def test_scores_agree_with_the_cpu(fitted, cuda, monkeypatch, mode):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -5,7 +5,7 @@
 // block of pixels depends on its own R^2 coefficients alone, and so do its residuals' sub-bands. The
 // channels follow each other, and the maps' sums over them stay in registers:
 //   1. each thread finishes R coefficients of one block, keeps them as x0, undoes the
-//      standardisation and transforms them along x (as haar.cu unpacks);
+//      standardisation and transforms them along x (as haar_kernels.h unpacks);
 //   2. each thread transforms one column along y, clamps and stores the pixels; the residuals
 //      image - x_hat give their sub-bands, see sub_bands.h.
 // The coefficients of a block lie R^2 channels apart (or side by side in channels_last): both
@@ -59,7 +59,7 @@ __device__ __forceinline__ int64_t opaque(int64_t x) {
 
 template <int R, int kLevel, class M>
 __device__ __forceinline__ void finish_tile(const FinishArgs<M>& args) {
-  // A word of padding a block, see haar.cu, and one a row: threads along the rows of a block's
+  // A word of padding a block, see haar_kernels.h, and one a row: threads along the rows of a block's
   // coefficients hit different banks too.
   constexpr int kPitch = kTileColumns + kTileColumns / R + 1;
   __shared__ float tile[R * kPitch];

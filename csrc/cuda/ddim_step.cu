@@ -122,9 +122,9 @@ Tensor ddim_step(const Tensor& x_t, const Tensor& model_output, std::optional<Te
   if (x_t.numel() == 0) return torch::stable::empty_like(x_t);
   if (wants_float(x_t, {&model_output, guide ? &*guide : nullptr, eta > 0 ? &*noise : nullptr})) {
     return torch::stable::to(
-        ddim_step(torch::stable::to(x_t, ScalarType::Float), model_output, alpha_t, alpha_s, noise,
-                  guide, number_t, number_s, prediction, eta, guidance, clip, ratio, largest,
-                  recompute_epsilon),
+        ddim_step(torch::stable::to(dense_samples(x_t), ScalarType::Float), model_output, alpha_t,
+                  alpha_s, noise, guide, number_t, number_s, prediction, eta, guidance, clip, ratio,
+                  largest, recompute_epsilon),
         x_t.scalar_type());
   }
   const cudaStream_t stream = current_stream(x_t);
@@ -195,7 +195,7 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& noise, const Te
                   "q_sample: the table must have one axis, on the device of x0");
   if (x0.numel() == 0) return torch::stable::empty_like(x0);
   if (wants_float(x0, {&noise})) {
-    const Tensor wide = torch::stable::to(x0, ScalarType::Float);
+    const Tensor wide = torch::stable::to(dense_samples(x0), ScalarType::Float);
     return torch::stable::to(q_sample(wide, t, noise, table), x0.scalar_type());
   }
   const cudaStream_t stream = current_stream(x0);

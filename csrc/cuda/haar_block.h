@@ -5,7 +5,7 @@
 // L channels at one place (channels_last). It reads and writes each value once, in runs of up to 16
 // bytes, needs nobody else's values, and has all its loads in flight before the first sum. Its
 // values, at most 64, must fit into its registers with the addresses of their runs: beyond R = 4
-// they do not, and haar.cu cuts blocks among threads.
+// they do not, and haar_kernels.h cuts blocks among threads.
 #pragma once
 
 #include <algorithm>
@@ -136,7 +136,7 @@ DIFFAD_INLINE void haar_block(const HaarGeometry& g, int64_t n, uint32_t i,
   }
   DIFFAD_UNROLL
   for (int l = 0; l < L; ++l) {
-    // Along y first, then along x, or the other way round, as haar.cu does: the same bits.
+    // Along y first, then along x, or the other way round, as haar_kernels.h does: the same bits.
     DIFFAD_UNROLL
     for (int pass = 0; pass < 2; ++pass) {
       DIFFAD_UNROLL

@@ -79,7 +79,8 @@ def _found(root: str) -> str | None:
         return "mvtec_loco" if in_folders and not any(is_image(p.name) for p in masks) else "mvtec"
     if os.path.isdir(os.path.join(root, "test_public")):
         return "mvtec_ad2"
-    return "visa" if os.path.isdir(os.path.join(root, "Data", "Images", "Normal")) else None
+    visa = os.path.isdir(os.path.join(root, "Data", "Images", "Normal"))
+    return "visa" if visa and not os.path.isdir(os.path.join(root, "train")) else None
 
 
 def _visa(root: str, split: str) -> list[TestImage]:

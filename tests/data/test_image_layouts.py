@@ -374,3 +374,16 @@ def test_ok_is_normal_for_recordings_too(tmp_path):
     assert [(clip.kind, clip.anomaly) for clip in labelled_clips(tmp_path)] == [
         ("ko", True), ("ok", False)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, option", [("image", {"layout": "visa"}), ("audio", {"folds": [1]})])
+def test_options_of_folders_beside_a_list(kind, option):
+    with pytest.raises(InputError, match="tell how a folder is read, and the data is a list"):
+        daf.Detector(kind=kind).evaluate([TestImage("a.png", "good", None)], **option)
+
+
+def test_a_folder_train_is_no_visa(tmp_path):
+    """Though it holds VisA's folders too."""
+    for folder in ("Data/Images/Normal", "train/good"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert training_images(tmp_path) == str(tmp_path / "train" / "good")

@@ -261,6 +261,8 @@ def test_a_narrow_network_gets_narrow_inputs_and_the_state_stays_wide():
 @pytest.fixture
 def fused(cuda, monkeypatch):
     """The next inputs that CUDA's steps of a loop were given, one a step; and the device."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     step, calls = torch.ops.diffad_fast.ddim_loop_step_, []
 
     def watched(*args):
@@ -307,7 +309,7 @@ def test_fused_steps_of_a_network_that_answers_in_another_dtype(fused, answer):
     x = torch.randn(2, 3, 4, 4, device=device)
     run = ReverseLoop(Narrow(answer).to(device), NoiseSchedule().reverse_steps(500, 3))
     with torch.inference_mode():
-        torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=0, atol=1e-6)
+        torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=1e-5, atol=1e-5)
     assert [c is None for c in calls] == [answer == torch.float32] * 3
 
 

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,14 @@ from diffad_fast.ops import diffusion, dispatch, finish, maps, noise, token_mlp
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE.parents[1] / "build" / "emulation"
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 LAUNCH = re.compile(r"(\w+(?:<[\w\s,]+>)?)\s*<<<(.*?),[^,]*?>>>\s*\(", re.S)
 CHANGES = (
     (r"LIBRARY_IMPL\(diffad_fast, CUDA,", "LIBRARY_IMPL(diffad_fast_emulated, CPU,"),
     (r"LIBRARY\(diffad_fast,", "LIBRARY(diffad_fast_emulated,"),
-    # One value on the host is a tensor without axes: all others would be on a GPU.
+    # All are on the CPU: what a caller has on the host is one number.
     (r"x && x->is_cpu\(\)", "x && x->dim() == 0"),
+    (r"s\.device\(\) == x\.device\(\)", "s.numel() > 1 && (s.stride(0) || s.stride(1))"),
     (r"const torch::stable::accelerator::DeviceGuard guard\(.*?\);", ""),
     (r"extern __shared__ __align__\(\d+\) (\w+) shared\[\];",
      r"auto* const shared = reinterpret_cast<\1*>(emulated::dynamic_shared);"),
@@ -60,16 +63,18 @@ def library(sanitizer: str | None) -> Path:
     flags.append("-Wno-unknown-pragmas")
     if sanitizer:
         flags += ["-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    digest = hashlib.sha256(" ".join([*flags, torch.__version__]).encode())
+    digest = hashlib.sha256(" ".join([*COMPILER, *flags, torch.__version__]).encode())
     for path in sources:
         digest.update(path.read_bytes() if path.is_file() else b"")
-    folder = BUILD / digest.hexdigest()[:16]
+    kind = (sanitizer or "plain").replace(",", "-")
+    folder = BUILD / f"{kind}_{digest.hexdigest()[:16]}"
     result = folder / "emulated.so"
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            for old in BUILD.glob(f"{kind}_*"):
+                shutil.rmtree(old)
             _build(folder, result, flags)
     return result
 
@@ -85,25 +90,27 @@ def _build(folder: Path, result: Path, flags: list[str]) -> None:
     home = Path(torch.__file__).parent
     # As nvcc does, which includes its header by itself.
     flags = [*flags, f"-I{HERE}", "-include", "cuda_runtime.h", "-isystem", home / "include"]
-    flags.append("-DTORCH_TARGET_VERSION=0x020b000000000000ULL")
+    target = re.search(r'^TORCH_TARGET = "(\w+)"', (CSRC.parent / "setup.py").read_text(), re.M)
+    flags.append(f"-DTORCH_TARGET_VERSION={target[1]}")
 
     def compiled(unit: Path) -> Path:
         target = folder / f"{unit.stem}.o"
-        subprocess.run(["c++", *flags, "-c", unit, "-o", target], check=True)
+        subprocess.run([*COMPILER, *flags, "-c", unit, "-o", target], check=True)
         return target
 
+    # Two at once: what test runs side by side have of a small machine.
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, [*units, HERE / "stream.cpp"]))
+        objects = list(pool.map(compiled, [*units, HERE / "emulation.cpp"]))
     partial = result.with_suffix(".part")
     link = ["-shared", "-pthread", f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-o", partial]
-    subprocess.run(["c++", *flags, *objects, *link], check=True)
+    subprocess.run([*COMPILER, *flags, *objects, *link], check=True)
     partial.rename(result)
 
 
 def install(monkeypatch) -> None:
     """Let these operators be the CUDA ones, and the CPU their device."""
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip(f"no C++ compiler: {COMPILER[0]} is not there")
     torch.ops.load_library(library(os.environ.get("DIFFAD_TEST_SANITIZER")))
     emulated = torch.ops.diffad_fast_emulated
     by_name = ("ddim_step", "ddim_finish", "philox_normal_", "ddim_loop_step_")
@@ -122,6 +129,8 @@ def install(monkeypatch) -> None:
     for name, implementation in implementations.items():
         operator = dispatch.OPERATORS[name]
         monkeypatch.setitem(operator.implementations, "cuda", implementation)
+        if f"{name}_" in by_name or name in by_name:  # and not the C++ operators now
+            monkeypatch.delitem(operator.implementations, "cpu", raising=False)
     monkeypatch.delitem(dispatch._unavailable, "cuda", raising=False)
     monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("cuda", "cpu", "reference"))
     monkeypatch.setattr(maps, "_largest_radius", lambda device: maps.CUDA_LARGE_RADIUS)

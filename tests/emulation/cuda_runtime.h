@@ -1,5 +1,5 @@
 // In place of CUDA's header: kernels run on the CPU, for tests, on thread blocks whose threads are
-// fibers. build.py makes of kernel<<<grid, threads, bytes, stream>>>(arguments) a call of
+// fibers. __init__.py makes of kernel<<<grid, threads, bytes, stream>>>(arguments) a call of
 // emulated::launch, which returns when the kernel has run.
 //
 // A fiber runs until it meets the others of its warp or of its block. Where some wait for others that
@@ -23,6 +23,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -76,6 +77,7 @@ inline thread_local void* known_scheduler;
 inline thread_local char barrier[2];  // in turn: some reach the next before all have left this one
 inline thread_local char end;
 inline thread_local char* dynamic_shared;
+inline thread_local std::vector<void*>* ended;  // fibers known to the sanitizer
 // Of all blocks.
 inline std::function<void()> kernel;
 inline char fence;
@@ -146,7 +148,7 @@ UNSEEN inline void run_block(unsigned threads) {
   TELL(__tsan_acquire(&end);)
   for (Fiber& fiber : fibers) {
     if (fiber.state != State::kFinished) fail("threads of a block wait for others that do not come");
-    TELL(__tsan_destroy_fiber(fiber.known);)
+    TELL(ended->push_back(fiber.known);)
   }
 }
 
@@ -179,7 +181,9 @@ inline dim3 blockDim = 0, gridDim = 0;
 
 namespace emulated {
 
-UNSEEN inline void run_blocks(unsigned first, unsigned end, unsigned step, size_t bytes) {
+UNSEEN inline void run_blocks(unsigned first, unsigned end, unsigned step, size_t bytes,
+                              std::vector<void*>* fibers_that_end) {
+  ended = fibers_that_end;
   // Exactly so large, for AddressSanitizer, and of bits that make NaN.
   void* shared = nullptr;
   if (posix_memalign(&shared, 1024, bytes)) fail("no memory");
@@ -194,22 +198,33 @@ UNSEEN inline void run_blocks(unsigned first, unsigned end, unsigned step, size_
 
 template <class Kernel>
 void launch(dim3 grid, unsigned threads, size_t bytes, Kernel&& code) {
-  if (threads > kMostThreads || grid.x * grid.y == 0) fail("a launch that CUDA would refuse");
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const bool fits = threads > 0 && threads <= kMostThreads && grid.x > 0 && grid.x < 1u << 31 &&
+                    grid.y > 0 && grid.y < 1u << 16;
+  if (!fits) fail("a launch that CUDA would refuse");
   kernel = code;
   blockDim = threads;
   gridDim = grid;
   const unsigned blocks = grid.x * grid.y;
   unsigned side_by_side = 2, each = blocks;
-  // To ThreadSanitizer blocks that follow each other in a thread would be in order; of the threads
-  // that it can have every fiber is one.
+  // To ThreadSanitizer blocks that follow each other in a thread would be in order, and so would be
+  // fibers of which one begins when another has been given up; every fiber is one of the threads
+  // that it can have.
   TELL(side_by_side = 4096 / threads; each = side_by_side;)
   for (unsigned first = 0; first < blocks; first += each) {
     const unsigned end = std::min(first + each, blocks);
     std::vector<std::thread> runners;
+    std::vector<std::vector<void*>> fibers_that_end(side_by_side);
     for (unsigned i = first; i < std::min(first + side_by_side, end); ++i) {
-      runners.emplace_back(run_blocks, i, end, side_by_side, bytes);
+      runners.emplace_back(run_blocks, i, end, side_by_side, bytes, &fibers_that_end[i - first]);
     }
     for (std::thread& runner : runners) runner.join();
+    for (auto& block : fibers_that_end) {
+      for ([[maybe_unused]] void* fiber : block) {
+        TELL(__tsan_destroy_fiber(fiber);)
+      }
+    }
   }
 }
 

@@ -357,9 +357,10 @@ def test_cuda_takes_numbers_of_eight(cuda, name):
     for size, shared in ((264, False), (1024, True)):
         x, m, z, y = (random((3, size), s, torch.float32).to(cuda) for s in range(4))
         if shared:
-            m, z, y = (t[:1].expand(3, size) for t in (m, z, y))
-        got = step_of(ops, x, m.bfloat16(), z, y, 0.3, 0.6, **OPTIONS[name])
-        close_to_float64(got, (x, m.bfloat16(), z, y, 0.3, 0.6), **OPTIONS[name])
+            m, z, y = (t[:1] for t in (m.bfloat16(), z, y))
+            m, z, y = (t.expand(3, size) for t in (m, z, y))
+        got = step_of(ops, x, m, z, y, 0.3, 0.6, **OPTIONS[name])
+        close_to_float64(got, (x, m, z, y, 0.3, 0.6), **OPTIONS[name])
 
 
 def layouts(x):
@@ -374,8 +375,10 @@ def layouts(x):
     yield "sliced", wide[::2, 1:-1, :, ::2]
 
 
-def test_any_strides_in_any_pair(compiled):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_strides_in_any_pair(compiled, dtype):
     x, m, z, y = (random((3, 4, 5, 6), s, torch.float32).to(compiled) for s in range(4))
+    x = x.to(dtype)
     options = {"eta": 0.5, "guidance": 0.2, "dynamic_threshold": (0.8, 1.5)}
     t, table = torch.tensor([3, 500, 9], device=compiled), alphas().to(compiled)
     expected = step_of(ops, x, m, z, y, 0.3, 0.6, **options)
@@ -386,6 +389,7 @@ def test_any_strides_in_any_pair(compiled):
             assert torch.equal(got, expected), (name, other)
             got = ops.q_sample(x_, t, m_, table)
             assert torch.equal(got, expected_q), (name, other)
+            assert got.stride() == ops.diffusion.fake_step(x_).stride(), (name, other)
         dense = name in ("contiguous", "channels_last", "transposed")
         assert got.stride() == (x_.stride() if dense else x.stride()), name
 

@@ -517,19 +517,20 @@ def test_maps_on_cuda(cuda, shape, levels, layout):
         for i in range(3)
     ]
     positions = [(mean, deviation.float()) for mean, deviation in positions]
+    mixed = [(0.3, 1.7), positions[1], (positions[2][0][:, :1], 2.0)]
     for options in (
-        (),
-        (levels, positions, 1.0, 0.1, base),
-        (levels, [(0.3, 1.7), positions[1], (positions[2][0][:, :1], 2.0)], 0.0, 0.01, None),
+        ((1.0, 1.0, 1.0),),
+        ((0.5, 2.0, -1.0), levels, positions, 1.0, 0.1, base),
+        ((0.5, 2.0, -1.0), levels, mixed, 0.0),
+        ((0.0, 1.0, 0.0), 0, [(0.3, 1.7)] * 3, 0.0),  # nothing of the pixels
     ):
-        weights = (0.5, 2.0, -1.0) if options else (1.0, 1.0, 1.0)
 
         def moved(value, change):
             if isinstance(value, (list, tuple)):
                 return type(value)(moved(v, change) for v in value)  # noqa: B023
             return change(value) if isinstance(value, torch.Tensor) else value
 
-        given = (x, y, tuple(f), tuple(g), weights, *options)
+        given = (x, y, tuple(f), tuple(g), *options)
         found = ops.anomaly_map(*moved(given, lambda t: t.to(cuda)))
         expected = reference.anomaly_map(*moved(given, torch.Tensor.double))
         for got, want in zip(found, expected, strict=True):

@@ -512,7 +512,7 @@ def test_cuda_refuses_biases_at_odd_addresses(cuda, name):
 @pytest.mark.parametrize(
     "m, d, blocks, steps",
     [
-        (70, 70, 1, 2),  # few tokens, the last tile short
+        (150, 70, 1, 2),  # few tokens, the last tile short; rounds of the grid
         (1, 1, 2, 3),
         (300, 131, 0, 2),  # many for the emulated device; more than two stages of D
         pytest.param(1000, 64, 2, 3, marks=pytest.mark.gpu),
@@ -530,7 +530,7 @@ def test_cuda_is_the_reference(cuda, width, m, d, blocks, steps, dtype):
     assert found[0].dtype == dtype and found[1].dtype == torch.float32
     assert_close(found, reference.token_mlp_loop(*double(arguments)), 3e-2)
     # Much nearer to what rounds in the same places.
-    if native.loaded() and dtype == torch.float32:
+    if cuda == "cpu" and native.loaded() and dtype == torch.float32:
         assert_close(found, [t.double() for t in on_cpu(arguments)], 4e-3)
 
 
