@@ -57,15 +57,16 @@ def translated(source: str) -> str:
 
 def library(sanitizer: str | None) -> Path:
     """The library for the present sources, built once for all processes. Needs a C++ compiler."""
-    sources = [p for p in sorted(CSRC.rglob("*")) if p.parent.name in ("common", "cuda", "csrc")]
-    sources = [p for p in sources if p.is_file()] + sorted(HERE.glob("*"))
+    folders = CSRC / "common", CSRC / "cuda", HERE
+    sources = [path for folder in folders for path in sorted(folder.glob("*.*"))]
+    target = re.search(r'^TORCH_TARGET = "(\w+)"', (CSRC.parent / "setup.py").read_text(), re.M)
     flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
-    flags.append("-Wno-unknown-pragmas")
+    flags += ["-Wno-unknown-pragmas", f"-DTORCH_TARGET_VERSION={target[1]}"]
     if sanitizer:
         flags += ["-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     digest = hashlib.sha256(" ".join([*COMPILER, *flags, torch.__version__]).encode())
-    for path in sources:
-        digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in (CSRC / "ops.cpp", *sources):
+        digest.update(path.read_bytes())
     kind = (sanitizer or "plain").replace(",", "-")
     folder = BUILD / f"{kind}_{digest.hexdigest()[:16]}"
     result = folder / "emulated.so"
@@ -90,8 +91,6 @@ def _build(folder: Path, result: Path, flags: list[str]) -> None:
     home = Path(torch.__file__).parent
     # As nvcc does, which includes its header by itself.
     flags = [*flags, f"-I{HERE}", "-include", "cuda_runtime.h", "-isystem", home / "include"]
-    target = re.search(r'^TORCH_TARGET = "(\w+)"', (CSRC.parent / "setup.py").read_text(), re.M)
-    flags.append(f"-DTORCH_TARGET_VERSION={target[1]}")
 
     def compiled(unit: Path) -> Path:
         target = folder / f"{unit.stem}.o"

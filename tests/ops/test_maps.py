@@ -502,6 +502,13 @@ def test_sizes_and_widths_on_cuda(cuda, size, sigma, dtype):
         torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6)
 
 
+def moved(value, change):
+    """Lists of tensors in lists, each tensor changed."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(v, change) for v in value)
+    return change(value) if isinstance(value, torch.Tensor) else value
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape, levels", [((2, 3, 16, 300), 0), ((2, 1, 6, 270), 1),
                                            ((1, 2, 8, 36), 2), ((3, 1, 24, 264), 3),
@@ -524,12 +531,6 @@ def test_maps_on_cuda(cuda, shape, levels, layout):
         ((0.5, 2.0, -1.0), levels, mixed, 0.0),
         ((0.0, 1.0, 0.0), 0, [(0.3, 1.7)] * 3, 0.0),  # nothing of the pixels
     ):
-
-        def moved(value, change):
-            if isinstance(value, (list, tuple)):
-                return type(value)(moved(v, change) for v in value)  # noqa: B023
-            return change(value) if isinstance(value, torch.Tensor) else value
-
         given = (x, y, tuple(f), tuple(g), *options)
         found = ops.anomaly_map(*moved(given, lambda t: t.to(cuda)))
         expected = reference.anomaly_map(*moved(given, torch.Tensor.double))
