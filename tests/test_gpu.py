@@ -38,8 +38,10 @@ def test_scores_agree_with_the_cpu(fitted, cuda, monkeypatch, mode):
         detector = daf.load(path, device=cuda)
         detector.mode = mode
         found = detector.score(images(9, 1))
-    np.testing.assert_allclose(found.score, on_cpu[mode].score, rtol=1e-3)
-    np.testing.assert_allclose(found.map, on_cpu[mode].map, rtol=1e-2, atol=1e-2)
+    # A GPU's convolutions add up in another order; in emulation they are the same.
+    scores, maps = (1e-3, 1e-2) if cuda == "cuda" else (1e-6, 1e-5)
+    np.testing.assert_allclose(found.score, on_cpu[mode].score, rtol=scores)
+    np.testing.assert_allclose(found.map, on_cpu[mode].map, rtol=maps, atol=maps)
 
 
 @pytest.mark.gpu

@@ -298,7 +298,7 @@ def test_fused_steps_are_not_taken_where_gradients_are_wanted(fused, monkeypatch
         monkeypatch.setattr(ops.diffusion, "fused_steps", lambda device: True)
         assert torch.equal(gradient(run), expected) and not calls
         with torch.inference_mode():
-            torch.testing.assert_close(run.eager(x), plain.eager(x), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(run.eager(x), plain.eager(x), rtol=1e-6, atol=1e-6)
     assert len(calls) == 3
 
 
@@ -309,7 +309,7 @@ def test_fused_steps_of_a_network_that_answers_in_another_dtype(fused, answer):
     x = torch.randn(2, 3, 4, 4, device=device)
     run = ReverseLoop(Narrow(answer).to(device), NoiseSchedule().reverse_steps(500, 3))
     with torch.inference_mode():
-        torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=1e-6, atol=1e-6)
     assert [c is None for c in calls] == [answer == torch.float32] * 3
 
 
@@ -327,7 +327,7 @@ def test_a_loop_of_fused_steps_is_the_plain_one(fused, layout):
     with torch.inference_mode():
         for n in (2, 3):
             x = torch.randn(n, 5, 6, 6, device=device).to(memory_format=layout)
-            torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=1e-6, atol=1e-6)
     assert len(calls) == 8
 
 
