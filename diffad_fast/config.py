@@ -199,10 +199,11 @@ class DetectorConfig:
     """Weight of the pull towards the input (DDAD)."""
     inference_dtype: str = "auto"
     """Of a U-Net's convolutions, or the token MLP's matrix products, when scoring. `auto` is
-    settled by `fit`, and what it finds stands in the checkpoint: for the token MLP bfloat16 where a
-    GPU or AMX has matrix units for it; for U-Nets what a trial finds faster, on a GPU or a CPU with
-    instructions for bfloat16. In bfloat16 a U-Net's scores vary in the third digit with the size of
-    a batch; loaded on a CPU without these instructions it scores in float32, after a warning."""
+    settled by `fit`, and what it finds stands in the checkpoint: for the token MLP bfloat16 on a
+    GPU and on a CPU with AMX or AVX-512's dot products of it; for U-Nets what a trial finds faster,
+    on a GPU or a CPU with instructions for bfloat16. In bfloat16 a U-Net's scores vary in the third
+    digit with the size of a batch; loaded on a CPU without these instructions it scores in float32,
+    after a warning."""
 
     # Score
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)

@@ -27,6 +27,7 @@ SOURCES = Path(__file__).parents[1] / "csrc"  # in a checkout; an installed pack
 _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 # In the order of the C++ enumeration Isa.
 CPU_ISAS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
+BF16_ISAS = CPU_ISAS[3:]  # with products of bfloat16
 
 
 def implementations(name: str) -> dict[str, Callable]:

@@ -575,8 +575,10 @@ def test_the_gain_of_bfloat16_is_measured():
     assert inference._gain(daf.denoisers.create("unet-tiny", 16), torch.zeros(1, 16, 8, 8)) > 0
 
 
-@pytest.mark.parametrize("isa, chosen", [("amx", "bfloat16"), ("avx512_bf16", "float32")])
-def test_tokens_are_scored_in_bfloat16_where_matrix_units_are(monkeypatch, isa, chosen):
+@pytest.mark.parametrize(
+    "isa, chosen", [("amx", "bfloat16"), ("avx512_bf16", "bfloat16"), ("avx512", "float32")]
+)
+def test_tokens_are_scored_in_bfloat16_where_there_are_units_for_it(monkeypatch, isa, chosen):
     monkeypatch.setattr(daf.native, "cpu_isa", lambda: isa)
     images = normals(40)
     options = {**OPTIONS, "denoiser": "token-mlp", "token_width": 32, "train_steps": 2}

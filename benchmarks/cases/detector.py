@@ -149,7 +149,7 @@ def audio_case(device_type: str, n: int) -> Case:
     tone = 0.05 * torch.sin(2 * math.pi * 440 / rate * torch.arange(CLIP_SECONDS * rate))
     waves = noise(n, rate, seed=100) + tone
     contenders = {OURS: Contender(detector.score_batch), REFERENCE: Contender(reference(detector))}
-    if device_type == "cuda" or native.cpu_isa() == "amx":  # where `fit` takes it
+    if device_type == "cuda" or native.cpu_isa() in native.BF16_ISAS:  # where `fit` takes it
         contenders[f"{OURS}, bfloat16"] = Contender(
             ours(detector, in_bfloat16), dtype="bfloat16", tolerance=5e-2
         )

@@ -27,7 +27,7 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
     dtype, tolerance = (torch.bfloat16, 3e-2) if gpu else (torch.float32, 1e-4)
     for sizes in (ON_GPU if gpu else ON_CPU)[: 1 if quick else None]:
         yield _loop_case(sizes, dtype, tolerance)
-    if not gpu and native.cpu_isa() in ("avx512_bf16", "amx"):
+    if not gpu and native.cpu_isa() in native.BF16_ISAS:
         for sizes in ON_CPU[: 1 if quick else None]:
             yield _loop_case(sizes, torch.bfloat16, 3e-2, ", bfloat16 weights")
 

@@ -97,20 +97,21 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   a.weight_dtype = weight_dtype;
   Tensor x_end = empty_rows(in, tokens, a.size);
   Tensor stats = empty_rows(in, tokens, steps, state);
-  // Dot products of bfloat16 read the weights row by row as they are, all others column by column
-  // and widened.
   auto* kernel = token_mlp_loop_bf16_kernel();
   const bool dots = kernel != nullptr && weight_dtype == DType::kBFloat16 && !wide;
   if (!dots) kernel = token_mlp_loop_kernel();
+  // AMX reads the weights row by row, all others column by column.
+  const bool by_rows = dots && active_isa() == Isa::kAmx;
+  const ScalarType read_as = dots ? ScalarType::BFloat16 : state;
   const auto matrix = [&](const Tensor& w) {
-    if (dots) return filled_up(as(w, ScalarType::BFloat16));
-    return w.scalar_type() == state && by_columns(w)
+    if (by_rows) return filled_up(as(w, read_as));
+    return w.scalar_type() == read_as && by_columns(w)
                ? w
-               : as(torch::stable::transpose(w, w.dim() - 2, w.dim() - 1), state);
+               : as(torch::stable::transpose(w, w.dim() - 2, w.dim() - 1), read_as);
   };
-  a.row_in = dots ? up_to(kBf16Inputs, a.size) : a.size;
-  a.row = dots ? up_to(kBf16Inputs, a.width) : a.width;
-  a.matrix = (dots ? up_to(kBf16Outputs, a.width) : a.width) * a.row;
+  a.row_in = by_rows ? up_to(kBf16Inputs, a.size) : a.size;
+  a.row = by_rows ? up_to(kBf16Inputs, a.width) : a.width;
+  a.matrix = (by_rows ? up_to(kBf16Outputs, a.width) : a.width) * a.row;
   const Tensor kept[] = {matrix(w_in),     as(b_in, state),      matrix(w1),
                          matrix(w2),       as(b2, state),        matrix(w_out),
                          as(b_out, state), as(step_bias, state), as(table, state)};
@@ -132,8 +133,8 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
     const int64_t rounds = up_to(threads * kTokenTile, a.tokens) / kTokenTile;
     const int64_t even = threads > 1 && rounds > 0 ? (a.tokens + rounds - 1) / rounds : kTokenTile;
     const int64_t least = std::clamp(kGrain / (products + 1), kTokensOfThread, kTokenTile);
-    // Dots are those of whole vectors.
-    a.tile = std::clamp(dots ? up_to(kBf16Outputs, even) : even, least, kTokenTile);
+    // Products of AMX are those of whole vectors.
+    a.tile = std::clamp(by_rows ? up_to(kBf16Outputs, even) : even, least, kTokenTile);
     const int64_t tiles = (a.tokens + a.tile - 1) / a.tile;
     const int64_t grain = std::max<int64_t>(1, kGrain / (a.tile * products + 1));
     const auto run_tiles = [&](int64_t begin, int64_t end) {

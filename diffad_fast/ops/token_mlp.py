@@ -102,8 +102,8 @@ def token_mlp_loop(x, weights, step_bias, table):
     backward pass evaluates the reference again, with its graph.
 
     On a CPU, bfloat16 weights are multiplied by AMX or by AVX-512's dot products where the
-    processor has them, else widened; float32 and float64 weights that are ``laid_out()`` save each
-    call a copy, which for a few tokens takes longer than the rest. On a GPU, one kernel serves
+    processor has them, else widened; weights that are ``laid_out()`` save each call a copy, which
+    for a few tokens takes longer than the rest. On a GPU, one kernel serves
     bfloat16 weights of width 128 and 256, any D and blocks; ``auto`` serves the rest by the
     reference, and a backend ``cuda`` that was asked for by name refuses it.
 

@@ -51,8 +51,11 @@ class PackedTokenMLP(NamedTuple):
 
     def laid_out(self):
         """The same weights, lying in memory as ``ops.token_mlp_loop`` reads them: on a CPU matrices
-        of any dtype but bfloat16 column by column, as which a call else copies them each time."""
-        if self.W_in.device.type != "cpu" or self.W_in.dtype == torch.bfloat16:
+        column by column, but those of bfloat16 where AMX reads them; a call else copies them each
+        time."""
+        if self.W_in.device.type != "cpu" or (
+            self.W_in.dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16")
+        ):
             return self
         matrices = {name: getattr(self, name) for name in ("W_in", "W1", "W2", "W_out")}
         return self._replace(**{k: w.mT.contiguous().mT for k, w in matrices.items()})

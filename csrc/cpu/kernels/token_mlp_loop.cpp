@@ -9,15 +9,13 @@ namespace {
 
 template <class C>
 void run_tile(const TokenMlpArgs& a, int64_t first, int64_t tokens, void* scratch) {
-  // Panels take time for all of their lanes, Few for its tokens alone, but more for each: the last
+  // Panels take time for all of their lanes, Tokens for those there are, but more for each: the last
   // panel is full, or nearly. (Products in panels rely on more than half of it.)
   constexpr int64_t kPanel = 2 * kLanes<C>;
   const int64_t rest = tokens % kPanel;
   const int64_t in_panels = rest > 3 * kPanel / 4 ? tokens : tokens - rest;
   if (in_panels > 0) run(Panels<C>(a, first, in_panels), scratch);
-  for_even_blocks(tokens - in_panels, Few<C>::kMost, [&](int64_t begin, int64_t count) {
-    run(Few<C>{a, first + in_panels + begin, count}, scratch);
-  });
+  if (in_panels < tokens) run(Tokens<C>{a, first + in_panels, tokens - in_panels}, scratch);
 }
 
 }  // namespace

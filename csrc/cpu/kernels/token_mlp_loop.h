@@ -9,7 +9,7 @@ namespace diffad {
 // The most tokens of a tile. It is also the widest group of tokens that a kernel works on at once:
 // two vectors of 16 floats.
 constexpr int64_t kTokenTile = 32;
-// What rows of bfloat16 weights, and numbers of rows, are filled up to.
+// What AMX has rows of weights, and numbers of rows, filled up to.
 constexpr int64_t kBf16Inputs = 32;
 constexpr int64_t kBf16Outputs = 16;
 
@@ -22,14 +22,14 @@ struct TokenMlpArgs {
   int64_t size, width, blocks;  // D, W, B
   DType dtype;                  // of x and x_end
   DType weight_dtype;           // what the inputs of matrix products are rounded to
-  // Inputs of a row of W_in, and of the other matrices, in bf16 with those filled up.
+  // Inputs of W_in, and of the other matrices; for AMX with those filled up.
   int64_t row_in, row;
   int64_t matrix;  // elements from matrix to matrix
   const void* x;
   int64_t x_stride;  // elements between tokens; the elements of a token lie side by side
   void* x_end;       // (M, D); with levels, that of the first
   // (tokens, steps), and everything below, in compute_t of `dtype`, contiguous, the matrices column
-  // by column; in token_mlp_loop_bf16 these are of bf16 and lie row by row.
+  // by column; in token_mlp_loop_bf16 these are of bf16, and for AMX lie row by row.
   void* stats;
   const void *w_in, *b_in, *w1, *w2, *b2, *w_out, *b_out, *step_bias, *table;
 };

@@ -1,16 +1,15 @@
 // token_mlp_loop for bfloat16 weights, by the processor's dot products of pairs: pairs of
 // neighbouring inputs are multiplied and added to a sum in float32.
 //
-// Weights are read where they lie, (outputs, inputs) row by row: two neighbouring inputs of an
-// output are a pair already. An operand has the pairs of features (2 k, 2 k + 1), k by k: in a panel
-// each as a vector whose lanes are tokens, of a single token as its features side by side.
-// Rows of weights and operands are filled with zeros to whole groups of kInputs, matrices to whole
-// blocks of kOutputs (padded in the operator).
-//
+//   avx512_bf16  each output of a product is one chain of dot products over the pairs in their order,
+//                see `products` in token_mlp_tile.h.
 //   amx          D (16 outputs x 16 tokens) += A (16 outputs x 16 pairs) B (16 pairs x 16 tokens) is
-//                one instruction, with A a piece of the weights and B a piece of the operand just as
-//                they lie. A single token is a B of one column: its sums are those of a panel.
-//   avx512_bf16  each output of a product is one chain of dot products over the pairs in their order.
+//                one instruction. Weights, A, lie (outputs, inputs) row by row, where two neighbouring
+//                inputs of an output are a pair already. An operand, B, has the pairs of features
+//                (2 k, 2 k + 1), k by k: in a panel each as a vector whose lanes are tokens, of a
+//                single token, which is a B of one column and has the sums of a panel, as its features
+//                side by side. Rows of weights and operands are filled with zeros to whole groups of
+//                kInputs, matrices to whole blocks of kOutputs (padded in the operator).
 #include "token_mlp_tile.h"
 
 #if !defined(__AVX512BF16__)
@@ -18,6 +17,9 @@
 #endif
 
 namespace diffad::DIFFAD_ISA {
+
+#if defined(__AMX_BF16__)
+
 namespace {
 
 using Pair = uint32_t;  // the even feature in the low half
@@ -42,8 +44,6 @@ DIFFAD_SIMD void store_pairs(Pair* p, Vec<float> even, Vec<float> odd) {
 }
 
 // -------------------------------------------------------------------- products
-
-#if defined(__AMX_BF16__)
 
 // Tiles of 16 rows; those of the operand and of the sums have so many columns.
 struct Session {
@@ -102,7 +102,7 @@ DIFFAD_SIMD void products(const bf16* w, int64_t row, const Pair* in, float* sum
 
 // R blocks of outputs of a single token.
 template <int R>
-DIFFAD_SIMD void products_of_one(const bf16* w, int64_t row, const Pair* in, float* sums) {
+DIFFAD_SIMD void products_of_one(const bf16* w, int64_t row, const bf16* in, float* sums) {
   const int64_t row_bytes = row * 2;
   settle_memory();
   _tile_zero(0);
@@ -110,7 +110,7 @@ DIFFAD_SIMD void products_of_one(const bf16* w, int64_t row, const Pair* in, flo
   if constexpr (R > 2) _tile_zero(2);
   if constexpr (R > 3) _tile_zero(3);
   for (int64_t k = 0; k < row; k += kInputs) {
-    _tile_loadd(7, in + k / 2, 4);
+    _tile_loadd(7, in + k, 4);
     _tile_loadd(4, w + k, row_bytes);
     _tile_dpbf16ps(0, 4, 7);
     if constexpr (R > 1) {
@@ -131,65 +131,6 @@ DIFFAD_SIMD void products_of_one(const bf16* w, int64_t row, const Pair* in, flo
   if constexpr (R > 2) _tile_stored(2, sums + 2 * kOutputs, 4);
   if constexpr (R > 3) _tile_stored(3, sums + 3 * kOutputs, 4);
 }
-
-#else
-
-struct Session {
-  explicit Session(int) {}
-};
-
-DIFFAD_SIMD Vec<float> add_products(Vec<float> sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-DIFFAD_SIMD __m512i splat_pair(const void* p) {
-  int pair;
-  std::memcpy(&pair, p, sizeof(pair));
-  return _mm512_set1_epi32(pair);
-}
-
-template <int R, int V>
-DIFFAD_SIMD void products(const bf16* w, int64_t row, const Pair* in, float* sums) {
-  constexpr int kRows = 8;  // 16 sums in registers keep the units busy
-  for (int first = 0; first < R * kOutputs; first += kRows) {
-    Vec<float> sum[kRows][V] = {};
-    for (int64_t k = 0; k < row / 2; ++k) {
-      __m512i x[V];
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) x[v] = _mm512_loadu_si512(in + (k * V + v) * L);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const __m512i number = splat_pair(w + (first + r) * row + 2 * k);
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[r][v] = add_products(sum[r][v], number, x[v]);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < V; ++v) store(sums + ((first + r) * V + v) * L, sum[r][v]);
-    }
-  }
-}
-
-// The lanes are outputs: squares of pairs are transposed on their way.
-template <int R>
-DIFFAD_SIMD void products_of_one(const bf16* w, int64_t row, const Pair* in, float* sums) {
-  Vec<float> sum[R] = {};
-  for (int64_t k = 0; k < row; k += kInputs) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      Vec<float> square[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) square[i] = _mm512_loadu_ps(w + (r * kOutputs + i) * row + k);
-      transpose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        sum[r] = add_products(sum[r], bits<__m512i>(square[i]), splat_pair(in + k / 2 + i));
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) store(sums + r * kOutputs, sum[r]);
-}
-
-#endif
 
 // ---------------------------------------------------------------------- panels
 
@@ -324,23 +265,13 @@ struct PairPanels : Panels<float> {
 
 // ---------------------------------------------------------------------- single
 
-// Of one token.
-struct PairSingle : Few<float> {
-  using Weight = bf16;
-  using Operand = Pair;
-
-  void round(DType, Pair*, int64_t) const {}
-
+// Of one token: its features side by side are pairs.
+struct PairSingle : Tokens<float, bf16> {
+  // Calls f(first output, how many are left, the sums of a vector).
   template <class F>
-  DIFFAD_SIMD void for_products(const bf16* w, int64_t out_features, int64_t row, const Pair* in,
+  DIFFAD_SIMD void for_products(const bf16* w, int64_t out_features, int64_t row, const bf16* in,
                                 F&& f) const {
-#if defined(__AMX_BF16__)
     constexpr int kBlocks = 4;
-#else
-    // With more, so many rows are read at once that their lines push each other out of the
-    // first-level cache: rows lie powers of two apart.
-    constexpr int kBlocks = 2;
-#endif
     alignas(64) float sums[kBlocks * kOutputs];
     for (int64_t o = 0; o < out_features; o += kBlocks * kOutputs) {
       const int64_t n = out_features - o < kBlocks * kOutputs ? out_features - o : kBlocks * kOutputs;
@@ -355,7 +286,7 @@ struct PairSingle : Few<float> {
     return left < L ? load_partial(bias, left) : load(bias);
   }
 
-  void linear(const bf16* w, int64_t out_features, int64_t row, const Pair* in, const float* bias,
+  void linear(const bf16* w, int64_t out_features, int64_t row, const bf16* in, const float* bias,
               bool add, float* out) const {
     for_products(w, out_features, row, in, [&](int64_t o, int64_t left, Vec<float> sum) {
       Vec<float> y = sum + bias_of(bias + o, left);
@@ -364,14 +295,13 @@ struct PairSingle : Few<float> {
     });
   }
 
-  void linear_silu(const bf16* w, int64_t out_features, int64_t row, const Pair* in,
-                   const Rows& biases, Pair* out) const {
+  void linear_silu(const bf16* w, int64_t out_features, int64_t row, const bf16* in,
+                   const Rows& biases, bf16* out) const {
     const float* bias = biases.of(0);
-    bf16* to = reinterpret_cast<bf16*>(out);
     for_products(w, out_features, row, in, [&](int64_t o, int64_t left, Vec<float> sum) {
-      store(to + o, silu(sum + bias_of(bias + o, left)));
+      store_operand(out + o, silu(sum + bias_of(bias + o, left)));
     });
-    fill(out_features, to);
+    fill(out_features, out);
   }
 
   // Zeros past the last feature: lanes without one hold anything.
@@ -379,21 +309,13 @@ struct PairSingle : Few<float> {
     std::memset(out + features, 0, (2 * pairs_of(features) - features) * sizeof(bf16));
   }
 
-  void scale(int64_t step, const float* x, int64_t features, Pair* out) const {
-    bf16* to = reinterpret_cast<bf16*>(out);
-    const Vec<float> factor = row_of<float>(a, step, first, false).c_in;
-    for (int64_t f = 0; f < features; f += L) store(to + f, factor * load(x + f));
-    fill(features, to);
+  void scale(int64_t step, const float* x, int64_t features, bf16* out) const {
+    Tokens::scale(step, x, features, out);
+    fill(features, out);
   }
-
-  void layer_norm(const float* h, int64_t features, bool with_silu, Pair* out) const {
-    bf16* to = reinterpret_cast<bf16*>(out);
-    const auto [mean, scale] = moments(h, features);
-    for (int64_t f = 0; f < features; f += L) {
-      const Vec<float> y = (load(h + f) - mean) * scale;
-      store(to + f, with_silu ? silu(y) : y);
-    }
-    fill(features, to);
+  void layer_norm(const float* h, int64_t features, bool with_silu, bf16* out) const {
+    Tokens::layer_norm(h, features, with_silu, out);
+    fill(features, out);
   }
 };
 
@@ -410,5 +332,15 @@ void token_mlp_loop_bf16(const TokenMlpArgs& args, void* scratch, int64_t begin,
     }
   });
 }
+
+#else
+
+void token_mlp_loop_bf16(const TokenMlpArgs& args, void* scratch, int64_t begin, int64_t end) {
+  for_tiles(args, begin, end, [&](int64_t first, int64_t tokens) {
+    run(Tokens<float, bf16>{args, first, tokens}, scratch);
+  });
+}
+
+#endif
 
 }  // namespace diffad::DIFFAD_ISA

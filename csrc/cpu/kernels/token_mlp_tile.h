@@ -1,11 +1,11 @@
 // The loop of token_mlp_loop over a tile of tokens, and the two layouts of a tile that serve it; a
 // token has the same bits in both:
 //   Panels  the lanes of a vector are tokens, and weights are broadcast, a number at a time.
-//   Few     for some tokens, the lanes are features, and weights are read as vectors of outputs.
-// Both read float32 and float64 matrices (inputs, outputs), where the outputs of an input lie side
-// by side; both know the arguments of the call and their first token.
-// Each output of a product is one chain of fma over the inputs in their order, and each sum over
-// features runs in kLanes chains (feature f in chain f mod kLanes) that are then folded in half
+//   Tokens  the lanes are features, and weights are read as vectors of outputs: for fewer tokens than
+//           a panel has, and for weights in bfloat16, of which two inputs go into a product at once.
+// Both read matrices (inputs, outputs), where the outputs of an input lie side by side; both know the
+// arguments of the call and their first token.
+// Each output of a product is one chain over the inputs in their order, and each sum over features runs in kLanes chains (feature f in chain f mod kLanes) that are then folded in half
 // until one is left. So a token's result depends neither on its place in x nor on other tokens.
 #pragma once
 
@@ -293,18 +293,134 @@ struct Panels {
   }
 };
 
-// ------------------------------------------------------------------------- few
+// ---------------------------------------------------------------------- tokens
 
-// Some tokens, up to kMost: an array is their features one token after another, each filled up to
-// whole vectors.
-template <class C>
-struct Few {
+// Of `inputs` rows of `row` outputs, how many leave something behind them when `lanes` are read of
+// the last outputs, of which there are `rest`, or more than lanes. What is read past the outputs of
+// an input are those of the next one, for lanes that nobody reads.
+DIFFAD_SIMD int64_t read_whole(int64_t inputs, int64_t row, int64_t rest, int64_t lanes) {
+  const int64_t missing = rest < lanes ? (lanes - rest + row - 1) / row : 0;
+  return inputs > missing ? inputs - missing : 0;
+}
+
+// sum[n][t] = sum over k < inputs of vector n of w[k * row] times in[t * length + k]: one chain of
+// fma over k in its order. There are `rest` outputs in these vectors and behind them.
+template <int N, int T, class C>
+DIFFAD_SIMD void products(const C* w, int64_t row, int64_t rest, int64_t inputs, const C* in,
+                          int64_t length, Vec<compute_t<C>> (&sum)[N][T]) {
+  constexpr int L = kLanes<C>;
+  const auto add = [&](int64_t k, auto&& last) {
+    Vec<C> weights[N];
+    const C* from = w + k * row;
+#pragma GCC unroll 16
+    for (int n = 0; n + 1 < N; ++n) weights[n] = load(from + n * L);
+    weights[N - 1] = last(from + (N - 1) * L);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const Vec<C> number = splat(in[t * length + k]);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) sum[n][t] = fma(weights[n], number, sum[n][t]);
+    }
+  };
+  rest -= (N - 1) * L;
+  const int64_t whole = read_whole(inputs, row, rest, L);
+  for (int64_t k = 0; k < whole; ++k) add(k, [](const C* from) { return load(from); });
+  for (int64_t k = whole; k < inputs; ++k) {
+    add(k, [&](const C* from) { return load_partial(from, rest); });
+  }
+}
+
+DIFFAD_SIMD void store_operand(float* p, Vec<float> v) { store(p, v); }
+DIFFAD_SIMD void store_operand(double* p, Vec<double> v) { store(p, v); }
+
+#if defined(__AVX512BF16__)
+// Rounds as `store`, only that numbers below the normal ones become zero, which the products take
+// them for.
+DIFFAD_SIMD void store_operand(bf16* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+}
+
+// The pair of inputs at p, or the one and zero, in every lane.
+DIFFAD_SIMD __m512bh splat_pair(const bf16* p, bool both) {
+  int pair = p->x;
+  if (both) std::memcpy(&pair, p, sizeof(pair));
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+// The same by dot products: one chain over the pairs of inputs (2 k, 2 k + 1) in their order. Two
+// inputs of two vectors of outputs are interleaved within 128 bits: the sums of outputs 0 to 3, 8 to
+// 11, .. 24 to 27 come into the first vector, the others into the second.
+template <int N, int T>
+DIFFAD_SIMD void products(const bf16* w, int64_t row, int64_t rest, int64_t inputs, const bf16* in,
+                          int64_t length, Vec<float> (&sum)[N][T]) {
+  static_assert(N % 2 == 0);
+  constexpr int L = 2 * kLanes<float>, kUnits = N / 2;
+  rest -= (kUnits - 1) * L;  // of the last two vectors
+  const __mmask32 last = rest < L ? (1u << rest) - 1 : ~0u;
+  // The inputs k of every third token: an address reaches the next two by a scaled index, while a
+  // pointer to each, which compilers like, would not fit the registers.
+  constexpr int kThirds = (T + 2) / 3;
+  const bf16* tokens[kThirds];
+#pragma GCC unroll 4
+  for (int i = 0; i < kThirds; ++i) tokens[i] = in + 3 * i * length;
+  const auto add = [&](int64_t k, __mmask32 lanes, bool both) __attribute__((always_inline)) {
+    __m512bh first[kUnits], second[kUnits];
+#pragma GCC unroll 8
+    for (int n = 0; n < kUnits; ++n) {
+      const bf16* from = w + k * row + n * L;
+      const __mmask32 there = n + 1 < kUnits ? ~0u : lanes;
+      const __m512i even = _mm512_maskz_loadu_epi16(there, from);
+      const __m512i odd = _mm512_maskz_loadu_epi16(both ? there : 0, from + row);
+      first[n] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
+      second[n] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const __m512bh pair = splat_pair(tokens[t / 3] + t % 3 * length, both);
+#pragma GCC unroll 8
+      for (int n = 0; n < kUnits; ++n) {
+        sum[2 * n][t] = _mm512_dpbf16_ps(sum[2 * n][t], first[n], pair);
+        sum[2 * n + 1][t] = _mm512_dpbf16_ps(sum[2 * n + 1][t], second[n], pair);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kThirds; ++i) {
+      tokens[i] += 2;
+      asm("" : "+r"(tokens[i]));  // computes none of them from another one
+    }
+  };
+  const int64_t whole = read_whole(inputs, row, rest, L);
+  int64_t k = 0;
+  for (; k + 1 < whole; k += 2) add(k, ~0u, true);
+  for (; k + 1 < inputs; k += 2) add(k, last, true);
+  if (k < inputs) add(k, last, false);
+  const __m512i low = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n += 2) {
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const __m512 a = sum[n][t], b = sum[n + 1][t];
+      sum[n][t] = _mm512_permutex2var_ps(a, low, b);
+      sum[n + 1][t] = _mm512_permutex2var_ps(a, high, b);
+    }
+  }
+}
+#endif
+
+// Some tokens: an array is their features one token after another, each filled up to whole vectors.
+// Weights, and what is multiplied by them, are of W.
+template <class C, class W = C>
+struct Tokens {
+  static_assert(kTokenTile % kLanes<C> == 0);
   using Number = C;
-  using Weight = C;
-  using Operand = C;
+  using Weight = W;
+  using Operand = W;
   static constexpr int L = kLanes<C>;
-  // With two vectors of outputs of each, their sums fill the registers.
+  // Tokens of a product: with two vectors of outputs of each, their sums fill the registers.
   static constexpr int kMost = kPairRows;
+  // Vectors of outputs that are read at once.
+  static constexpr int kUnit = sizeof(W) == 2 ? 2 : 1;
   const TokenMlpArgs& a;
   int64_t first;
   int64_t tokens;
@@ -316,7 +432,10 @@ struct Few {
   struct Rows {
     const C* numbers;
     int64_t first, levels, next;
-    const C* of(int64_t token) const { return numbers + (first + token) % levels * next; }
+    const C* of(int64_t token) const {
+      return levels == 1 ? numbers : numbers + (first + token) % levels * next;
+    }
+    Rows from(int64_t token) const { return {numbers, first + token, levels, next}; }
   };
   // The biases of a step in a block.
   Rows step_biases(int64_t step, int64_t block, C*) const {
@@ -325,91 +444,79 @@ struct Few {
     return {numbers + (a.levels == 1 ? step * next : 0), first, a.levels, next};
   }
 
-  // N vectors of outputs of T tokens from `o` on, of which the last may be short.
-  template <int N, int T>
-  static void block(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
-                    const Rows& biases, After after, C* out) {
-    const int64_t in_length = length(inputs), out_length = length(out_features);
-    const int64_t rest = out_features - o - (N - 1) * L;  // of the last vector, or more
+  // N vectors of outputs of T tokens from `o` on. The last of kUnit vectors may be short, or miss.
+  template <int N, int T, class To>
+  static void block(const W* w, int64_t o, int64_t out_features, int64_t inputs, const W* in,
+                    const Rows& biases, After after, To* out) {
+    const int64_t out_length = length(out_features);
     Vec<C> sum[N][T] = {};
-    const auto add = [&](int64_t k, auto&& last) {
-      Vec<C> weights[N];
-      const C* from = w + k * out_features + o;
-#pragma GCC unroll 16
-      for (int n = 0; n + 1 < N; ++n) weights[n] = load(from + n * L);
-      weights[N - 1] = last(from + (N - 1) * L);
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        const Vec<C> number = splat(in[t * in_length + k]);
-#pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) sum[n][t] = fma(weights[n], number, sum[n][t]);
-      }
-    };
-    // What is read past the outputs of an input are those of the next one, for lanes that nobody
-    // reads: only behind the last inputs there may be nothing.
-    const int64_t missing = rest < L ? (L - rest + out_features - 1) / out_features : 0;
-    const int64_t whole = inputs > missing ? inputs - missing : 0;
-    for (int64_t k = 0; k < whole; ++k) add(k, [](const C* from) { return load(from); });
-    for (int64_t k = whole; k < inputs; ++k) {
-      add(k, [&](const C* from) { return load_partial(from, rest); });
-    }
+    products(w + o, out_features, out_features - o, inputs, in, length(inputs), sum);
+    alignas(64) C sums[N][T][L];  // asked for one of them, the compiler would keep `sum` here
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      const int64_t from = o + n * L;
-      for (int t = 0; t < T; ++t) {
-        C* to = out + t * out_length + from;
-        const C* bias = biases.of(t) + from;
-        Vec<C> y = sum[n][t] + (n + 1 < N || rest >= L ? load(bias) : load_partial(bias, rest));
-        if (after == After::kAddToOutput) y += load(to);
-        store(to, y);
-      }
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) store(sums[n][t], sum[n][t]);
     }
-    if (after != After::kSilu) return;
-    for (int t = 0; t < T; ++t) {
-      C* to = out + t * out_length + o;
-      for (int64_t i = 0; i < N * L; i += L) store(to + i, silu(load(to + i)));
+    for (int n = 0; n < N; ++n) {
+      const int64_t at = o + n * L, rest = out_features - at;
+      if (rest <= 0) break;
+      for (int t = 0; t < T; ++t) {
+        const C* bias = biases.of(t) + at;
+        To* to = out + t * out_length + at;
+        Vec<C> y = load(sums[n][t]) + (rest < L ? load_partial(bias, rest) : load(bias));
+        if constexpr (std::is_same_v<To, C>) {
+          if (after == After::kAddToOutput) y += load(to);
+        }
+        store_operand(to, after == After::kSilu ? silu(y) : y);
+      }
     }
   }
 
   // As many blocks of N vectors from `o` on as there are, then smaller ones.
-  template <int N, int T>
-  static void blocks(const C* w, int64_t o, int64_t out_features, int64_t inputs, const C* in,
-                     const Rows& biases, After after, C* out) {
-    for (; o + (N - 1) * L < out_features; o += N * L) {
+  template <int N, int T, class To>
+  static void blocks(const W* w, int64_t o, int64_t out_features, int64_t inputs, const W* in,
+                     const Rows& biases, After after, To* out) {
+    for (; o + (N - kUnit) * L < out_features; o += N * L) {
       block<N, T>(w, o, out_features, inputs, in, biases, after, out);
     }
-    if constexpr (N > 1) blocks<N / 2, T>(w, o, out_features, inputs, in, biases, after, out);
+    if constexpr (N > kUnit) blocks<N / 2, T>(w, o, out_features, inputs, in, biases, after, out);
   }
 
   // The largest up to n.
   static constexpr int power_of_two(int n) { return n > 1 ? 2 * power_of_two(n / 2) : 1; }
 
-  void product(const C* w, int64_t out_features, int64_t in_features, const C* in,
-               const Rows& biases, After after, C* out) const {
-    with_rows<kMost>(tokens, [&](auto count) {
-      // All sums stay in registers.
-      constexpr int N = power_of_two(2 * kPairRows / count);
-      blocks<N, count>(w, 0, out_features, in_features, in, biases, after, out);
+  template <class To>
+  void product(const W* w, int64_t out_features, int64_t in_features, const W* in,
+               const Rows& biases, After after, To* out) const {
+    for_even_blocks(tokens, kMost, [&](int64_t begin, int64_t count) {
+      with_rows<kMost>(count, [&](auto some) {
+        // All sums stay in registers.
+        constexpr int N = power_of_two(2 * kPairRows / some);
+        blocks<N, some>(w, 0, out_features, in_features, in + begin * length(in_features),
+                        biases.from(begin), after, out + begin * length(out_features));
+      });
     });
   }
 
-  void linear(const C* w, int64_t out_features, int64_t in_features, const C* in, const C* bias,
+  void linear(const W* w, int64_t out_features, int64_t in_features, const W* in, const C* bias,
               bool add, C* out) const {
     product(w, out_features, in_features, in, {bias, 0, 1, 0},
             add ? After::kAddToOutput : After::kNothing, out);
   }
-  void linear_silu(const C* w, int64_t out_features, int64_t in_features, const C* in,
-                   const Rows& biases, C* out) const {
+  void linear_silu(const W* w, int64_t out_features, int64_t in_features, const W* in,
+                   const Rows& biases, W* out) const {
     product(w, out_features, in_features, in, biases, After::kSilu, out);
   }
-  void scale(int64_t step, const C* x, int64_t features, C* out) const {
+  void scale(int64_t step, const C* x, int64_t features, W* out) const {
     for_tokens(features, [&](int64_t t, int64_t begin) {
       const Vec<C> factor = row_of<C>(a, step, first + t, false).c_in;
-      for (int64_t f = begin; f < begin + features; f += L) store(out + f, factor * load(x + f));
+      for (int64_t f = begin; f < begin + features; f += L) {
+        store_operand(out + f, factor * load(x + f));
+      }
     });
   }
-  void round(DType dtype, C* array, int64_t features) const {
-    round_to(dtype, array, numbers(features));
+  void round(DType dtype, W* array, int64_t features) const {
+    if constexpr (std::is_same_v<W, C>) round_to(dtype, array, numbers(features));
   }
 
   // Calls f(token, where its features begin).
@@ -418,36 +525,57 @@ struct Few {
     for (int64_t t = 0; t < tokens; ++t) f(t, t * length(features));
   }
 
-  template <class F>
-  static DIFFAD_SIMD C sum_over(int64_t features, F&& term) {
-    Vec<C> sum = {};
+  // sum[i] = sum of term(i, f) over the features, for G tokens.
+  template <int G, class F>
+  static DIFFAD_SIMD void sum_over(int64_t features, F&& term, C* sum) {
+    Vec<C> sums[G] = {};
     int64_t f = 0;
-    for (; f + L <= features; f += L) sum += term(f);
-    if (f < features) {
-      const Vec<C> rest = term(f);
-      C lanes[L] = {};
-      for (int i = 0; f + i < features; ++i) lanes[i] = rest[i];
-      sum += load(lanes);
+    for (; f + L <= features; f += L) {
+#pragma GCC unroll 4
+      for (int i = 0; i < G; ++i) sums[i] += term(i, f);
     }
-    return sum_of_lanes(sum);
+#pragma GCC unroll 4
+    for (int i = 0; i < G; ++i) {
+      if (f < features) {
+        const Vec<C> rest = term(i, f);
+        C lanes[L] = {};
+        for (int j = 0; f + j < features; ++j) lanes[j] = rest[j];
+        sums[i] += load(lanes);
+      }
+      sum[i] = sum_of_lanes(sums[i]);
+    }
   }
 
-  static DIFFAD_SIMD Moments<C> moments(const C* h, int64_t features) {
+  // sum[t] = sum of term(t, f) for all tokens, some at a time, which need not wait for each other.
+  template <class F>
+  DIFFAD_SIMD void sums_over(int64_t features, F&& term, C* sum) const {
+    constexpr int G = 4;
+    int64_t t = 0;
+    for (; t + G <= tokens; t += G) {
+      sum_over<G>(features, [&](int i, int64_t f) { return term(t + i, f); }, sum + t);
+    }
+    for (; t < tokens; ++t) {
+      sum_over<1>(features, [&](int, int64_t f) { return term(t, f); }, sum + t);
+    }
+  }
+
+  void layer_norm(const C* h, int64_t features, bool with_silu, W* out) const {
     const C count = static_cast<C>(features);
-    const Vec<C> mean = splat(sum_over(features, [&](int64_t f) { return load(h + f); }) / count);
-    const C squares = sum_over(features, [&](int64_t f) {
-      const Vec<C> centred = load(h + f) - mean;
+    C mean[kTokenTile] = {}, scale[kTokenTile] = {};
+    sums_over(features, [&](int64_t t, int64_t f) { return load(h + t * length(features) + f); },
+              mean);
+    for (int64_t t = 0; t < tokens; t += L) store(mean + t, load(mean + t) / count);
+    sums_over(features, [&](int64_t t, int64_t f) {
+      const Vec<C> centred = load(h + t * length(features) + f) - mean[t];
       return centred * centred;
-    });
-    return {mean, 1 / sqrt(splat(squares / count) + splat(C(kEps)))};
-  }
-
-  void layer_norm(const C* h, int64_t features, bool with_silu, C* out) const {
-    for_tokens(features, [&](int64_t, int64_t begin) {
-      const auto [mean, scale] = moments(h + begin, features);
+    }, scale);
+    for (int64_t t = 0; t < tokens; t += L) {
+      store(scale + t, 1 / sqrt(load(scale + t) / count + splat(C(kEps))));
+    }
+    for_tokens(features, [&](int64_t t, int64_t begin) {
       for (int64_t f = begin; f < begin + features; f += L) {
-        const Vec<C> y = (load(h + f) - mean) * scale;
-        store(out + f, with_silu ? silu(y) : y);
+        const Vec<C> y = (load(h + f) - mean[t]) * scale[t];
+        store_operand(out + f, with_silu ? silu(y) : y);
       }
     });
   }
@@ -455,9 +583,10 @@ struct Few {
   void update_all(int64_t step, C* x, const C* m, int64_t features) const {
     for_tokens(features, [&](int64_t t, int64_t begin) {
       const Row<C> row = row_of<C>(a, step, first + t, false);
-      const C sum = sum_over(features, [&](int64_t f) {
+      C sum;
+      sum_over<1>(features, [&](int, int64_t f) {
         return update(row, x + begin + f, m + begin + f);
-      });
+      }, &sum);
       static_cast<C*>(a.stats)[(first + t) * a.steps + step] = sum / static_cast<C>(features);
     });
   }
