@@ -117,7 +117,9 @@ def _amx(folder: Path) -> list[tuple[Path, list[str]]]:
     units = []
     for path in (CSRC / "ops.cpp", cpu / "token_mlp_loop.cpp"):
         unit = folder / f"{path.stem}.cpp"
-        source = re.sub(r"(LIBRARY(_IMPL)?)\(diffad_fast,", r"\1(diffad_fast_amx,", path.read_text())
+        source = re.sub(
+            r"(LIBRARY(_IMPL)?)\(diffad_fast,", r"\1(diffad_fast_amx,", path.read_text()
+        )
         unit.write_text(source.replace('"../common/', f'"{CSRC}/common/'))
         units.append((unit, include))
     avx512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")] + ["-mfma", "-mf16c", "-w"]
