@@ -6,6 +6,7 @@ import pkgutil
 import pytest
 
 from diffad_fast.ops import dispatch
+from tests import interpreter
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,4 +36,15 @@ def _quick_interpreter():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _watched_interpreter():
+    """What a kernel reads or writes where it must not fails the test."""
+    if not dispatch.INTERPRETER or "triton" in dispatch.unavailable():
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter.install(patch)
         yield
