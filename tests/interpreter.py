@@ -6,8 +6,8 @@ of, by its sizes and strides; addresses that are no multiple of the element's si
 of a launch writes and another one reads or writes, even if the value is the same, since on a GPU
 they run at once; and lanes of one store that write different values to one place.
 
-Not found are missing barriers inside a program, which the compiler places, and races through atomics,
-which no kernel uses: their addresses are checked, no more.
+Not found are missing barriers inside a program, which the compiler places, and races with atomics,
+which no kernel uses: of these only the addresses are checked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Storage:
     """Who wrote and who read each cell of memory, a cell being the smallest element kept in it."""
 
     def __init__(self, tensor: torch.Tensor):
-        self.start, self.size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        self.start, self.size = storage.data_ptr(), storage.nbytes()
         self.cell = tensor.element_size()
         self._programs: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -185,8 +186,8 @@ class Watch:
         return tuple(int(i) for i in found)
 
     def _argument(self, pointer: int) -> Argument | None:
-        number = pointer >> 48
-        return self.launch.arguments[number - 1] if 0 < number <= len(self.launch.arguments) else None
+        number, arguments = pointer >> 48, self.launch.arguments
+        return arguments[number - 1] if 0 < number <= len(arguments) else None
 
     def _fault(self, what: str, pointers: np.ndarray, why: str | None):
         """Raise MemoryFault for the first of these pointers."""
