@@ -202,8 +202,8 @@ class DetectorConfig:
     settled by `fit`, and what it finds stands in the checkpoint: for the token MLP bfloat16 on a
     GPU and on a CPU with AMX or AVX-512's dot products of it; for U-Nets what a trial finds faster,
     on a GPU or a CPU with instructions for bfloat16. In bfloat16 a U-Net's scores vary in the third
-    digit with the size of a batch; loaded on a CPU without these instructions it scores in float32,
-    after a warning."""
+    digit with the size of a batch, a recording's in the fourth. Loaded on a CPU without these
+    instructions, a U-Net scores in float32, after a warning, and a token MLP as before, slowly."""
 
     # Score
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)

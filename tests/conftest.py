@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,30 @@ def by_threads():
 
     yield result
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fenced():
+    """Copies a tensor to where memory ends (or begins): a read beyond it ends the process."""
+    libc, nothing, kept = ctypes.CDLL(None), 0, []
+
+    def copy(x: torch.Tensor, end: bool) -> torch.Tensor:
+        dense = x if x.is_contiguous() else x.mT  # a matrix column by column
+        page, used = mmap.PAGESIZE, dense.numel() * dense.element_size()
+        size = -(-used // page) * page
+        area = mmap.mmap(-1, size + 2 * page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        for edge in (start, start + page + size):
+            assert libc.mprotect(ctypes.c_void_p(edge), page, nothing) == 0
+        kept.append((area, start, size + 2 * page))
+        at = page + (size - used if end else 0)
+        copied = torch.frombuffer(area, dtype=dense.dtype, count=dense.numel(), offset=at)
+        copied = copied.view(dense.shape).copy_(dense)
+        return copied if x.is_contiguous() else copied.mT
+
+    yield copy
+    for _, start, size in kept:
+        libc.mprotect(ctypes.c_void_p(start), size, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @pytest.fixture

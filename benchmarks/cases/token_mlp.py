@@ -38,13 +38,14 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
 def _loop_case(sizes, dtype, tolerance, name="") -> Case:
     """All steps of the loop. Narrow weights on a CPU are compared with wide ones too."""
     from diffad_fast import reference
+    from diffad_fast.ops.token_mlp import laid_out
 
     def wide(inputs):
         return map_tensors(lambda x: x.float(), inputs)
 
-    def laid_out(inputs):
+    def prepared(inputs):
         x, weights, bias, table = inputs
-        return x, weights.laid_out(), bias, table
+        return x, laid_out(weights), bias, table
 
     tokens, d, width, blocks, steps = sizes
     products = 2 * d * width + 2 * blocks * width**2
@@ -65,7 +66,7 @@ def _loop_case(sizes, dtype, tolerance, name="") -> Case:
         batch=tokens,
         unit="token",
     )
-    ours = replace(case.contenders[OURS], prepare=laid_out)
+    ours = replace(case.contenders[OURS], prepare=prepared)
     return replace(case, contenders=case.contenders | {OURS: ours})
 
 

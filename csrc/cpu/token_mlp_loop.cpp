@@ -39,12 +39,12 @@ bool by_columns(const Tensor& w) {
          (axis == 0 || w.stride(0) == rows * w.size(axis + 1));
 }
 
-// (..., rows, columns) with zeros to whole blocks of rows and groups of columns; `w` itself where it
-// has them.
+// (..., rows, columns) with zeros to whole blocks of rows and groups of columns; `w` itself where
+// it has them.
 Tensor filled_up(const Tensor& w) {
   const int64_t axis = w.dim() - 2;
   const int64_t rows = w.size(axis), columns = w.size(axis + 1);
-  const int64_t more_rows = up_to(kBf16Outputs, rows), more_columns = up_to(kBf16Inputs, columns);
+  const int64_t more_rows = up_to(kAmxOutputs, rows), more_columns = up_to(kAmxInputs, columns);
   if (rows == more_rows && columns == more_columns) return w;
   const int64_t matrices = axis == 1 ? w.size(0) : 1;
   const Tensor filled = torch::stable::new_zeros(w, {matrices, more_rows, more_columns});
@@ -109,9 +109,9 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
                ? w
                : as(torch::stable::transpose(w, w.dim() - 2, w.dim() - 1), read_as);
   };
-  a.row_in = by_rows ? up_to(kBf16Inputs, a.size) : a.size;
-  a.row = by_rows ? up_to(kBf16Inputs, a.width) : a.width;
-  a.matrix = (by_rows ? up_to(kBf16Outputs, a.width) : a.width) * a.row;
+  a.row_in = by_rows ? up_to(kAmxInputs, a.size) : a.size;
+  a.row = by_rows ? up_to(kAmxInputs, a.width) : a.width;
+  a.matrix = (by_rows ? up_to(kAmxOutputs, a.width) : a.width) * a.row;
   const Tensor kept[] = {matrix(w_in),     as(b_in, state),      matrix(w1),
                          matrix(w2),       as(b2, state),        matrix(w_out),
                          as(b_out, state), as(step_bias, state), as(table, state)};
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
     const int64_t even = threads > 1 && rounds > 0 ? (a.tokens + rounds - 1) / rounds : kTokenTile;
     const int64_t least = std::clamp(kGrain / (products + 1), kTokensOfThread, kTokenTile);
     // Products of AMX are those of whole vectors.
-    a.tile = std::clamp(by_rows ? up_to(kBf16Outputs, even) : even, least, kTokenTile);
+    a.tile = std::clamp(by_rows ? up_to(kAmxOutputs, even) : even, least, kTokenTile);
     const int64_t tiles = (a.tokens + a.tile - 1) / a.tile;
     const int64_t grain = std::max<int64_t>(1, kGrain / (a.tile * products + 1));
     const auto run_tiles = [&](int64_t begin, int64_t end) {

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import PackedTokenMLP
+from ..ops.token_mlp import laid_out
 from ..reference.token_mlp import LAYER_NORM_EPS
 from .wavelet_unet import NoiseLevelEmbedding, zero_init
 
@@ -51,7 +52,7 @@ class TokenMLP(nn.Module):
 
     def pack(self, dtype: torch.dtype | None = None) -> PackedTokenMLP:
         """The weights for ``ops.token_mlp_loop``, in ``dtype`` (that of the module), laid out."""
-        return self._packed(dtype)[0].laid_out()
+        return laid_out(self._packed(dtype)[0])
 
     def step_bias(self, log_sigma: torch.Tensor) -> torch.Tensor:
         """(S,blocks,width) for the levels log_sigma (S,), for ``ops.token_mlp_loop``."""

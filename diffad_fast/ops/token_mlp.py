@@ -102,8 +102,8 @@ def token_mlp_loop(x, weights, step_bias, table):
     backward pass evaluates the reference again, with its graph.
 
     On a CPU, bfloat16 weights are multiplied by AMX or by AVX-512's dot products where the
-    processor has them, else widened; weights that are ``laid_out()`` save each call a copy, which
-    for a few tokens takes longer than the rest. On a GPU, one kernel serves
+    processor has them, else widened; :func:`laid_out` saves each call a copy, which for a few
+    tokens takes longer than the rest. On a GPU, one kernel serves
     bfloat16 weights of width 128 and 256, any D and blocks; ``auto`` serves the rest by the
     reference, and a backend ``cuda`` that was asked for by name refuses it.
 
@@ -112,6 +112,17 @@ def token_mlp_loop(x, weights, step_bias, table):
     """
     checks.tensor("x", x, 2)
     return _token_mlp_loop(x, weights, step_bias, table)
+
+
+def laid_out(weights: PackedTokenMLP) -> PackedTokenMLP:
+    """The same weights, lying in memory as :func:`token_mlp_loop` reads them, which else copies
+    them at each call: on a CPU matrices column by column, but those of bfloat16 row by row where
+    AMX multiplies them. What it has to widen, as float16, it copies all the same."""
+    by_rows = weights.W_in.dtype == torch.bfloat16 and native.cpu_isa() == "amx"
+    if weights.W_in.device.type != "cpu" or by_rows:
+        return weights
+    matrices = {name: getattr(weights, name) for name in ("W_in", "W1", "W2", "W_out")}
+    return weights._replace(**{k: w.mT.contiguous().mT for k, w in matrices.items()})
 
 
 def _weight_shapes(x, weights, levels):

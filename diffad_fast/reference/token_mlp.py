@@ -49,17 +49,6 @@ class PackedTokenMLP(NamedTuple):
         fields = (W_in, b_in, w1 * gain[:, None, :], W2, b2, W_out, b_out)
         return cls(*(field.to(dtype or W1.dtype) for field in fields)), extra
 
-    def laid_out(self):
-        """The same weights, lying in memory as ``ops.token_mlp_loop`` reads them: on a CPU matrices
-        column by column, but those of bfloat16 where AMX reads them; a call else copies them each
-        time."""
-        if self.W_in.device.type != "cpu" or (
-            self.W_in.dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16")
-        ):
-            return self
-        matrices = {name: getattr(self, name) for name in ("W_in", "W1", "W2", "W_out")}
-        return self._replace(**{k: w.mT.contiguous().mT for k, w in matrices.items()})
-
 
 def token_mlp_loop(x, weights, step_bias, table):
     """x (M,D), step_bias (S,B,W), table (S,5) -> x_end (M,D), stats (M,S).

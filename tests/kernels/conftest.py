@@ -40,7 +40,7 @@ def _quick_interpreter():
         yield
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _watched_interpreter():
     """What a kernel reads or writes where it must not fails the test."""
     if not dispatch.INTERPRETER or "triton" in dispatch.unavailable():
@@ -57,7 +57,7 @@ def _new_memory_is_no_number():
     if not dispatch.INTERPRETER:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before)

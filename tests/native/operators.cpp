@@ -407,7 +407,7 @@ int main(int argc, char** argv) {
       fail(name + " has no case in tests/native/operators.cpp");
     }
   }
-  for (int64_t isa = 0; isa < 3; ++isa) {
+  for (int64_t isa = 0; isa < 5; ++isa) {
     auto choose = c10::Dispatcher::singleton().findSchemaOrThrow("diffad_fast::cpu_isa", "");
     torch::jit::Stack stack = {isa};
     try {

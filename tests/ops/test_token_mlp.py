@@ -240,6 +240,7 @@ def on_cpu(arguments):
 SIZES = [  # tokens, token size, width, blocks, steps
     (1, 1, 1, 1, 1),
     (1, 64, 128, 2, 3),
+    (1, 300, 256, 1, 1),
     (2, 3, 7, 2, 2),
     (3, 5, 6, 1, 2),
     (9, 17, 13, 3, 2),
@@ -407,7 +408,7 @@ def test_native_takes_any_strides(cpu_isa_bf16, of_weights):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_laid_out_weights_are_the_same_weights(dtype):
     x, weights, bias, table = problem(75, 13, 22, 2, 2, torch.float32, dtype)
-    laid_out = weights.laid_out()
+    laid_out = token_mlp.laid_out(weights)
     assert all(torch.equal(a, b) for a, b in zip(laid_out, weights, strict=True))
     by_rows = dtype == torch.bfloat16 and native.cpu_isa() == "amx"
     for w in (laid_out.W_in, laid_out.W1, laid_out.W2, laid_out.W_out):
@@ -436,6 +437,35 @@ def test_native_hands_nan_on_and_keeps_it_to_its_token(cpu_isa_bf16, m, weights)
     x_end, stats = on_cpu((x, *rest))
     assert x_end[0].isnan().all() and stats[0].isnan().all()
     assert torch.isfinite(x_end[1:]).all() and torch.isfinite(stats[1:]).all()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("size", SIZES)
+def test_native_dot_products_are_those_of_widened_weights(cpu_isa_bf16, size):
+    """Closer than to a reference, whose roundings to bfloat16 fall elsewhere."""
+    arguments = problem(*size, torch.float32, torch.bfloat16)
+    found = on_cpu(arguments)
+    before = native.cpu_isa()
+    native.select_cpu_isa("default")
+    try:
+        expected = on_cpu(arguments)
+    finally:
+        native.select_cpu_isa(before)
+    assert_close(found, [t.double() for t in expected], 1e-3)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_native_reads_nothing_around_the_weights(cpu_isa_bf16, weights, end, fenced):
+    """Sanitizers do not see loads with masks."""
+    for size in [(1, 5, 33, 1, 2), (3, 17, 48, 2, 1), (13, 31, 15, 1, 2), (40, 64, 65, 1, 1)]:
+        x, packed, bias, table = problem(*size, torch.float32, weights)
+        packed = token_mlp.laid_out(packed)
+        expected = on_cpu((x, packed, bias, table))
+        packed = ops.PackedTokenMLP(*(fenced(w, end) for w in packed))
+        found = on_cpu((fenced(x, end), packed, fenced(bias, end), fenced(table, end)))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.native

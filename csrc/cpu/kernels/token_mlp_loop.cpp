@@ -1,5 +1,6 @@
 // token_mlp_loop: a tile of tokens goes through all layers of all steps without leaving the cache.
-// In float32 or float64; narrower weights are widened, and inputs of products rounded to their dtype.
+// In float32 or float64; narrower weights are widened, and inputs of products rounded to their
+// dtype.
 #include "token_mlp_loop.h"
 
 #include "token_mlp_tile.h"
@@ -9,8 +10,8 @@ namespace {
 
 template <class C>
 void run_tile(const TokenMlpArgs& a, int64_t first, int64_t tokens, void* scratch) {
-  // Panels take time for all of their lanes, Tokens for those there are, but more for each: the last
-  // panel is full, or nearly. (Products in panels rely on more than half of it.)
+  // Panels take time for all of their lanes, Tokens for those there are, but more for each: the
+  // last panel is full, or nearly. (Products in panels rely on more than half of it.)
   constexpr int64_t kPanel = 2 * kLanes<C>;
   const int64_t rest = tokens % kPanel;
   const int64_t in_panels = rest > 3 * kPanel / 4 ? tokens : tokens - rest;

@@ -10,8 +10,8 @@ namespace diffad {
 // two vectors of 16 floats.
 constexpr int64_t kTokenTile = 32;
 // What AMX has rows of weights, and numbers of rows, filled up to.
-constexpr int64_t kBf16Inputs = 32;
-constexpr int64_t kBf16Outputs = 16;
+constexpr int64_t kAmxInputs = 32;
+constexpr int64_t kAmxOutputs = 16;
 
 struct TokenMlpArgs {
   // A loop has M tokens, one level and S steps. Evaluations that leave x as it is run side by side:

@@ -1,15 +1,16 @@
 // token_mlp_loop for bfloat16 weights, by the processor's dot products of pairs: pairs of
 // neighbouring inputs are multiplied and added to a sum in float32.
 //
-//   avx512_bf16  each output of a product is one chain of dot products over the pairs in their order,
-//                see `products` in token_mlp_tile.h.
-//   amx          D (16 outputs x 16 tokens) += A (16 outputs x 16 pairs) B (16 pairs x 16 tokens) is
-//                one instruction. Weights, A, lie (outputs, inputs) row by row, where two neighbouring
-//                inputs of an output are a pair already. An operand, B, has the pairs of features
-//                (2 k, 2 k + 1), k by k: in a panel each as a vector whose lanes are tokens, of a
-//                single token, which is a B of one column and has the sums of a panel, as its features
-//                side by side. Rows of weights and operands are filled with zeros to whole groups of
-//                kInputs, matrices to whole blocks of kOutputs (padded in the operator).
+//   avx512_bf16  each output is one chain of dot products over the pairs in their order, see
+//                `products` in token_mlp_tile.h.
+//   amx          D (16 outputs x 16 tokens) += A (16 outputs x 16 pairs) B (16 pairs x 16 tokens)
+//                is one instruction. Weights, A, lie (outputs, inputs) row by row, where two
+//                neighbouring inputs of an output are a pair already. An operand, B, has the pairs
+//                of features (2 k, 2 k + 1), k by k: in a panel each as a vector whose lanes are
+//                tokens, of a single token, which is a B of one column and has the sums of a panel,
+//                as its features side by side. Rows of weights and operands are filled with zeros
+//                to whole groups of kInputs, matrices to whole blocks of kOutputs (padded in the
+//                operator).
 #include "token_mlp_tile.h"
 
 #if !defined(__AVX512BF16__)
@@ -25,8 +26,8 @@ namespace {
 using Pair = uint32_t;  // the even feature in the low half
 
 constexpr int L = kLanes<float>;
-constexpr int64_t kInputs = kBf16Inputs;
-constexpr int64_t kOutputs = kBf16Outputs;
+constexpr int64_t kInputs = kAmxInputs;
+constexpr int64_t kOutputs = kAmxOutputs;
 static_assert(L == 16 && kInputs == 2 * L && kOutputs == L);
 
 // Pairs of a token with so many features.
@@ -274,7 +275,8 @@ struct PairSingle : Tokens<float, bf16> {
     constexpr int kBlocks = 4;
     alignas(64) float sums[kBlocks * kOutputs];
     for (int64_t o = 0; o < out_features; o += kBlocks * kOutputs) {
-      const int64_t n = out_features - o < kBlocks * kOutputs ? out_features - o : kBlocks * kOutputs;
+      const int64_t left = out_features - o;
+      const int64_t n = left < kBlocks * kOutputs ? left : kBlocks * kOutputs;
       with_rows<kBlocks>((n + kOutputs - 1) / kOutputs, [&](auto blocks) {
         products_of_one<blocks>(w + o * row, row, in, sums);
       });

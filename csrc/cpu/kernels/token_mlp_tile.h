@@ -1,12 +1,13 @@
 // The loop of token_mlp_loop over a tile of tokens, and the two layouts of a tile that serve it; a
 // token has the same bits in both:
 //   Panels  the lanes of a vector are tokens, and weights are broadcast, a number at a time.
-//   Tokens  the lanes are features, and weights are read as vectors of outputs: for fewer tokens than
-//           a panel has, and for weights in bfloat16, of which two inputs go into a product at once.
-// Both read matrices (inputs, outputs), where the outputs of an input lie side by side; both know the
-// arguments of the call and their first token.
-// Each output of a product is one chain over the inputs in their order, and each sum over features runs in kLanes chains (feature f in chain f mod kLanes) that are then folded in half
-// until one is left. So a token's result depends neither on its place in x nor on other tokens.
+//   Tokens  the lanes are features, and weights are read as vectors of outputs: for fewer tokens
+//           than a panel has, and in bfloat16, where two inputs go into a product at once.
+// Both read matrices (inputs, outputs), where the outputs of an input lie side by side; both know
+// the arguments of the call and their first token.
+// Each output of a product is one chain over the inputs in their order, and each sum over features
+// runs in kLanes chains (feature f in chain f mod kLanes) that are then folded in half until one is
+// left. So a token's result depends neither on its place in x nor on other tokens.
 #pragma once
 
 #include "gemm.h"
@@ -113,8 +114,8 @@ void outputs(const C* w, int64_t row, int64_t inputs, const C* in, const Biases<
   }
 }
 
-// Tokens in panels of two vectors; in products of bfloat16 the last one has one where that is enough.
-// In a panel,
+// Tokens in panels of two vectors; in AMX's products the last one has one where that is enough. In a
+// panel,
 // element (feature, token) is panel[feature * tokens of the panel + token]; the panels of an array
 // follow each other.
 template <class C>
@@ -348,8 +349,8 @@ DIFFAD_SIMD __m512bh splat_pair(const bf16* p, bool both) {
 }
 
 // The same by dot products: one chain over the pairs of inputs (2 k, 2 k + 1) in their order. Two
-// inputs of two vectors of outputs are interleaved within 128 bits: the sums of outputs 0 to 3, 8 to
-// 11, .. 24 to 27 come into the first vector, the others into the second.
+// inputs of two vectors of outputs are interleaved within 128 bits: the sums of outputs 0 to 3, 8
+// to 11, .. 24 to 27 come into the first vector, the others into the second.
 template <int N, int T>
 DIFFAD_SIMD void products(const bf16* w, int64_t row, int64_t rest, int64_t inputs, const bf16* in,
                           int64_t length, Vec<float> (&sum)[N][T]) {
