@@ -25,7 +25,9 @@ from tests import emulation
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what this machine has not the means for."""
+    """Skips what this machine has not the means for, and begins with what takes a minute, for which
+    one of several processes would else be waited for in the end."""
+    items.sort(key=lambda item: "test_emulation.py" not in item.nodeid)
     absent = {}
     if not native.loaded():
         absent["native"] = pytest.mark.skip(reason="the native library is missing")
