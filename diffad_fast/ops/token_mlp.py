@@ -103,9 +103,9 @@ def token_mlp_loop(x, weights, step_bias, table):
 
     On a CPU, bfloat16 weights are multiplied by AMX or by AVX-512's dot products where the
     processor has them, else widened; :func:`laid_out` saves each call a copy, which for a few
-    tokens takes longer than the rest. On a GPU, one kernel serves
-    bfloat16 weights of width 128 and 256, any D and blocks; ``auto`` serves the rest by the
-    reference, and a backend ``cuda`` that was asked for by name refuses it.
+    tokens takes longer than the rest. On a GPU, one kernel serves bfloat16 weights of width 128 and
+    256, any D and blocks; ``auto`` serves the rest by the reference, and a backend ``cuda`` that
+    was asked for by name refuses it.
 
     Raises TypeError for dtypes, ValueError for shapes and devices, BackendError for weights that a
     backend asked for by name does not serve.

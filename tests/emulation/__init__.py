@@ -122,7 +122,8 @@ def _amx(folder: Path) -> list[tuple[Path, list[str]]]:
         )
         unit.write_text(source.replace('"../common/', f'"{CSRC}/common/'))
         units.append((unit, include))
-    avx512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")] + ["-mfma", "-mf16c", "-w"]
+    avx512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+    avx512 += ["-mfma", "-mf16c", "-Wno-psabi"]
     amx = ["-mavx512bf16", "-D__AMX_BF16__", "-include", str(HERE / "amx.h"), "-DDIFFAD_ISA=amx"]
     return [
         *units,
@@ -159,10 +160,10 @@ def install_amx(monkeypatch) -> None:
     monkeypatch.setitem(operator.implementations, "cpu", implementation)
 
 
-def _load(library: Callable[[str | None], Path]) -> None:
+def _load(built: Callable[[str | None], Path]) -> None:
     if shutil.which(COMPILER[0]) is None:
         pytest.skip(f"no C++ compiler: {COMPILER[0]} is not there")
-    torch.ops.load_library(library(os.environ.get("DIFFAD_TEST_SANITIZER")))
+    torch.ops.load_library(built(os.environ.get("DIFFAD_TEST_SANITIZER")))
 
 
 def install(monkeypatch) -> None:

@@ -114,10 +114,9 @@ void outputs(const C* w, int64_t row, int64_t inputs, const C* in, const Biases<
   }
 }
 
-// Tokens in panels of two vectors; in AMX's products the last one has one where that is enough. In a
-// panel,
-// element (feature, token) is panel[feature * tokens of the panel + token]; the panels of an array
-// follow each other.
+// Tokens in panels of two vectors; in AMX's products the last one has one where that is enough. In
+// a panel, element (feature, token) is panel[feature * tokens of the panel + token]; the panels of
+// an array follow each other.
 template <class C>
 struct Panels {
   static constexpr int L = kLanes<C>;
