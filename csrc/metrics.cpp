@@ -134,7 +134,6 @@ py::tuple anomalous_scores(const Array<bool>& anomalous, const Array<T>& scores,
   }
   std::vector<T> found;
   std::vector<uint32_t> sizes;
-  int64_t number = 0;
   {
     const bool* mask = anomalous.data();
     const int64_t rows = regions ? anomalous.shape(0) : 1;
@@ -148,7 +147,6 @@ py::tuple anomalous_scores(const Array<bool>& anomalous, const Array<T>& scores,
       std::vector<uint32_t> size(runs.size());  // of the region, at its first run
       int64_t pixels = 0;
       for (uint32_t i = 0; i < runs.size(); ++i) {
-        number += runs[i].parent == i;
         size[first_of_region(runs, i)] += static_cast<uint32_t>(runs[i].end - runs[i].begin);
         pixels += runs[i].end - runs[i].begin;
       }
@@ -160,7 +158,7 @@ py::tuple anomalous_scores(const Array<bool>& anomalous, const Array<T>& scores,
       }
     }
   }
-  return py::make_tuple(to_numpy(std::move(found)), to_numpy(std::move(sizes)), number);
+  return py::make_tuple(to_numpy(std::move(found)), to_numpy(std::move(sizes)));
 }
 
 // A score and the size of its region.

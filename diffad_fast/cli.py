@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import DiffadError, InputError, SkippedInput
+from .errors import DiffadError, InputError, SkippedInput, Terminated
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(f"{name}{error.strerror or error}")
         except KeyboardInterrupt as interrupt:
             print(f"interrupted{interrupt}", file=sys.stderr)
-            return 130
+            terminated = isinstance(interrupt, Terminated)
+            return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     return 0
 
 
@@ -111,8 +112,10 @@ def _fit(args: argparse.Namespace) -> None:
     from .training.state import TrainingCheckpoint
 
     options = read_options(args.config) if args.config else {}
-    options |= {key: getattr(args, key) for key in _FIT_OPTIONS if getattr(args, key) is not None}
-    detector = Detector(**options)
+    given = {key: getattr(args, key) for key in _FIT_OPTIONS if getattr(args, key) is not None}
+    if "train_steps" in given:
+        options.pop("train_budget", None)  # which would be in place of it
+    detector = Detector(**(options | given))
     state, first = f"{args.out}.training", processes().first
     _keep_apart(args.data, args.out)
     if first:
@@ -131,10 +134,10 @@ def _fit(args: argparse.Namespace) -> None:
         detector.fit(samples, groups=groups, training_checkpoint=kept)
         if first:
             detector.save(args.out)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if not os.path.exists(state):
-            raise KeyboardInterrupt(" before there was a state to keep") from None
-        raise KeyboardInterrupt(
+            raise type(interrupt)(" before there was a state to keep") from None
+        raise type(interrupt)(
             f": the training is kept in {state}; repeat the command with --resume to continue"
         ) from None
     if first:
@@ -301,14 +304,11 @@ def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from .files import check_result_folder
     from .report.text import evaluation_text
     from .training.distributed import processes
 
     if not processes().first:
         args.report = None
-    if args.report is not None:
-        check_result_folder(args.report)
     detector = _loaded(args)
     metrics = detector.evaluate(
         args.data, strict=args.strict, report=args.report,

@@ -34,8 +34,10 @@ RATES = 1000, 768_000
 """Samples a second that recordings may have, before they are resampled and after."""
 
 # Whole recipes, by kind. `python -m benchmarks quality` measures them.
-_CELLS = {"denoiser": "token-mlp", "token_width": 128, "token_blocks": 2, "token_batch": 512}
-_CELLS = {**_CELLS, "sigmas": (1.0, 2.0, 4.0)}
+_CELLS = {
+    "denoiser": "token-mlp", "token_width": 128, "token_blocks": 2, "token_batch": 512,
+    "sigmas": (1.0, 2.0, 4.0),
+}  # fmt: skip
 PRESETS: dict[str, dict[str, dict[str, object]]] = {
     "image": {
         "fast": {**_CELLS, "sigmas": (2.0,), "cross_fit": 0},
@@ -174,7 +176,7 @@ class DetectorConfig:
     """T, the length of the schedule."""
     prediction_type: str = "v_prediction"
     """What the denoiser says: `epsilon`, `sample` or `v_prediction`. The token MLP takes this one
-    alone, and neither `eta` nor `clip` nor `guidance`."""
+    alone, and its loop has neither `eta` nor `clip` nor `guidance`."""
 
     # Inference
     mode: str | None = None
@@ -209,9 +211,9 @@ class DetectorConfig:
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Weights of the pixel, feature and sub-band maps of `reconstruct` with a U-Net."""
     semantic_weight: float | None = None
-    """Weight, beside the mode's own maps together, of one more: the distance of features to those
-    of normals. None: 1 for tables (vectors that are scaled by feature) and for audio with
-    `features`, 0 elsewhere."""
+    """Weight of one more map, the distance of features to those of normals; the mode's own weigh 1
+    together, in `reconstruct` with a U-Net what `map_weights` add up to. None: 1 for tables
+    (vectors that are scaled by feature) and for audio with `features`, 0 elsewhere."""
     semantic: str | None = None
     """That distance: `mahalanobis`, or `nearest`, the mean to the five nearest others in a sample
     of normals. None: `nearest` for vectors, `mahalanobis` elsewhere."""
@@ -312,6 +314,10 @@ class DetectorConfig:
     def _coerce(self) -> None:
         """Lists become tuples, durations seconds, NumPy's numbers Python's; the others are what
         their annotations say."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (np.generic, np.ndarray)):
+                self._set(field.name, value.tolist())
         size = self.image_size
         if isinstance(size, int):
             self._set("image_size", (size, size))
@@ -322,16 +328,13 @@ class DetectorConfig:
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise InputError(f"{name} must be a list, not {value!r}")
-            self._set(name, tuple(value))
+            self._set(name, tuple(v.item() if isinstance(v, np.generic) else v for v in value))
         if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
             raise InputError(f"image_size is one integer or (height, width), not {size!r}")
         if isinstance(self.train_budget, str):
             self._set("train_budget", duration(self.train_budget))
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), field.type.removesuffix(" | None")
-            if isinstance(value, np.generic):
-                value = value.item()
-                self._set(field.name, value)
             if kind not in _TYPES or (value is None and kind != field.type):
                 continue
             types, what = _TYPES[kind]
@@ -405,6 +408,7 @@ class DetectorConfig:
     def _check_combinations(self) -> None:
         """What goes together."""
         images, on_tokens = self.kind == "image", self.on_tokens
+        unet = ", or choose a U-Net such as denoiser='unet-small'" if images else ""
         if not images and not on_tokens:
             raise InputError(
                 f"denoiser {self.denoiser!r} works on images: {self.kind} needs 'token-mlp'"
@@ -439,6 +443,12 @@ class DetectorConfig:
                 "at haar_level=0 there are no sub-bands, and map_weights gives the other maps no "
                 f"weight: {self.map_weights!r}; give the pixel or the feature map some"
             )
+        for name in _OF_UNETS if on_tokens else ():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise InputError(
+                    f"{name} is for U-Nets, and the token MLP knows {_DEFAULTS[name]!r} alone: "
+                    f"leave it out{unet}"
+                )
         if on_tokens and self.train_steps == 0:
             raise InputError(
                 "train_steps=0 takes a U-Net as it is; the token MLP is nothing before it is "
@@ -687,6 +697,12 @@ _RANGES = {
     "smoothing": (0, math.inf),
     "haar_level": (0, 4),
 }
+
+# What the token MLP would not read.
+_OF_UNETS = (
+    "prediction_type", "eta", "clip", "guidance", "map_weights", "snr_limit", "accumulate",
+)  # fmt: skip
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DetectorConfig)}
 
 # By annotation, without "| None".
 _TYPES = {

@@ -35,6 +35,7 @@ from .data.samples import Batch, Samples
 from .data.sources import check_layout, open_source, training_part
 from .errors import InputError
 from .evaluation import evaluate, evaluate_audio, evaluate_vectors
+from .files import check_result_folder
 from .progress import progress
 from .scoring import Conformal, MapStatistics, Score, Split
 from .streaming import Stream
@@ -142,7 +143,7 @@ class Detector:
         # Of the table that ``fit`` was given, if they had names.
         self.columns: list[str] | None = None
         self.parts: list[Part] = []
-        self._fitted_on = b""
+        self._fitted_on, self._fitted_part = b"", ()
         self.history = History()
 
     @property
@@ -204,6 +205,9 @@ class Detector:
         *,
         groups: Sequence[Hashable] | None = None,
         strict: bool = False,
+        layout: str = "auto",
+        normal: str | None = None,
+        folds: Sequence[int] | None = None,
         steps: int | None = None,
         budget: float | str | None = None,
         training_checkpoint: TrainingCheckpoint | None = None,
@@ -218,7 +222,9 @@ class Detector:
         rate) pairs; for vectors what ``data.vectors.open_vectors`` takes, whose names of columns
         are kept: later tables with names may have them in any order, and must have the same.
         groups: one label for each sample; those of one label never stand on both sides of a
-        split. strict: raise at the first unusable file instead of leaving it out with a warning.
+        split. None: what a layout tells, for audio the recordings that clips were cut from.
+        strict: raise at the first unusable file instead of leaving it out with a warning.
+        layout, normal, folds: how the folder of a data set is read, as in :meth:`evaluate`.
         steps: training steps, or budget: the time that the training may take, in seconds or as
         "5min"; both in place of the configuration's. training_checkpoint: keep the state of the
         training on disk, and continue from it. Processes that torchrun started train together.
@@ -241,13 +247,15 @@ class Detector:
             config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             config = config.replace(train_budget=budget)
-        source, _ = training_part(self.config.kind, source)
+        source, told = training_part(self.config.kind, source, layout, normal, folds)
+        groups = told if groups is None else groups
         samples = open_source(source, self.config, strict)
         usable = samples.load()
         samples.check_normal()
         groups = None if groups is None else group_labels(groups, len(samples))
         split, folds = splits(usable, groups, self.config)
         self._fitted_on = fingerprint(samples, usable)
+        self._fitted_part = layout, normal, folds
         self._begin(config)
         self.calibrations, self.parts = {}, []
         self.columns = samples.columns
@@ -329,7 +337,8 @@ class Detector:
             )
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
-        samples, wanted = self.open(training_part(self.config.kind, source)[0]), self.mode
+        part = self._fitted_part if is_path(source) else ()
+        samples, wanted = self.open(training_part(self.config.kind, source, *part)[0]), self.mode
         check_source(samples, self.parts[0].split, self._fitted_on)
         try:
             found = {}
@@ -349,20 +358,25 @@ class Detector:
         groups: Sequence[Hashable] | None = None,
         modes: Sequence[str] = MODES,
         strict: bool = False,
+        layout: str = "auto",
+        normal: str | None = None,
+        folds: Sequence[int] | None = None,
     ) -> Detector:
         """Take p-values and thresholds from other normals, such as a new camera's or those of a
         month of production; model and statistics of maps stay as they are.
 
-        source, groups, strict: as in :meth:`fit`; all are taken for normal, and none of them may
-        have been in the fit's source, or p-values are too large and anomalies are missed. With 20
-        groups or more there are labels. Works on loaded detectors; no other thread may use this one
-        meanwhile. Returns self. Raises InputError for unusable data, an unknown mode, and before
-        ``fit``.
+        source, groups, strict, layout, normal, folds: as in :meth:`fit`; all that it would train on
+        are taken for normal, and none of them may have been in the fit's source, or p-values are
+        too large and anomalies are missed. With 20 groups or more there are labels. Works on loaded
+        detectors; no other thread may use this one meanwhile. Returns self. Raises InputError for
+        unusable data, an unknown mode, and before ``fit``.
         """
         self._require_fitted()
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
-        samples = self.open(training_part(self.config.kind, source)[0], strict=strict)
+        source, told = training_part(self.config.kind, source, layout, normal, folds)
+        groups = told if groups is None else groups
+        samples = self.open(source, strict=strict)
         samples.load()
         samples.check_normal()
         numbers, wanted = None, self.mode
@@ -520,7 +534,7 @@ class Detector:
     @undisturbed
     def trajectory(self, source, *, batch_size: int | None = None) -> Trajectory:
         """How samples go from data to noise in a deterministic inversion; ``source`` as in
-        :meth:`fit`. The mode is changed meanwhile: no other thread may use this detector."""
+        :meth:`score`. The mode is changed meanwhile: no other thread may use this detector."""
         self._require_fitted()
         batch_size = self._batch_size(batch_size)
         samples = self.open(source)
@@ -613,12 +627,9 @@ class Detector:
         the wrong size.
         """
         kind = self.config.kind
-        check_layout(kind, layout, normal, folds)
-        if not is_path(data) and (layout != "auto" or normal is not None or folds is not None):
-            raise InputError(
-                "layout, normal and folds tell how a folder is read, and the data is a "
-                f"{type(data).__name__}: leave them out"
-            )
+        if report is not None:
+            check_result_folder(report)
+        check_layout(kind, data, layout, normal, folds)
         if kind == "vector":
             if report is not None:
                 raise InputError("a report shows images or clips: leave it out for vectors")
@@ -627,7 +638,7 @@ class Detector:
             if is_path(data):
                 data = labelled_clips(data, layout, normal, folds)
             _check_labelled(data, LabelledClip, "data.audio.LabelledClip")
-            evaluation = evaluate_audio(self, data, strict)
+            evaluation = evaluate_audio(self, data, strict, maps=report is not None)
         else:
             if is_path(data):
                 data = labelled_images(data, layout)
@@ -703,11 +714,12 @@ class Detector:
 
         pipeline: a DDPMPipeline, DDIMPipeline or the like, or what its ``from_pretrained`` takes.
         options: of :class:`Detector`. Nothing is trained unless ``train_steps`` is given: ``fit``
-        calibrates on normal images. The levels of its schedule are matched by their noise, so any
-        table of betas will do. :func:`load` reads such a detector with ``denoiser=`` that of a
-        detector from the same pipeline, ``Detector.from_diffusers(...).model.denoiser``.
+        calibrates on normal images. The levels of its schedule are matched by their noise.
+        :func:`load` reads such a detector with ``denoiser=`` that of a detector from the same
+        pipeline, ``Detector.from_diffusers(...).model.denoiser``.
 
-        Raises InputError for a pipeline of another kind, ImportError without diffusers.
+        Raises InputError for a pipeline of another kind, and for a scheduler with dynamic
+        thresholding or another schedule of betas than DDIM's; ImportError without diffusers.
         """
         from .integrations.diffusers import detector_from_diffusers
 

@@ -14,11 +14,19 @@ class InputError(DiffadError, ValueError):
 
 
 class CheckpointError(DiffadError):
-    """A checkpoint is damaged, of a newer version, or another kind of file."""
+    """A checkpoint is damaged, incomplete, of another version, or another kind of file."""
 
 
 class BackendError(DiffadError, RuntimeError):
     """A backend or device that was asked for is not there."""
+
+
+class ProcessError(DiffadError, RuntimeError):
+    """Another process of a distributed run has ended or does not answer."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The KeyboardInterrupt of a training that SIGTERM has interrupted."""
 
 
 class SkippedInput(UserWarning):

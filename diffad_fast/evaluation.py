@@ -83,12 +83,13 @@ def evaluate_vectors(detector: Detector, source) -> dict:
 
 
 def evaluate_audio(
-    detector: Detector, clips: Sequence[LabelledClip], strict: bool
+    detector: Detector, clips: Sequence[LabelledClip], strict: bool, maps: bool
 ) -> AudioEvaluation:
-    """Score labelled clips; figures as documented at :meth:`diffad_fast.Detector.evaluate`."""
+    """Score labelled clips, whose ``maps`` a report wants; figures as documented at
+    :meth:`diffad_fast.Detector.evaluate`."""
     opened = detector.open([clip.path for clip in clips], strict=strict)
     clips = [clips[i] for i in opened.load()]
-    score = detector.score(opened)
+    score = detector.score(opened, maps=maps)
     label = np.array([clip.anomaly for clip in clips], dtype=np.int64)
     found = _score_metrics(score, label)
     first = next(opened.batches(1)).x

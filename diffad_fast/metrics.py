@@ -129,7 +129,7 @@ class _Counts:
         num_normal = 0
         dtype = np.dtype(np.float32)
         for anomalous, scores in pairs():
-            values, size, _ = _engine.anomalous_scores(anomalous, scores, regions)
+            values, size = _engine.anomalous_scores(anomalous, scores, regions)
             num_normal += scores.size - values.size
             dtype = np.promote_types(dtype, scores.dtype)
             if values.size:

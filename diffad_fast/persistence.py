@@ -60,7 +60,6 @@ def state(detector: Detector) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         "statistics": json.dumps({m: len(c.statistics) for m, c in detector.calibrations.items()}),
         "features": _digest(detector._features),
         "settled": json.dumps(detector._settled),
-        "most_windows": str(max(c.most_windows for c in detector.calibrations.values())),
         "most_windows_of": json.dumps(
             {m: c.most_windows for m, c in detector.calibrations.items()}
         ),
@@ -119,8 +118,7 @@ def from_state(
         scores, group = (tensors[f"{name}{suffix}.{mode}"].numpy() for suffix in ("", "_groups"))
         return Conformal(scores, group, config.false_positive_rate)
 
-    # Earlier versions kept one number for all modes, and no windows of recordings.
-    most_windows = json.loads(texts.get("most_windows_of", "{}"))
+    most_windows = json.loads(texts["most_windows_of"])
     for mode, count in json.loads(texts["statistics"]).items():
         prefixes = [f"statistics.{mode}.{i}." for i in range(count)]
         statistics = [
@@ -132,12 +130,13 @@ def from_state(
         detector.calibrations[mode] = Calibration(
             statistics,
             conformal("conformal", mode),
-            most_windows.get(mode, int(texts["most_windows"])),
+            most_windows[mode],
+            # None of clips without their level, of which no stream is scored.
             conformal("of_windows", mode) if f"of_windows.{mode}" in tensors else None,
         )
     detector.mode = config.mode
     detector._settled = json.loads(texts["settled"])
-    detector.columns = json.loads(texts.get("columns", "null"))
+    detector.columns = json.loads(texts["columns"])
     detector.history = History(**json.loads(texts["history"]))
     return detector
 

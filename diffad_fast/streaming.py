@@ -29,14 +29,13 @@ class StreamScores(NamedTuple):
     p_value (k,) float64 and label (k,) int64, 1 for an anomaly, by single windows of held-out
     normals: of new recordings like these a share ``false_positive_rate`` of the windows is labelled
     on average, of one recording more or less. label is None where the held-out recordings are too
-    few for the rate (``Conformal.threshold``), both are None where the detector is from a file that
-    was written before it kept such windows.
+    few for the rate (``Conformal.threshold``).
     """
 
     time: np.ndarray
     score: np.ndarray
     map: np.ndarray
-    p_value: np.ndarray | None
+    p_value: np.ndarray
     label: np.ndarray | None
 
 
@@ -137,8 +136,8 @@ class Stream:
             (number * self._step + self._window) / self._rate,
             score,
             np.concatenate([np.empty((0, n_mels), np.float32), *maps]),
-            None if normal is None else normal.p_value(score),
-            None if normal is None else normal.label(score),
+            normal.p_value(score),
+            normal.label(score),
         )
 
     def _require_open(self) -> None:

@@ -38,10 +38,25 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return device
 
 
+class _Evaluation:
+    """One ``with evaluating(...)``: all parts of its modules, and those that its end puts back into
+    training mode."""
+
+    def __init__(self, parts: set[nn.Module]):
+        self.parts, self.training = parts, [part for part in parts if part.training]
+
+
+# A signal's handler may call a detector, too.
+_turn = threading.RLock()
+_evaluations: list[_Evaluation] = []
+"""Those of all threads that have not ended, in the order of their beginnings."""
+
+
 @contextmanager
 def evaluating(*modules: nn.Module | None) -> Iterator[None]:
     """All of them in evaluation mode, and each part in its own again afterwards: somebody else may
-    be at work on modules that were handed over."""
+    be at work on modules that were handed over. Threads may overlap: what one of them would put
+    back while another, later one is still inside is put back by that one."""
     parts: set[nn.Module] = set()
     to_see = list(modules)
     while to_see:  # what modules() gives, in a quarter of its time
@@ -49,14 +64,25 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
         if part is not None and part not in parts:
             parts.add(part)
             to_see += part._modules.values()
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.training = False
+    inside = _evaluations  # a fork begins a list of its own
+    with _turn:
+        mine = _Evaluation(parts)
+        inside.append(mine)
+        for part in mine.training:
+            part.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _turn:
+            place = inside.index(mine)
+            del inside[place]
+            for part in mine.training:
+                for later in inside[place:]:
+                    if part in later.parts:
+                        later.training.append(part)
+                        break
+                else:
+                    part.training = True
 
 
 class _Settings:
@@ -65,12 +91,11 @@ class _Settings:
     bfloat16 for them). Those of convolutions are the caller's."""
 
     def __init__(self):
-        # A signal's handler may call a detector, too.
-        self._turn, self._inside = threading.RLock(), 0
+        self._inside = 0
         self._put_back: list[Callable[[], object]] = []
 
     def __enter__(self) -> None:
-        with self._turn:
+        with _turn:
             self._inside += 1
             try:
                 if self._inside == 1:
@@ -80,7 +105,7 @@ class _Settings:
                 raise
 
     def __exit__(self, *_) -> None:
-        with self._turn:
+        with _turn:
             self._inside -= 1
             while self._inside == 0 and self._put_back:
                 self._put_back.pop()()
@@ -123,8 +148,8 @@ _forked = False
 
 
 def _note_fork() -> None:
-    global _forked, _settings
-    _forked, _settings = True, _Settings()
+    global _forked, _settings, _turn, _evaluations
+    _forked, _settings, _turn, _evaluations = True, _Settings(), threading.RLock(), []
 
 
 os.register_at_fork(after_in_child=_note_fork)

@@ -342,9 +342,11 @@ def refuses(x, x_hat, features, features_hat, weights, levels, stats, sigma, top
         return "the Triton kernels compute in float32, not float64"
     if torch.is_grad_enabled() and any(y.requires_grad for y in given):
         return "the Triton kernels have no gradient: call it under torch.no_grad()"
+    if weights[1] == 0:
+        features = ()
     if any(2 * x.shape[a] * (f.shape[a] + 1) >= 1 << 31 for f in features for a in (2, 3)):
         return "the Triton kernels interpolate features in 32-bit integers, too few for these sizes"
-    if levels > MAX_LEVELS or len(features) > MAX_FEATURES:
+    if (weights[2] != 0 and levels > MAX_LEVELS) or len(features) > MAX_FEATURES:
         return f"the Triton kernels take up to {MAX_LEVELS} levels and {MAX_FEATURES} feature maps"
     return None
 

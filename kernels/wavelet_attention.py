@@ -350,7 +350,7 @@ def _forward(
 
 @triton.jit
 def _store_sums(
-    parts, a, b, first, image, tokens, BLOCK_M: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr
+    parts, a, b, first, image, tokens, BLOCK_M: tl.constexpr, LEVEL: tl.constexpr
 ):
     """For each of the 4^LEVEL tiles a and b: sums of a b over channels and GROUP rows."""
     GROUPS: tl.constexpr = BLOCK_M // GROUP
@@ -386,7 +386,7 @@ def _backward_queries(
     do = _load_positions(grad, rows, H, W, g_y, g_x, D, DP, LEVEL, ALIGN, WIDE)
     if value_gain is not None:
         u, do = _transform(u, LEVEL, False), _transform(do, LEVEL, False)
-        _store_sums(value_parts, u, do, first, image, tokens, BLOCK_M, DP, LEVEL)
+        _store_sums(value_parts, u, do, first, image, tokens, BLOCK_M, LEVEL)
         do = _weigh(do, value_gain, head, LEVEL)
     products = u[0] * do[0]
     for i in tl.static_range(1, 4**LEVEL):
@@ -429,7 +429,7 @@ def _backward_queries(
         pixels = _load_positions(q, rows, H, W, q_y, q_x, D, DP, LEVEL, ALIGN, WIDE)
         tiles = _transform(tiles, LEVEL, False)
         bands = _transform(pixels, LEVEL, False)
-        _store_sums(logit_parts, tiles, bands, first, image, tokens, BLOCK_M, DP, LEVEL)
+        _store_sums(logit_parts, tiles, bands, first, image, tokens, BLOCK_M, LEVEL)
         tiles = _transform(_weigh(tiles, logit_gain, head, LEVEL), LEVEL, True)
     _store_positions(dq, tiles, rows, H, W, o_y, o_x, D, DP, LEVEL, ALIGN, WIDE)
 

@@ -16,7 +16,6 @@ from diffad_fast.config import DetectorConfig
 from diffad_fast.data.audio import LabelledClip
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.evaluation import evaluate_audio
-from diffad_fast.persistence import from_state
 from diffad_fast.report.audio import clip_figure
 from diffad_fast.scoring import Score
 
@@ -209,14 +208,6 @@ def test_windows_of_clips_that_were_cut_count_for_nothing():
     )
     level = daf.Detector(kind="audio", **OPTIONS, remove_level=True).fit(clips)
     assert level.calibrations["one_step"].of_windows is None
-
-
-def test_streams_of_earlier_files_have_no_p_values(detector):
-    state = detector.state()
-    tensors = {k: v for k, v in state[0].items() if not k.startswith("of_windows")}
-    assert len(tensors) == len(state[0]) - 6  # scores and groups of three modes
-    part = from_state(tensors, state[1], "a.diffad").stream(RATE).push(hum(3))
-    assert len(part.score) and part.p_value is None and part.label is None
 
 
 def test_a_stream_without_high_frequencies_is_told(detector, recwarn):

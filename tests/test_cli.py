@@ -25,7 +25,7 @@ import diffad_fast as daf
 from diffad_fast import cli
 from diffad_fast.cli import _duration, _size, main
 from diffad_fast.data import demo, images
-from diffad_fast.errors import InputError
+from diffad_fast.errors import InputError, Terminated
 from diffad_fast.report.audio import ClipPage
 from diffad_fast.report.text import evaluation_text, printable
 
@@ -141,6 +141,11 @@ def test_options_override_the_file_that_overrides_the_preset(root, tmp_path):
     config = daf.load(out).config
     assert config.seed == 5 and config.train_steps == 2 and config.image_size == (32, 48)
     assert config.preset == "best" and config.reverse_steps == OPTIONS["reverse_steps"]
+    path.write_text(json.dumps({**OPTIONS, "train_budget": "1h"}))
+    argv = ["fit", root, "--out", out, "--config", path, "--steps", 3, *FAST]
+    assert main([str(a) for a in argv]) == 0
+    config = daf.load(out).config
+    assert (config.train_steps, config.train_budget) == (3, None)
 
 
 def test_group_regex_keeps_groups_apart(good, config, tmp_path, capsys):
@@ -581,12 +586,15 @@ def test_an_interrupted_fit_resumes_to_the_same_weights(root, config, tmp_path, 
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_stop_before_training_says_that_nothing_is_kept(root, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind, status", [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_a_stop_before_training_says_that_nothing_is_kept(
+    kind, status, root, tmp_path, monkeypatch, capsys
+):
     def stop(self, *args, **options):
-        raise KeyboardInterrupt
+        raise kind
 
     monkeypatch.setattr(daf.Detector, "fit", stop)
-    assert main(["fit", str(root), "--out", str(tmp_path / "m.diffad"), *FAST]) == 130
+    assert main(["fit", str(root), "--out", str(tmp_path / "m.diffad"), *FAST]) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert "before" in line and "--resume" not in line
     assert tree(tmp_path) == []

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from diffad_fast import Detector
@@ -57,6 +58,10 @@ def test_frozen():
         ({"train_steps": 0}, "train_steps=0 takes a U-Net as it is"),
         ({"conformal_share": 0.85}, "held-out"),
         ({"learning_rate": "fast"}, "learning_rate"),
+        ({"accumulate": 3}, "accumulate is for U-Nets, .* 1 alone: .* denoiser='unet-small'"),
+        ({"map_weights": (1, 1, 0)}, "map_weights is for U-Nets"),
+        ({"kind": "vector", "guidance": 1.0}, "guidance is for U-Nets, .* leave it out$"),
+        ({"prediction_type": "epsilon"}, "prediction_type is for U-Nets"),
         ({"self": 1}, "unknown option 'self'"),
         ({"cls": 1}, "unknown option 'cls'"),
         ({"features": "resnet18"}, "features='resnet18' do not go together: .* U-Nets .* read"),
@@ -69,6 +74,18 @@ def test_bad_options(options, words):
         DetectorConfig.create(**options)
     with pytest.raises(InputError, match=words):
         Detector(**options)
+
+
+def test_numbers_of_numpy():
+    found = DetectorConfig.create(
+        image_size=(np.int64(64), np.int32(96)), sigmas=np.array([0.5, 2.0], np.float32),
+        seed=np.uint8(3), smoothing=np.float32(1.5), cross_fit=np.int64(0),
+    )  # fmt: skip
+    assert found == DetectorConfig.create(
+        image_size=(64, 96), sigmas=(0.5, 2.0), seed=3, smoothing=1.5, cross_fit=0
+    )
+    assert DetectorConfig.create(image_size=np.int64(64)).image_size == (64, 64)
+    assert DetectorConfig.from_json(found.to_json()) == found
 
 
 def test_read_options(tmp_path):

@@ -282,10 +282,9 @@ def test_winding_regions():
     for mask in (comb, comb[::-1], spiral, spiral.T, ~spiral, spiral[::-1, ::-1]):
         mask = np.ascontiguousarray(mask)
         scores = np.zeros(mask.shape, np.float32)
-        _, sizes, number = native._host.anomalous_scores(mask, scores, True)
-        _, want, want_number = in_numpy.anomalous_scores(mask, scores, True)
+        _, sizes = native._host.anomalous_scores(mask, scores, True)
+        _, want = in_numpy.anomalous_scores(mask, scores, True)
         np.testing.assert_array_equal(sizes, want)
-        assert number == want_number
 
 
 def tricky_scores(kind, dtype, rng, n):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -180,6 +181,32 @@ def test_settings_of_the_process_are_put_back_by_the_last_thread():
         gone.set()
         threads[1].join(10)
         assert seen == 2 * [(torch.float32, "highest")]
+
+
+def test_modes_of_modules_are_put_back_by_the_last_thread():
+    """In whichever order threads begin and end, and inside of a training."""
+    inner, outer = torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
+    outer.append(inner)
+    outer[1].eval()
+
+    def modes():
+        return [part.training for part in (outer, *outer)]
+
+    before = modes()
+    for order in itertools.permutations(range(3)):
+        inside = [surroundings.evaluating(module) for module in (outer, inner, outer)]
+        for one in inside:
+            one.__enter__()
+        for number in order:
+            assert not inner.training
+            inside[number].__exit__(None, None, None)
+        assert modes() == before
+    with surroundings.evaluating(outer):
+        outer.train()
+        with surroundings.evaluating(outer):
+            assert modes() == 4 * [False]
+        assert modes() == 4 * [True]
+    assert modes()[0]
 
 
 # The parent's threads have computed before it starts another process.

@@ -129,9 +129,8 @@ def _urbansound8k(root: str, normal: str | None, folds: Sequence[int] | None) ->
     if normal not in names.values():
         raise InputError(
             f"{root} is in the UrbanSound8K layout and its normal class is {normal!r}: choose one "
-            f"of {', '.join(sorted(names.values()))}, from a shell by --layout urbansound8k "
-            "--normal CLASS, in evaluate by normal=, for fit by the paths of "
-            "data.audio.training_clips(root, normal=CLASS)."
+            f"of {', '.join(sorted(names.values()))}, by normal=CLASS or from a shell by --layout "
+            "urbansound8k --normal CLASS."
         )
     known = {row["fold"] for row in rows}
     wanted = known if folds is None else {str(fold) for fold in folds}

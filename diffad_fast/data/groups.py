@@ -31,7 +31,8 @@ def group_labels(groups, count: int) -> list[Hashable]:
 def groups_by_regex(paths: Sequence[str], pattern: str) -> list[str]:
     """The group of each file: what the first parenthesis of ``pattern`` matches in its name.
 
-    Without a parenthesis, the whole match. Raises InputError where a file does not match.
+    Without a parenthesis, the whole match. Raises InputError where a file does not match, or that
+    parenthesis matches nothing in it.
     """
     try:
         compiled = re.compile(pattern)
@@ -40,7 +41,8 @@ def groups_by_regex(paths: Sequence[str], pattern: str) -> list[str]:
     groups = []
     for path in paths:
         match = compiled.search(Path(path).name)
-        if match is None:
+        group = None if match is None else match[1 if compiled.groups else 0]
+        if group is None:
             raise InputError(f"group regex {pattern!r} does not match {Path(path).name}")
-        groups.append(match[1] if compiled.groups else match[0])
+        groups.append(group)
     return groups

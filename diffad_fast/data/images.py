@@ -7,6 +7,7 @@ whose `batches` streams them.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -136,13 +137,17 @@ class _PictureItems(_FileItems):
     def __init__(self, pictures: Sequence, *how):
         super().__init__(None, *how)
         self._pictures = pictures
+        # One that comes twice has one position in its file, for all threads.
+        self._turns = {id(picture): threading.Lock() for picture in pictures}
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def read(self, index: int) -> np.ndarray:
         name = "the image" if len(self) == 1 else f"image {index} of the list"
-        return read_image(self._pictures[index], *self._how, name=name)
+        picture = self._pictures[index]
+        with self._turns[id(picture)]:
+            return read_image(picture, *self._how, name=name)
 
 
 class _ArrayItems(Items):

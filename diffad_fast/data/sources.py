@@ -56,7 +56,7 @@ def training_part(
     recordings as in ``data.audio.training_clips``. This raises their errors: without a normal class
     the root of an UrbanSound8K is refused.
     """
-    check_layout(kind, layout, normal, folds)
+    check_layout(kind, source, layout, normal, folds)
     if kind == "image" and is_path(source):
         return training_images(source, layout), None
     asked = layout != "auto" or normal is not None or folds is not None
@@ -66,9 +66,17 @@ def training_part(
     return source, None
 
 
-def check_layout(kind: str, layout: str, normal: str | None, folds: Sequence[int] | None) -> None:
-    """Raise InputError for options of another kind of samples."""
+def check_layout(
+    kind: str, source, layout: str, normal: str | None, folds: Sequence[int] | None
+) -> None:
+    """Raise InputError for options of another kind of samples, or of folders beside another
+    source."""
     if kind != "audio" and (normal is not None or folds is not None):
         raise InputError(f"normal and folds are for audio: leave them out for {kind}s")
     if kind == "vector" and layout != "auto":
         raise InputError("layout is for images and audio: leave it out for vectors")
+    if not is_path(source) and (layout != "auto" or normal is not None or folds is not None):
+        raise InputError(
+            "layout, normal and folds tell how a folder is read, and the data is a "
+            f"{type(source).__name__}: leave them out"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 
@@ -40,10 +42,11 @@ class DiffusersUNet(nn.Module):
 
     def features(self, x: torch.Tensor, log_sigma: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of the encoder, for a detector. The decoder runs too."""
-        found = []
+        found, mine = [], threading.get_ident()
 
         def keep(module, args, output):
-            found.append(output[0] if isinstance(output, tuple) else output)
+            if threading.get_ident() == mine:  # the U-Net is that of other threads, too
+                found.append(output[0] if isinstance(output, tuple) else output)
 
         blocks = [*self.unet.down_blocks, *filter(None, [self.unet.mid_block])]
         hooks = [block.register_forward_hook(keep) for block in blocks]

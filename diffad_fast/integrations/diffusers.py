@@ -157,13 +157,7 @@ def fast_sampler(
     steps = num_inference_steps or getattr(scheduler, "num_inference_steps", None)
     if steps is None:
         raise InputError("give num_inference_steps, or call scheduler.set_timesteps first")
-    scheduler = FusedDDIMScheduler.from_config(scheduler.config)
-    config = scheduler.config
-    if config.thresholding:
-        raise InputError(
-            "fast_sampler has no dynamic thresholding (thresholding=True): use FusedDDIMScheduler "
-            "in the pipeline's own loop"
-        )
+    scheduler, config = _fused(scheduler), scheduler.config
     check_unet(unet)
     scheduler.set_timesteps(steps)
     levels = [scheduler._levels(t) for t in scheduler.timesteps.tolist()]
@@ -200,7 +194,7 @@ def detector_from_diffusers(pipeline, **options) -> Detector:
             "scheduler: DDPMPipeline and DDIMPipeline are"
         )
     check_unet(unet)
-    scheduler = FusedDDIMScheduler.from_config(scheduler.config)
+    scheduler = _fused(scheduler)
     config, size = scheduler.config, unet.config.sample_size
     if size is None and "image_size" not in options:
         raise InputError("the U-Net's configuration has no sample_size: give image_size")
@@ -220,6 +214,22 @@ def detector_from_diffusers(pipeline, **options) -> Detector:
         "conformal_share": 0.5,
     }
     return Detector(denoiser=DiffusersUNet(unet, scheduler.alphas_cumprod), **{**found, **options})
+
+
+def _fused(scheduler) -> FusedDDIMScheduler:
+    """``scheduler`` as a DDIM one. Raises InputError for what a :class:`ReverseLoop` has not."""
+    try:
+        fused = FusedDDIMScheduler.from_config(scheduler.config)
+    except NotImplementedError as error:
+        raise InputError(
+            f"a DDIM scheduler cannot take over this {type(scheduler).__name__}: {error}"
+        ) from None
+    if fused.config.thresholding:
+        raise InputError(
+            "neither fast_sampler nor detectors have dynamic thresholding (thresholding=True): use "
+            "FusedDDIMScheduler in the pipeline's own loop"
+        )
+    return fused
 
 
 def check_unet(unet: nn.Module) -> None:

@@ -58,7 +58,7 @@ class ScoringProgram(nn.Module):
         tail = (self.calibration >= score[:, None]).float() @ self.weight
         result = {"score": score, "p_value": (1 + tail) / (self.groups + 1)}
         if self.threshold is not None:
-            result["label"] = (score > self.threshold).long()
+            result["label"] = (~(score <= self.threshold)).long()  # 1 for NaN
         if self.maps:
             result["map"] = map_
         return result

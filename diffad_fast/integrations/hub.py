@@ -82,8 +82,9 @@ def card(detector: Detector, data: str | None) -> str:
     what = {
         "image": f"images of {config.image_size[0]}x{config.image_size[1]} pixels, "
         f"{config.channels} channel{'s' if config.channels > 1 else ''}, values in [0, 1]",
+        "audio": f"recordings of one channel at {config.sample_rate} Hz",
         "vector": "vectors of numbers",
-    }.get(config.kind, config.kind)
+    }[config.kind]
     calibration = "\n".join(rows)
     return f"""---
 library_name: diffad_fast

@@ -70,7 +70,7 @@ class DiffusionOutlierDetector(OutlierMixin, BaseEstimator):
 
         Returns self. Raises ValueError for fewer than 8 samples and for unusable data.
         """
-        if not 0 < self.contamination <= 0.5:
+        if isinstance(self.contamination, str) or not 0 < self.contamination <= 0.5:
             raise InputError(f"contamination must be in (0, 0.5], not {self.contamination!r}")
         # In the precision of the data, of which the detector says whether float32 can hold it.
         kinds = (np.float64, np.float32)

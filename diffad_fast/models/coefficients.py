@@ -254,12 +254,12 @@ class CoefficientModel(Model):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
         end, *features = self._evidence(images, x0, end)
-        statistics = self.statistics or [None] * 3
+        statistics = self.statistics
         ready = None  # the maps that the finish has given, standardised and weighted
         for i, map_ in ((0, end.pixel), (2, end.sub_band)):
             weight = config.map_weights[i]
             if weight > 0:
-                mean, deviation = statistics[i] or (0.0, 1.0)
+                mean, deviation = statistics[i]
                 part = (map_ - mean) * (weight / deviation)
                 ready = part if ready is None else ready + part
         map_, score = ops.anomaly_map(
@@ -267,7 +267,7 @@ class CoefficientModel(Model):
             end.x_hat,
             *features,
             weights=(0.0, config.map_weights[1], 0.0),
-            stats=None if self.statistics is None else (None, statistics[1], None),
+            stats=(None, statistics[1], None),
             sigma=config.smoothing,
             top=config.top_fraction,
             base=ready,
@@ -278,7 +278,7 @@ class CoefficientModel(Model):
         share = sum(config.map_weights)
         standard = MapStatistics(score.new_zeros(()), score.new_full((), share))
         return fuse(
-            [map_, self._semantic(images, x0, own)], [standard, self.statistics[3]],
+            [map_, self._semantic(images, x0, own)], [standard, statistics[3]],
             [share, config.semantic_weight], 0.0, config.top_fraction,
         )  # fmt: skip
 

@@ -12,7 +12,6 @@ from .. import native, ops
 from ..config import DetectorConfig
 from ..denoisers.token_mlp import TokenMLP
 from ..diffusion import Graphed, NoiseFields, ReverseStep
-from ..errors import InputError
 from ..representations import WindowEmbedding, create_tokens
 from ..representations.logmel import time_map
 from ..representations.smoothing import GaussianSmoothing, Upsampling
@@ -56,16 +55,6 @@ class TokenModel(Model):
         self._smoothed = GaussianSmoothing()
         if config.kind == "image":
             self._upsampled = Upsampling(self.representation.offset)
-        if config.prediction_type != "v_prediction":
-            raise InputError(
-                f"the token MLP predicts v: prediction_type {config.prediction_type!r} is for the "
-                "U-Nets"
-            )
-        if config.eta or config.clip or config.guidance:
-            raise InputError(
-                "the token MLP runs its loop in one kernel without eta, clip or guidance: leave "
-                "them at 0, None and 0"
-            )
         self.to(device).eval()
         self.use(None)
 

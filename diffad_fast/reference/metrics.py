@@ -14,17 +14,17 @@ def all_finite(scores) -> bool:
 
 
 def anomalous_scores(anomalous, scores, regions):
-    """Scores of the anomalous pixels, row by row; size of the region of each; number of regions.
+    """Scores of the anomalous pixels, row by row; size of the region of each.
 
     Regions are 8-connected and need two axes; without ``regions`` there are no sizes.
     """
     if not regions:
-        return scores[anomalous], np.zeros(0, np.uint32), 0
+        return scores[anomalous], np.zeros(0, np.uint32)
     from scipy import ndimage
 
-    labels, number = ndimage.label(anomalous, structure=np.ones((3, 3), dtype=int))
+    labels, _ = ndimage.label(anomalous, structure=np.ones((3, 3), dtype=int))
     own = labels[anomalous]
-    return scores[anomalous], np.bincount(own)[own].astype(np.uint32), number
+    return scores[anomalous], np.bincount(own)[own].astype(np.uint32)
 
 
 def distinct_scores(scores, sizes):

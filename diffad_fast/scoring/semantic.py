@@ -44,14 +44,16 @@ class FeatureDistance(nn.Module):
             moments.add(rows)
             if self.kind == "nearest":
                 kept.append(rows)
-        self.whitening.fit(moments)
-        if self.kind == "nearest":
+        if self.kind == "mahalanobis":
+            self.whitening.fit(moments)
+        else:
             # Put together, all that is kept would be twice in memory.
             ends = list(accumulate(map(len, kept)))
             chosen = torch.randperm(ends[-1], generator=generator)[:LARGEST_SAMPLE].tolist()
             owners = [bisect_right(ends, i) for i in chosen]
             rows = torch.stack([kept[k][i - ends[k]] for k, i in zip(owners, chosen, strict=True)])
             scale = moments.covariance.trace().clamp(min=1e-12).sqrt().float()
+            self.whitening.mean = moments.mean.float()
             self.whitening.matrix = torch.eye(rows.shape[1], device=rows.device) / scale
             self.sample = self._scaled(rows)
 

@@ -18,13 +18,9 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import DiffadError
+from ..errors import ProcessError
 
 T = TypeVar("T")
-
-
-class ProcessError(DiffadError, RuntimeError):
-    """Another process of a distributed run has ended or does not answer."""
 
 
 class Processes(NamedTuple):

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from ..config import DetectorConfig
-from ..errors import InputError
+from ..errors import InputError, ProcessError, Terminated
 from ..progress import progress
 from . import trials
-from .distributed import ProcessError, processes
+from .distributed import processes
 from .history import History
 from .log import Log
 from .optimizer import Optimizer
@@ -161,7 +161,7 @@ class Loop(ABC):
             if interrupted or state.due():
                 state.write(self.done, self.total, must=interrupted)
             if interrupted:
-                raise KeyboardInterrupt
+                raise Terminated if signal.SIGTERM in signals else KeyboardInterrupt
             if late or self._waited() >= self.config.early_stopping > 0:
                 if self.history.steps < self.done:
                     self._report(step, float(loss))

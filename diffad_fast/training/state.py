@@ -131,7 +131,7 @@ class TrainingState:
             loop.best = tensors["best"].to(loop.device)
         loop.history = History(**json.loads(texts["history"]))
         loop.total = int(texts["total"])
-        loop.validations = int(texts.get("validations", loop.validations))
+        loop.validations = int(texts["validations"])
         return done
 
     def due(self) -> bool:

@@ -51,6 +51,10 @@ def test_no_class_of_urbansound8k_is_normal_unless_named(urban):
         detector.fit(urban)
     with pytest.raises(InputError, match="1 usable"):  # more are needed, and it counts them
         detector.fit([c.path for c in training_clips(urban, normal="siren", folds=[1])])
+    with pytest.raises(InputError, match="1 usable"):
+        detector.fit(urban, normal="siren", folds=[1])
+    with pytest.raises(InputError, match="layout, normal and folds .* the data is a list"):
+        detector.fit([urban], normal="siren")
 
 
 def test_clips_of_one_recording_are_one_group(urban):

@@ -44,5 +44,7 @@ def test_groups_by_names_of_files():
     assert groups_by_regex(paths, r"num_\d+") == ["num_12", "num_12", "num_4"]
     with pytest.raises(InputError, match=r"group regex 'num_\(b\)' does not match num_12_a\.png"):
         groups_by_regex(paths, "num_(b)")
+    with pytest.raises(InputError, match=r"does not match num_4_a\.png"):  # the parenthesis
+        groups_by_regex(paths, r"num_(12)?")
     with pytest.raises(InputError, match=r"group regex '\(' is not a regular expression: missing"):
         groups_by_regex(paths, "(")

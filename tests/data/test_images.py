@@ -94,6 +94,17 @@ def test_pictures_in_memory_are_what_their_files_are(tmp_path):
     assert turned.tobytes() == pixels(0).tobytes()
 
 
+def test_one_picture_several_times_in_a_list():
+    """Threads read it one after the other: it has one place in its file."""
+    rng = np.random.default_rng(0)
+    large = Image.fromarray(rng.integers(0, 256, (600, 600), dtype=np.uint8))
+    file = io.BytesIO()
+    large.save(file, "png")
+    for one in (file, Image.open(file)):
+        found, _ = everything(open_images([one] * 8, (600, 600), 1))
+        assert torch.equal(found, torch.from_numpy(np.array(large) / np.float32(255)).expand_as(found))
+
+
 def test_unusable_pictures_in_memory_are_told_by_their_place(tmp_path):
     good = Path(save(tmp_path / "a.png", pixels())).read_bytes()
     pipe, end = os.pipe()

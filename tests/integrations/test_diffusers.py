@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import diffad_fast as daf
 from diffad_fast import native, ops
+from diffad_fast.denoisers.diffusers_unet import DiffusersUNet
 from diffad_fast.errors import InputError
 
 diffusers = pytest.importorskip("diffusers")
@@ -315,6 +317,27 @@ def test_fast_sampler_with_noise_of_its_own_and_from_another_scheduler():
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
 
 
+def test_features_of_two_threads():
+    """Hooks are the module's, and each thread gets what its own call has given."""
+    x = random((2, 3, 8, 8), 0)
+    unet = DiffusersUNet(small_unet(), diffusers.DDIMScheduler().alphas_cumprod)
+    level, inside, found = torch.zeros(2), threading.Barrier(2), {}
+    alone = unet.features(x, level)
+    unet.unet.conv_in.register_forward_hook(lambda *_: inside.wait(60) and None)
+
+    def call(scale):
+        found[scale] = unet.features(scale * x, level)
+
+    threads = [threading.Thread(target=call, args=(scale,)) for scale in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found[1]) == len(found[2]) == len(alone)
+    for got, want in zip(found[1], alone, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_fast_sampler_refuses_what_it_would_get_wrong():
     with pytest.raises(InputError, match="give num_inference_steps"):
         fast_sampler(small_unet(), diffusers.DDIMScheduler())
@@ -413,3 +436,10 @@ def test_a_saved_pipeline_as_a_detector(tmp_path):
         daf.Detector.from_diffusers(tmp_path / "nowhere")
     with pytest.raises(InputError, match="object is not an unconditional pipeline"):
         daf.Detector.from_diffusers(object())
+    for options, words in (
+        ({"thresholding": True}, "thresholding=True"),
+        ({"beta_schedule": "sigmoid"}, "take over this DDPMScheduler: sigmoid"),
+    ):
+        pipeline = diffusers.DDPMPipeline(small_unet(), diffusers.DDPMScheduler(**options))
+        with pytest.raises(InputError, match=words):
+            daf.Detector.from_diffusers(pipeline)

@@ -81,6 +81,7 @@ def test_vectors_in_every_mode(fitted, mode, tmp_path):
         fitted.mode = before
     far = program(torch.full((1, 5), 50.0))
     assert far["label"].item() == 1 and far["p_value"].item() == pytest.approx(1 / 31)
+    assert program(torch.full((1, 5), float("nan")))["label"].item() == 1
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_sigterm_keeps_the_state(tmp_path):
     worker.wait_for(state, process)
     os.kill(process.pid, signal.SIGTERM)
     process.join(30)
-    assert (tmp_path / "out.error").read_text().startswith("KeyboardInterrupt")
+    assert (tmp_path / "out.error").read_text().startswith("Terminated")
     _, texts = checkpoint.load(state, KIND)
     assert int(texts["step"]) > 0
 
