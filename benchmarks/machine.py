@@ -49,8 +49,9 @@ def describe(device: torch.device | None = None) -> dict:
 
 
 def slug(machine: dict) -> str:
-    """A file name for the machine: its GPU, or its processor and cores."""
-    name = machine["gpu"] or f"{machine['cpu']} {machine['cores']} cores"
+    """A file name for the machine: its GPU, or its processor, whose name may stand for several
+    generations, its vectors and cores."""
+    name = machine["gpu"] or f"{machine['cpu']} {machine['cpu_features']} {machine['cores']} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -130,7 +130,7 @@ EXPLANATION = (
 def machine_line(result: dict) -> str:
     """Where, with which torch and when, in short."""
     m = result["machine"]
-    device = m["gpu"] or f"{m['cpu']}, {m['cores']} cores"
+    device = m["gpu"] or f"{m['cpu']}, {m['cpu_features']}, {m['cores']} cores"
     return (
         f"{device}, {m['threads']} threads, torch {m['versions']['torch']}, commit {m['commit']}, "
         f"{m['date']}"

@@ -247,7 +247,8 @@ class Detector:
             config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             config = config.replace(train_budget=budget)
-        source, told = training_part(self.config.kind, source, layout, normal, folds)
+        part = layout, normal, folds
+        source, told = training_part(self.config.kind, source, *part)
         groups = told if groups is None else groups
         samples = open_source(source, self.config, strict)
         usable = samples.load()
@@ -255,7 +256,7 @@ class Detector:
         groups = None if groups is None else group_labels(groups, len(samples))
         split, folds = splits(usable, groups, self.config)
         self._fitted_on = fingerprint(samples, usable)
-        self._fitted_part = layout, normal, folds
+        self._fitted_part = part
         self._begin(config)
         self.calibrations, self.parts = {}, []
         self.columns = samples.columns

@@ -350,21 +350,23 @@ def test_figures_of_dcase(monkeypatch):
         def batches(self, size):
             return iter([type("B", (), {"x": torch.zeros(1, 16000)})])
 
-        def score(self, source):
+        def score(self, source, maps):
             index = np.arange(len(values))
             return Score(values, None, values, None, None, index)
 
         def score_batch(self, x):
             return None
 
-    found = evaluate_audio(Fake(), clips, False).metrics
+    found = evaluate_audio(Fake(), clips, False, maps=False).metrics
     first, second = found["sections"]["00"], found["sections"]["01"]
     assert first["auroc_source"] == 1.0 and first["auroc_target"] == 0.5
     expected = roc_auc_score([0, 0, 0, 0, 1, 1], values[:6], max_fpr=0.1)
     assert first["pauc"] == pytest.approx(expected)
     assert second["auroc_source"] == 0.5 and second["auroc_target"] is None
     assert found["harmonic_mean"] is None
-    found = evaluate_audio(Fake(), [c._replace(section="00") for c in clips], False).metrics
+    found = evaluate_audio(
+        Fake(), [c._replace(section="00") for c in clips], False, maps=False
+    ).metrics
     only = found["sections"]["00"]
     assert found["harmonic_mean"] == pytest.approx(
         harmonic_mean([only["auroc_source"], only["auroc_target"], only["pauc"]])

@@ -100,9 +100,10 @@ def test_one_picture_several_times_in_a_list():
     large = Image.fromarray(rng.integers(0, 256, (600, 600), dtype=np.uint8))
     file = io.BytesIO()
     large.save(file, "png")
+    expected = torch.from_numpy(np.array(large) / np.float32(255))
     for one in (file, Image.open(file)):
         found, _ = everything(open_images([one] * 8, (600, 600), 1))
-        assert torch.equal(found, torch.from_numpy(np.array(large) / np.float32(255)).expand_as(found))
+        assert torch.equal(found, expected.expand(8, 1, -1, -1))
 
 
 def test_unusable_pictures_in_memory_are_told_by_their_place(tmp_path):

@@ -323,7 +323,7 @@ def test_features_of_two_threads():
     unet = DiffusersUNet(small_unet(), diffusers.DDIMScheduler().alphas_cumprod)
     level, inside, found = torch.zeros(2), threading.Barrier(2), {}
     alone = unet.features(x, level)
-    unet.unet.conv_in.register_forward_hook(lambda *_: inside.wait(60) and None)
+    unet.unet.conv_in.register_forward_hook(lambda *_: None if inside.wait(60) else None)
 
     def call(scale):
         found[scale] = unet.features(scale * x, level)

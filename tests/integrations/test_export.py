@@ -81,7 +81,13 @@ def test_vectors_in_every_mode(fitted, mode, tmp_path):
         fitted.mode = before
     far = program(torch.full((1, 5), 50.0))
     assert far["label"].item() == 1 and far["p_value"].item() == pytest.approx(1 / 31)
-    assert program(torch.full((1, 5), float("nan")))["label"].item() == 1
+
+
+def test_a_score_that_is_no_number_is_an_anomaly(fitted, monkeypatch):
+    program, scores = exporting.ScoringProgram(fitted), torch.tensor([float("nan"), -1e9])
+    monkeypatch.setattr(program.model, "score", lambda x: (None, scores))
+    assert program(torch.zeros(2, 5))["label"].tolist() == [1, 0]
+    assert fitted.conformal.label(scores.numpy()).tolist() == [1, 0]
 
 
 @pytest.mark.slow

@@ -229,8 +229,8 @@ def test_evaluate_a_table(vectors):
     "options, message",
     [
         ({"denoiser": "unet-tiny"}, "vector needs 'token-mlp'"),
-        ({"prediction_type": "epsilon"}, "predicts v"),
-        ({"eta": 0.5}, "without eta"),
+        ({"prediction_type": "epsilon"}, "prediction_type is for U-Nets"),
+        ({"eta": 0.5}, "eta is for U-Nets"),
         ({"kind": "image", "denoiser": "token-mlp", "tokens": ["energy-12"]}, "energy-12"),
         ({"kind": "image", "denoiser": "token-mlp", "tokens": []}, "tokens is empty"),
         ({"sigmas": ()}, "sigmas is empty"),

@@ -76,9 +76,9 @@ class Spy(Detector):
         return super().fit(source, groups=groups)
 
 
-def evaluated(detector, clips, strict):
+def evaluated(detector, clips, strict, maps):
     Spy.seen.append((detector.trained, clips))
-    return evaluate_audio(detector, clips, strict)
+    return evaluate_audio(detector, clips, strict, maps)
 
 
 def fold_of(path):
