@@ -1,12 +1,13 @@
-# Every target but gpu-check makes .venv if it is not there, installs the pinned packages for a
-# machine without a GPU, builds the library and runs. A second call installs nothing; a changed
-# native source rebuilds the library alone.
+# Targets but gpu-check and clean make their environment (.venv; test-plugins and docs one of their
+# own) if it is not there, from pinned packages for a machine without a GPU, build the library if
+# they need it, and run. A second call installs nothing; a changed native source rebuilds the library
+# alone.
 PYTHON ?= python3
 # PyPI's torch for Linux brings several GB of CUDA; this index has the build without.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 # Tests run side by side, one process a core, four at most.
-PYTEST_JOBS ?= -n auto --maxprocesses 4
+PYTEST_JOBS ?= -n auto --maxprocesses 4 --dist worksteal
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 # OpenMP threads that wait shall sleep: where other work shares the cores, spinning ones made these

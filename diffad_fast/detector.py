@@ -226,8 +226,9 @@ class Detector:
         strict: raise at the first unusable file instead of leaving it out with a warning.
         layout, normal, folds: how the folder of a data set is read, as in :meth:`evaluate`.
         steps: training steps, or budget: the time that the training may take, in seconds or as
-        "5min"; both in place of the configuration's. training_checkpoint: keep the state of the
-        training on disk, and continue from it. Processes that torchrun started train together.
+        "5min"; they replace the configuration's, for later fits too. training_checkpoint: keep the
+        state of the training on disk, and continue from it. Processes that torchrun started train
+        together.
 
         Begins anew whatever was fitted before, in this process or before a checkpoint was written,
         and settles anew what was left to it; only a denoiser that was handed over goes on from its

@@ -136,15 +136,24 @@ SURROUNDINGS = {
 }
 
 
+DETECTORS = {
+    "tokens": ("image", TOKENS["image"]),
+    "vectors": ("vector", TOKENS["vector"]),
+    "unet": ("image", UNET),
+}
+
+
+@pytest.fixture(scope="module", params=DETECTORS)
+def usual(request):
+    """(kind, options, a detector that nothing surrounded)."""
+    kind, options = DETECTORS[request.param]
+    return kind, options, fitted(kind, options)
+
+
 @pytest.mark.parametrize("name", SURROUNDINGS)
-@pytest.mark.parametrize(
-    "kind, options",
-    [("image", TOKENS["image"]), ("vector", TOKENS["vector"]), ("image", UNET)],
-    ids=["tokens", "vectors", "unet"],
-)
-def test_fit_score_and_load(name, kind, options, tmp_path):
+def test_fit_score_and_load(name, usual, tmp_path):
+    kind, options, expected = usual
     new = samples(kind, 5, 1)
-    expected = fitted(kind, options)
     with SURROUNDINGS[name]():
         found = fitted(kind, options)
         found.save(tmp_path / "m.diffad")

@@ -75,7 +75,7 @@ def _flags(sanitizer: str | None) -> list[str]:
     flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
     flags += ["-Wno-unknown-pragmas", f"-DTORCH_TARGET_VERSION={target[1]}"]
     if sanitizer:
-        flags += ["-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+        flags += ["-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     return flags
 
 

@@ -70,7 +70,7 @@ def test_shares_of_rows(share, monkeypatch):
     monkeypatch.setattr(dwt2d, "_smallest_share", lambda length: share)
     monkeypatch.setattr(dwt2d, "shared_rows", lambda *_: share)
     for mode in ("symmetric", "periodization"):
-        bands = forward(random(1, 2, 21, 7), "db4", mode)
+        bands = forward(random(1, 1, 21, 7), "db4", mode)
         inverse(bands, "db4", mode, (21, 7))
 
 
@@ -108,8 +108,8 @@ def test_odd_shapes(shape):
     "dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 8e-3), (torch.bfloat16, 6e-2)]
 )
 def test_dtypes_and_layouts(dtype, tolerance):
-    x = random(2, 6, 9, 10, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    for view in (x, x[:, 1:4], x[:, :, ::2, 1::3], x[:, :1, :1].expand(2, 3, 5, 10)):
+    x = random(2, 3, 9, 10, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    for view in (x, x[:, 1:], x[:, :, ::2, 1::3], x[:, :1, :1].expand(2, 2, 5, 10)):
         bands = forward(view, "db2", "reflect", tolerance)
         assert bands[0].is_contiguous(memory_format=torch.channels_last) or view is not x
         inverse(bands, "db2", "reflect", tolerance=tolerance)
