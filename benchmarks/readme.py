@@ -4,11 +4,12 @@ in short in README.md, between two markers."""
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 from . import results, tables
 from .case import OURS
-from .grid import grid
+from .grid import grid, number
 from .quality import audio
 from .quality import tables as quality
 
@@ -49,8 +50,8 @@ def headlines(folder: Path = results.RESULTS) -> str:
     found = results.newest(folder)
     parts = []
     for suite in ("cpu", "gpu"):
-        if suite in found:
-            parts += _speed(suite, *found[suite])
+        for place, (_, result) in enumerate(found.get(suite, [])):
+            parts += [_in_short(result)] if place else _speed(suite, result)
     rows = []
     for path in sorted(folder.glob("*.json")):
         result = results.read(path)
@@ -68,7 +69,7 @@ def headlines(folder: Path = results.RESULTS) -> str:
     return "\n\n".join([*parts, f"All results: [{page_of}]({page_of})."])
 
 
-def _speed(suite: str, path: Path, result: dict) -> list[str]:
+def _speed(suite: str, result: dict) -> list[str]:
     rows = []
     for row in _shown(result):
         others = row["contenders"]
@@ -94,10 +95,31 @@ def _speed(suite: str, path: Path, result: dict) -> list[str]:
     return [text, "\n".join(grid(head, rows)), _losses(result)]
 
 
+def _in_short(result: dict) -> str:
+    """Another processor's result of a suite: the cases lost, and what is usual."""
+    rows = result["rows"]
+    usual = [
+        f"{name}: {number(statistics.median(ratios))}×"
+        for name in tables.BASELINES
+        if (ratios := [r["contenders"][name]["ratio"]["value"] for r in rows
+                       if "ratio" in r["contenders"].get(name, {})])
+    ]  # fmt: skip
+    lost = []
+    for row in tables.losses(rows):
+        faster = {name: e for name, e in row["contenders"].items() if tables.is_faster(e)}
+        best = min(faster, key=lambda name: faster[name]["ratio"]["value"])
+        lost.append(f"{row['case']} {tables.ratio_in_short(faster[best])} {best}")
+    return (
+        f"**The same suite on narrower vectors**: {tables.machine_line(result)}. Medians over the "
+        f"cases: {', '.join(usual)}. Of {len(rows)} cases a contender is faster than ours in "
+        f"{': '.join([str(len(lost)), *filter(None, ['; '.join(lost)])])}."
+    )
+
+
 def page(folder: Path = results.RESULTS) -> str:
-    """The newest result of each suite: the main case of each operator, and every case lost."""
+    """The newest results of each suite: the main case of each operator, and every case lost."""
     found = results.newest(folder)
-    parts = [_section(suite, *found[suite]) for suite in TITLES if suite in found]
+    parts = [_section(suite, *one) for suite in TITLES for one in found.get(suite, [])]
     parts += [_quality(path) for path in sorted(folder.glob("*.json"))]
     text = "# Results\n\nWritten by `python -m benchmarks readme`."
     return "\n\n".join([text, tables.EXPLANATION, *filter(None, parts)]) + "\n"
@@ -122,7 +144,9 @@ def _losses(result: dict) -> str:
 
 def _section(suite: str, path: Path, result: dict) -> str:
     quick = " (a quick run, too few rounds for fine differences)" if result["quick"] else ""
-    lines = [f"## {TITLES[suite]}{quick}", "", f"{tables.machine_line(result)}.", ""]
+    machine = result["machine"]
+    vectors = "" if machine["gpu"] else f", {machine['cpu_features']}"
+    lines = [f"## {TITLES[suite]}{vectors}{quick}", "", f"{tables.machine_line(result)}.", ""]
     if suite == "end-to-end":
         lines += tables.detectors(result)
         plot = path.with_name(f"{path.stem}-pareto.png")

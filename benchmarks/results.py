@@ -44,18 +44,23 @@ def read(path: str | Path) -> dict:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def newest(folder: Path = RESULTS) -> dict[str, tuple[Path, dict]]:
-    """Suite -> its newest result; a quick one only where there is no other."""
-    found: dict[str, tuple[tuple, Path, dict]] = {}
+def newest(folder: Path = RESULTS) -> dict[str, list[tuple[Path, dict]]]:
+    """Suite -> its newest results, one of a GPU or of each width of a processor's vectors, the
+    widest first; a quick one only where there is no other."""
+    found: dict[tuple[str, str], tuple[tuple, Path, dict]] = {}
     for path in sorted(folder.glob("*.json")):
         result = read(path)
         if "suite" not in result:
             continue
-        when = result["machine"]["date"], result["machine"].get("time", "")
-        rank = (not result["quick"], *when, path.name)
-        if result["suite"] not in found or rank > found[result["suite"]][0]:
-            found[result["suite"]] = (rank, path, result)
-    return {suite: entry[1:] for suite, entry in sorted(found.items())}
+        machine = result["machine"]
+        key = result["suite"], "" if machine["gpu"] else machine["cpu_features"]
+        rank = (not result["quick"], machine["date"], machine.get("time", ""), path.name)
+        if key not in found or rank > found[key][0]:
+            found[key] = (rank, path, result)
+    suites: dict[str, list[tuple[Path, dict]]] = {}
+    for (suite, _), (_, path, result) in sorted(found.items(), reverse=True):  # AVX512, AVX2
+        suites.setdefault(suite, []).append((path, result))
+    return suites
 
 
 def _dump(result: dict) -> str:

@@ -192,11 +192,12 @@ def summary(rows: Sequence[dict]) -> list[str]:
 
 def losses(rows: Iterable[dict]) -> list[dict]:
     """The cases in which a contender is faster than ours."""
+    return [row for row in rows if any(map(is_faster, row["contenders"].values()))]
 
-    def lost(entry: dict) -> bool:
-        return entry.get("ratio", {}).get("ours_is") == "slower"
 
-    return [row for row in rows if any(map(lost, row["contenders"].values()))]
+def is_faster(entry: dict) -> bool:
+    """Is this contender faster than ours?"""
+    return entry.get("ratio", {}).get("ours_is") == "slower"
 
 
 def time_cell(entry: dict) -> str:

@@ -18,6 +18,7 @@ def test_readme_agrees_with_the_newest_results():
 
 def test_readme_quotes_every_lost_case(fake, tmp_path):
     result = fake({OURS: 2.0, REFERENCE: 4.0})
+    result["machine"]["cpu_features"] = "AVX512"
     lost = fake({OURS: 2.0, "peer": 1.0, "slow peer": 8.0})["rows"][0]
     result["rows"] += [{**result["rows"][0], "case": "op minor"}, {**lost, "case": "op lost"}]
     (tmp_path / "a-cpu.json").write_text(json.dumps(result))
@@ -25,7 +26,13 @@ def test_readme_quotes_every_lost_case(fake, tmp_path):
     (tmp_path / "b-cpu.json").write_text(json.dumps(older))
     older = {**result["machine"], "time": "", "cpu": "Old"}  # of another machine, that day
     (tmp_path / "c-cpu.json").write_text(json.dumps({**result, "machine": older}))
+    narrow = {**result["machine"], "cpu_features": "AVX2", "cpu": "Narrow", "date": "2999-01-01"}
+    (tmp_path / "d-cpu.json").write_text(json.dumps({**result, "machine": narrow}))
     short, page = readme.headlines(tmp_path), readme.page(tmp_path)
+    table, other = short.split("**The same suite on narrower vectors**: Narrow, AVX2, ")
+    assert "Narrow" not in table and page.count("| op lost |") == 2
+    assert "cases: reference: 2×. Of 3 cases" in other
+    assert "faster than ours in 1: op lost **0.5×** peer." in other
     for text in (short, page):
         assert "| op case |" in text and "| op lost |" in text and "| op minor |" not in text
         assert "Of 3 cases a contender is faster than ours in 1;" in text and "Old" not in text
