@@ -96,7 +96,7 @@ def _speed(suite: str, result: dict) -> list[str]:
 
 
 def _in_short(result: dict) -> str:
-    """Another processor's result of a suite: the cases lost, and what is usual."""
+    """The result of a suite on other vectors: the cases lost, and what is usual."""
     rows = result["rows"]
     usual = [
         f"{name}: {number(statistics.median(ratios))}×"
@@ -109,10 +109,11 @@ def _in_short(result: dict) -> str:
         faster = {name: e for name, e in row["contenders"].items() if tables.is_faster(e)}
         best = min(faster, key=lambda name: faster[name]["ratio"]["value"])
         lost.append(f"{row['case']} {tables.ratio_in_short(faster[best])} {best}")
+    quick = ", a quick run" if result["quick"] else ""
     return (
-        f"**The same suite on narrower vectors**: {tables.machine_line(result)}. Medians over the "
-        f"cases: {', '.join(usual)}. Of {len(rows)} cases a contender is faster than ours in "
-        f"{': '.join([str(len(lost)), *filter(None, ['; '.join(lost)])])}."
+        f"**The same suite on other vectors**{quick}: {tables.machine_line(result)}. Medians over "
+        f"the cases: {', '.join(usual) or 'none'}. Of {len(rows)} cases a contender is faster than "
+        f"ours in {': '.join([str(len(lost)), *filter(None, ['; '.join(lost)])])}."
     )
 
 

@@ -45,8 +45,8 @@ def read(path: str | Path) -> dict:
 
 
 def newest(folder: Path = RESULTS) -> dict[str, list[tuple[Path, dict]]]:
-    """Suite -> its newest results, one of a GPU or of each width of a processor's vectors, the
-    widest first; a quick one only where there is no other."""
+    """Suite -> its newest results, one of a GPU or of each kind of a processor's vectors, those of
+    512 bits first; a quick one only where there is no other."""
     found: dict[tuple[str, str], tuple[tuple, Path, dict]] = {}
     for path in sorted(folder.glob("*.json")):
         result = read(path)
@@ -58,8 +58,8 @@ def newest(folder: Path = RESULTS) -> dict[str, list[tuple[Path, dict]]]:
         if key not in found or rank > found[key][0]:
             found[key] = (rank, path, result)
     suites: dict[str, list[tuple[Path, dict]]] = {}
-    for (suite, _), (_, path, result) in sorted(found.items(), reverse=True):  # AVX512, AVX2
-        suites.setdefault(suite, []).append((path, result))
+    for key in sorted(found, key=lambda key: (key[1] != "AVX512", key[1] != "AVX2", key)):
+        suites.setdefault(key[0], []).append(found[key][1:])
     return suites
 
 

@@ -275,14 +275,14 @@ class DetectorConfig:
     ema_decay: float = 0.999
     """Of the exponential average of the weights, which is what is kept."""
     snr_limit: float = 5.0
-    """Limit of the signal-to-noise ratio in the min-SNR weight."""
+    """Limit of the signal-to-noise ratio in the min-SNR weight of a U-Net's training."""
     train_budget: float | None = None
     """Seconds, or a text such as "5min", that the training may take. It then has as many steps as
     a trial at its start finds to fit, instead of `train_steps`."""
     early_stopping: int = 0
     """Stop after so many of ten validations in a row without a lower loss; 0: never."""
     accumulate: int = 1
-    """Parts of a step's images whose gradients are computed one after another, to save memory."""
+    """Parts of a U-Net's step whose gradients are computed one after another, to save memory."""
     train_dtype: str = "auto"
     """Of matrix products and convolutions in training: `float32`, `bfloat16`, or (`auto`) bfloat16
     on GPUs that have it."""

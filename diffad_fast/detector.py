@@ -239,7 +239,8 @@ class Detector:
         table, for the root of an UrbanSound8K, whose normal class nobody has named, and for fewer
         than 8 samples or 4 groups; CheckpointError for the state of another training; BackendError
         where ``train_compile=True`` fails; ProcessError where another process ends;
-        KeyboardInterrupt after SIGINT or SIGTERM, once the state is written.
+        KeyboardInterrupt after SIGINT, its subclass Terminated after SIGTERM, once the state is
+        written.
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")
@@ -248,21 +249,21 @@ class Detector:
             config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             config = config.replace(train_budget=budget)
-        part = layout, normal, folds
+        part = layout, normal, None if folds is None else tuple(folds)
         source, told = training_part(self.config.kind, source, *part)
         groups = told if groups is None else groups
         samples = open_source(source, self.config, strict)
         usable = samples.load()
         samples.check_normal()
         groups = None if groups is None else group_labels(groups, len(samples))
-        split, folds = splits(usable, groups, self.config)
+        split, others = splits(usable, groups, self.config)
         self._fitted_on = fingerprint(samples, usable)
         self._fitted_part = part
         self._begin(config)
         self.calibrations, self.parts = {}, []
         self.columns = samples.columns
         try:
-            self._learn(samples, split, folds, training_checkpoint)
+            self._learn(samples, split, others, training_checkpoint)
         finally:
             before, after = dataclasses.asdict(config), dataclasses.asdict(self.config)
             self._settled = {k: [v, after[k]] for k, v in before.items() if v != after[k]}
@@ -326,7 +327,8 @@ class Detector:
     @undisturbed
     def calibrate(self, source, modes: Sequence[str] = MODES) -> None:
         """Calibrate modes anew, as ``fit`` does, after options of scoring were changed in
-        ``model.config``. source: what the detector was fitted on, in the same process.
+        ``model.config``. source: what the detector was fitted on, in the same process; a folder is
+        read by the layout of the fit.
 
         Raises InputError before ``fit``, for a detector that comes from a file, which knows no
         held-out parts, and for a source of another length, or with another first or last sample.

@@ -14,7 +14,7 @@ from .calibration import Calibration
 from .config import DetectorConfig
 from .denoisers.inference import has_bfloat16
 from .detector import CUSTOM, Detector
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 from .scoring import Conformal, MapStatistics
 from .surroundings import resolve_device, undisturbed
 from .training import checkpoint
@@ -81,7 +81,13 @@ def from_state(
 ) -> Detector:
     """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
     tensors, texts = _Complete(tensors, path), _Complete(texts, path)
-    config, found = DetectorConfig.from_json(texts["config"]), resolve_device(device)
+    try:
+        config = DetectorConfig.from_json(texts["config"])
+    except InputError as error:
+        raise CheckpointError(
+            f"{path} was fitted with options that this version refuses: {error}; fit again"
+        ) from None
+    found = resolve_device(device)
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
             raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")

@@ -39,11 +39,33 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 class _Evaluation:
-    """One ``with evaluating(...)``: all parts of its modules, and those that its end puts back into
-    training mode."""
+    """One ``with evaluating(...)``: its thread, all parts of its modules, and those that its end
+    puts back into training mode."""
 
     def __init__(self, parts: set[nn.Module]):
-        self.parts, self.training = parts, [part for part in parts if part.training]
+        self.thread, self.parts = threading.get_ident(), parts
+        self.training: list[nn.Module] = []
+
+    def begin(self) -> None:
+        with _turn:
+            _evaluations.append(self)
+            self.training = [part for part in self.parts if part.training]
+            for part in self.training:
+                part.training = False
+
+    def end(self) -> None:
+        with _turn:
+            if self not in _evaluations:  # an interrupt came first
+                return
+            place = _evaluations.index(self)
+            del _evaluations[place]
+            for part in self.training:
+                for later in _evaluations[place:]:
+                    if part in later.parts:
+                        later.training.append(part)
+                        break
+                else:
+                    part.training = True
 
 
 # A signal's handler may call a detector, too.
@@ -56,7 +78,8 @@ _evaluations: list[_Evaluation] = []
 def evaluating(*modules: nn.Module | None) -> Iterator[None]:
     """All of them in evaluation mode, and each part in its own again afterwards: somebody else may
     be at work on modules that were handed over. Threads may overlap: what one of them would put
-    back while another, later one is still inside is put back by that one."""
+    back while another, later one is still inside is put back by that one, also if the mode was set
+    anew in between: nobody else may set it as long as any thread is inside."""
     parts: set[nn.Module] = set()
     to_see = list(modules)
     while to_see:  # what modules() gives, in a quarter of its time
@@ -64,25 +87,12 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
         if part is not None and part not in parts:
             parts.add(part)
             to_see += part._modules.values()
-    inside = _evaluations  # a fork begins a list of its own
-    with _turn:
-        mine = _Evaluation(parts)
-        inside.append(mine)
-        for part in mine.training:
-            part.training = False
+    mine = _Evaluation(parts)
     try:
+        mine.begin()
         yield
     finally:
-        with _turn:
-            place = inside.index(mine)
-            del inside[place]
-            for part in mine.training:
-                for later in inside[place:]:
-                    if part in later.parts:
-                        later.training.append(part)
-                        break
-                else:
-                    part.training = True
+        mine.end()
 
 
 class _Settings:
@@ -148,8 +158,10 @@ _forked = False
 
 
 def _note_fork() -> None:
-    global _forked, _settings, _turn, _evaluations
-    _forked, _settings, _turn, _evaluations = True, _Settings(), threading.RLock(), []
+    global _forked, _settings, _turn
+    _forked, _settings, _turn = True, _Settings(), threading.RLock()
+    for other in [e for e in _evaluations if e.thread != threading.get_ident()]:
+        other.end()  # its thread is not in this process
 
 
 os.register_at_fork(after_in_child=_note_fork)

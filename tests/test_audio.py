@@ -312,6 +312,26 @@ def test_a_backbone_in_streams_and_checkpoints(with_ear, tmp_path):
     assert np.array_equal(again.score(wave).score, with_ear.score(wave).score)
 
 
+def test_clips_of_one_recording_stand_on_one_side_of_a_split(tmp_path):
+    """Where the layout of a data set tells of what recording they are; and it is asked for once."""
+    lines = ["slice_file_name,fsID,fold,classID,class"]
+    (tmp_path / "audio" / "fold1").mkdir(parents=True)
+    for i in range(48):
+        lines.append(f"{i}.wav,{100 + i // 2},1,{i % 4 // 2},{('hum', 'horn')[i % 4 // 2]}")
+        soundfile.write(tmp_path / "audio" / "fold1" / f"{i}.wav", hum(i), RATE, subtype="FLOAT")
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "UrbanSound8K.csv").write_text("\n".join(lines) + "\n")
+    options = {**OPTIONS, "train_steps": 2, "cross_fit": 0}
+    found, folds = daf.Detector(kind="audio", **options), [1]
+    found.fit(str(tmp_path), normal="hum", folds=folds)
+    folds[0] = 2
+    found.calibrate(str(tmp_path))
+    sides = [{i // 2 for i in side} for side in found.parts[0].split[:4]]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 12  # of 24 clips
+    found.recalibrate(str(tmp_path), normal="horn")
+    assert found.conformal.groups == 12 and len(found.conformal.scores) == 24
+
+
 def test_figures(detector, clips):
     found = detector.evaluate(clips)
     score = detector.score([clip.path for clip in clips]).score

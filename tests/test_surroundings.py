@@ -218,6 +218,27 @@ def test_modes_of_modules_are_put_back_by_the_last_thread():
     assert modes()[0]
 
 
+def test_modes_of_modules_in_a_fork():
+    """What other threads were at is not gone on with there."""
+    module, entered, gone = torch.nn.Dropout(), threading.Event(), threading.Event()
+
+    def other():
+        with surroundings.evaluating(module):
+            entered.set()
+            gone.wait(60)
+
+    with surroundings.evaluating(module):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(60)
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if module.training else 1)
+    gone.set()
+    thread.join(60)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and module.training
+
+
 # The parent's threads have computed before it starts another process.
 OTHER_PROCESS = """
 import multiprocessing, sys, warnings

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -136,9 +137,9 @@ class _PictureItems(_FileItems):
 
     def __init__(self, pictures: Sequence, *how):
         super().__init__(None, *how)
-        self._pictures = pictures
-        # One that comes twice has one position in its file, for all threads.
-        self._turns = {id(picture): threading.Lock() for picture in pictures}
+        self._pictures = list(pictures)
+        # One that comes twice in a list has one position in its file, for all threads.
+        self._turns = {id(p): threading.Lock() for p in self._pictures if is_picture(p)}
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -146,7 +147,7 @@ class _PictureItems(_FileItems):
     def read(self, index: int) -> np.ndarray:
         name = "the image" if len(self) == 1 else f"image {index} of the list"
         picture = self._pictures[index]
-        with self._turns[id(picture)]:
+        with self._turns.get(id(picture)) or nullcontext():
             return read_image(picture, *self._how, name=name)
 
 

@@ -157,7 +157,8 @@ def fast_sampler(
     steps = num_inference_steps or getattr(scheduler, "num_inference_steps", None)
     if steps is None:
         raise InputError("give num_inference_steps, or call scheduler.set_timesteps first")
-    scheduler, config = _fused(scheduler), scheduler.config
+    scheduler = _fused(scheduler)
+    config = scheduler.config
     check_unet(unet)
     scheduler.set_timesteps(steps)
     levels = [scheduler._levels(t) for t in scheduler.timesteps.tolist()]

@@ -82,7 +82,8 @@ class Loop(ABC):
         """What a state must share with a run to be continued by it, beside the options."""
 
     def run(self, kept: TrainingCheckpoint | None = None) -> History:
-        """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt.
+        """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt
+        or Terminated.
 
         Raises InputError for a loss that is not finite, CheckpointError for a state that does not
         belong to this run, BackendError where the step shall be compiled and cannot, ProcessError

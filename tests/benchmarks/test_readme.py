@@ -29,8 +29,13 @@ def test_readme_quotes_every_lost_case(fake, tmp_path):
     narrow = {**result["machine"], "cpu_features": "AVX2", "cpu": "Narrow", "date": "2999-01-01"}
     (tmp_path / "d-cpu.json").write_text(json.dumps({**result, "machine": narrow}))
     short, page = readme.headlines(tmp_path), readme.page(tmp_path)
-    table, other = short.split("**The same suite on narrower vectors**: Narrow, AVX2, ")
-    assert "Narrow" not in table and page.count("| op lost |") == 2
+    (tmp_path / "e-cpu.json").write_text(
+        json.dumps({**result, "machine": {**narrow, "cpu_features": "DEFAULT", "cpu": "None"}})
+    )
+    short, page = readme.headlines(tmp_path), readme.page(tmp_path)
+    table, other, none = short.split("**The same suite on other vectors**: ")
+    assert table.count("| op lost |") == 1 and page.count("| op lost |") == 3
+    assert other.startswith("Narrow, AVX2, ") and none.startswith("None, DEFAULT, ")
     assert "cases: reference: 2×. Of 3 cases" in other
     assert "faster than ours in 1: op lost **0.5×** peer." in other
     for text in (short, page):

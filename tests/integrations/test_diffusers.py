@@ -317,6 +317,18 @@ def test_fast_sampler_with_noise_of_its_own_and_from_another_scheduler():
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["PNDM", "EulerDiscrete", "HeunDiscrete", "UniPCMultistep"])
+def test_fast_sampler_takes_over_other_schedulers(name):
+    scheduler = getattr(diffusers, f"{name}Scheduler")(beta_end=0.03, prediction_type="epsilon")
+    unet, noise = small_unet(), random((2, 3, 8, 8), 0)
+    stock, x = diffusers.DDIMScheduler.from_config(scheduler.config), noise
+    stock.set_timesteps(3)
+    with torch.no_grad():
+        for t in stock.timesteps:
+            x = stock.step(unet(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(fast_sampler(unet, scheduler, 3).run(noise), x, rtol=1e-4, atol=1e-5)
+
+
 def test_features_of_two_threads():
     """Hooks are the module's, and each thread gets what its own call has given."""
     x = random((2, 3, 8, 8), 0)

@@ -70,7 +70,7 @@ def test_shares_of_rows(share, monkeypatch):
     monkeypatch.setattr(dwt2d, "_smallest_share", lambda length: share)
     monkeypatch.setattr(dwt2d, "shared_rows", lambda *_: share)
     for mode in ("symmetric", "periodization"):
-        bands = forward(random(1, 1, 21, 7), "db4", mode)
+        bands = forward(random(1, 2 if share == 6 else 1, 21, 7), "db4", mode)
         inverse(bands, "db4", mode, (21, 7))
 
 

@@ -150,7 +150,9 @@ def test_tiles_that_cover_all_blocks(level, rows, columns, kind, monkeypatch):
         launch(*args, **constants)
 
     monkeypatch.setattr(kernels, "launch", seen)
-    shape = (1, 2, rows << level, columns << level, 4 - (level == 2))  # also no padded channel
+    images = 2 if kind == "sliced" else 1
+    # Also no padded channel.
+    shape = (images, 2, rows << level, columns << level, 4 - (level == 2))
     check(shape, level, kind=kind)
     monkeypatch.setattr(kernels, "WIDE_FROM", 0)
     check(shape, level, kind=kind, w=False)
