@@ -154,7 +154,7 @@ def some(n=6, h=24, w=16):
 @pytest.mark.parametrize("surrounded", [False, True])
 def test_bfloat16_training_learns_as_float32_does(surrounded):
     """No weight that autocast has cast is used again once it has changed."""
-    options = {"image_size": 16, "denoiser": "unet-tiny", "train_steps": 30, "batch_size": 4}
+    options = {"image_size": 32, "denoiser": "unet-tiny", "train_steps": 30, "batch_size": 4}
     losses = {}
     for dtype in ("float32", "bfloat16"):
         detector = Detector(**options, train_dtype=dtype, map_weights=(1, 0, 1), device="cpu")
