@@ -205,8 +205,8 @@ class DetectorConfig:
     GPU and on a CPU with AMX or AVX-512's dot products of it; for U-Nets what a trial finds faster,
     on a GPU or a CPU with instructions for bfloat16. In bfloat16 a U-Net's scores vary in the third
     digit with the size of a batch, a recording's in the fourth. Loaded on a CPU without these
-    instructions, a U-Net scores in float32, after a warning, and a token MLP as it was fitted, which
-    with AVX2 takes 7 to 23% longer than in float32."""
+    instructions, a U-Net scores in float32, after a warning, and a token MLP as it was fitted: with
+    AVX2 that takes 7 to 23% longer than in float32."""
 
     # Score
     map_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
