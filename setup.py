@@ -234,7 +234,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        link = [] if ext.name.endswith("_host") else self.libraries_of_operators()
+        link = ["-pthread"] if ext.name.endswith("_host") else self.libraries_of_operators()
         command = [*self.cxx, "-shared", *map(str, self.objects[ext.name]), "-o", str(output)]
         command += link
         run(command)

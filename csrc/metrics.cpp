@@ -9,6 +9,8 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <system_error>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -225,17 +227,36 @@ py::tuple distinct_scores(const Array<T>& scores, const Array<uint32_t>& sizes) 
                         to_numpy(std::move(shares)));
 }
 
+// Calls f(t) for each t < count, side by side. `f` throws nothing.
+template <class F>
+void in_threads(int count, F&& f) {
+  std::vector<std::thread> others;
+  others.reserve(count);
+  try {
+    for (int t = 1; t < count; ++t) others.emplace_back([&f, t] { f(t); });
+  } catch (const std::system_error&) {
+    // The process may have no more: the caller's thread does the rest.
+  }
+  f(0);
+  for (int t = static_cast<int>(others.size()) + 1; t < count; ++t) f(t);
+  for (auto& other : others) other.join();
+}
+
 // Counts normal scores between and at the levels. The range of the levels' keys is cut into at most
 // 4096 stretches, each stretch into one to two cells a level, and a cell knows how many levels lie
 // before it. Most cells hold one level at most, whatever the distribution; the search within the
 // others is bounded by its logarithm. Scores are gathered into batches and brought into the order
 // of their stretches first, which keeps what is looked up for one stretch in the nearest cache.
+// Threads share a batch, then its stretches; counts do not depend on how many they are.
 template <class T>
 class NormalCounter {
   using K = Key<T>;
  public:
-  explicit NormalCounter(const Array<T>& levels)
-      : keys_(levels.size() + 1), batch_size_(std::max<int64_t>(levels.size() / 4, 1 << 20)) {
+  NormalCounter(const Array<T>& levels, int threads)
+      : threads_(threads),
+        keys_(levels.size() + 1),
+        batch_size_(std::max<int64_t>(levels.size() / 4, 1 << 20)) {
+    if (threads < 1) throw std::invalid_argument("at least one thread counts");
     const T* x = levels.data();
     const auto n = static_cast<uint32_t>(levels.size());
     if (n == 0 || levels.size() > (int64_t{1} << 29)) {
@@ -262,6 +283,7 @@ class NormalCounter {
       stretches_.push_back({cells, shift_ - bits});
       cells += 1u << bits;
     }
+    stretches_.push_back({cells, 0});  // the end
     before_.resize(cells + 1);
     for (uint32_t i = 0; i < n; ++i) {
       const K s = keys_[i] >> shift_;
@@ -314,29 +336,68 @@ class NormalCounter {
   }
 
   void count() {
-    std::vector<uint32_t> start(stretches_.size() + 1);
-    for (const K key : batch_) ++start[(key >> shift_) + 1];
-    for (size_t s = 0; s < stretches_.size(); ++s) start[s + 1] += start[s];
-    sorted_.resize(batch_.size());
-    for (const K key : batch_) sorted_[start[key >> shift_]++] = key;
-    const K* key = sorted_.data();  // start[s] is now the end of stretch s
-    for (size_t s = 0; s < stretches_.size(); ++s) {
-      const K base = static_cast<K>(s) << shift_;
-      const uint32_t* before = &before_[stretches_[s].first];
-      const int shift = stretches_[s].shift;
-      for (const K* end = sorted_.data() + start[s]; key < end; ++key) {
-        const uint32_t* cell = before + ((*key - base) >> shift);
-        uint32_t i = cell[0];
-        i += keys_[i] < *key;
-        if (__builtin_expect(keys_[i] < *key, 0)) {
-          i = std::lower_bound(&keys_[i], &keys_[cell[1]], *key) - keys_.data();
-        }
-        ++bins_[2 * i + (keys_[i] == *key)];
+    const int64_t size = batch_.size(), stretches = stretches_.size() - 1;
+    const int threads = static_cast<int>(std::clamp<int64_t>(size / kWorthAThread, 1, threads_));
+    // Of each thread, where its next key of a stretch goes.
+    std::vector<uint32_t> places(threads * stretches);
+    const auto for_part = [&](int t, auto&& f) {
+      uint32_t* place = &places[t * stretches];
+      const K* end = batch_.data() + size * (t + 1) / threads;
+      for (const K* key = batch_.data() + size * t / threads; key < end; ++key) {
+        f(*key, place[*key >> shift_]);
       }
+    };
+    in_threads(threads, [&](int t) { for_part(t, [](K, uint32_t& place) { ++place; }); });
+    std::vector<uint32_t> starts(stretches + 1);
+    uint32_t total = 0;
+    for (int64_t s = 0; s < stretches; ++s) {
+      starts[s] = total;
+      for (int t = 0; t < threads; ++t) total += std::exchange(places[t * stretches + s], total);
     }
+    starts[stretches] = total;
+    sorted_.resize(size);
+    in_threads(threads, [&](int t) {
+      for_part(t, [&](K key, uint32_t& place) { sorted_[place++] = key; });
+    });
+    std::vector<int64_t> first(threads + 1, stretches);  // stretch of a thread
+    for (int t = 0; t < threads; ++t) {
+      const auto after = std::lower_bound(starts.begin(), starts.end(), size * t / threads);
+      first[t] = std::min<int64_t>(after - starts.begin(), stretches);
+    }
+    // Scores above the last level of a thread's stretches: of their bin the next thread has a part.
+    std::vector<int64_t> above(threads);
+    const auto next_level = [&](int t) { return before_[stretches_[first[t + 1]].first]; };
+    in_threads(threads, [&](int t) {
+      const uint32_t next = next_level(t);
+      int64_t beyond = 0;
+      for (int64_t s = first[t]; s < first[t + 1]; ++s) {
+        const K base = static_cast<K>(s) << shift_;
+        const uint32_t* before = &before_[stretches_[s].first];
+        const int shift = stretches_[s].shift;
+        const K* end = sorted_.data() + starts[s + 1];
+        for (const K* key = sorted_.data() + starts[s]; key < end; ++key) {
+          const uint32_t* cell = before + ((*key - base) >> shift);
+          uint32_t i = cell[0];
+          i += keys_[i] < *key;
+          if (__builtin_expect(keys_[i] < *key, 0)) {
+            i = std::lower_bound(&keys_[i], &keys_[cell[1]], *key) - keys_.data();
+          }
+          if (i == next) {
+            ++beyond;
+          } else {
+            ++bins_[2 * i + (keys_[i] == *key)];
+          }
+        }
+      }
+      above[t] = beyond;
+    });
+    for (int t = 0; t < threads; ++t) bins_[2 * next_level(t)] += above[t];
     batch_.clear();
   }
 
+  // Scores that are worth a thread.
+  static constexpr int64_t kWorthAThread = 1 << 16;
+  const int threads_;
   // Keys, less `lowest_`. One below and one above the levels stand for all scores beyond them.
   K lowest_, highest_;
   std::vector<K> keys_;
@@ -414,8 +475,9 @@ void register_for(py::module_& m, const char* counter) {
         const auto& bins = self.cast<NormalCounter<T>&>().bins();
         return py::array_t<int64_t>(static_cast<py::ssize_t>(bins.size()), bins.data(), self);
       });
-  m.def("NormalCounter", [](const Array<T>& levels) { return NormalCounter<T>(levels); },
-        dense("levels"));
+  m.def("NormalCounter",
+        [](const Array<T>& levels, int threads) { return NormalCounter<T>(levels, threads); },
+        dense("levels"), py::arg("threads"));
 }
 
 }  // namespace

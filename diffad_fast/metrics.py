@@ -144,7 +144,7 @@ class _Counts:
         sizes = np.concatenate(sizes)
         levels, self._counts, self._shares = _engine.distinct_scores(found, sizes)
         del found, sizes
-        counter = _engine.NormalCounter(levels)
+        counter = _engine.NormalCounter(levels, torch.get_num_threads())
         del levels
         for anomalous, scores in pairs():
             counter.add(anomalous, scores.astype(dtype, copy=False))

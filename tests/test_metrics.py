@@ -322,7 +322,7 @@ def test_sorting_and_counting_equal_numpys(kind, dtype, levels):
         want = in_numpy.distinct_scores(found, given_sizes)
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
-    counters = [engine.NormalCounter(got[0]) for engine in (native._host, in_numpy)]
+    counters = [engine.NormalCounter(got[0], 1) for engine in (native._host, in_numpy)]
     for n in (0, 1, 7, 30_000):
         mask = rng.random(n) < 0.3
         scores = np.concatenate([tricky_scores(kind, dtype, rng, n), found])
@@ -346,10 +346,32 @@ def test_counting_more_than_a_batch():
     scores = rng.standard_normal((1 << 20) * 5 // 2, dtype=np.float32)
     mask = np.zeros(scores.shape, bool)
     mask[1000:2000] = True
-    counters = [engine.NormalCounter(levels) for engine in (native._host, in_numpy)]
+    counters = [engine.NormalCounter(levels, 2) for engine in (native._host, in_numpy)]
     for counter in counters:
         counter.add(mask, scores)
     np.testing.assert_array_equal(*(counter.bins() for counter in counters))
+
+
+@needs_host
+@pytest.mark.parametrize("threads", [2, 7])
+@pytest.mark.parametrize("kind", ["ties", "a cluster and outliers", "normal"])
+@pytest.mark.parametrize("levels", [1, 5, 20_000])
+def test_threads_count_the_same(levels, kind, threads):
+    # 65,536 scores are worth a thread: seven have work, and bins that two of them have parts of.
+    rng = np.random.default_rng(levels)
+    found = np.unique(tricky_scores(kind, np.float32, rng, max(levels, 60))[:levels])
+    scores = tricky_scores(kind, np.float32, rng, 500_000)
+    mask = rng.random(scores.size) < 0.01
+    counters = [
+        native._host.NormalCounter(found, threads),
+        native._host.NormalCounter(found, 1),
+        in_numpy.NormalCounter(found, 1),
+    ]
+    for counter in counters:
+        counter.add(mask, scores)
+    assert counters[0].bins().sum() == (~mask).sum()
+    for other in counters[1:]:
+        np.testing.assert_array_equal(counters[0].bins(), other.bins())
 
 
 @needs_host
@@ -383,7 +405,7 @@ def test_the_native_module_guards_its_memory():
     with pytest.raises(ValueError, match="two axes"):
         host.anomalous_scores(mask, two, True)
     with pytest.raises(ValueError, match="differ in size"):
-        host.NormalCounter(three[:1]).add(mask, three)
+        host.NormalCounter(three[:1], 1).add(mask, three)
     for function in (host.f1_max, lambda *given: host.curve_area(*given, 1.0)):
         with pytest.raises(ValueError, match="differ in size"):
             function(np.zeros(4, np.int64), np.ones(2, np.uint32))
@@ -391,7 +413,9 @@ def test_the_native_module_guards_its_memory():
         host.distinct_scores(three, np.ones(2, np.uint32))
     for levels in (three, three[:0], np.float32([1, np.nan]), np.float32([1, 0])):
         with pytest.raises(ValueError, match="levels"):
-            host.NormalCounter(levels)
+            host.NormalCounter(levels, 1)
+    with pytest.raises(ValueError, match="thread"):
+        host.NormalCounter(three[:1], 0)
     with pytest.raises(TypeError):
         host.all_finite(np.zeros(2, np.int32))
     with pytest.raises(TypeError):

@@ -35,9 +35,10 @@ def distinct_scores(scores, sizes):
 
 
 class NormalCounter:
-    """Counts the normal scores between and at ``levels``, which are finite and ascend."""
+    """Counts the normal scores between and at ``levels``, which are finite and ascend. C++ does so
+    in up to ``threads`` threads, this in one."""
 
-    def __init__(self, levels):
+    def __init__(self, levels, threads):
         self._levels = levels
         self._bins = np.zeros(2 * levels.size + 1, dtype=np.int64)
 
