@@ -140,10 +140,14 @@ class ImageTrainer(Loop):
             places = torch.tensor(own[first : first + len(batch.index)])
             first += len(places)
             x, index = batch.x.to(self.device), batch.index.to(self.device)
-            for k in range(repeats):
-                step = torch.full_like(index, VALIDATION_STEPS[k])
-                t = self._timestep(u[places + k * n]).to(self.device)
-                total += self._loss(x, index, step, t).double() * len(places)
+            together = max(1, size // len(places))  # of few images, several levels at once
+            for k in range(0, repeats, together):
+                turns = range(k, min(k + together, repeats))
+                t = self._timestep(torch.cat([u[places + turn * n] for turn in turns]))
+                steps = torch.tensor([VALIDATION_STEPS[turn] for turn in turns])
+                steps = steps.repeat_interleave(len(places)).to(self.device)
+                images, indices = x.repeat(len(turns), 1, 1, 1), index.repeat(len(turns))
+                total += self._loss(images, indices, steps, t.to(self.device)).double() * len(t)
         self.processes.add(total)
         return float(total) / (n * repeats)
 
