@@ -329,6 +329,8 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if Path("benchmarks", "__main__.py").is_file():
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script does not
     try:
         found = importlib.util.find_spec("benchmarks.__main__") is not None
     except ModuleNotFoundError:

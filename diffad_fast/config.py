@@ -434,8 +434,10 @@ class DetectorConfig:
             raise InputError(
                 f"tokens={self.tokens!r} and features={self.features!r} do not go together: {what}"
             )
-        if self.augment and not images:
-            raise InputError(f"augment changes images: leave it out for {self.kind}")
+        for kind, names in _OF_ONE_KIND.items():
+            for name in names if kind != self.kind else ():
+                if getattr(self, name) != _DEFAULTS[name]:
+                    raise InputError(f"{name} is for kind={kind!r}: leave it out for {self.kind!r}")
         if self.overlap is not None and not (images and on_tokens):
             instead = ", or choose denoiser='token-mlp'" if images else ""
             raise InputError(f"overlap is for images and the token MLP: leave it out{instead}")
@@ -664,7 +666,7 @@ _RANGES = {
     "early_stopping": (0, math.inf),
     "accumulate": (1, math.inf),
     "overlap": (0, 0.9),
-    "map_weights": (0, math.inf),
+    "map_weights": (0, 1e6),
     "train_steps": (0, math.inf),
     "batch_size": (1, math.inf),
     "token_batch": (1, math.inf),
@@ -680,25 +682,33 @@ _RANGES = {
     "start_sigma": (0.01, 100),
     "feature_sigma": (0.01, 100),
     "eta": (0, 1),
-    "guidance": (0, math.inf),
-    "semantic_weight": (0, math.inf),
-    "illumination": (0, math.inf),
+    "guidance": (0, 1e6),
+    "semantic_weight": (0, 1e6),
+    "illumination": (0, 1e5),
     "top_fraction": (0, 1),
     "false_positive_rate": (1e-6, 1 - 1e-6),
     "contamination": (0, 0.49),
     "learning_rate": (1e-9, 1),
     "ema_decay": (0, 1),
-    "weight_decay": (0, math.inf),
+    "weight_decay": (0, 1e6),
     "gradient_clip": (0, math.inf),
     "snr_limit": (1e-3, math.inf),
     "validation_share": (0.01, 0.9),
     "statistics_share": (0.01, 0.9),
     "conformal_share": (0.01, 0.9),
     "clip": (1e-3, math.inf),
-    "smoothing": (0, math.inf),
+    "smoothing": (0, 1e5),
     "haar_level": (0, 4),
 }
 
+# What only this kind reads.
+_OF_ONE_KIND = {
+    "image": ("image_size", "channels", "intensity", "illumination", "image_scale", "augment"),
+    "audio": (
+        "sample_rate", "n_fft", "hop", "n_mels", "fmin", "fmax", "window_frames", "window_step",
+        "remove_level",
+    ),
+}  # fmt: skip
 # What the token MLP would not read.
 _OF_UNETS = (
     "prediction_type", "eta", "clip", "guidance", "map_weights", "snr_limit", "accumulate",

@@ -289,7 +289,7 @@ def test_bench_runs_the_suite_with_its_own_options(tmp_path, monkeypatch, capsys
     suite = tmp_path / "suite" / "benchmarks"
     suite.mkdir(parents=True)
     (suite / "__main__.py").write_text("import sys\nprint(sys.argv[1:])\n")
-    monkeypatch.syspath_prepend(tmp_path / "suite")
+    monkeypatch.chdir(tmp_path / "suite")
     assert main(["bench", "--quick", "maps", "--help"]) == 0
     assert capsys.readouterr().out == "['--quick', 'maps', '--help']\n"
     for name in [n for n in sys.modules if n.partition(".")[0] == "benchmarks"]:

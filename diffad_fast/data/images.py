@@ -167,6 +167,11 @@ class _ArrayItems(Items):
             raise InputError(
                 f"an array of images has shape (N, C, H, W) or (N, H, W), not {shape}: reshape it."
             )
+        if len(shape) == 3 and channels == 1 and shape[2] in (3, 4):
+            raise InputError(
+                f"the array of shape {shape} seems to be one image in colour, (H, W, C): give it "
+                "as (1, C, H, W) to a detector of so many channels, or convert the colours."
+            )
         found = shape[1] if len(shape) == 4 else 1
         if found != channels:
             hint = "convert the array, or choose the number of channels accordingly."

@@ -35,12 +35,21 @@ def mvtec_train(root: str | bytes | os.PathLike) -> str:
     all of `root` where none of them is there.
 
     Raises:
-        InputError: somewhere below it is a folder of test images or masks.
+        InputError: somewhere below it is a folder of test images or masks, or it is one itself,
+            with normal images beside defects.
     """
     root = os.fsdecode(root)
     parts = [os.path.join(root, "train", name) for name in NORMAL_FOLDERS]
     folder = next(filter(os.path.isdir, parts), root)
     check_no_test(folder, "images")
+    if os.path.basename(os.path.abspath(folder)) in ("test", "test_public"):
+        names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+        if names & set(NORMAL_FOLDERS) and names - set(NORMAL_FOLDERS):
+            normal = os.path.join(folder, min(names & set(NORMAL_FOLDERS)))
+            raise InputError(
+                f"{folder} holds defects beside normal images: give {normal}, or the root of the "
+                "data set."
+            )
     return folder
 
 

@@ -13,10 +13,11 @@ from ..errors import InputError
 def fit_detector(X, preset, train_steps, options, device, random_state) -> Detector:
     """A detector of the kind that X asks for: vectors (N,D), or images (N,C,H,W) in [0,1].
 
-    random_state: None, an integer or a RandomState, as in scikit-learn; ``seed`` in ``options``
-    comes first.
+    random_state: None, an integer or a RandomState, as in scikit-learn. What is in ``options``
+    comes first: its ``seed``, ``preset`` and ``device`` too.
     """
-    chosen = {"seed": int(check_random_state(random_state).randint(2**31 - 1))}
+    seed = int(check_random_state(random_state).randint(2**31 - 1))
+    chosen = {"seed": seed, "preset": preset, "device": device}
     if X.ndim == 2:
         chosen["kind"] = "vector"
     elif X.ndim == 4:
@@ -29,7 +30,7 @@ def fit_detector(X, preset, train_steps, options, device, random_state) -> Detec
     if train_steps is not None:
         chosen["train_steps"] = train_steps
     chosen |= options or {}
-    return Detector(preset=preset, device=device, **chosen).fit(X)
+    return Detector(**chosen).fit(X)
 
 
 def plain_float32(X) -> np.ndarray | None:

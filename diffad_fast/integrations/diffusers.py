@@ -130,6 +130,8 @@ class FusedDDIMScheduler(DDIMScheduler):
     def _alphas(self) -> list[float]:
         """``alphas_cumprod`` on the host, read again whenever that tensor has changed."""
         table = self.alphas_cumprod
+        if table.is_inference():  # it has no version
+            return table.tolist()
         known = getattr(self, "_known", None)
         if known is None or known[0] is not table or known[1] != table._version:
             known = self._known = table, table._version, table.tolist()

@@ -128,6 +128,8 @@ def test_unusable_pictures_in_memory_are_told_by_their_place(tmp_path):
     assert open_images(os.fsencode(tmp_path), (16, 16), 1).paths == [str(tmp_path / "a.png")]
     with pytest.raises(InputError, match=r"one image is to have the shape \(1, C, H, W\)"):
         open_images(np.zeros((20, 24, 3), np.uint8), (16, 16), 3)
+    with pytest.raises(InputError, match=r"\(20, 24, 3\) seems to be one image in colour"):
+        open_images(np.zeros((20, 24, 3), np.uint8), (16, 16), 1)
 
 
 def test_masks_in_a_data_set_are_no_images(tmp_path):

@@ -15,6 +15,9 @@ def test_mvtec_layout(tmp_path):
     root = mvtec(tmp_path)
     assert mvtec_train(root) == str(root / "train/good")
     assert mvtec_train(root / "train/good") == str(root / "train/good")
+    assert mvtec_train(root / "test/good") == str(root / "test/good")
+    with pytest.raises(InputError, match="test holds defects beside normal images: give .*good"):
+        mvtec_train(root / "test")
     found = mvtec_test(root)
     assert [(Path(t.path).name, t.defect) for t in found] == [
         ("0.png", "good"), ("0.png", "hole"), ("1.jpg", "hole")

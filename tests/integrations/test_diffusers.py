@@ -208,6 +208,21 @@ def test_a_changed_table_is_read_again():
     assert scheduler._levels(600) == (0.25, 0.25)
 
 
+def test_in_inference_mode():
+    """Tensors that are made there have no version."""
+    unet, noise = small_unet(), random((2, 3, 8, 8), 0)
+    expected = fast_sampler(unet, FusedDDIMScheduler(), 4).run(noise)
+    with torch.inference_mode():
+        scheduler = FusedDDIMScheduler()
+        scheduler.set_timesteps(4)
+        got = fast_sampler(unet, scheduler, 4).run(noise)
+        x = noise
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+    for a in (got, x):
+        torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-5 * float(noise.abs().max()))
+
+
 def test_errors():
     x = random((1, 3, 4, 4), 0)
     scheduler = FusedDDIMScheduler()

@@ -131,8 +131,9 @@ def test_flattened_images():
     X = rng.uniform(0.4, 0.6, size=(24, 3 * 32 * 32))
     detector = DiffusionOutlierDetector(
         "fast", image_shape=(3, 32, 32), train_steps=2, device="cpu", random_state=0,
-        options={"denoiser": "token-mlp", "token_width": 32, "tokens": ("cell-8",)},
+        options={"preset": "best", "token_width": 32, "tokens": ("cell-8",), "cross_fit": 0},
     ).fit(X)  # fmt: skip
+    assert detector.detector_.config.preset == "best"
     broken = X[:5].copy().reshape(5, 3, 32, 32)
     broken[:, :, 8:20, 8:20] = rng.choice([0.0, 1.0], size=(5, 1, 12, 12))
     assert (detector.predict(broken.reshape(5, -1)) == -1).all()

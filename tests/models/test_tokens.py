@@ -267,7 +267,9 @@ def test_a_backbone_that_gives_no_maps():
     ({"tokens": 3}, "tokens must be a list, not 3"),
     ({"sigmas": 2.0}, "sigmas must be a list, not 2.0"),
     ({"image_size": None}, "image_size must be a list, not None"),
-    ({"map_weights": ("a", 1, 1)}, "map_weights must be a number from 0 to inf, not 'a'"),
+    ({"map_weights": ("a", 1, 1)}, "map_weights must be a number from 0 to 1e.06, not 'a'"),
+    ({"smoothing": float("inf")}, "smoothing must be a number from 0 to 100000, not inf"),
+    ({"semantic_weight": float("nan")}, "semantic_weight must be a number from 0 to 1e.06"),
     ({"train_budget": float("inf")}, "train_budget must be a number from 0.001 to 1e.08"),
 ])  # fmt: skip
 def test_what_is_impossible_is_said_before_any_training(options, message):
