@@ -340,7 +340,8 @@ def refuses(x, x_hat, features, features_hat, weights, levels, stats, sigma, top
     given = (x, x_hat, *features, *features_hat, *(() if base is None else (base,)))
     if any(y.dtype == torch.float64 for y in given):
         return "the Triton kernels compute in float32, not float64"
-    if torch.is_grad_enabled() and any(y.requires_grad for y in given):
+    statistics = [y for entry in stats or () for y in entry or () if isinstance(y, Tensor)]
+    if torch.is_grad_enabled() and any(y.requires_grad for y in (*given, *statistics)):
         return "the Triton kernels have no gradient: call it under torch.no_grad()"
     if weights[1] == 0:
         features = ()

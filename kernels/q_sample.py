@@ -121,6 +121,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(t, alphas_cumprod)
     ctx.b = None if b is None else (len(b), b.dtype)
     ctx.set_materialize_grads(True)
+    ctx.mark_non_differentiable(output[2])
 
 
 def _backward(ctx, grad_first, grad_second, _):

@@ -115,7 +115,10 @@ def _plain(args: tuple) -> bool:
 def _is_plain(arg) -> bool:
     if isinstance(arg, list):
         return all(map(_is_plain, arg))
-    return not isinstance(arg, torch.Tensor) or type(arg) in (torch.Tensor, torch.nn.Parameter)
+    if not isinstance(arg, torch.Tensor):
+        return True
+    # A negation that is yet to be done is the dispatcher's work.
+    return type(arg) in (torch.Tensor, torch.nn.Parameter) and not arg.is_neg()
 
 
 def _requires_grad(arg) -> bool:

@@ -50,9 +50,9 @@ struct FinishOutputs {
   FinishOutputs(const Tensor& x, const Tensor& images)
       : x0(empty_4d(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, is_channels_last(x))),
         x_hat(empty_4d(x, {images.size(0), images.size(1), images.size(2), images.size(3)}, false)) {
-    const int64_t size[3] = {images.size(0), images.size(2), images.size(3)};
-    pixel = torch::stable::new_empty(x, {size, 3});
-    sub_band = torch::stable::new_empty(x, {size, 3});
+    for (Tensor* map : {&pixel, &sub_band}) {
+      *map = empty_dense(x, {images.size(0), images.size(2), images.size(3)});
+    }
   }
 };
 

@@ -50,10 +50,20 @@ inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef size,
 // Like x, which has neither gaps nor overlaps.
 inline Tensor empty_as(const Tensor& x) { return empty_strided(x, x.sizes(), x.strides()); }
 
-// Dense rows.
-inline Tensor empty_rows(const Tensor& like, int64_t rows, int64_t columns,
-                         std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
-  return empty_strided(like, {rows, columns}, {columns, 1}, dtype);
+// Contiguous, of up to five axes.
+inline Tensor empty_dense(const Tensor& like, IntHeaderOnlyArrayRef size,
+                          std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  std::array<int64_t, 5> stride;
+  STD_TORCH_CHECK(size.size() <= stride.size(), "empty_dense: more than five axes");
+  int64_t next = 1;
+  for (size_t i = size.size(); i-- > 0; next *= size[i] > 0 ? size[i] : 1) stride[i] = next;
+  return empty_strided(like, size, {stride.data(), size.size()}, dtype);
+}
+
+// What an operator computes in: float32 at least.
+inline torch::headeronly::ScalarType computed_in(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Dense, contiguous or in channels_last.

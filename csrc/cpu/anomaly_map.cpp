@@ -26,13 +26,6 @@ Samples samples_of(const Tensor& x) {
   return {x.const_data_ptr(), {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}};
 }
 
-Tensor new_dense(const Tensor& like, std::vector<int64_t> size, bool wide) {
-  using torch::headeronly::ScalarType;
-  return torch::stable::empty({size.data(), size.size()},
-                              wide ? ScalarType::Double : ScalarType::Float, std::nullopt,
-                              like.device());
-}
-
 // Bilinear upsampling along one axis (align_corners=False): each of `size` pixels lies between the
 // source pixels left[i] and left[i] + 1, the second of which has the weight share[i].
 template <class A>
@@ -58,7 +51,6 @@ struct Scale {
 template <class A>
 void run(AnomalyMapArgs& a, const Tensor& x, const std::vector<Tensor>& of_x,
          const std::vector<Tensor>& of_x_hat, double sigma) {
-  const bool wide = a.dtype == DType::kDouble;
   const int64_t batch = x.size(0);
   const int64_t group = std::clamp<int64_t>(kGroup / (a.height * a.width), 1, batch);
   std::vector<Scale<A>> scales;
@@ -66,7 +58,7 @@ void run(AnomalyMapArgs& a, const Tensor& x, const std::vector<Tensor>& of_x,
   std::vector<FeatureScale> features;
   std::vector<Tensor> buffers;  // PyTorch's memory, which is not cleared first
   const auto buffer = [&](int64_t height) {
-    buffers.push_back(new_dense(x, {group, height, a.pitch}, wide));
+    buffers.push_back(empty_dense(x, {group, height, a.pitch}, computed_in(x)));
     return buffers.back().mutable_data_ptr();
   };
   // Features that lie next to each other along x, or else along the channels. The stride of an axis
@@ -137,7 +129,8 @@ std::tuple<Tensor, Tensor> anomaly_map(const Tensor& x, const Tensor& x_hat,
   const bool wide = dtype_of(x, "anomaly_map") == DType::kDouble;
   AnomalyMapArgs a{};
   a.dtype = dtype_of(x, "anomaly_map");
-  const Tensor map = new_dense(x, {n, h, w}, wide), score = new_dense(x, {n}, wide);
+  const Tensor map = empty_dense(x, {n, h, w}, computed_in(x));
+  const Tensor score = empty_dense(x, {n}, computed_in(x));
   if (n == 0) return {map, score};
   a.x = samples_of(x);
   a.x_hat = samples_of(x_hat);

@@ -35,10 +35,10 @@ Tensor band_energies(const Tensor& x, int64_t cell, int64_t levels) {
                   "band_energies: x does not divide into cells");
   STD_TORCH_CHECK(a.height > a.reach() && a.width > a.reach(),
                   "band_energies: x is smaller than the coarsest band");
-  const int64_t n = x.size(0), shape[] = {n, (6 * levels + 1) * a.channels, a.rows(), a.columns()};
+  const int64_t n = x.size(0);
   const bool wide = a.dtype == DType::kDouble;
-  const Tensor out = torch::stable::empty(
-      {shape, 4}, wide ? ScalarType::Double : ScalarType::Float, std::nullopt, x.device());
+  const Tensor out = empty_dense(
+      x, {n, (6 * levels + 1) * a.channels, a.rows(), a.columns()}, computed_in(x));
   if (out.numel() == 0) return out;
   a.x = x.const_data_ptr();
   for (int i = 0; i < 4; ++i) a.stride[i] = x.stride(i);

@@ -70,7 +70,7 @@ Tensor conv3x3_pack(const Tensor& weight, bool turned) {
   const int64_t outputs = weight.size(axis), inputs = weight.size(1 - axis);
   STD_TORCH_CHECK(outputs > 0 && outputs % kChannelBlock == 0 && inputs > 0,
                   "conv3x3_pack: ", outputs, " outputs are not a multiple of ", kChannelBlock);
-  Tensor packed = torch::stable::new_empty(
+  Tensor packed = empty_dense(
       weight, {outputs / kChannelBlock, kPoints, inputs, kChannelBlock});
   huge_pages(packed);
   const int64_t row = weight.stride(2), column = weight.stride(3);
@@ -151,7 +151,7 @@ Tensor conv3x3_weight_gradient(const Tensor& gradient, const Tensor& input) {
                     "conv3x3_weight_gradient: gradient and input differ in size");
   }
   const int64_t outputs = gradient.size(1), inputs = input.size(1);
-  Tensor weight = torch::stable::new_empty(input, {outputs, inputs, 3, 3});
+  Tensor weight = empty_dense(input, {outputs, inputs, 3, 3});
   if (input.numel() == 0) return torch::stable::zero_(weight);
   const Tensor x = with_dense_channels(input), grad = with_dense_channels(gradient);
 
@@ -169,7 +169,7 @@ Tensor conv3x3_weight_gradient(const Tensor& gradient, const Tensor& input) {
   const int64_t most = std::clamp<int64_t>(fit, 24, kChunkTiles);
   const int64_t chunks = (tiles + most - 1) / most, largest = (tiles + chunks - 1) / chunks;
   const auto points = [&](int64_t channels) { return kPoints * (largest * channels + kPointGap); };
-  const Tensor space = torch::stable::new_empty(x, {points(inputs) + points(outputs)});
+  const Tensor space = empty_dense(x, {points(inputs) + points(outputs)});
   huge_pages(space);
   a.x_points = data(space);
   a.grad_points = a.x_points + points(inputs);

@@ -226,8 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> noised_velocity(const Tensor& x0, const Tenso
                                                    double snr_limit) {
   check_operand(noise, x0, true, "noised_velocity: noise");
   const std::vector<double> alphas = alphas_at(t, table, x0.size(0));
-  const Tensor weight = torch::stable::new_empty(x0, {x0.size(0)},
-                                                 torch::headeronly::ScalarType::Float);
+  const Tensor weight = empty_dense(x0, {x0.size(0)}, torch::headeronly::ScalarType::Float);
   auto* weights = static_cast<float*>(weight.mutable_data_ptr());
   for (size_t i = 0; i < alphas.size(); ++i) {
     const double snr = alphas[i] / (1 - alphas[i]);
@@ -248,13 +247,13 @@ Tensor ddim_table(const Tensor& alphas, int64_t prediction, double eta, double g
                   "ddim_table: alphas must be contiguous float64 (steps, 2)");
   STD_TORCH_CHECK(0 <= prediction && prediction <= 2, "ddim_table: unknown prediction ",
                   prediction);
-  const int64_t shape[2] = {alphas.size(0), sizeof(DdimCoefficients<float>) / sizeof(float)};
-  const Tensor table = torch::stable::new_empty(alphas, {shape, 2}, ScalarType::Float);
+  const int64_t steps = alphas.size(0), columns = sizeof(DdimCoefficients<float>) / sizeof(float);
+  const Tensor table = empty_dense(alphas, {steps, columns}, ScalarType::Float);
   const auto* alpha = static_cast<const double*>(alphas.const_data_ptr());
   auto* rows = static_cast<DdimCoefficients<float>*>(table.mutable_data_ptr());
   const DdimOptions options{static_cast<Prediction>(prediction), guidance != 0, clip < INFINITY,
                             false, guidance, eta};
-  for (int64_t i = 0; i < shape[0]; ++i) {
+  for (int64_t i = 0; i < steps; ++i) {
     DdimCoefficients<double> c = ddim_coefficients(alpha[2 * i], alpha[2 * i + 1], options);
     c.limit = clip;
     rows[i] = c.as<float>();

@@ -82,17 +82,6 @@ void check(const Tensor& x, int64_t groups) {
                   " channels do not divide into ", groups, " groups");
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> size,
-             torch::headeronly::ScalarType dtype) {
-  return torch::stable::empty({size.begin(), size.size()}, dtype, std::nullopt, like.device(),
-                              std::nullopt, torch::headeronly::MemoryFormat::Contiguous);
-}
-
-torch::headeronly::ScalarType compute_dtype(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 using Kernel = void (*)(const NormArgs&, int64_t, int64_t);
 
 // Runs `reduce` over all items of a sample, then `fold`, then `apply` over all items. Where every
@@ -135,7 +124,7 @@ std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups,
   const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3);
   const bool last = as_channels_last(input);
   Tensor y = empty_4d(input, {n, c, h, w}, is_channels_last(input));
-  Tensor stats = empty(input, {n, groups, 2}, compute_dtype(input));
+  Tensor stats = empty_dense(input, {n, groups, 2}, computed_in(input));
   if (y.numel() == 0) return {y, torch::stable::zero_(stats)};
   const Tensor x = with_dense_pixels(input, last);
   NormArgs a = arguments(x, last, groups, weight, bias, scale, shift, activation);
@@ -165,17 +154,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   }
   const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3);
   STD_TORCH_CHECK(stats.dim() == 3 && stats.size(0) == n && stats.size(1) == groups &&
-                      stats.size(2) == 2 && stats.scalar_type() == compute_dtype(input) &&
+                      stats.size(2) == 2 && stats.scalar_type() == computed_in(input) &&
                       stats.is_contiguous(),
                   "group_norm_silu_backward: stats are not those of the forward");
   const bool last = as_channels_last(input);
   const bool dense = needs & 1;
   Tensor dx = dense ? empty_4d(input, {n, c, h, w}, is_channels_last(input))
-                    : empty(input, {0}, input.scalar_type());
+                    : empty_dense(input, {0}, input.scalar_type());
   const auto output = [&](int bit, const OptionalTensor& p, bool by_sample) {
-    if (!(needs >> bit & 1)) return empty(input, {0}, p ? p->scalar_type() : input.scalar_type());
+    if (!(needs >> bit & 1)) return empty_dense(input, {0}, p ? p->scalar_type() : input.scalar_type());
     STD_TORCH_CHECK(p, "group_norm_silu_backward: gradient of an absent parameter");
-    return by_sample ? empty(input, {n, c}, p->scalar_type()) : empty(input, {c}, p->scalar_type());
+    return by_sample ? empty_dense(input, {n, c}, p->scalar_type()) : empty_dense(input, {c}, p->scalar_type());
   };
   Tensor dweight = output(1, weight, false), dbias = output(2, bias, false);
   Tensor dscale = output(3, scale, true), dshift = output(4, shift, true);

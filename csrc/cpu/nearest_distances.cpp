@@ -35,7 +35,7 @@ Tensor nearest_distances(const Tensor& x, const Tensor& sample, int64_t count) {
                   "nearest_distances: the sample has more than 2^31 - 1 rows");
   NearestArgs a{};
   a.dtype = dtype_of(x, "nearest_distances") == DType::kDouble ? DType::kDouble : DType::kFloat;
-  const ScalarType dtype = a.dtype == DType::kDouble ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = computed_in(x);
   const Tensor rows = dense_rows(x, dtype), others = dense_rows(sample, dtype);
   a.rows = rows.size(0);
   a.size = rows.size(1);
@@ -45,7 +45,7 @@ Tensor nearest_distances(const Tensor& x, const Tensor& sample, int64_t count) {
   a.sample = others.const_data_ptr();
   a.x_stride = rows.stride(0);
   a.sample_stride = others.stride(0);
-  const Tensor out = empty_rows(x, a.rows, count, ScalarType::Double);
+  const Tensor out = empty_dense(x, {a.rows, count}, ScalarType::Double);
   if (a.rows == 0) return out;
   a.out = static_cast<double*>(out.mutable_data_ptr());
   const int64_t items = (a.rows + kRowsOfItem - 1) / kRowsOfItem;

@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
   a.blocks = w1.size(0);
   a.dtype = dtype_of(in, "token_mlp_loop");
   a.weight_dtype = weight_dtype;
-  Tensor x_end = empty_rows(in, tokens, a.size);
-  Tensor stats = empty_rows(in, tokens, steps, state);
+  Tensor x_end = empty_dense(in, {tokens, a.size});
+  Tensor stats = empty_dense(in, {tokens, steps}, state);
   auto* kernel = token_mlp_loop_bf16_kernel();
   const bool dots = kernel != nullptr && weight_dtype == DType::kBFloat16 && !wide;
   if (!dots) kernel = token_mlp_loop_kernel();

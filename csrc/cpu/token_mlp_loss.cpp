@@ -31,10 +31,6 @@ constexpr int64_t kGrain = 1 << 19;
 float* data(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 const float* read(const Tensor& x) { return static_cast<const float*>(x.const_data_ptr()); }
 
-Tensor buffer(const Tensor& like, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(like, shape);
-}
-
 // out (columns,) = the sums over `rows` rows, `next` elements apart.
 void sum_rows(const float* part, int64_t rows, int64_t next, int64_t columns, float* out) {
   std::fill_n(out, columns, 0.0f);
@@ -80,7 +76,7 @@ void on_threads(int64_t begin, int64_t end, int64_t work, const F& f) {
 // The weights as the forward pass reads them, in a buffer that is returned.
 Tensor transpose_weights(TokenLossArgs& a, const Tensor& w_in) {
   const int64_t d = a.size, w = a.width, blocks = a.blocks;
-  const Tensor all = buffer(w_in, {d * w + 2 * blocks * w * w + w * a.filled});
+  const Tensor all = empty_dense(w_in, {d * w + 2 * blocks * w * w + w * a.filled});
   std::vector<Transposed> matrices;
   float* next = data(all);
   const auto transposed = [&](const float* in, int64_t count, int64_t rows, int64_t columns,
@@ -153,13 +149,13 @@ std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Te
   const int64_t kept = std::min(m, chunk * group_tokens);
   a.layer = gradients ? kept * w : 0;
   const int64_t array = (gradients ? layers : 1) * kept * w;
-  const Tensor space = buffer(x, {(gradients ? 4 : 3) * array + kept * filled});
+  const Tensor space = empty_dense(x, {(gradients ? 4 : 3) * array + kept * filled});
   a.output = data(space);
   a.normalised = a.output + kept * filled;
   a.sigmoid = a.normalised + array;
   a.activated = a.sigmoid + array;
   a.gradient = a.activated + array;
-  const Tensor sums = buffer(x, {groups, layers * w + filled});
+  const Tensor sums = empty_dense(x, {groups, layers * w + filled});
   a.grad_bias = data(sums);
   a.grad_out = a.grad_bias + groups * layers * w;
   std::vector<double> losses(groups);
@@ -167,10 +163,10 @@ std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Te
   std::vector<Tensor> grads;
   Tensor w_in_grad, embedding;
   if (gradients) {
-    for (const Tensor& t : weights) grads.push_back(torch::stable::new_empty(t, t.sizes()));
-    grads.push_back(torch::stable::new_empty(step_bias, step_bias.sizes()));
-    w_in_grad = buffer(x, {d, w});
-    embedding = runs.parts == 1 ? grads[7] : buffer(x, {runs.count, blocks, w});
+    for (const Tensor& t : weights) grads.push_back(empty_dense(t, t.sizes()));
+    grads.push_back(empty_dense(step_bias, step_bias.sizes()));
+    w_in_grad = empty_dense(x, {d, w});
+    embedding = runs.parts == 1 ? grads[7] : empty_dense(x, {runs.count, blocks, w});
     a.grad_embedding = data(embedding);
   }
   const Tensor transposed = transpose_weights(a, weights[0]);
@@ -196,7 +192,7 @@ std::tuple<Tensor, std::vector<Tensor>> token_mlp_loss(const Tensor& x, const Te
 
   double loss = 0;
   for (const double part : losses) loss += part;
-  Tensor result = torch::stable::new_empty(x, {});
+  Tensor result = empty_dense(x, {});
   *data(result) = static_cast<float>(loss / static_cast<double>(m * d));
   if (!gradients) return {result, grads};
   const Transposed back{read(w_in_grad), data(grads[0]), d, w, d};

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/tensor.h"
 #include "dtype_of.h"
 
 namespace diffad {
@@ -30,20 +31,14 @@ AttentionTensor strided(const Tensor& x) {
 // A new tensor (N, heads, H, W, d), in memory (N, H, W, heads, d) where `like` has the heads within
 // a pixel, as views of a channels_last tensor do: the result is one again without a copy.
 // diffad_fast/ops/attention.py has the same rule.
-Tensor empty_as(const Tensor& like) {
-  using torch::stable::new_empty;
-  using torch::stable::transpose;
+Tensor empty_like_heads(const Tensor& like) {
   const int64_t n = like.size(0), heads = like.size(1), h = like.size(2), w = like.size(3);
   const int64_t d = like.size(4);
   if (like.stride(1) < like.stride(3)) {
-    return transpose(transpose(new_empty(like, {n, h, w, heads, d}), 1, 3), 2, 3);
+    return empty_strided(like, {n, heads, h, w, d},
+                         {h * w * heads * d, d, w * heads * d, heads * d, 1});
   }
-  return new_empty(like, {n, heads, h, w, d});
-}
-
-torch::headeronly::ScalarType computed_in(const Tensor& q) {
-  using torch::headeronly::ScalarType;
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return empty_dense(like, {n, heads, h, w, d});
 }
 
 // The Python side checks first and raises ValueError or TypeError: the checks here only keep a
@@ -99,9 +94,8 @@ std::tuple<Tensor, Tensor> wavelet_attention(const Tensor& q, const Tensor& k, c
                                              int64_t level, double scale) {
   const Gain w = checked_gain(logit_gain, q, level), g = checked_gain(value_gain, q, level);
   AttentionArgs a = arguments(q, k, v, w, g, level, scale);
-  const Tensor out = empty_as(q);
-  const Tensor lse =
-      torch::stable::new_empty(q, {q.size(0), a.heads, a.tokens()}, computed_in(q));
+  const Tensor out = empty_like_heads(q);
+  const Tensor lse = empty_dense(q, {q.size(0), a.heads, a.tokens()}, computed_in(q));
   if (out.numel() == 0) return {out, lse};
   a.out = strided(out);
   a.lse = lse.data_ptr();
@@ -130,8 +124,7 @@ void add_up(const Tensor& parts, const Tensor& gain) {
 }
 
 Tensor gain_gradient(const Tensor& parts, bool wanted) {
-  const Tensor gain =
-      torch::stable::new_empty(parts, {wanted ? parts.size(1) : 0, parts.size(3)});
+  const Tensor gain = empty_dense(parts, {wanted ? parts.size(1) : 0, parts.size(3)});
   if (gain.numel() == 0) return gain;
   if (parts.scalar_type() == torch::headeronly::ScalarType::Double) {
     add_up<double>(parts, gain);
@@ -145,7 +138,6 @@ Tensor gain_gradient(const Tensor& parts, bool wanted) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Gain& logit_gain,
     const Gain& value_gain, const Tensor& out, const Tensor& lse, int64_t level, double scale) {
-  using torch::stable::new_empty;
   const Gain w = checked_gain(logit_gain, q, level), g = checked_gain(value_gain, q, level);
   AttentionBackwardArgs b{};
   AttentionArgs& a = b.forward;
@@ -156,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_attention_backward(
   STD_TORCH_CHECK(lse.numel() == heads * a.tokens() && lse.is_contiguous() &&
                       lse.scalar_type() == computed_in(q) && lse.device() == q.device(),
                   "wavelet_attention: lse must be the one of the forward pass");
-  const Tensor dq = empty_as(q), dk = empty_as(q), dv = empty_as(q);
+  const Tensor dq = empty_like_heads(q), dk = empty_like_heads(q), dv = empty_like_heads(q);
   if (q.numel() > 0) {
     const int64_t units = (a.tokens() + kAttentionKeys - 1) / kAttentionKeys;
     b.chunks = std::clamp<int64_t>(kBackwardItems / heads, 1, units);
@@ -164,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> wavelet_attention_backward(
     b.chunks = (a.tokens() + b.chunk_keys - 1) / b.chunk_keys;
   }
   const auto parts = [&](int64_t items, int64_t size) {
-    return new_empty(q, {q.size(0), a.heads, items, size}, computed_in(q));
+    return empty_dense(q, {q.size(0), a.heads, items, size}, computed_in(q));
   };
   const Tensor dq_parts = parts(b.chunks, b.dq_rows() * a.row_stride());
   const Tensor w_parts = parts(w ? a.items() : 0, a.bands());

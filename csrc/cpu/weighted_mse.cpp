@@ -65,8 +65,8 @@ void for_compute(const Operands& given, F&& f) {
 std::tuple<Tensor, Tensor> weighted_mse(const Tensor& prediction, const Tensor& target,
                                         const Tensor& weight) {
   Operands given(prediction, target, weight);
-  const Tensor errors = torch::stable::new_empty(weight, {given.samples}, given.computed_in);
-  const Tensor loss = torch::stable::new_empty(weight, {}, given.computed_in);
+  const Tensor errors = empty_dense(weight, {given.samples}, given.computed_in);
+  const Tensor loss = empty_dense(weight, {}, given.computed_in);
   for_compute(given, [&](auto zero) {
     using C = decltype(zero);
     std::vector<C> sums(given.samples * given.args.tiles);

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "../common/anomaly_map.h"
+#include "../common/haar_tensor.h"
 #include "anomaly_map_tile.h"
 #include "launch.h"
 
@@ -19,8 +20,6 @@ unsigned grid_of(int64_t tiles) {
                   "anomaly_map: ", tiles, " tiles are more than a launch can have");
   return static_cast<unsigned>(tiles);
 }
-
-Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
 
 template <bool kLast, class T>
 __global__ void __launch_bounds__(kCosineThreads) cosine_kernel(const CosineArgs<T> args) {
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kTopThreads) top_score_kernel(const TopArgs ar
 // (N, h w)
 Tensor cosines(const Tensor& f, const Tensor& f_hat, cudaStream_t stream) {
   const int64_t pixels = f.size(2) * f.size(3);
-  Tensor result = empty_rows(f, f.size(0), pixels, ScalarType::Float);
+  Tensor result = empty_dense(f, {f.size(0), pixels}, ScalarType::Float);
   for_narrow_dtype(f, "anomaly_map", [&](auto zero) {
     using T = decltype(zero);
     CosineArgs<T> args{};
@@ -138,8 +137,8 @@ void launch_blur_and_top(const Tensor& total, const Tensor& map, const Tensor& s
     return check_launch("anomaly_map: score");
   }
   static_assert(sizeof(TopState) % sizeof(float) == 0);
-  const Tensor state = empty_rows(map, n, sizeof(TopState) / sizeof(float), ScalarType::Float);
-  const Tensor partial = empty_rows(map, n, args.blocks, ScalarType::Float);
+  const Tensor state = empty_dense(map, {n, sizeof(TopState) / sizeof(float)}, ScalarType::Float);
+  const Tensor partial = empty_dense(map, {n, args.blocks}, ScalarType::Float);
   args.state = static_cast<TopState*>(state.mutable_data_ptr());
   args.partial = static_cast<float*>(partial.mutable_data_ptr());
   const cudaError_t error = cudaMemsetAsync(args.state, 0, n * sizeof(TopState), stream);

@@ -108,8 +108,7 @@ bool on_host(const std::optional<Tensor>& x) { return x && x->is_cpu(); }
 // Room for `count` values of T on x's device.
 template <class T>
 Tensor room(const Tensor& x, int64_t count) {
-  const int64_t size = count * static_cast<int64_t>(sizeof(T));
-  return torch::stable::new_empty(x, {&size, 1}, ScalarType::Byte);
+  return empty_dense(x, {count * static_cast<int64_t>(sizeof(T))}, ScalarType::Byte);
 }
 
 Tensor ddim_step(const Tensor& x_t, const Tensor& model_output, std::optional<Tensor> alpha_t,

@@ -139,9 +139,17 @@ __global__ void __launch_bounds__(kStepThreads) step_kernel(const StepArgs<C, X,
     } else if (c.s_z != 0) {
       draw(args.noise, static_cast<uint32_t>(step) + 1, in_sample, z);
     }
-    DIFFAD_UNROLL
-    for (int j = 0; j < N; ++j) {
-      next[j] = one::ddim_update<true, true, true>(c, x[j], m[j], y[j], z[j]);
+    // Where no limited x0 takes part, an infinite one must not make a NaN of its weight of 0.
+    if (c.s_x0 != 0) {
+      DIFFAD_UNROLL
+      for (int j = 0; j < N; ++j) {
+        next[j] = one::ddim_update<true, true, true>(c, x[j], m[j], y[j], z[j]);
+      }
+    } else {
+      DIFFAD_UNROLL
+      for (int j = 0; j < N; ++j) {
+        next[j] = one::ddim_update<true, false, true>(c, x[j], m[j], y[j], z[j]);
+      }
     }
     store(args.out + at, next);
     if (args.input) store(args.input + at, next);

@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor> token_mlp_loop(const Tensor& x, const Tensor& w_in, c
                   "token_mlp_loop: too many tokens, features or steps for the CUDA kernel");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const ScalarType outer = x.scalar_type();
-  Tensor x_end = torch::stable::new_empty(x, {x.size(0), d}, ScalarType::Float);
-  Tensor stats = torch::stable::new_empty(x, {x.size(0), steps}, ScalarType::Float);
+  Tensor x_end = empty_dense(x, {x.size(0), d}, ScalarType::Float);
+  Tensor stats = empty_dense(x, {x.size(0), steps}, ScalarType::Float);
   const Tensor first = as(x, ScalarType::Float);
   if (steps == 0) torch::stable::copy_(x_end, first);
   if (steps > 0 && x.size(0) > 0) {

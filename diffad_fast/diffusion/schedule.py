@@ -47,12 +47,13 @@ class NoiseSchedule:
     """
 
     def __init__(self, name: str = "cosine", steps: int = 1000):
+        kind = {"dtype": torch.float64, "device": "cpu"}
         if name == "linear":
-            betas = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
+            betas = torch.linspace(1e-4, 0.02, steps, **kind)
         elif name == "scaled_linear":
-            betas = torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, steps, **kind) ** 2
         elif name == "cosine":
-            u = torch.arange(steps + 1, dtype=torch.float64) / steps
+            u = torch.arange(steps + 1, **kind) / steps
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:

@@ -55,6 +55,8 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
     Raises TypeError for dtypes, ValueError for shapes, devices, level and scale.
     """
     checks.tensor("q", q, 5)
+    if q.shape[4] == 0:
+        raise ValueError(f"q has heads without channels: shape {tuple(q.shape)}")
     for name, x in (("k", k), ("v", v)):
         checks.shaped(name, x, q.shape, q.device)
         checks.same_dtype(name, x, "q", q.dtype)

@@ -66,9 +66,10 @@ def _served(x, given):
     what it is not written for, and shapes on which it is the faster one."""
     _, inputs, height, width = x.shape
     tiles = -(-height // TILE) * -(-width // TILE)
+    outputs = given[1].shape[0]
     return (
-        inputs % CHANNEL_BLOCK == 0
-        and given[1].shape[0] % CHANNEL_BLOCK == 0
+        inputs > 0 and inputs % CHANNEL_BLOCK == 0
+        and outputs > 0 and outputs % CHANNEL_BLOCK == 0
         and tiles >= FEWEST_TILES
         # A tile costs a fourth of 16 pixels by the direct sum, however few of them the image has.
         and 2 * height * width >= TILE * TILE * tiles
@@ -115,8 +116,8 @@ def conv3x3(x, weight, bias=None, residual=None):
     """``conv2d(x, weight, bias, padding=1) + residual``: the 3x3 convolution of a U-Net.
 
     x: (N,I,H,W); weight: (O,I,3,3) and bias: (O,), of the dtype of ``x`` (any under autocast);
-    residual: (N,O,H,W). Returns (N,O,H,W) in the memory format of ``x``. Differentiable in all
-    tensors.
+    residual: (N,O,H,W). Returns (N,O,H,W), in channels_last where ``x`` or, by PyTorch's
+    convolution, ``weight`` is. Differentiable in all tensors.
 
     On the CPU, float32 in channels_last with I and O multiples of 16, unless the images are tiny,
     goes to Winograd's F(4x4,3x3), which takes a fourth of the multiplications (Lavin & Gray 2016).

@@ -202,6 +202,8 @@ def check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guida
                 checks.shaped(name, alpha, (x_t.shape[0],), x_t.device)
             else:
                 checks.tensor(name, alpha)
+                if not alpha.is_cpu:
+                    checks.on_device(name, alpha, x_t.device)
         else:
             checks.number(name, alpha, 0.0, 1.0)
             if alpha == 0 and (name == "alpha_s" or divides_by_signal):
@@ -231,7 +233,7 @@ def step_table(steps, prediction_type, eta=0.0, clip=None, guidance=0.0):
     the weight alone. Columns: csrc/common/diffusion.h.
     """
     return torch.ops.diffad_fast.ddim_table(
-        torch.tensor([step[:2] for step in steps], dtype=torch.float64),
+        torch.tensor([step[:2] for step in steps], dtype=torch.float64, device="cpu"),
         PREDICTION_TYPES.index(prediction_type),
         eta,
         guidance,
@@ -273,6 +275,8 @@ def keep_noising(ctx, inputs, output):
     """Of operators with the arguments of :func:`q_sample` first."""
     x0, t, noise, alphas_cumprod, *options = inputs
     ctx.save_for_backward(t, alphas_cumprod)
+    if isinstance(output, tuple) and len(output) == 3:
+        ctx.mark_non_differentiable(output[2])  # the weight
     ctx.x0, ctx.noise = x0.dtype, (noise.dtype, len(noise) < len(x0))
     ctx.options = len(options)
 

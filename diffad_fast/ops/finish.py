@@ -97,7 +97,7 @@ def ddim_finish(
         raise TypeError("alpha_t must be a number, got a tensor: all samples are at one level")
     level = checks.integer("level", level, 0, MAX_LEVEL)
     n, channels, height, width = x_t.shape
-    if channels % 4**level:
+    if channels == 0 or channels % 4**level:
         raise ValueError(
             f"x_t has {channels} channels, which must divide by {4**level} for level {level}"
         )

@@ -37,7 +37,8 @@ def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, 
     ]  # fmt: skip
     flat = [
         (value.to(x.device, compute) if isinstance(value, torch.Tensor)
-         else torch.full((), value, dtype=compute)).expand(x.shape[2:])  # numbers stay on the host
+         # Numbers stay on the host.
+         else torch.full((), value, dtype=compute, device="cpu")).expand(x.shape[2:])
         for entry in stats or ()
         for value in entry or (0.0, 1.0)
     ]  # fmt: skip
@@ -125,8 +126,9 @@ def anomaly_map(
     there already, standardised, as from :func:`ddim_finish`.
 
     Returns float32, or float64 for float64 input, and computes in that. Differentiable in x, x_hat,
-    the features, the statistics and base: a call that needs gradients is served by the reference on
-    every backend, since training never differentiates the map.
+    the features, the statistics and base: a call that needs gradients is served by the reference,
+    since training never differentiates the map, and refused by Triton under
+    ``use_backend("triton")``.
     Raises TypeError for dtypes, ValueError for shapes, devices and options.
     """
     checks.tensor("x", x, 4)
@@ -140,6 +142,8 @@ def anomaly_map(
         checks.tensor(name, f, 4)
         if f.shape[0] != x.shape[0]:
             raise ValueError(f"{name} has {len(f)} samples, x has {len(x)}")
+        if 0 in f.shape[1:]:
+            raise ValueError(f"{name} is empty: shape {tuple(f.shape)}")
         checks.on_device(name, f, x.device)
         checks.shaped(f"features_hat[{i}]", f_hat, f.shape, x.device)
     if len(weights) != 3:

@@ -29,6 +29,8 @@ def _cpu_noised(x, mean, deviation, t, noise, alphas, level, prediction_type, sn
     x0 = _cpu_packet(wide, mean, deviation, level)
     noise = noise.contiguous(memory_format=torch.channels_last)
     x_t, target, weight = noised_target(x0, t, noise, alphas, prediction_type, snr_limit)
+    if target.stride() != x_t.stride():  # a noise that all samples share
+        target = target.contiguous(memory_format=torch.channels_last)
     return x_t.to(x.dtype), target.to(x.dtype), weight
 
 

@@ -176,7 +176,10 @@ def _backward_op(grad_x, grad_stats, inputs):
     x, *weights, step_bias, table = leaves
     with torch.enable_grad():
         outputs = reference.token_mlp_loop(x, PackedTokenMLP(*weights), step_bias, table)
-    grads = torch.autograd.grad(outputs, leaves, (grad_x, grad_stats), materialize_grads=True)
+    # Without a step the statistics are of nothing.
+    pairs = zip(outputs, (grad_x, grad_stats), strict=True)
+    outputs, grads = zip(*[(y, grad) for y, grad in pairs if y.requires_grad], strict=True)
+    grads = torch.autograd.grad(outputs, leaves, grads, materialize_grads=True)
     return [g.contiguous() for g in grads]
 
 

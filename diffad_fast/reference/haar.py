@@ -32,7 +32,7 @@ def haar_pack(x: Tensor, level: int = 1) -> Tensor:
     Any ``level`` ≥ 1. Raises ValueError unless H and W divide by 2**level.
     """
     _check(x, level)
-    memory_format = _memory_format(x)
+    memory_format = memory_format_of(x)
     if x.shape[-2] % 2**level or x.shape[-1] % 2**level:
         raise ValueError(
             f"haar_pack: height {x.shape[-2]} and width {x.shape[-1]} must divide by {2**level} "
@@ -55,7 +55,7 @@ def haar_unpack(y: Tensor, level: int = 1) -> Tensor:
     Any ``level`` ≥ 1. Raises ValueError unless the channels divide by 4**level.
     """
     _check(y, level)
-    memory_format = _memory_format(y)
+    memory_format = memory_format_of(y)
     if y.shape[1] % 4**level:
         raise ValueError(
             f"haar_unpack: {y.shape[1]} channels must divide by {4**level} for level {level}"
@@ -76,7 +76,7 @@ def _check(x: Tensor, level: int) -> None:
         raise ValueError(f"level must be at least 1, got {level}")
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format_of(x: Tensor) -> torch.memory_format:
     if x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
         return torch.channels_last
     return torch.contiguous_format

@@ -50,4 +50,4 @@ def weighted_mse(prediction, target, weight):
     error; in float32 at least."""
     compute = torch.promote_types(prediction.dtype, torch.float32)
     error = prediction.to(compute) - target.to(compute)
-    return (error.square().reshape(len(error), -1).mean(dim=1) * weight).mean()
+    return (error.square().reshape(len(error), -1).mean(dim=1) * weight.to(compute)).mean()

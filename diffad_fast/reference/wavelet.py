@@ -26,6 +26,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
+from .haar import memory_format_of
+
 MODES = (
     "zero", "constant", "symmetric", "periodic", "smooth", "periodization",
     "reflect", "antisymmetric", "antireflect",
@@ -213,7 +215,7 @@ def _compute_dtype(dtype):
 
 def _with_format_of(x, y):
     """``y`` in channels_last if ``x`` is."""
-    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+    if memory_format_of(x) == torch.channels_last:
         return y.contiguous(memory_format=torch.channels_last)
     return y
 
@@ -290,7 +292,8 @@ def is_kept(filters):
 def _bank(wavelet, dtype, device):
     dec_lo, dec_hi, rec_lo, rec_hi = as_wavelet(wavelet).filter_bank
     with torch.inference_mode(False):  # the cached filters must serve autograd later
-        banks = torch.tensor([[dec_lo, dec_hi], [rec_lo, rec_hi]], dtype=torch.float64)
+        banks = [[dec_lo, dec_hi], [rec_lo, rec_hi]]
+        banks = torch.tensor(banks, dtype=torch.float64, device="cpu")
         return tuple(banks.to(device=device, dtype=dtype).unbind())
 
 

@@ -23,13 +23,14 @@ def visits(n: int, start: int, stop: int, seed: int) -> tuple[torch.Tensor, torc
 
 @lru_cache(maxsize=4)
 def _shuffled(n: int, seed: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(n, generator=generator(seed, "order", epoch))
+    return torch.randperm(n, generator=generator(seed, "order", epoch), device="cpu")
 
 
 def stratified(n: int, generator: torch.Generator) -> torch.Tensor:
     """n numbers in [0, 1), ascending, one in each n-th, all by the same offset: the expectation of
     independent ones with less spread (Kingma et al. 2021, appendix I.1)."""
-    u = (torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(n)) / n
+    offset = torch.rand((), generator=generator, dtype=torch.float64, device="cpu")
+    u = (offset + torch.arange(n, device="cpu")) / n
     return u.clamp(max=1 - 2**-24)
 
 

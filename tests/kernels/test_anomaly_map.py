@@ -132,6 +132,7 @@ def test_an_image_does_not_depend_on_its_neighbours():
     [
         ({"x": random(1, 1, 8, 8).double()}, "float64"),
         ({"x": random(1, 1, 8, 8).requires_grad_()}, "no gradient"),
+        ({"stats": ((random(8).requires_grad_(), 1.0), None, None)}, "no gradient"),
         ({"features": (random(1, 1, 2, 2),) * 5, "features_hat": (random(1, 1, 2, 2),) * 5},
          "4 feature maps"),
         ({"x": random(1, 1, 32, 32), "x_hat": random(1, 1, 32, 32), "levels": 5}, "4 levels"),

@@ -310,6 +310,8 @@ def test_a_plain_call_does_not_go_through_the_dispatcher():
         leaf = x.clone().requires_grad_()
         gradients += torch.autograd.grad(pack(leaf, 1).square().sum(), leaf)
     assert torch.equal(*gradients)
+    negative = torch.complex(x, x).conj().imag  # a view whose sign the dispatcher turns
+    assert negative.is_neg() and torch.equal(haar_pack(negative, 1), -haar_pack(x, 1))
     # An operator without a gradient says so instead of giving a constant.
     statistics = torch.ones(4, device=DEVICE)
     result = standardise_packet(x.clone().requires_grad_(), 0 * statistics, statistics, 1)

@@ -115,6 +115,7 @@ def test_gradients(level):
     "change, error, message",
     [
         ({"q": torch.zeros(1, 1, 6, 6)}, ValueError, "q must have 5 dimensions"),
+        ({"q": torch.zeros(1, 1, 6, 6, 0)}, ValueError, "q has heads without channels"),
         ({"k": torch.zeros(1, 1, 6, 4, 2)}, ValueError, "k must have shape"),
         ({"v": torch.zeros(1, 1, 6, 6, 2).half()}, TypeError, "v is torch.float16"),
         ({"level": 3}, ValueError, "level must be in"),

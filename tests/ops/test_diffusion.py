@@ -255,6 +255,7 @@ X = torch.zeros(2, 3, 4, 4)
         ({"alpha_t": 1.0, "alpha_s": 1.0, "eta": 0.5, "noise": X}, ValueError, "must be below 1"),
         ({"alpha_t": torch.ones(3)}, ValueError, r"alpha_t must have shape \(2,\), got \(3,\)"),
         ({"alpha_t": torch.ones(2, dtype=torch.int64)}, TypeError, "alpha_t must be float32"),
+        ({"alpha_s": torch.tensor(0.5, device="meta")}, ValueError, "alpha_s is on meta"),
         ({"model_output": X[:1]}, ValueError, "model_output must have shape"),
         ({"noise": X[:, :2]}, ValueError, "noise must have the shape of x_t"),
         ({"clip": 1.0, "dynamic_threshold": (0.9, 1.0)}, ValueError, "not both"),
@@ -449,6 +450,25 @@ def test_the_quantile_is_exact(compiled, dtype, size, ratio):
     expected = reference.ddim_step(x, x, 0.5, 1.0, **options)
     # The division by s is a product with 1/s.
     torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_negative_zero_is_not_the_largest(compiled, dtype):
+    x = torch.full((1, 1000), -0.0, dtype=dtype)
+    x[0, :100] = torch.linspace(1, 9, 100)
+    x = x.to(compiled)
+    options = {"prediction_type": "sample", "dynamic_threshold": (0.95, 100.0)}
+    got = ops.ddim_step(x, x, 0.5, 1.0, **options)
+    expected = reference.ddim_step(x, x, 0.5, 1.0, **options)
+    torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_infinity_stays_infinite(compiled):
+    x, m = random((2, 9), 0, torch.float32).to(compiled), torch.ones(2, 9).to(compiled)
+    x[1, 3] = float("inf")
+    t, table = torch.tensor([0, 9]).to(compiled), alphas().to(compiled)
+    for got in (ops.ddim_step(x, m, 0.3, 0.6), ops.q_sample(x, t, m, table)):
+        assert got[1, 3] == float("inf") and got.isfinite().sum() == 17
 
 
 @pytest.mark.native

@@ -183,6 +183,11 @@ def test_opcheck_and_compile():
         ({"deviation": torch.zeros(16).double()}, TypeError, "deviation is torch.float64"),
         ({"level": 5}, ValueError, r"level must be in \[0, 4\], got 5"),
         ({"level": 3}, ValueError, "16 channels, which must divide by 64 for level 3"),
+        (
+            {"x_t": torch.zeros(2, 0, 3, 4), "model_output": torch.zeros(2, 0, 3, 4)},
+            ValueError,
+            "x_t has 0 channels",
+        ),
         ({"prediction_type": "noise"}, ValueError, "unknown prediction_type 'noise'"),
         ({"clip": -1.0}, ValueError, "clip must be in"),
         ({"guidance": 0.2}, ValueError, r"guidance must be \(y, w\)"),

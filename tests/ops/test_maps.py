@@ -178,6 +178,11 @@ FEATURE = torch.zeros(2, 3, 4, 4)
             r"features\[0\] has 1 samples",
         ),
         (
+            {"features": [FEATURE[..., :0]], "features_hat": [FEATURE[..., :0]]},
+            ValueError,
+            r"features\[0\] is empty",
+        ),
+        (
             {"features": [FEATURE], "features_hat": [FEATURE[:, :2]]},
             ValueError,
             r"features_hat\[0\] must have shape",

@@ -152,6 +152,9 @@ def test_no_steps_and_no_tokens(model):
     weights, bias = model.packed()
     x_end, stats = ops.token_mlp_loop(tokens(), weights, bias[:0], torch.zeros(0, 5))
     assert torch.equal(x_end, tokens()) and stats.shape == (11, 0)
+    x = tokens().requires_grad_()
+    ops.token_mlp_loop(x, weights, bias[:0], torch.zeros(0, 5))[0].sum().backward()
+    assert (x.grad == 1).all()
     x_end, stats = ops.token_mlp_loop(tokens()[:0], weights, bias, torch.zeros(STEPS, 5))
     assert x_end.shape == (0, D) and stats.shape == (0, STEPS)
 

@@ -51,6 +51,23 @@ def test_noise_shared_by_the_batch(kind):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_dtype_of_the_loss_is_that_of_the_prediction(dtype):
+    prediction = torch.randn(3, 5).to(dtype)
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            loss = ops.weighted_mse(prediction, prediction.float(), torch.ones(3).double())
+        assert loss.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_weights_have_no_gradient():
+    x0 = torch.randn(3, 5, requires_grad=True)
+    for backend in ("auto", "reference"):
+        with use_backend(backend):
+            x_t, target, weight = ops.noised_target(x0, torch.tensor([0, 1, 2]), x0, ALPHAS)
+        assert x_t.requires_grad and target.requires_grad and not weight.requires_grad
+
+
 def test_weighted_mse():
     prediction, target = torch.randn(2, 3, 2, 5, dtype=torch.float64)
     weight = torch.tensor([0.5, 2.0, 0.0])

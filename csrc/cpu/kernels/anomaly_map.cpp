@@ -6,15 +6,6 @@ namespace diffad::DIFFAD_ISA {
 namespace {
 
 template <class T>
-DIFFAD_SIMD compute_t<T> value_at(const T* p) {
-  if constexpr (std::is_same_v<T, compute_t<T>>) {
-    return *p;
-  } else {
-    return load_one(p);
-  }
-}
-
-template <class T>
 const T* at(const Samples& s, int64_t n, int64_t c, int64_t y) {
   return static_cast<const T*>(s.data) + n * s.stride[0] + c * s.stride[1] + y * s.stride[2];
 }
@@ -150,7 +141,7 @@ void difference_row(const T* a, int64_t step_a, const T* b, int64_t step_b, comp
     for (; x + kLanes<A> <= width; x += kLanes<A>) store(out + x, load(a + x) - load(b + x));
     if (x < width) store(out + x, load_partial(a + x, width - x) - load_partial(b + x, width - x));
   } else {
-    for (int64_t x = 0; x < width; ++x) out[x] = value_at(a + x * step_a) - value_at(b + x * step_b);
+    for (int64_t x = 0; x < width; ++x) out[x] = load_one(a + x * step_a) - load_one(b + x * step_b);
   }
 }
 

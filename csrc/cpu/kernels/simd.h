@@ -127,7 +127,11 @@ DIFFAD_SIMD Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a,
 DIFFAD_SIMD Vec<float> abs(Vec<float> x) {
   return bits<Vec<float>>(bits<VecU32>(x) & 0x7fffffffu);
 }
-DIFFAD_SIMD Vec<double> abs(Vec<double> x) { return x < 0 ? -x : x; }
+// -0 becomes 0 too: quantiles order the bits.
+DIFFAD_SIMD Vec<double> abs(Vec<double> x) {
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  return bits<Vec<double>>(bits<Bits>(x) & 0x7fffffffffffffffu);
+}
 
 DIFFAD_SIMD Vec<float> sqrt(Vec<float> x) {
 #if defined(__AVX512F__)
@@ -471,32 +475,6 @@ DIFFAD_SIMD Vec<float> narrow(Vec<double> low, Vec<double> high) {
 
 // ------------------------------------------------------------------- functions
 
-// e^x, within 2 units in the last place; below -87.3 it is 0 and above 88.4 infinity.
-// x = k ln 2 + r with |r| <= ln 2 / 2: 2^k goes into the exponent, e^r is its Taylor polynomial,
-// whose seventh term is below half a unit.
-DIFFAD_SIMD Vec<float> exp(Vec<float> x) {
-  const Vec<float> limited = min(max(x, splat(-87.3f)), splat(88.3f));
-  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
-  const Vec<float> magic = splat(12582912.0f);
-  const Vec<float> shifted = fma(limited, splat(1.44269504f), magic);
-  const Vec<float> k = shifted - magic;
-  // ln 2 in two parts, the first short enough that k times it is exact.
-  Vec<float> r = fma(k, splat(-0.693359375f), limited);
-  r = fma(k, splat(2.12194440e-4f), r);
-  Vec<float> p = splat(1.0f / 5040);
-  p = fma(p, r, splat(1.0f / 720));
-  p = fma(p, r, splat(1.0f / 120));
-  p = fma(p, r, splat(1.0f / 24));
-  p = fma(p, r, splat(1.0f / 6));
-  p = fma(p, r, splat(0.5f));
-  p = fma(p, r, splat(1.0f));
-  p = fma(p, r, splat(1.0f));
-  const VecI32 exponent = (bits<VecI32>(shifted) - bits<VecI32>(magic)) << 23;
-  Vec<float> result = bits<Vec<float>>(bits<VecI32>(p) + exponent);
-  result = x < -87.3f ? Vec<float>{} : result;
-  result = x > 88.3f ? splat(__builtin_inff()) : result;
-  return x == x ? result : x;
-}
 // Gradient checks alone run in double: no speed is needed, the library's accuracy is.
 DIFFAD_SIMD Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
@@ -530,7 +508,8 @@ DIFFAD_SIMD Vec<double> log(Vec<double> x) {
 // next to -x / ln 2; the polynomial is the minimax one of 2^f on [-1/2, 1/2], up to 8e-8.
 DIFFAD_SIMD Vec<float> one_plus_exp_minus(Vec<float> x) {
   const Vec<float> limited = min(splat(87.0f), x);
-  const Vec<float> magic = splat(12582912.0f);  // see exp
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const Vec<float> magic = splat(12582912.0f);
   const Vec<float> shifted = fma(limited, splat(-1.44269504f), magic);
   const Vec<float> f = fma(limited, splat(-1.44269504f), magic - shifted);
   Vec<float> p = splat(0.00132764725f);
@@ -547,7 +526,7 @@ DIFFAD_SIMD Vec<double> one_plus_exp_minus(Vec<double> x) { return 1 + exp(-x); 
 // x = k + r with |r| <= 1/2; the polynomial is the minimax one of degree 6 for 2^r that is 1 at 0.
 DIFFAD_SIMD Vec<float> exp2_negative(Vec<float> x) {
   const Vec<float> limited = max(splat(-127.0f), x);
-  const Vec<float> magic = splat(12582912.0f);  // as in exp
+  const Vec<float> magic = splat(12582912.0f);  // as above
   const Vec<float> shifted = limited + magic;
   const Vec<float> r = limited - (shifted - magic);
   Vec<float> p = splat(1.5353362e-4f);
