@@ -7,7 +7,13 @@ import torch
 import diffad_fast as daf
 from diffad_fast import ops
 
-OPTIONS = {"image_size": 64, "denoiser": "unet-tiny", "train_steps": 40, "reverse_steps": 3}
+OPTIONS = {
+    "image_size": 64,
+    "denoiser": "unet-tiny",
+    "haar_level": 2,
+    "train_steps": 40,
+    "reverse_steps": 3,
+}
 
 
 def images(n, seed):

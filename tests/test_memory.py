@@ -44,8 +44,9 @@ def test_peak_memory_does_not_grow_with_the_data(tmp_path, size, few, many):
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     detector = daf.Detector(
-        image_size=size, denoiser="unet-tiny", train_steps=1, reverse_steps=1, batch_size=16
-    ).fit(images)
+        image_size=size, denoiser="unet-tiny", haar_level=3, train_steps=1, reverse_steps=1,
+        batch_size=16,
+    ).fit(images)  # fmt: skip
     detector.save(tmp_path / "m.diffad")
 
     peaks = {}

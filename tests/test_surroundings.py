@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import diffad_fast as daf
-from diffad_fast import models, surroundings
+from diffad_fast import models, native, ops, surroundings
+from diffad_fast.diffusion import NoiseSchedule
 from diffad_fast.errors import BackendError
+from diffad_fast.ops.diffusion import step_table
+from diffad_fast.training.sampling import stratified
 
 TOKENS = {
     "image": {
@@ -27,7 +30,13 @@ TOKENS = {
     },
     "vector": {"kind": "vector", "token_width": 32, "token_blocks": 1},
 }
-UNET = {"image_size": 32, "denoiser": "unet-tiny", "train_steps": 4, "inference_dtype": "float32"}
+UNET = {
+    "image_size": 32,
+    "denoiser": "unet-tiny",
+    "haar_level": 2,
+    "train_steps": 4,
+    "inference_dtype": "float32",
+}
 
 
 def samples(kind, n, seed):
@@ -287,3 +296,26 @@ def test_a_detector_seeds_nobodys_generators(options, monkeypatch):
     before = torch.get_rng_state()
     fitted("image", options)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parts_of_a_pipeline_do_not_take_the_default_device():
+    def found():
+        x, y = samples("image", 2, 0)
+        stats = ((0.1, 2.0), None, (0.3, 0.5))
+        schedule = NoiseSchedule("cosine", 20)
+        generator = torch.Generator().manual_seed(0)
+        parts = [
+            *ops.anomaly_map(x[None], y[None], levels=2, stats=stats),
+            schedule.alphas_cumprod,
+            stratified(5, generator),
+            ops.dwt2d(x[None], "db3")[0],
+        ]
+        if native.loaded():
+            parts.append(step_table([(0.3, 0.5)], "epsilon"))
+        return parts
+
+    expected = found()
+    with torch.device("meta"):
+        got = found()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)

@@ -38,20 +38,21 @@ class Ear(torch.nn.Module):
         return torch.fft.rfft(waves)[:, 1:4001].abs().unflatten(1, (8, -1)).mean(dim=2)
 
 
-SMALL = {"image_size": 32, "haar_level": 1, "denoiser": "unet-tiny", "train_steps": 2}
+SMALL = {"image_size": 32, "haar_level": 2, "denoiser": "unet-tiny", "train_steps": 2}
+TOKENS = {"token_width": 32, "token_blocks": 1, "train_steps": 2}
 DETECTORS = {
     "U-Net": (SMALL, images),
     "U-Net, semantic": ({**SMALL, "semantic_weight": 0.5}, images),
-    "tokens": ({"image_size": 32, "preset": "fast", "train_steps": 2}, images),
+    "tokens": ({"image_size": 32, "preset": "fast", **TOKENS}, images),
     "tokens, semantic": (
-        {"image_size": 32, "preset": "fast", "train_steps": 2, "semantic_weight": 0.5}, images,
+        {"image_size": 32, "preset": "fast", **TOKENS, "semantic_weight": 0.5}, images,
     ),
     "vectors": (
-        {"kind": "vector", "train_steps": 2},
+        {"kind": "vector", **TOKENS},
         lambda n: np.random.default_rng(0).standard_normal((n, 6)).astype(np.float32),
     ),
-    "audio": ({"kind": "audio", "train_steps": 2}, waves),
-    "audio, semantic": ({"kind": "audio", "train_steps": 2, "features": Ear()}, waves),
+    "audio": ({"kind": "audio", **TOKENS}, waves),
+    "audio, semantic": ({"kind": "audio", **TOKENS, "features": Ear()}, waves),
 }  # fmt: skip
 
 
