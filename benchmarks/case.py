@@ -202,12 +202,5 @@ def on(device: torch.device, *values) -> tuple:
     return map_tensors(lambda x: x.to(device), values)
 
 
-def finite(output) -> str | None:
-    """The check of a contender that computes something else."""
-    bad: list[int] = []
-    map_tensors(lambda x: bad.append(1) if not torch.isfinite(x).all() else None, (output,))
-    return "values that are not finite" if bad else None
-
-
 def _double(x: torch.Tensor) -> torch.Tensor:
     return x.double() if x.is_floating_point() else x

@@ -7,7 +7,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from .detectors import (
 )
 from .harness import Run
 from .quality.data import part_of
-from .verify import difference
+from .verify import difference, finite
 
 # Detectors that are fitted, and the modes in which each is scored, its own first.
 DETECTORS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
@@ -67,7 +67,9 @@ def run(runner: Run, args: argparse.Namespace) -> dict:
     published = _published(runner, images["test"][: 2 if runner.quick else 8])
     ours = runner.rows[0]["contenders"][OURS]
     for name, entry in published.items():
-        if "ms" in ours:
+        if "wrong" in entry:
+            runner.wrong.append(f"{runner.rows[0]['case']}: {name}: {entry['wrong']}")
+        elif "ms" in ours:
             ratio, low, high = stats.ratio(entry["ms"], ours["ms"], paired=False)
             verdict = stats.verdict(low, high)
             entry["ratio"] = {"value": ratio, "low": low, "high": high, "ours_is": verdict}
@@ -251,9 +253,9 @@ def _case(n: int, scorers: dict, images: torch.Tensor) -> Case:
 
 def _check(scorer, images: torch.Tensor) -> Callable:
     """Ours are held against the same weights in float64 on the first images, which is enough as a
-    score does not depend on its neighbours; others must be finite."""
+    score does not depend on its neighbours; others must give a finite score an image."""
     if not isinstance(scorer, (_Ours, _Reference)):
-        return _finite
+        return partial(_scored, len(images))
     some = images[:CHECKED]
 
     def check(output) -> str | None:
@@ -263,8 +265,10 @@ def _check(scorer, images: torch.Tensor) -> Callable:
     return check
 
 
-def _finite(output) -> str | None:
-    return None if all(np.isfinite(part).all() for part in output) else "values that are not finite"
+def _scored(n: int, output) -> str | None:
+    """What is wrong with the maps and scores of ``n`` images."""
+    scores = len(output[-1])
+    return finite(output) if scores == n else f"{scores} scores instead of {n}"
 
 
 def _published(runner: Run, images: torch.Tensor) -> dict[str, dict]:
@@ -283,20 +287,23 @@ def _published(runner: Run, images: torch.Tensor) -> dict[str, dict]:
 
 
 def _one_by_one(runner: Run, model, steps: int, images: torch.Tensor) -> dict:
+    note = (
+        f"{model.note}, {model.parameters / 1e6:.1f} M parameters, {steps} DDIM steps; random "
+        f"weights, so no AUROC; {len(images)} images one after another, apart from the rounds"
+    )
+    settings = Contender(model, compiled=model.compiled, note=note).settings(runner.device)
     began = time.perf_counter()
     model(images[:1], 2)
     first = 1e3 * (time.perf_counter() - began)
     times = []
     for image in images:
         began = time.perf_counter()
-        model(image[None], steps)
+        output = model(image[None], steps)
         times.append(1e3 * (time.perf_counter() - began))
-    note = (
-        f"{model.note}, {model.parameters / 1e6:.1f} M parameters, {steps} DDIM steps; random "
-        f"weights, so no AUROC; {len(images)} images one after another, apart from the rounds"
-    )
+        if reason := _scored(1, output):
+            return {"settings": settings, "wrong": reason}
     return {
-        "settings": Contender(model, compiled=model.compiled, note=note).settings(runner.device),
+        "settings": settings,
         "ms": [float(f"{value:.4g}") for value in times],
         **stats.quantiles(times),
         "per_second": 1e3 / float(np.median(times)),

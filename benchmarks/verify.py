@@ -33,6 +33,12 @@ def difference(exact, output, tolerance: float) -> str | None:
     return None
 
 
+def finite(output) -> str | None:
+    """The check of a contender that computes something else, whose result may be no tensor."""
+    found = all(torch.isfinite(values).all() for values in _arrays(output))
+    return None if found else "values that are not finite"
+
+
 def _arrays(value):
     """The numbers of an output in float64, one tensor after another, where they are."""
     if isinstance(value, (tuple, list)):

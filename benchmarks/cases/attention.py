@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from ..case import Case, Contender, finite, on, operator_case, random
+from ..case import Case, Contender, on, operator_case, random
+from ..verify import finite
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:

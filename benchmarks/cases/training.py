@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..case import OURS, REFERENCE, Case, Contender, finite, random
+from ..case import OURS, REFERENCE, Case, Contender, random
+from ..verify import finite
 
 PLAIN_NOTE = "noise and levels of its own: its loss is checked to be finite"
 LEARNING_RATE, DECAY, CLIP, WEIGHT_DECAY = 1e-9, 0.999, 1.0, 1e-4
