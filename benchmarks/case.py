@@ -67,6 +67,7 @@ class Case:
     bytes: int = 0
     """Traffic that no implementation can avoid: each input read, each output written once."""
     flops: int = 0
+    """0, as ``bytes`` are, for a whole network, whose work is not counted."""
     tolerance: float = 1e-5
     """Largest difference to ``exact``, relative to its largest value."""
     rate: str | None = "float32"

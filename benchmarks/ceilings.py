@@ -1,4 +1,7 @@
-"""What this machine can do at most, measured in the same run: copying, and products of matrices."""
+"""What work is compared with, measured in the same run: a copy, and torch's products of matrices.
+
+The latter are no hard ceiling: a kernel that fuses its products can be faster.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def measure(device: torch.device, quick: bool) -> dict:
 
     ``clone_gb_per_s`` is that of a copy into new memory, which is where an operator's result goes.
 
-    Each from the shortest of its times: a ceiling is what an undisturbed machine does.
+    Each from the shortest of its times: what an undisturbed machine does.
     """
     cuda = device.type == "cuda"
     megabytes = 2048 if cuda else (64 if quick else 256)

@@ -118,12 +118,15 @@ def _reached(goal: bool) -> str:
 
 
 EXPLANATION = (
-    "Ours: median milliseconds (20th to 80th percentile). Share: of the time that the machine's "
-    "copy bandwidth or matrix rate, measured in the same run, allows at best; in brackets where "
-    "the inputs stay in the cache. Other columns: time of the other / time of ours with the 95% "
+    "Ours: median milliseconds (20th to 80th percentile). Share: of our time, what the machine "
+    "takes in the same run to copy as many bytes (memory), or for as many FLOPs in torch's matrix "
+    "product (matrix), whichever is longer; in brackets where the inputs stay in the cache. That "
+    "product is no hard ceiling: what is faster has more than 100%. Whole networks have no share, "
+    "as their work is not counted. Other columns: time of the other / time of ours with the 95% "
     "bootstrap interval; more than 1 is a win for us, **bold** is a loss, *even* is an interval "
-    "that holds 1. All in float32, TF32 off, and checked against the float64 reference, unless a "
-    "note tells of another function, generator or method."
+    "that holds 1. All in float32, unless a name or the list of every contender says otherwise, "
+    "with TF32 off, and checked against the float64 reference, unless a note tells of another "
+    "function, generator or method."
 )
 
 
@@ -157,8 +160,8 @@ def machine_lines(result: dict) -> list[str]:
         lines.append(
             f"Ceilings: copying {number(ceilings['copy_gb_per_s'])} GB/s (read and written, "
             f"{ceilings['copy_megabytes']} MiB), into a new tensor, whose memory the system has to "
-            f"find first, {number(ceilings['clone_gb_per_s'])} GB/s; matrix products {rates} "
-            f"({ceilings['matrix_side']}²)."
+            f"find first, {number(ceilings['clone_gb_per_s'])} GB/s; torch's matrix products "
+            f"{rates} ({ceilings['matrix_side']}²)."
         )
     if m["absent_peers"]:
         absent = ", ".join(f"{name} ({why})" for name, why in m["absent_peers"].items())
@@ -226,7 +229,9 @@ def ratio_in_short(entry: dict) -> str:
 
 def share_cell(row: dict) -> str:
     ours = row["contenders"][OURS].get("p50")
-    if not ours or "bound_ms" not in row:
+    # Recorded results have FLOPs of whole networks, in which each convolution is a direct sum: four
+    # times what Winograd's takes.
+    if not ours or "bound_ms" not in row or not row["bytes"]:
         return ""
     text = f"{row['bound_ms'] / ours:.0%} of {row['bound']}"
     return f"({text})" if row["in_cache"] and row["bound"] == "memory" else text

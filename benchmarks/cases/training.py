@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..case import OURS, REFERENCE, Case, Contender, random
 from ..verify import finite
@@ -49,8 +48,6 @@ def image_case(device: torch.device, denoiser: str, side: int, batch: int) -> Ca
         trainer = image_trainer(torch.device("cpu"), denoiser, inputs[0].cpu(), reference=True)
         return trainer(inputs[0])
 
-    one = PlainImages(images[:1], denoiser, "contiguous", "cpu")
-    flops = _flops(lambda: one.loss(images[:1]))
     contenders = {
         OURS: Contender(
             image_trainer(device, denoiser, images), memory_format="channels_last",
@@ -75,11 +72,10 @@ def image_case(device: torch.device, denoiser: str, side: int, batch: int) -> Ca
         lambda device: (images,),
         exact,
         contenders,
-        flops=3 * batch * flops,
         tolerance=1e-3,  # the loss in float32, after every step of the timing
         batch=batch,
         unit="image",
-        parameters=parameters(one.module),
+        parameters=parameters(_detector(denoiser, images[:1], "cpu").model.denoiser),
         host=True,
         gradients=True,
     )
@@ -262,7 +258,6 @@ def token_case(
         return Contender(lambda _: float(loop.step()), check=finite, note=PLAIN_NOTE)
 
     _, step = token_step(device, *sizes)
-    flops = _flops(lambda: PlainTokens(bank, copy.deepcopy(module), tokens).loss(bank))
     contenders = {
         OURS: Contender(lambda _: step(), tolerance=2e-2 if device.type == "cuda" else None),
         REFERENCE: plain(),
@@ -277,7 +272,6 @@ def token_case(
         lambda device: (bank[:1],),
         lambda inputs: token_step("cpu", *sizes, torch.float64)[1](),
         contenders,
-        flops=3 * flops,
         tolerance=1e-3,
         batch=tokens,
         unit="token",
@@ -317,10 +311,3 @@ class PlainTokens(PlainLoop):
 
 def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _flops(forward: Callable) -> int:
-    """Of a forward pass, by torch's own count; backward takes twice as many."""
-    with FlopCounterMode(display=False) as counter:
-        forward()
-    return counter.get_total_flops()

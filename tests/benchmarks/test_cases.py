@@ -106,6 +106,13 @@ def test_metrics_by_sorted_normals_are_exact_with_ties():
     assert found == pytest.approx(exact, abs=1e-12)
 
 
+def test_work_is_counted_of_operators_alone():
+    """torch's own count of a U-Net takes each convolution for a direct sum."""
+    for case in cases.load((*cases.OPERATORS, "training"), "cpu", quick=True):
+        assert bool(case.bytes) == (case.operator in dispatch.OPERATORS), case.key
+        assert case.bytes or not case.flops, case.key
+
+
 def test_a_copy_in_float64_computes_in_float64():
     detector = detector_cases._detector(CPU, "unet-tiny", 32, 1, "one_step")
     images = random(2, 1, 32, 32).double() / 8 + 0.5

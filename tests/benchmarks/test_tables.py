@@ -19,6 +19,13 @@ def test_losses_stand_in_the_table(fake):
     assert report.losses(result["rows"]) == result["rows"]
 
 
+def test_a_whole_network_has_no_share(fake):
+    """Nor has one in a recorded result, whose FLOPs stand without bytes."""
+    (row,) = fake({OURS: 2.0})["rows"]
+    assert report.share_cell(row) == "50% of memory"
+    assert report.share_cell({**row, "bytes": 0, "bound": "matrix"}) == ""
+
+
 def test_training_goals_stand_in_the_report(fake):
     result = fake({OURS: 2.0, REFERENCE: 4.0, f"{REFERENCE}, channels_last": 3.0})
     result["suite"] = "train"
