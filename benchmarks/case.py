@@ -99,6 +99,7 @@ def operator_case(
     inputs: Callable[[torch.device], tuple],
     call: Callable,
     *,
+    dtype: str = "float32",
     memory_format: str = "contiguous",
     formats: bool = True,
     peers: Mapping[str, Contender] | None = None,
@@ -109,10 +110,11 @@ def operator_case(
     """The case of a library operator, with the baselines that every operator has.
 
     ``call(functions, *inputs)`` computes the result from ``diffad_fast.ops`` or from
-    ``diffad_fast.reference``. ``memory_format`` is that of our inputs; the reference runs on
-    contiguous inputs, as most code gives them, and where ``formats`` on channels_last too. With
-    ``graph`` these are captured on a GPU, as detectors and trainers run them, so that the time is
-    the GPU's alone; peers say themselves whether they can be.
+    ``diffad_fast.reference``. ``dtype`` is that of the matrices among the inputs, and names the
+    case's rate unless ``rate`` is given. ``memory_format`` is that of our inputs; the reference
+    runs on contiguous inputs, as most code gives them, and where ``formats`` on channels_last too.
+    With ``graph`` these are captured on a GPU, as detectors and trainers run them, so that the time
+    is the GPU's alone; peers say themselves whether they can be.
     """
     from diffad_fast import ops, reference
     from diffad_fast.ops.dispatch import OPERATORS
@@ -127,8 +129,10 @@ def operator_case(
         contenders[f"{REFERENCE}, torch.compile"] = in_format(
             memory_format, partial(call, reference), compiled=True
         )
-    if graph:
-        contenders = {k: c if c.compiled else replace(c, graph=True) for k, c in contenders.items()}
+    contenders = {
+        name: replace(one, dtype=dtype, graph=graph and not one.compiled)
+        for name, one in contenders.items()
+    }
     contenders |= peers or {}
     return Case(
         operator,
@@ -137,7 +141,7 @@ def operator_case(
         exact=lambda x: call(reference, *map_tensors(_double, x)),
         contenders=contenders,
         served_by=OPERATORS[operator].backend,
-        **options,
+        **{"rate": dtype, **options},
     )
 
 

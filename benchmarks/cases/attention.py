@@ -96,6 +96,7 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
         f"level 1, {'×'.join(map(str, shape))}, bf16{', forward + backward' if gradients else ''}",
         inputs,
         lambda functions, *given: _step(functions.wavelet_attention, gradients)(*given),
+        dtype="bfloat16",
         formats=False,
         compiled=not gradients,
         peers={
@@ -115,7 +116,6 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
         bytes=2 * 4 * numel * (3 if gradients else 1),
         flops=int(4 * batch * 8 * tokens**2 * 4 * 64 * passes),
         tolerance=2e-2,
-        rate="bfloat16",
         batch=batch,
         gradients=gradients,
     )

@@ -29,14 +29,14 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         yield _loop_case(sizes, dtype, tolerance)
     if not gpu and native.cpu_isa() in native.BF16_ISAS:
         for sizes in ON_CPU[: 1 if quick else None]:
-            yield _loop_case(sizes, torch.bfloat16, 3e-2, ", bfloat16 weights")
+            yield _loop_case(sizes, torch.bfloat16, 3e-2, wide_too=True)
 
     for tokens in (1024,) if quick else (1024, 8192):
         yield _loss_case(tokens, 64, 256, 3, 32, dtype, tolerance)
 
 
-def _loop_case(sizes, dtype, tolerance, name="") -> Case:
-    """All steps of the loop. Narrow weights on a CPU are compared with wide ones too."""
+def _loop_case(sizes, dtype, tolerance, wide_too=False) -> Case:
+    """All steps of the loop. wide_too: also by the reference with weights in float32."""
     from diffad_fast import reference
     from diffad_fast.ops.token_mlp import laid_out
 
@@ -53,15 +53,15 @@ def _loop_case(sizes, dtype, tolerance, name="") -> Case:
     in_float32 = Contender(lambda *inputs: reference.token_mlp_loop(*inputs), wide, graph=True)
     case = operator_case(
         "token_mlp_loop",
-        f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {steps} steps{name}",
+        f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {steps} steps{_weights(dtype)}",
         lambda device: on(device, *_inputs(*sizes, dtype)),
         lambda functions, *inputs: functions.token_mlp_loop(*inputs),
+        dtype=_name(dtype),
         formats=False,
-        peers={"reference, float32 weights": in_float32} if name else {},
+        peers={"reference, float32 weights": in_float32} if wide_too else {},
         bytes=4 * (2 * tokens * d + tokens * steps + steps * blocks * width)
         + dtype.itemsize * parameters,
         flops=2 * steps * tokens * products,
-        rate=str(dtype).removeprefix("torch."),
         tolerance=tolerance,  # rounding grows through steps * blocks layers
         batch=tokens,
         unit="token",
@@ -86,20 +86,30 @@ def _loss_case(tokens, d, width, blocks, levels, dtype, tolerance) -> Case:
     products = 2 * d * width + 2 * blocks * width**2
     return operator_case(
         "token_mlp_loss",
-        f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {levels} levels, gradients",
+        f"{tokens} tokens of {d}, width {width}, {blocks} blocks, {levels} levels, gradients"
+        + _weights(dtype),
         inputs,
         call,
+        dtype=_name(dtype),
         formats=False,
         compiled=False,
         bytes=4 * tokens * (2 * d + 1) + 2 * dtype.itemsize * products,
         # Forward, gradients of inputs (not of x) and of weights.
         flops=2 * tokens * (3 * products - d * width),
-        rate=str(dtype).removeprefix("torch."),
         tolerance=tolerance,
         batch=tokens,
         unit="token",
         gradients=True,
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _weights(dtype: torch.dtype) -> str:
+    """What a case's name says of its weights."""
+    return "" if dtype == torch.float32 else f", {_name(dtype)} weights"
 
 
 def _inputs(tokens, d, width, blocks, steps, dtype=torch.float32):

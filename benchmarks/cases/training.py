@@ -255,11 +255,18 @@ def token_case(
         loop = PlainTokens(bank.to(device), copy.deepcopy(module).to(device), tokens, mixed)
         if compiled:
             loop.forward = torch.compile(loop.forward)
-        return Contender(lambda _: float(loop.step()), check=finite, note=PLAIN_NOTE)
+        return Contender(
+            lambda _: float(loop.step()), check=finite, note=PLAIN_NOTE,
+            dtype="bfloat16" if mixed else "float32",
+        )  # fmt: skip
 
     _, step = token_step(device, *sizes)
     contenders = {
-        OURS: Contender(lambda _: step(), tolerance=2e-2 if device.type == "cuda" else None),
+        OURS: Contender(
+            lambda _: step(),
+            tolerance=2e-2 if device.type == "cuda" else None,
+            dtype="bfloat16" if device.type == "cuda" else "float32",
+        ),
         REFERENCE: plain(),
     }
     if not quick:  # compilation takes a minute

@@ -12,6 +12,7 @@ from benchmarks.cases import detector as detector_cases
 from benchmarks.cases import metrics as metric_cases
 from benchmarks.cases import training
 from benchmarks.verify import wrong
+from diffad_fast import native
 from diffad_fast.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -59,6 +60,30 @@ def test_the_gpu_suite_has_what_its_goals_compare():
     for contender in graphed.contenders.values():
         assert contender.settings(torch.device("cuda"))["graph"]
         assert not contender.settings(CPU)["graph"]
+
+
+def test_bfloat16_stands_in_names_and_settings(monkeypatch):
+    monkeypatch.setattr(native, "cpu_isa", lambda: native.BF16_ISAS[0])
+    counted = {}
+    for device_type in ("cpu", "cuda"):
+        for case in cases.load(("attention", "token_mlp"), device_type, quick=True):
+            narrow = "bf16" in case.name or "bfloat16 weights" in case.name
+            dtype = "bfloat16" if narrow else "float32"
+            assert case.rate == dtype, case.key
+            for name, contender in case.contenders.items():
+                wide = name == f"{REFERENCE}, float32 weights"
+                assert contender.dtype == ("float32" if wide else dtype), (case.key, name)
+            counted.setdefault((case.operator, device_type), []).append(narrow)
+            if device_type == "cpu" and case.operator == "token_mlp_loop":
+                assert case.inputs(CPU)[1].W1.dtype == getattr(torch, dtype)
+    assert counted == {
+        ("wavelet_attention", "cpu"): [False],
+        ("wavelet_attention", "cuda"): [False, True, True],
+        ("token_mlp_loop", "cpu"): [False, True],
+        ("token_mlp_loop", "cuda"): [True],
+        ("token_mlp_loss", "cpu"): [False],
+        ("token_mlp_loss", "cuda"): [True],
+    }
 
 
 def test_every_operator_has_a_case():
