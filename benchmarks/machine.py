@@ -22,6 +22,7 @@ def describe(device: torch.device | None = None) -> dict:
     """Machine, versions, commit, settings of PyTorch and the state of the clocks."""
     now = datetime.datetime.now()
     cuda = torch.cuda.is_available() and (device is None or device.type == "cuda")
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     return {
         "date": now.date().isoformat(),
         "time": now.strftime("%H:%M"),
@@ -39,7 +40,8 @@ def describe(device: torch.device | None = None) -> dict:
         "absent_peers": peers.absent(),
         "commit": _commit(),
         "settings": {
-            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "tf32": products.allow_tf32 or convolutions.allow_tf32,
+            "cudnn_tf32": convolutions.allow_tf32,
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
             "deterministic": torch.are_deterministic_algorithms_enabled(),

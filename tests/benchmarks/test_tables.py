@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from benchmarks import machine
@@ -46,10 +49,22 @@ def test_training_goals_stand_in_the_report(fake):
     assert f"{first} 60% | 60%: reached |" in report.markdown(result)
 
 
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_tf32_is_off_where_products_and_convolutions_have_it_off(
+    monkeypatch, fake, products, convolutions
+):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=products))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", convolutions)
+    text = report.markdown(fake({OURS: 2.0}))
+    assert ("Settings: tf32 off, cudnn_tf32 off" in text) == (not products and not convolutions)
+    assert ("cudnn_tf32 on" in text) == convolutions
+
+
 def test_settings_and_machine_stand_in_the_report(fake):
     text = report.markdown(fake({OURS: 2.0, REFERENCE: 4.0}, note="another function"))
     m = machine.describe(CPU)
-    for part in (m["cpu"], m["versions"]["torch"], str(m["commit"]), "tf32 off", "10 GB/s",
+    for part in (m["cpu"], m["versions"]["torch"], str(m["commit"]), "10 GB/s",
                  "another function", "float32 | contiguous | no | off"):  # fmt: skip
         assert part in text
     for name, why in m["absent_peers"].items():
