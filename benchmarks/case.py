@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 OURS = "diffad_fast"
+"""The contender that others are compared with. Names that start with it are of our code, too."""
 REFERENCE = "reference"
 
 

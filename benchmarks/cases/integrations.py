@@ -1,9 +1,9 @@
 """What a call through another library costs over the direct call, at batch 16.
 
-``diffad_fast`` is the call through the host here; the ratio of "direct call" to it is 1 / (1 + the
-adaptor's overhead). The direct call of a detector is ``score``, which checks its input as the
+``diffad_fast`` is the call through the host here; the ratio of its direct call to it is 1 / (1 +
+the adaptor's overhead). The direct call of a detector is ``score``, which checks its input as the
 hosts do and gives p-values and labels besides; ``score_batch`` does neither. The exact result is
-the direct call's: what stands behind it has cases of its own.
+the direct call's: what stands behind it has cases of its own. All contenders are our code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..case import OURS, Case, Contender, numpy_inputs, on, random
 
 BATCH, FEATURES, SIDE, LOOP = 16, 32, 128, 4
 ROUNDS = 2000
-DIRECT = "direct call"
+DIRECT, INNERMOST = f"{OURS}, direct call", f"{OURS}, innermost call"
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -57,7 +57,7 @@ def _rows(host: str, estimator, through) -> Case:
         {
             OURS: numpy_inputs(through),
             DIRECT: numpy_inputs(lambda x: detector.score(x, maps=False).score),
-            "innermost call": numpy_inputs(
+            INNERMOST: numpy_inputs(
                 lambda x: detector.score_batch(torch.from_numpy(x))[1],
                 note="Detector.score_batch: no checks, no p-values",
             ),
@@ -109,7 +109,7 @@ def _diffusers(device: torch.device) -> Iterator[Case]:
         return Contender(run)
 
     contenders = {name: loop(step) for name, step in steps.items()}
-    contenders["fast_sampler"] = Contender(fast_sampler(unet, scheduler, LOOP).run)
+    contenders[f"{OURS}, fast_sampler"] = Contender(fast_sampler(unet, scheduler, LOOP).run)
     yield _case(
         "diffusers",
         f"{LOOP} steps of a U-Net, {BATCH}×3×32×32",
@@ -148,7 +148,7 @@ def _anomalib(device: torch.device) -> Iterator[Case]:
         "anomalib",
         f"batch {BATCH}, 3×{SIDE}×{SIDE}",
         lambda device: on(device, images[:BATCH]),
-        {OURS: Contender(through), DIRECT: Contender(direct), "innermost call": innermost},
+        {OURS: Contender(through), DIRECT: Contender(direct), INNERMOST: innermost},
     )
 
 

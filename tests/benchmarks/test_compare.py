@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks import compare
 from benchmarks.case import OURS, REFERENCE
+from benchmarks.cases.integrations import DIRECT, INNERMOST
 from benchmarks.timing import HostClock
 from diffad_fast.ops import dispatch
 
@@ -20,6 +21,19 @@ def test_compare_tells_what_got_slower_beyond_noise(fake):
     assert compare.report(before, fake({OURS: 1.02, "peer": 3.0}))[1] == []
     # The whole machine is slower: what did not change shows it.
     assert compare.report(before, fake({OURS: 1.3, "peer": 3.9}))[1] == []
+
+
+def test_whatever_is_ours_may_get_slower_and_shows_no_drift(fake):
+    """Other modes and dtypes, and in the suite `plugins` all contenders."""
+    ours = [f"{OURS}, bfloat16", f"{OURS} unet-small, one_step", DIRECT, INNERMOST]
+    for name in ours:
+        before = fake({OURS: 1.0, REFERENCE: 3.0, name: 1.0})
+        text, slower = compare.report(before, fake({OURS: 1.0, REFERENCE: 3.0, name: 1.3}))
+        assert slower == ["op case"] and f"| op case | {name} | 1" in text
+        assert "drifted by 1.00×" in text
+    before = fake(dict.fromkeys([OURS, *ours], 1.0))
+    text, slower = compare.report(before, fake(dict.fromkeys([OURS, *ours], 1.3)))
+    assert slower == ["op case"] and "No baseline shows a drift." in text
 
 
 def test_a_slow_operator_shows_in_compare(suite, tmp_path, monkeypatch):
