@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SMOOTHING = 1 / 64  # of the side: what our detector smooths by
-TOP = 0.01
+# As our U-Net's maps are by default: smoothed by this part of the side, and scored by this part of
+# their pixels. Our token detectors smooth by 1/32 and take the maximum.
+SMOOTHING, TOP = 1 / 64, 0.01
 
 
 class PcaResidual:
@@ -199,7 +200,7 @@ class _Block(nn.Module):
 
 
 def _smoothed(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Maps (n,H,W) smoothed, and the mean of the top 1% of each: as our detector does."""
+    """Maps (n,H,W) smoothed, and the mean of the top 1% of each."""
     from scipy.ndimage import gaussian_filter
 
     sigma = min(maps.shape[1:]) * SMOOTHING
