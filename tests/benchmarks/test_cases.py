@@ -131,6 +131,18 @@ def test_metrics_by_sorted_normals_are_exact_with_ties():
     assert found == pytest.approx(exact, abs=1e-12)
 
 
+def test_a_long_sum_in_float32_is_no_wrong_baseline():
+    case = next(c for c in cases.load(("diffusion",), "cpu", True) if c.operator == "weighted_mse")
+    exact = torch.tensor(1.0, dtype=torch.float64)
+    rounded = {
+        name: wrong(case, one, exact, exact + 1.6e-5) for name, one in case.contenders.items()
+    }
+    assert rounded.pop(f"{REFERENCE}, torch.compile") is None
+    assert all("error 1.6e-05" in reason for reason in rounded.values())
+    compiled = case.contenders[f"{REFERENCE}, torch.compile"]
+    assert wrong(case, compiled, exact, exact + 2e-4) is not None
+
+
 def test_work_is_counted_of_operators_alone():
     """torch's own count of a U-Net takes each convolution for a direct sum."""
     for case in cases.load((*cases.OPERATORS, "training"), "cpu", quick=True):
