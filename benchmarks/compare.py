@@ -1,6 +1,6 @@
 """`python -m benchmarks compare A.json B.json`: what got faster or slower, beyond noise.
 
-Exit status 1 if something of ours got slower.
+Exit status 1 if something of ours got slower, 2 without two results.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from . import results, stats
+from . import arguments, stats
 from .case import OURS
 from .grid import grid, number
 
@@ -17,13 +17,13 @@ MARGIN = 0.05
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=__doc__)
-    parser.add_argument("before")
-    parser.add_argument("after")
+    parser.add_argument("before", type=arguments.result)
+    parser.add_argument("after", type=arguments.result)
     parser.add_argument(
         "--margin", type=float, default=MARGIN, help="smaller changes are noise (%(default)s)"
     )
     args = parser.parse_args(argv)
-    text, slower = report(results.read(args.before), results.read(args.after), args.margin)
+    text, slower = report(args.before, args.after, args.margin)
     print(text)
     return 1 if slower else 0
 

@@ -4,7 +4,6 @@ ones."""
 from __future__ import annotations
 
 import itertools
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -53,8 +52,8 @@ class Run:
     wrong: list[str] = field(default_factory=list)
     compiled_seconds: float = 0.0
 
-    def measure(self, cases: Iterable[Case], pattern: str = "") -> None:
-        """Measure the cases whose key matches the regular expression.
+    def measure(self, cases: Iterable[Case]) -> None:
+        """Measure the cases, each made when its turn comes.
 
         float32 is float32: without TF32, which convolutions would use on a GPU. An interrupt
         (Ctrl-C) ends the measuring, and what was measured is kept.
@@ -64,11 +63,10 @@ class Run:
         measured = []
         try:
             for case in cases:
-                if re.search(pattern, case.key):
-                    print(f"  {case.key}", file=sys.stderr, flush=True)
-                    row = self._row(case)
-                    print(f"    {_in_short(row)}", file=sys.stderr, flush=True)
-                    measured.append((case, row))
+                print(f"  {case.key}", file=sys.stderr, flush=True)
+                row = self._row(case)
+                print(f"    {_in_short(row)}", file=sys.stderr, flush=True)
+                measured.append((case, row))
         except KeyboardInterrupt:
             self.wrong.append(f"interrupted: only the first {len(measured)} cases are measured")
         self.ceilings = ceilings.higher(before, ceilings.measure(self.device, self.quick))

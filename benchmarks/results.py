@@ -11,12 +11,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write(result: dict, folder: Path = RESULTS) -> Path:
-    """Write ``<machine>-<date>-<suite>.json``, the same as Markdown, and the plots."""
+    """Write ``<machine>-<date>-<suite>.json``, the same as Markdown, and the plots. What a quick or
+    a filtered run gives has a name of its own: it must not replace the day's whole result."""
     from . import plots, tables
 
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{slug(result['machine'])}-{result['machine']['date']}-{result['suite']}"
-    path = folder / f"{name}{'-quick' if result.get('quick') else ''}.json"
+    marks = "".join(f"-{mark}" for mark in ("quick", "filtered") if result.get(mark))
+    path = folder / f"{name}{marks}.json"
     path.write_text(_dump(result), encoding="utf-8")
     drawn = plots.draw(result, path.with_suffix(""))
     path.with_suffix(".md").write_text(tables.markdown(result, drawn), encoding="utf-8")
@@ -46,11 +48,11 @@ def read(path: str | Path) -> dict:
 
 def newest(folder: Path = RESULTS) -> dict[str, list[tuple[Path, dict]]]:
     """Suite -> its newest results, one of a GPU or of each kind of a processor's vectors, those of
-    512 bits first; a quick one only where there is no other."""
+    512 bits first; a quick one only where there is no other, and one of some cases alone never."""
     found: dict[tuple[str, str], tuple[tuple, Path, dict]] = {}
     for path in sorted(folder.glob("*.json")):
         result = read(path)
-        if "suite" not in result:
+        if "suite" not in result or result.get("filtered"):
             continue
         machine = result["machine"]
         key = result["suite"], "" if machine["gpu"] else machine["cpu_features"]

@@ -19,7 +19,8 @@ BASELINES = {
 def markdown(result: dict, drawn: Sequence[Path] = ()) -> str:
     """The whole report of a suite."""
     quick = ", quick: too few rounds for fine differences" if result["quick"] else ""
-    lines = [f"# Benchmark suite `{result['suite']}`{quick}", "", *machine_lines(result), ""]
+    some = f", only what matches `{result['filtered']}`" if result.get("filtered") else ""
+    lines = [f"# Benchmark suite `{result['suite']}`{some}{quick}", "", *machine_lines(result), ""]
     if result["wrong"]:
         lines += ["**Wrong, and not timed:**", "", *(f"- {w}" for w in result["wrong"]), ""]
     lines += [*body(result), ""]

@@ -13,6 +13,7 @@ import numpy as np
 from diffad_fast.data.image_layouts import is_data_set, labelled_images, training_images
 from diffad_fast.data.images import open_images
 from diffad_fast.data.mvtec import TestImage
+from diffad_fast.errors import InputError
 
 # Options are chosen on these tables and categories; figures are quoted on all others.
 DEV_NAMES = (
@@ -46,7 +47,8 @@ def find(path: Path, size: int, channels: int, number: str | None, gap: int) -> 
     or a folder of .npz tables with X and y.
 
     number, gap: a regular expression whose first parenthesis is a number in the names of image
-    files; sorted by it, a step of more than ``gap`` begins a new object.
+    files; sorted by it, a step of more than ``gap`` begins a new object. Raises InputError for
+    another folder, and where a name has no such number.
     """
     if is_data_set(path):
         return [_images(path, size, channels, number, gap)]
@@ -55,7 +57,7 @@ def find(path: Path, size: int, channels: int, number: str | None, gap: int) -> 
         return [_images(root, size, channels, number, gap) for root in roots]
     tables = sorted(path.glob("*.npz"))
     if not tables:
-        raise SystemExit(f"{path} holds neither images in a known layout nor .npz tables")
+        raise InputError(f"{path} holds neither images in a known layout nor .npz tables")
     return [_table(table) for table in tables]
 
 
@@ -84,12 +86,21 @@ def part_of(path: str) -> str:
 
 def objects(paths: Sequence[str], number: str, gap: int) -> list[int]:
     """The object that each file shows."""
-    numbers = [int(re.search(number, Path(path).name)[1]) for path in paths]
+    numbers = [_number(Path(path).name, number) for path in paths]
     found, current, before = {}, 0, None
     for n in sorted(set(numbers)):
         current += before is not None and n - before > gap
         found[n], before = current, n
     return [found[n] for n in numbers]
+
+
+def _number(name: str, pattern: str) -> int:
+    try:
+        return int(re.search(pattern, name)[1])
+    except (TypeError, IndexError, ValueError):  # no match, no parenthesis, no number in it
+        raise InputError(
+            f"the first parenthesis of --group-number {pattern!r} is no number in {name}"
+        ) from None
 
 
 def _table(path: Path) -> DataSet:

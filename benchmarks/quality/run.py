@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from diffad_fast.denoisers.wavelet_unet import Stage
 from diffad_fast.evaluation import image_metrics, latency
 from diffad_fast.scoring import Score
 
-from .. import stats
+from .. import arguments, stats
 from ..case import OURS
 from ..machine import describe
 from ..results import write_quality
@@ -79,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "Choose on --part dev, report on --part report.",
     )
     parser.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="PATH",
+        "--data", required=True, nargs="+", type=arguments.folder, metavar="PATH",
         help="a category of MVTec AD, BTAD, MVTec LOCO AD, MVTec AD 2 or VisA, a folder of them "
         "(all of MVTec AD), or one of .npz tables; for UrbanSound8K see python -m benchmarks audio",
     )  # fmt: skip
@@ -91,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=256, help="side of images (%(default)s)")
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument(
-        "--group-number", metavar="REGEX",
+        "--group-number", type=arguments.regex, metavar="REGEX",
         help="its first parenthesis is a number in file names, by which photographs of one object "
         "stand together",
     )  # fmt: skip
@@ -108,12 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--without-controls", action="store_true")
     parser.add_argument(
-        "--dte", type=Path, metavar="CLONE",
+        "--dte", type=arguments.folder, metavar="CLONE",
         help="a clone of https://github.com/vicliv/DTE, whose diffusion detectors are trained on "
         "tables beside ours, with their defaults",
     )  # fmt: skip
     parser.add_argument(
-        "--anoddpm", type=Path, metavar="CLONE",
+        "--anoddpm", type=arguments.folder, metavar="CLONE",
         help="a clone of https://github.com/Julian-Wyatt/AnoDDPM, a diffusion detector of images, "
         "which is trained beside ours",
     )  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.quality.data import find, objects, part_of
+from diffad_fast.errors import InputError
 
 
 def test_parts_stay_what_choices_were_made_on():
@@ -21,6 +22,9 @@ def test_a_step_larger_than_the_gap_begins_an_object():
     assert objects(names, r"num_(\d+)", 202) == [0, 0, 0, 0, 0, 0]
     assert objects(names, r"num_(\d+)", 200) == [0, 0, 0, 0, 0, 1]
     assert objects(names, r"num_(\d+)", 199) == [1, 0, 1, 1, 0, 2]
+    for pattern in (r"nom_(\d+)", r"num_\d+", r"(num)_\d+"):
+        with pytest.raises(InputError, match=f"--group-number .* is no number in {names[0]}"):
+            objects(names, pattern, 200)
 
 
 def test_categories_of_visa_and_their_folder(tmp_path):
@@ -45,5 +49,5 @@ def test_categories_of_visa_and_their_folder(tmp_path):
             assert one.test.paths[1] == str(normal / "1.JPG")
             assert one.label.tolist() == [1, 0]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match="neither images in a known layout nor .npz tables"):
+    with pytest.raises(InputError, match="neither images in a known layout nor .npz tables"):
         find(tmp_path / "empty", 32, 1, None, 0)

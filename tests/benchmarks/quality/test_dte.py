@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.quality import dte
+from diffad_fast.errors import InputError
 
 
 def test_public_detectors_train_on_standardised_normals(tmp_path):
@@ -38,5 +39,5 @@ def test_public_detectors_train_on_standardised_normals(tmp_path):
     for _, scores, costs in found:
         np.testing.assert_allclose(scores, [*expected, 0.0])
         assert costs["fit_seconds"] > 0 and costs["latency_ms"] > 0
-    with pytest.raises(SystemExit, match="is no clone of https://github.com/vicliv/DTE"):
+    with pytest.raises(InputError, match="is no clone of https://github.com/vicliv/DTE"):
         next(dte.detectors(tmp_path / "diffusion", train, test, seed=5))
