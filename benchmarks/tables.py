@@ -121,13 +121,13 @@ def _reached(goal: bool) -> str:
 EXPLANATION = (
     "Ours: median milliseconds (20th to 80th percentile). Share: of our time, what the machine "
     "takes in the same run to copy as many bytes (memory), or for as many FLOPs in torch's matrix "
-    "product (matrix), whichever is longer; in brackets where the inputs stay in the cache. That "
-    "product is no hard ceiling: what is faster has more than 100%. Whole networks have no share, "
-    "as their work is not counted. Other columns: time of the other / time of ours with the 95% "
-    "bootstrap interval; more than 1 is a win for us, **bold** is a loss, *even* is an interval "
-    "that holds 1. All in float32, unless a name or the list of every contender says otherwise, "
-    "with TF32 off, and checked against the float64 reference, unless a note tells of another "
-    "function, generator or method."
+    "product (matrix), whichever is longer; in brackets where the inputs stay in the cache. "
+    "Neither is a hard ceiling: what only reads, or multiplies faster, may reach more than 100%. "
+    "Whole networks have no share, as their work is not counted. Other columns: time of the other "
+    "/ time of ours with the 95% bootstrap interval; more than 1 is a win for us, **bold** is a "
+    "loss, *even* is an interval that holds 1. All in float32, unless a name or the list of every "
+    "contender says otherwise, with TF32 off, and checked against the float64 reference, unless a "
+    "note tells of another function, generator or method."
 )
 
 
