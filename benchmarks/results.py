@@ -48,15 +48,16 @@ def read(path: str | Path) -> dict:
 
 def newest(folder: Path = RESULTS) -> dict[str, list[tuple[Path, dict]]]:
     """Suite -> its newest results, one of a GPU or of each kind of a processor's vectors, those of
-    512 bits first; a quick one only where there is no other, and one of some cases alone never."""
+    512 bits first; a quick one, or one of some cases alone, only where there is no whole one."""
     found: dict[tuple[str, str], tuple[tuple, Path, dict]] = {}
     for path in sorted(folder.glob("*.json")):
         result = read(path)
-        if "suite" not in result or result.get("filtered"):
+        if "suite" not in result:
             continue
         machine = result["machine"]
         key = result["suite"], "" if machine["gpu"] else machine["cpu_features"]
-        rank = (not result["quick"], machine["date"], machine.get("time", ""), path.name)
+        whole = not (result["quick"] or result.get("filtered"))
+        rank = (whole, machine["date"], machine.get("time", ""), path.name)
         if key not in found or rank > found[key][0]:
             found[key] = (rank, path, result)
     suites: dict[str, list[tuple[Path, dict]]] = {}

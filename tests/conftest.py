@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
-if _workers and "OMP_NUM_THREADS" not in os.environ:
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ and "OMP_NUM_THREADS" not in os.environ:
     # Processes that test side by side share the cores, and so do those that they start.
-    _share = max(1, len(os.sched_getaffinity(0)) // _workers)
-    torch.set_num_threads(_share)
-    os.environ["OMP_NUM_THREADS"] = str(_share)
+    torch.set_num_threads(
+        max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    )
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 if not torch.cuda.is_available():
     # Triton reads it at its first import, which may be torch.compile's: it comes here.
