@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -234,8 +234,8 @@ void in_threads(int count, F&& f) {
   others.reserve(count);
   try {
     for (int t = 1; t < count; ++t) others.emplace_back([&f, t] { f(t); });
-  } catch (const std::system_error&) {
-    // The process may have no more: the caller's thread does the rest.
+  } catch (const std::exception&) {
+    // The process may have no more threads or memory: the caller's thread does the rest.
   }
   f(0);
   for (int t = static_cast<int>(others.size()) + 1; t < count; ++t) f(t);

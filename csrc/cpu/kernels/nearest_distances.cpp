@@ -170,7 +170,6 @@ void exact(const NearestArgs& a, const double* x, const int32_t* places, double*
   const T* others[N];
   for (int i = 0; i < N; ++i) {
     others[i] = static_cast<const T*>(a.sample) + places[i] * a.sample_stride;
-    sums[i] = 0;
   }
   double sum[N] = {};
   for (int64_t f = 0; f < a.size; ++f) {
