@@ -155,7 +155,9 @@ def test_errors(change, message):
 
 def test_training_samples_score_as_new_ones_do():
     X, new = (np.random.default_rng(i).normal(size=(n, 20)) for i, n in ((0, 1000), (1, 2000)))
-    found = DiffusionOutlierDetector(train_steps=150, random_state=0, device="cpu").fit(X)
+    found = DiffusionOutlierDetector(
+        train_steps=150, options={"token_width": 64}, random_state=0, device="cpu"
+    ).fit(X)
     flagged = found.predict(X) == -1
     trained = np.isin(np.arange(1000), found.detector_.parts[0].split.fit)
     assert abs(flagged[trained].mean() - flagged[~trained].mean()) < 0.06

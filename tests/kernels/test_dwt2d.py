@@ -57,12 +57,12 @@ def inverse(bands, wavelet, mode, output_size=None, tolerance=1e-12):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wavelet", ["db2", pytest.param("haar", marks=pytest.mark.slow)])
 def test_modes(wavelet, mode):
-    for shape in ((1, 2, 5, 7), (2, 1, 8, 6)):
+    for shape in ((1, 2, 5, 7), (2, 1, 4, 6)):
         bands = forward(random(*shape), wavelet, mode)
         inverse(bands, wavelet, mode, shape[2:])
 
 
-@pytest.mark.parametrize("share", [2, 6, 22])
+@pytest.mark.parametrize("share", [2, 6, 14])
 def test_shares_of_rows(share, monkeypatch):
     """A GPU has as many as it runs programs at once."""
     from diffad_fast.kernels import dwt2d
@@ -70,8 +70,8 @@ def test_shares_of_rows(share, monkeypatch):
     monkeypatch.setattr(dwt2d, "_smallest_share", lambda length: share)
     monkeypatch.setattr(dwt2d, "shared_rows", lambda *_: share)
     for mode in ("symmetric", "periodization"):
-        bands = forward(random(1, 2 if share == 6 else 1, 21, 7), "db4", mode)
-        inverse(bands, "db4", mode, (21, 7))
+        bands = forward(random(1, 2 if share == 6 else 1, 13, 7), "db4", mode)
+        inverse(bands, "db4", mode, (13, 7))
 
 
 def test_programs_that_run_at_once():
@@ -108,8 +108,8 @@ def test_odd_shapes(shape):
     "dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 8e-3), (torch.bfloat16, 6e-2)]
 )
 def test_dtypes_and_layouts(dtype, tolerance):
-    x = random(2, 3, 9, 10, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    for view in (x, x[:, 1:], x[:, :, ::2, 1::3], x[:, :1, :1].expand(2, 2, 5, 10)):
+    x = random(1, 3, 9, 10, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    for view in (x, x[:, 1:], x[:, :, ::2, 1::3], x[:, :1, :1].expand(1, 2, 5, 10)):
         bands = forward(view, "db2", "reflect", tolerance)
         assert bands[0].is_contiguous(memory_format=torch.channels_last) or view is not x
         inverse(bands, "db2", "reflect", tolerance=tolerance)

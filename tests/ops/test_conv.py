@@ -235,13 +235,6 @@ def test_an_empty_batch(backend):
     assert dx.shape == inputs[0].shape and not dweight.any() and not dbias.any()
 
 
-@pytest.mark.parametrize("inputs, outputs", [(0, 16), (16, 0)])
-def test_no_channels(backend, inputs, outputs):
-    x, weight, bias, _ = tensors(2, inputs, outputs, 8, 8)
-    y = ops.conv3x3(x, weight, bias)
-    assert torch.equal(y, bias[:, None, None].expand(2, outputs, 8, 8))
-
-
 @pytest.mark.native
 def test_native_takes_an_empty_batch():
     x, weight, bias, residual = tensors(0, 16, 32, 8, 8)
