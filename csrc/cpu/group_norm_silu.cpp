@@ -162,9 +162,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward(
   Tensor dx = dense ? empty_4d(input, {n, c, h, w}, is_channels_last(input))
                     : empty_dense(input, {0}, input.scalar_type());
   const auto output = [&](int bit, const OptionalTensor& p, bool by_sample) {
-    if (!(needs >> bit & 1)) return empty_dense(input, {0}, p ? p->scalar_type() : input.scalar_type());
+    const auto dtype = p ? p->scalar_type() : input.scalar_type();
+    if (!(needs >> bit & 1)) return empty_dense(input, {0}, dtype);
     STD_TORCH_CHECK(p, "group_norm_silu_backward: gradient of an absent parameter");
-    return by_sample ? empty_dense(input, {n, c}, p->scalar_type()) : empty_dense(input, {c}, p->scalar_type());
+    return by_sample ? empty_dense(input, {n, c}, dtype) : empty_dense(input, {c}, dtype);
   };
   Tensor dweight = output(1, weight, false), dbias = output(2, bias, false);
   Tensor dscale = output(3, scale, true), dshift = output(4, shift, true);

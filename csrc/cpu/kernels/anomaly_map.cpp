@@ -141,7 +141,9 @@ void difference_row(const T* a, int64_t step_a, const T* b, int64_t step_b, comp
     for (; x + kLanes<A> <= width; x += kLanes<A>) store(out + x, load(a + x) - load(b + x));
     if (x < width) store(out + x, load_partial(a + x, width - x) - load_partial(b + x, width - x));
   } else {
-    for (int64_t x = 0; x < width; ++x) out[x] = load_one(a + x * step_a) - load_one(b + x * step_b);
+    for (int64_t x = 0; x < width; ++x) {
+      out[x] = load_one(a + x * step_a) - load_one(b + x * step_b);
+    }
   }
 }
 

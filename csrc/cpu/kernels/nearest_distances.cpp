@@ -5,8 +5,8 @@
 // out it knows how near it may be at most; where the last of the asked, in float64, is as near as
 // that, none was missed. Elsewhere the row is searched again in the next of three ways:
 //
-// 1. By the product, half the work of differences: |a - b|^2 = |a|^2 + 2 (|b|^2 / 2 - <a, b>). In any
-//    order of the sum and with u = 2^-24, D products are wrong by at most D u |a| |b| / (1 - D u)
+// 1. By the product, half the work of differences: |a - b|^2 = |a|^2 + 2 (|b|^2 / 2 - <a, b>). In
+//    any order of the sum and with u = 2^-24, D products are wrong by up to D u |a| |b| / (1 - D u)
 //    and |b|^2 by as much of itself (Higham 2002, 3.1; Cauchy and Schwarz). With g = 2 (D + 8) u,
 //    twice the bound and some for the rest of the operations,
 //      |b|^2 / 2 (1 - g) - g |a| |b| - <a, b>
@@ -31,8 +31,8 @@ template <class C>
 constexpr int kWide = kVectors * kLanes<C>;
 // Fewer rows do not pay for the lengths of the sample's.
 constexpr int64_t kFewest = 4;
-// Sums below this may have lost squares that underflowed; products of numbers whose squares add up to
-// less than this do not overflow.
+// Sums below the first may have lost squares that underflowed; products of numbers whose squares
+// add up to less than the second do not overflow.
 constexpr float kSmallest = 1e-30f, kLargest = 1e36f;
 
 // The candidates of a row, the nearest first; those that are missing are infinitely far.
@@ -77,7 +77,7 @@ DIFFAD_SIMD Vec<C> load_as(const T* p, int64_t n) {
   }
 }
 
-// kWide rows of the sample from `first` on, feature by feature; the last row again in lanes beyond it.
+// kWide rows of the sample from `first` on, feature by feature; its last row again in lanes beyond.
 template <class C, class T>
 void turn(const NearestArgs& a, int64_t first, C* turned) {
   constexpr int L = kLanes<C>;

@@ -19,8 +19,9 @@ struct NearestArgs {
   // Neighbours that are looked for in float32, to be chosen from in float64.
   int64_t candidates() const { return count + 2 < samples ? count + 2 : samples; }
   int64_t padded() const { return (size + 15) / 16 * 16; }
-  // Bytes of scratch memory that a call of the kernel needs: rows of the sample, one for each lane of
-  // two of the longest vectors, and two numbers of each; of an item's rows their numbers and candidates, each in two types.
+  // Bytes of scratch memory that a call of the kernel needs: rows of the sample, one for a lane of
+  // two of the longest vectors, and two numbers of each; of an item's rows their numbers and
+  // candidates, each in two types.
   int64_t scratch() const {
     const int64_t together = rows < kRowsOfItem ? rows : kRowsOfItem;
     return 2 * 64 * (padded() + 2) + together * (12 * padded() + 16 * candidates());
