@@ -69,6 +69,9 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "logit_gain, Tensor? value_gain, Tensor out, Tensor lse, int level, float scale) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "wavelet_unet(Tensor x, Tensor conditioning, Tensor[] weights, int[] groups, int[] widths, "
+      "int blocks, bool features) -> Tensor[]");
+  m.def(
       "weighted_mse(Tensor prediction, Tensor target, Tensor weight) -> (Tensor loss, Tensor "
       "errors)");
   m.def(

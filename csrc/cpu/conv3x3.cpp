@@ -11,6 +11,7 @@
 
 #include "../common/tensor.h"
 #include "layout.h"
+#include "operators.h"
 
 namespace diffad {
 namespace {
@@ -83,6 +84,8 @@ Tensor conv3x3_pack(const Tensor& weight, bool turned) {
   return packed;
 }
 
+}  // namespace
+
 Tensor conv3x3(const Tensor& input, const Tensor& packed, OptionalTensor bias,
                OptionalTensor residual) {
   check_images(input, "conv3x3");
@@ -141,6 +144,8 @@ Tensor conv3x3(const Tensor& input, const Tensor& packed, OptionalTensor bias,
   }
   return y;
 }
+
+namespace {
 
 // The gradient for the weights, (O, I, 3, 3).
 Tensor conv3x3_weight_gradient(const Tensor& gradient, const Tensor& input) {

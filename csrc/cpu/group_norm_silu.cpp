@@ -11,6 +11,7 @@
 #include "../common/tensor.h"
 #include "dtype_of.h"
 #include "layout.h"
+#include "operators.h"
 
 namespace diffad {
 namespace {
@@ -116,6 +117,8 @@ bool as_channels_last(const Tensor& x) {
   return is_channels_last(x) || (x.size(2) * x.size(3) == 1 && x.stride(1) == 1);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups,
                                            OptionalTensor weight, OptionalTensor bias, double eps,
                                            OptionalTensor scale, OptionalTensor shift,
@@ -138,6 +141,8 @@ std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& input, int64_t groups,
   run(a, n, norm_moments_kernel(), norm_fold_kernel(), norm_apply_kernel());
   return {y, stats};
 }
+
+namespace {
 
 // Gradients of x, weight, bias, scale and shift; bit i of `needs` asks for the i-th, the others
 // come back without elements.

@@ -10,6 +10,7 @@
 #include "../common/haar_tensor.h"
 #include "dtype_of.h"
 #include "layout.h"
+#include "operators.h"
 
 namespace diffad {
 namespace {
@@ -52,8 +53,12 @@ Tensor haar(const Tensor& x, int64_t level, bool pack, const void* mean = nullpt
   return out;
 }
 
+}  // namespace
+
 Tensor haar_pack(const Tensor& x, int64_t level) { return haar(x, level, true); }
 Tensor haar_unpack(const Tensor& y, int64_t level) { return haar(y, level, false); }
+
+namespace {
 
 Tensor standardised_packet(const Tensor& x, const Tensor& mean, const Tensor& deviation,
                            int64_t level) {

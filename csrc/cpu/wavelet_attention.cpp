@@ -11,6 +11,7 @@
 
 #include "../common/tensor.h"
 #include "dtype_of.h"
+#include "operators.h"
 
 namespace diffad {
 namespace {
@@ -89,6 +90,8 @@ int64_t grain(const AttentionArgs& a, int64_t queries, int64_t keys) {
   return std::max<int64_t>(1, kGrain / (2 * queries * keys * a.block_size()));
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> wavelet_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Gain& logit_gain, const Gain& value_gain,
                                              int64_t level, double scale) {
@@ -104,6 +107,8 @@ std::tuple<Tensor, Tensor> wavelet_attention(const Tensor& q, const Tensor& k, c
       [&](int64_t begin, int64_t end) { wavelet_attention_kernel()(a, begin, end); });
   return {out, lse};
 }
+
+namespace {
 
 // gain[head, band] = sum over n and items of parts[n, head, item, band], in this order; T is the
 // type of all.

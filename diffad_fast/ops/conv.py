@@ -64,19 +64,28 @@ def _native(x, weight, bias, residual):
 def _served(x, given):
     """Does Winograd's algorithm take these? The reference, which is the vendor's convolution, takes
     what it is not written for, and shapes on which it is the faster one."""
-    _, inputs, height, width = x.shape
-    tiles = -(-height // TILE) * -(-width // TILE)
-    outputs = given[1].shape[0]
     return (
-        inputs > 0 and inputs % CHANNEL_BLOCK == 0
-        and outputs > 0 and outputs % CHANNEL_BLOCK == 0
-        and tiles >= FEWEST_TILES
-        # A tile costs a fourth of 16 pixels by the direct sum, however few of them the image has.
-        and 2 * height * width >= TILE * TILE * tiles
+        has_whole_blocks(given[1])
+        and has_tiles(*x.shape[2:])
         and is_channels_last(x)
         and all(t.dtype == torch.float32 for t in given)
         and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+def has_whole_blocks(weight):
+    """Does Winograd's algorithm take these channels?"""
+    outputs, inputs = weight.shape[:2]
+    return (
+        inputs > 0 and inputs % CHANNEL_BLOCK == 0 and outputs > 0 and outputs % CHANNEL_BLOCK == 0
+    )
+
+
+def has_tiles(height, width):
+    """Does it take images of this size?"""
+    tiles = -(-height // TILE) * -(-width // TILE)
+    # A tile costs a fourth of 16 pixels by the direct sum, however few of them the image has.
+    return tiles >= FEWEST_TILES and 2 * height * width >= TILE * TILE * tiles
 
 
 def _pack(weight):

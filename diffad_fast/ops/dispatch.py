@@ -118,6 +118,17 @@ def kernel(module: str, name: str) -> Callable:
     return function
 
 
+def takes_cpp(x: torch.Tensor) -> bool:
+    """Do C++ operators serve ``x`` now, as it is: no trace, no transform, no autocast?"""
+    return (
+        x.device.type == "cpu"
+        and _selected in ("auto", "cpu")
+        and not torch.compiler.is_compiling()
+        and not _transformed()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def _transformed() -> bool:
     """Is this inside a transform of torch.func or forward-mode differentiation? Operators written
     for plain tensors would fail there, or lose tangents in silence."""

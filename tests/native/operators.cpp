@@ -373,6 +373,63 @@ void convolution() {
   }
 }
 
+void unet() {
+  if (dtype != at::kFloat) return;
+  const int64_t blocks = 2, inputs = 16, n = 2, heads = 2;
+  const std::vector<int64_t> widths = {16, 32};
+  Tensors weights;
+  std::vector<int64_t> groups;
+  int64_t numbers = 0;
+  const auto conv = [&](int64_t in, int64_t out) {
+    const Tensor weight = random({out, in, 3, 3}) / std::sqrt(9.0 * in);
+    for (const Tensor& x : {call("conv3x3_pack", {weight, false})[0], random({out})}) {
+      weights.push_back(x);
+    }
+  };
+  const auto linear = [&](int64_t in, int64_t out) {
+    weights.push_back(random({out, in}) / std::sqrt(1.0 * in));
+    weights.push_back(random({out}));
+  };
+  const auto norm = [&](int64_t channels) {
+    weights.push_back(random({channels}));
+    weights.push_back(random({channels}));
+    groups.push_back(channels / 16);
+  };
+  const auto stage = [&](int64_t in, int64_t width, bool attends) {
+    norm(in), conv(in, width);
+    if (in != width) linear(in, width);
+    norm(width), conv(width, width);
+    numbers += 2 * width;
+    if (!attends) return;
+    norm(width), linear(width, 3 * width);
+    for (int i = 0; i < 2; ++i) weights.push_back(random({heads, 4}));
+    linear(width, width);
+  };
+  conv(inputs, 16);
+  stage(16, 16, false), stage(16, 16, false), linear(64, 16);
+  stage(16, 32, true), stage(32, 32, true);
+  stage(32, 32, true);
+  stage(64, 32, true), stage(64, 32, true), linear(32, 128);
+  stage(48, 16, false), stage(32, 16, false);
+  norm(16), conv(16, inputs);
+  const Tensor x = last(random({n, inputs, 12, 20})), conditioning = random({n, numbers});
+  for (const bool features : {false, true}) {
+    const Tensors found =
+        call("wavelet_unet", {x, conditioning, list(weights), groups, widths, blocks, features});
+    const std::vector<int64_t> expected = {n, features ? 16 : inputs, 12, 20};
+    if (found[0].sizes() != expected || found.size() != (features ? 2 : 1)) fail("wavelet_unet: wrong shape");
+  }
+  for (const size_t wrong : {size_t{0}, size_t{13}, size_t{21}, weights.size() - 4}) {
+    Tensors fewer = weights;
+    fewer[wrong] = at::ones({1});
+    try {
+      raw("wavelet_unet", {x, conditioning, list(fewer), groups, widths, blocks, false});
+      fail("wavelet_unet takes wrong weights");
+    } catch (const std::exception&) {
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -395,6 +452,7 @@ int main(int argc, char** argv) {
       {"log_mel", spectrograms},
       {"nearest_distances", neighbours},
       {"conv3x3 conv3x3_pack conv3x3_weight_gradient", convolution},
+      {"wavelet_unet", unet},
   };
   std::string covered = " cpu_isa ";
   for (const auto& [names, run] : cases) covered += names + " ";
