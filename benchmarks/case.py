@@ -24,7 +24,7 @@ class Contender:
     dtype: str = "float32"
     memory_format: str = "contiguous"
     compiled: bool = False
-    """Run through torch.compile, on a GPU in the mode reduce-overhead (CUDA graphs)."""
+    """Run through torch.compile; with ``graph`` what that makes is captured."""
     graph: bool = False
     """Captured as it is in one CUDA graph, which is replayed; on a GPU alone."""
     cpu_only: bool = False
@@ -43,12 +43,11 @@ class Contender:
     def settings(self, device: torch.device) -> dict:
         """What has to stand beside its time."""
         gpu = device.type == "cuda"
-        mode = "reduce-overhead" if gpu else "default"
         return {
             "dtype": self.dtype,
             "memory_format": self.memory_format,
-            "compiled": mode if self.compiled else "no",
-            "graph": gpu and (self.compiled or self.graph),
+            "compiled": "default" if self.compiled else "no",
+            "graph": gpu and self.graph,
             "note": self.note,
         }
 
@@ -131,8 +130,7 @@ def operator_case(
             memory_format, partial(call, reference), compiled=True
         )
     contenders = {
-        name: replace(one, dtype=dtype, graph=graph and not one.compiled)
-        for name, one in contenders.items()
+        name: replace(one, dtype=dtype, graph=graph) for name, one in contenders.items()
     }
     contenders |= peers or {}
     return Case(

@@ -291,7 +291,10 @@ def _one_by_one(runner: Run, model, steps: int, images: torch.Tensor) -> dict:
         f"{model.note}, {model.parameters / 1e6:.1f} M parameters, {steps} DDIM steps; random "
         f"weights, so no AUROC; {len(images)} images one after another, apart from the rounds"
     )
-    settings = Contender(model, compiled=model.compiled, note=note).settings(runner.device)
+    gpu = model.compiled and runner.device.type == "cuda"
+    settings = Contender(model, compiled=model.compiled, graph=gpu, note=note).settings(
+        runner.device
+    )
     began = time.perf_counter()
     model(images[:1], 2)
     first = 1e3 * (time.perf_counter() - began)

@@ -159,16 +159,12 @@ class Run:
         the reason noted, if it fails or its result is wrong."""
         run = contender.run
         if contender.compiled:
-            mode = "reduce-overhead" if self.device.type == "cuda" else None
-            run = torch.compile(run, dynamic=False, mode=mode)
-        elif contender.graph and self.device.type == "cuda":
+            run = torch.compile(run, dynamic=False)
+        if contender.graph and self.device.type == "cuda":
             run = _captured(run)
         began = time.perf_counter()
         try:
             prepared = contender.prepare(inputs)
-            if contender.compiled and self.device.type == "cuda":
-                # As others' graphs read the inputs where they are, without a copy at each call.
-                map_tensors(torch._dynamo.mark_static_address, prepared)
             began = time.perf_counter()
             output = run(*prepared)
             if self.device.type == "cuda":

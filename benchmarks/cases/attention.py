@@ -89,7 +89,7 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
         gains = (1 + 0.1 * random(8, 4, seed=s).to(device) for s in (1, 2))
         return (q, k, v, *gains)
 
-    two_bytes = {"dtype": "bfloat16", "compiled": not gradients, "graph": gradients}
+    two_bytes = {"dtype": "bfloat16", "compiled": not gradients, "graph": True}
     tokens, passes = side**2 // 4, 3.5 if gradients else 1  # backward: five products for two
     case = operator_case(
         "wavelet_attention",

@@ -24,7 +24,10 @@ def _case(rows: int, size: int) -> Case:
         formats=False,
         peers={
             "torch.cdist and topk": Contender(
-                by_cdist, tolerance=1e-4, note="in float32, which cancels for the nearest"
+                by_cdist,
+                tolerance=1e-4,
+                graph=True,
+                note="in float32, which cancels for the nearest",
             ),
             "scikit-learn, brute": _by_scikit_learn("brute"),
             "scikit-learn, auto": _by_scikit_learn("auto"),

@@ -66,4 +66,5 @@ def _case(shape, modulated: bool, memory_format: str, gradients: bool, graph: bo
         gradients=gradients,
         compiled=not gradients,
         graph=graph,
+        host=not graph,  # the time of a launch is the host's
     )

@@ -31,10 +31,13 @@ def _case(clips: int) -> Case:
         formats=False,
         peers={
             "torch.stft, float32": Contender(
-                in_float32, tolerance=1e-4, note="as torchaudio does it, in float32"
+                in_float32, tolerance=1e-4, graph=True, note="as torchaudio does it, in float32"
             ),
             "torch.stft, float32, by clips": Contender(
-                clip_by_clip, tolerance=1e-4, note="in float32, one clip after the other"
+                clip_by_clip,
+                tolerance=1e-4,
+                graph=True,
+                note="in float32, one clip after the other",
             ),
             **_by_librosa(),
         },

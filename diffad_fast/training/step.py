@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -27,7 +29,7 @@ class CapturedStep:
         self._step, self._device = step, device
         self._eager: float = WARM_UP  # calls to come
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device, threading.get_ident())
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self._graph is None and self._eager == 0:
@@ -69,3 +71,10 @@ class CapturedStep:
             self._eager = math.inf
         else:
             self._graph = graph
+
+
+@cache
+def _stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for all steps of a thread: for every stream that has seen a product, cuBLAS keeps memory.
+    Another thread may be capturing on its own."""
+    return torch.cuda.Stream(device)
