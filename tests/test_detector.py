@@ -6,13 +6,15 @@ import json
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import diffad_fast as daf
-from diffad_fast.config import MODES
+from diffad_fast.calibration import _HeldOut
+from diffad_fast.config import MODES, DetectorConfig
 from diffad_fast.data.images import open_images
 from diffad_fast.data.mvtec import mvtec_test
 from diffad_fast.denoisers import WaveletUNet, inference
@@ -656,6 +658,13 @@ def test_contamination_corrects_the_threshold():
         assert len(detector.conformal.scores) == 150 - int(150 * share)
     assert hits[0.0] < 0.7 and hits[0.08] > 0.85, hits
     assert alarms[0.08] < 0.1, alarms
+
+
+def test_rounding_keeps_no_anomaly_in_the_calibration():
+    """Of a hundred with 29% of contamination 71 stay, though 0.29 * 100 < 29."""
+    held_out = _HeldOut(DetectorConfig.create(kind="vector"), contamination=0.29)
+    held_out.add(SimpleNamespace(score=lambda x: (None, x[:, 0])), torch.rand(100, 1), range(100))
+    assert len(held_out.calibration([]).conformal.scores) == 71
 
 
 # ------------------------------------------------------------------- found by attacking it
