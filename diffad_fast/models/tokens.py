@@ -184,9 +184,13 @@ class TokenModel(Model):
         self._scoring = self._scoring_pass()  # at once: threads may share it
 
     @property
+    def has_semantic(self) -> bool:
+        return len(self.distances) > 0
+
+    @property
     def map_names(self) -> list[str]:
         config = self.config
-        names = self._mode_names(["reconstruction error"], config.semantic_weight > 0)
+        names = self._mode_names(["reconstruction error"])
         sources = config.tokens if config.kind == "image" else [config.kind]
         return [f"{source}: {name}" for source in sources for name in names]
 
@@ -390,9 +394,11 @@ class TokenModel(Model):
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         resize_buffers(self.representation, tensors, "representation.")
+        # As it was fitted: the weight may have been changed since.
+        semantic = any(name.startswith("distances.") for name in tensors)
         for dim in self.representation.dims:
             self.denoisers.append(self._denoiser(dim))
-            if self.config.semantic_weight > 0:
+            if semantic:
                 self.distances.append(FeatureDistance(self.config.semantic).to(self.device))
         resize_buffers(self.distances, tensors, "distances.")
         super().restore(tensors)
