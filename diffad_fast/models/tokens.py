@@ -74,6 +74,8 @@ class TokenModel(Model):
         passes = [seen(self._augmented_batches)]
         if config.augment:
             passes.append(seen(self._batches))
+        if config.kind == "vector" and len(some) < len(split.fit):
+            passes.append(lambda: self._batches(source, split.fit))
         self.representation.fit(*passes)
         if config.kind == "image":
             config = self.config = config.replace(**self.representation.preprocessing.choices)
