@@ -12,6 +12,7 @@ import torch
 from . import models
 from .config import DetectorConfig
 from .errors import InputError
+from .models.fusion import top_mean
 from .progress import progress
 from .scoring import (
     SMALLEST_CALIBRATION,
@@ -141,17 +142,23 @@ class _HeldOut:
 
     def add(self, model, x: torch.Tensor, groups: Sequence[int]) -> None:
         config = self.config
-        self._scores.append(model.score(x)[1].cpu().double())
+        if config.kind == "audio":
+            curve = model.window_scores(x)
+            score = top_mean(curve, config.top_fraction)
+            if not config.remove_level:  # which a stream does not do
+                self._of_windows += curve.cpu().double().unbind()
+        else:
+            score = model.score(x)[1]
+        self._scores.append(score.cpu().double())
         self._groups += groups
         self.most_windows = max(self.most_windows, windows(config, x))
-        if config.kind == "audio" and not config.remove_level:  # which a stream does not do
-            self._of_windows += model.window_scores(x).cpu().double().unbind()
 
     def calibration(self, statistics: list[MapStatistics | None]) -> Calibration:
         rate = self.config.false_positive_rate
         scores, groups = torch.cat(self._scores).numpy(), np.array(self._groups)
         normal = np.argsort(scores, kind="stable")
-        normal = normal[: len(normal) - int(self.contamination * len(normal))]
+        # The small term keeps a product such as 0.29 * 100 = 29 - 4e-15 on its side.
+        normal = normal[: len(normal) - int(self.contamination * len(normal) + 1e-9)]
         of_windows = None
         if self._of_windows:
             own = [self._of_windows[i] for i in normal]

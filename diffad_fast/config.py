@@ -570,7 +570,9 @@ class DetectorConfig:
             raise InputError(f"an option has a value of the wrong type: {error}") from None
 
     def replace(self, **options) -> DetectorConfig:
-        """A copy with some options changed."""
+        """A copy with some options changed, and no others: what :meth:`create` has derived from the
+        options as they were stays, such as ``haar_level`` and ``smoothing`` from ``image_size``, or
+        ``train_steps`` from ``denoiser``."""
         return self.create(**{**dataclasses.asdict(self), **options})
 
     def with_batch(self, size: int) -> DetectorConfig:

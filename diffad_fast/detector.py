@@ -331,7 +331,8 @@ class Detector:
         read by the layout of the fit.
 
         Raises InputError before ``fit``, for a detector that comes from a file, which knows no
-        held-out parts, and for a source of another length, or with another first or last sample.
+        held-out parts, for a ``semantic_weight`` of what was not fitted, and for a source of
+        another length, or with another first or last sample.
         """
         if not self.parts:
             self._require_fitted()
@@ -341,6 +342,12 @@ class Detector:
             )
         for mode in modes:
             self.config.replace(mode=mode)  # raises before anything is changed
+        weight = self.config.semantic_weight
+        if weight and not self.model.has_semantic:
+            raise InputError(
+                f"semantic_weight={weight:g} is for a distance that was not fitted, as the weight "
+                f"was 0: fit again with semantic_weight={weight:g}"
+            )
         part = self._fitted_part if is_path(source) else ()
         samples, wanted = self.open(training_part(self.config.kind, source, *part)[0]), self.mode
         check_source(samples, self.parts[0].split, self._fitted_on)

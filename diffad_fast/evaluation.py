@@ -158,29 +158,31 @@ def image_labels(tests: Sequence[TestImage]) -> np.ndarray:
 
 def image_metrics(tests: Sequence[TestImage], score: Score) -> dict:
     """The figures of these images, with ``per_defect`` and, for null ones, ``undefined``."""
-    found, per_defect = _image_metrics(tests, score), {}
+    truth = _Truth()
+    found, per_defect = _image_metrics(tests, score, truth), {}
     for defect in sorted({test.defect for test in tests} - {"good"}):
         rows = [i for i, test in enumerate(tests) if test.defect in ("good", defect)]
-        part = _image_metrics([tests[i] for i in rows], score.take(rows))
+        part = _image_metrics([tests[i] for i in rows], score.take(rows), truth)
         per_defect[defect] = {**part.values, "undefined": part.undefined}
     return {**found.values, "per_defect": per_defect, "undefined": found.undefined}
 
 
-def _image_metrics(tests: Sequence[TestImage], score: Score) -> _MetricSet:
+def _image_metrics(tests: Sequence[TestImage], score: Score, truth: _Truth) -> _MetricSet:
     label = image_labels(tests)
     found = _MetricSet(label)
     found.put("image_auroc", metrics.auroc, label, score.score)
     found.put("f1_max", metrics.f1_max, label, score.score)
-    found.put_all(("pixel_auroc", "aupro", "pixel_f1_max"), _pixel_metrics, tests, score)
+    found.put_all(("pixel_auroc", "aupro", "pixel_f1_max"), _pixel_metrics, tests, score, truth)
     found.put_rates(score)
     return found
 
 
-def _pixel_metrics(tests: Sequence[TestImage], score: Score) -> Sequence[float]:
+def _pixel_metrics(tests: Sequence[TestImage], score: Score, truth: _Truth) -> Sequence[float]:
     unmasked = sum(test.defect != "good" and test.mask_path is None for test in tests)
     if unmasked:
         raise InputError(f"{unmasked} defective images have no mask")
-    values = metrics.pixel_metrics(_Masks(tests), _MapsAtMaskSize(score.map, tests))
+    masks = _Masks(tests, truth)
+    values = metrics.pixel_metrics(masks, _MapsAtMaskSize(score.map, masks))
     return values["auroc"], values["aupro"], values["f1_max"]
 
 
@@ -222,27 +224,45 @@ class _MetricSet:
         return float(score.label[self.label == value].mean())
 
 
-class _Masks:
-    """The ground truth of test images at its own size, read from disk each time it is iterated."""
+class _Truth:
+    """The masks of test images, read from disk each time; what is kept are their sizes."""
 
-    def __init__(self, tests: Sequence[TestImage]):
-        self.tests = tests
+    def __init__(self):
+        self._sizes: dict[TestImage, tuple[int, int]] = {}
+
+    def mask(self, test: TestImage) -> np.ndarray:
+        if test.mask_path is None and test in self._sizes:
+            return np.zeros(self._sizes[test], dtype=bool)
+        found = read_mask(test.mask_path, test.path)
+        self._sizes[test] = found.shape
+        return found
+
+    def size(self, test: TestImage) -> tuple[int, int]:
+        """(height, width)"""
+        return self._sizes[test] if test in self._sizes else self.mask(test).shape
+
+
+class _Masks:
+    """The ground truth of test images at its own size, one at a time."""
+
+    def __init__(self, tests: Sequence[TestImage], truth: _Truth):
+        self.tests, self.truth = tests, truth
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (read_mask(test.mask_path, test.path) for test in self.tests)
+        return map(self.truth.mask, self.tests)
 
 
 class _MapsAtMaskSize:
     """Maps (N,H,W), each resized bilinearly to its mask's size, one at a time."""
 
-    def __init__(self, maps: np.ndarray, tests: Sequence[TestImage]):
-        self.maps, self.masks = maps, _Masks(tests)
+    def __init__(self, maps: np.ndarray, masks: _Masks):
+        self.maps, self.masks = maps, masks
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for map_, mask in zip(self.maps, self.masks, strict=True):
+        for map_, test in zip(self.maps, self.masks.tests, strict=True):
             resized = nn.functional.interpolate(
                 torch.from_numpy(own_part(map_))[None, None],
-                mask.shape,
+                self.masks.truth.size(test),
                 mode="bilinear",
                 align_corners=False,
             )

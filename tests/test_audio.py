@@ -12,11 +12,12 @@ from sklearn.metrics import roc_auc_score
 
 import diffad_fast as daf
 from diffad_fast import cli
-from diffad_fast.config import DetectorConfig
+from diffad_fast.config import MODES, DetectorConfig
 from diffad_fast.data.audio import LabelledClip
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.evaluation import evaluate_audio
 from diffad_fast.report.audio import clip_figure
+from diffad_fast.representations import AudioTokens
 from diffad_fast.scoring import Score
 
 soundfile = pytest.importorskip("soundfile")
@@ -193,6 +194,26 @@ def test_windows_of_a_stream_have_p_values_of_windows(detector, tmp_path):
     loaded.recalibrate([hum(400 + i, 3.0, extra=0.2) for i in range(30)])
     again = loaded.stream(RATE).push(hum(301, 6.0, extra=0.2))
     assert np.median(again.p_value) > 0.2
+
+
+def test_calibrating_hears_every_clip_once(detector, monkeypatch):
+    """A clip's score is that of its windows, to the bit."""
+    clips, ((_, split),) = [hum(i) for i in range(60)], detector.parts
+    heard, encode = [], AudioTokens.encode
+    try:
+        for mode in MODES:
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    AudioTokens, "encode", lambda self, x: heard.append(len(x)) or encode(self, x)
+                )
+                detector.calibrate(clips, [mode])
+            assert sum(heard) == len(split.statistics) + len(split.conformal)
+            heard.clear()
+            detector.mode = mode
+            scores = detector.score([clips[i] for i in split.conformal]).score
+            np.testing.assert_array_equal(detector.conformal.scores, np.sort(scores))
+    finally:
+        detector.mode = "one_step"
 
 
 def test_windows_of_clips_that_were_cut_count_for_nothing():

@@ -6,13 +6,15 @@ import json
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import diffad_fast as daf
-from diffad_fast.config import MODES
+from diffad_fast.calibration import _HeldOut
+from diffad_fast.config import MODES, DetectorConfig
 from diffad_fast.data.images import open_images
 from diffad_fast.data.mvtec import mvtec_test
 from diffad_fast.denoisers import WaveletUNet, inference
@@ -439,6 +441,35 @@ def test_calibrating_leaves_the_mode_and_knows_its_data(monkeypatch):
     assert np.array_equal(found.conformal.scores, before)
 
 
+@pytest.mark.parametrize("kind, options", [
+    ("vector", SMALL), ("image", COARSE),
+    ("image", {"image_size": 32, "tokens": ("cell-8", "spread-2"), "cross_fit": 0, **SMALL}),
+])  # fmt: skip
+def test_another_semantic_weight_is_of_what_was_fitted(kind, options, tmp_path):
+    x = np.random.default_rng(0).normal(size=(60, 3)) if kind == "vector" else normals(40)
+    for weight, other in ((0.7, 0.0), (0.0, 0.7)):
+        found = daf.Detector(kind, **{**options, "semantic_weight": weight, "train_steps": 2})
+        found.fit(x)
+        before = {mode: c.conformal.scores for mode, c in found.calibrations.items()}
+        found.model.config = found.config.replace(semantic_weight=other)
+        if other:
+            with pytest.raises(InputError, match="fit again with semantic_weight=0.7"):
+                found.calibrate(x)
+            found.model.config = found.config.replace(semantic_weight=weight)
+        found.calibrate(x)
+        for mode in MODES:
+            found.mode = mode
+            assert np.array_equal(found.conformal.scores, before[mode]) == (other > 0)
+            names = [name for name in found.model.map_names if "semantic" in name]
+            assert bool(names) == (weight > 0)
+            assert len(found.model.map_names) == len(found.statistics)
+        found.save(tmp_path / "m.diffad")
+        loaded = daf.load(tmp_path / "m.diffad", device=found.device)
+        for mode in MODES:
+            found.mode = loaded.mode = mode
+            assert np.array_equal(loaded.score(x[:5]).score, found.score(x[:5]).score)
+
+
 def test_an_interrupted_calibration_leaves_nothing_half_fitted(monkeypatch):
     X = np.random.default_rng(0).normal(size=(60, 4))
     detector = daf.Detector("vector", token_width=32, token_blocks=1, train_steps=2)
@@ -656,6 +687,13 @@ def test_contamination_corrects_the_threshold():
         assert len(detector.conformal.scores) == 150 - int(150 * share)
     assert hits[0.0] < 0.7 and hits[0.08] > 0.85, hits
     assert alarms[0.08] < 0.1, alarms
+
+
+def test_rounding_keeps_no_anomaly_in_the_calibration():
+    """Of a hundred with 29% of contamination 71 stay, though 0.29 * 100 < 29."""
+    held_out = _HeldOut(DetectorConfig.create(kind="vector"), contamination=0.29)
+    held_out.add(SimpleNamespace(score=lambda x: (None, x[:, 0])), torch.rand(100, 1), range(100))
+    assert len(held_out.calibration([]).conformal.scores) == 71
 
 
 # ------------------------------------------------------------------- found by attacking it

@@ -35,6 +35,7 @@ class Resampler:
         return none if self._stream is None else self._stream.resample_chunk(none, last=True)
 
 
+@cache
 def resampling_delay(source_rate: float, rate: int) -> float:
     """Seconds by which a `Resampler` lags behind at most, whatever the size of the chunks."""
     if source_rate == rate:

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 from .. import ops
 
 # One capture at a time in a process: its beginning synchronises the device, which another one that
-# is under way does not survive.
-CAPTURING = threading.Lock()
+# is under way does not survive. A signal's handler may begin one while its thread prepares another.
+CAPTURING = threading.RLock()
 
 # Calls by which a graph has to be used again, or it makes room for another: a capture takes as long
 # as some nine of them.
@@ -37,7 +37,9 @@ class Graphed:
     function reads beside them, have to stay the same. Where capture is impossible the function runs
     eagerly, after a warning that says why; where a trial shows no gain, too, and always on a CPU.
     Results are tensors in tuples, lists or dicts. Threads may share it, each on a stream of its
-    own: they take turns, as a graph has one set of buffers and the function may make constants.
+    own: they take turns, as a graph has one set of buffers and the function may make constants. A
+    signal's handler that calls it in the midst of its thread's own call has the function run
+    eagerly.
     """
 
     def __init__(self, function: Callable, modules: Iterable[nn.Module], graphs: int = 4):
@@ -52,7 +54,8 @@ class Graphed:
         self._begin()
 
     def _begin(self) -> None:
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
+        self._under_way = False
         self._done: torch.cuda.Event | None = None  # of the last call, whatever its stream
         self._calls = 0
         # The one longest unused first, each with the call that it was used by.
@@ -69,8 +72,9 @@ class Graphed:
         # Without waiting: the collector may call this in the midst of a call.
         if self._turn.acquire(blocking=False):
             try:
-                self._captured.clear()
-                self._seen.clear()
+                if not self._under_way:
+                    self._captured.clear()
+                    self._seen.clear()
             finally:
                 self._turn.release()
 
@@ -88,15 +92,25 @@ class Graphed:
         if not (x.is_cuda and self.graphs) or torch.cuda.is_current_stream_capturing():
             return self.function(x)
         with self._turn:
-            stream = torch.cuda.current_stream(x.device)
-            if self._done is None:
-                self._done = torch.cuda.Event()
-            stream.wait_event(self._done)  # nothing before the first call
+            if self._under_way:  # in this thread, by a signal's handler: the buffers are in use
+                return self.function(x)
+            self._under_way = True
             try:
-                captured = self._graph(x)
-                return self.function(x) if captured is None else captured(x)
+                return self._in_turn(x)
             finally:
-                self._done.record(stream)
+                self._under_way = False
+
+    def _in_turn(self, x: torch.Tensor):
+        """A call while no other one is under way."""
+        stream = torch.cuda.current_stream(x.device)
+        if self._done is None:
+            self._done = torch.cuda.Event()
+        stream.wait_event(self._done)  # nothing before the first call
+        try:
+            captured = self._graph(x)
+            return self.function(x) if captured is None else captured(x)
+        finally:
+            self._done.record(stream)
 
     def _graph(self, x: torch.Tensor) -> CapturedCall | None:
         """The captured call for tensors like x; None where it runs eagerly."""
@@ -140,7 +154,7 @@ class Graphed:
             warnings.warn(
                 f"scoring runs without a CUDA graph, its capture failed: {error}",
                 RuntimeWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
             return None
         return captured if self._gains(captured, x) else None

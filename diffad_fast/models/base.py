@@ -43,6 +43,11 @@ class Model(nn.Module, ABC):
 
     @property
     @abstractmethod
+    def has_semantic(self) -> bool:
+        """Is there the distance that ``semantic_weight`` weighs?"""
+
+    @property
+    @abstractmethod
     def map_names(self) -> list[str]:
         """What each of :meth:`raw_maps` is."""
 
@@ -81,14 +86,14 @@ class Model(nn.Module, ABC):
         pinned = self.device.type == "cuda" and x.is_pinned()
         return self._scoring(x.to(self.device, non_blocking=pinned))
 
-    def _mode_names(self, of_reconstruct: Sequence[str], semantic: bool) -> list[str]:
+    def _mode_names(self, of_reconstruct: Sequence[str]) -> list[str]:
         """Of the maps of the configuration's mode."""
         names = {
             "reconstruct": [*of_reconstruct],
             "invert": ["latent"],
             "one_step": [f"residual at {sigma:g}" for sigma in self.config.sigmas],
         }[self.config.mode]
-        return names + (["semantic"] if semantic else [])
+        return names + (["semantic"] if self.has_semantic else [])
 
     def _steps_of(self, mode: str) -> list[ReverseStep]:
         config = self.config

@@ -137,8 +137,12 @@ class CoefficientModel(Model):
     # -------------------------------------------------------------- score
 
     @property
+    def has_semantic(self) -> bool:
+        return self.distance is not None
+
+    @property
     def map_names(self) -> list[str]:
-        return self._mode_names(MAPS, self.distance is not None)
+        return self._mode_names(MAPS)
 
     @property
     def statistics_smoothing(self) -> float:
@@ -365,7 +369,10 @@ class CoefficientModel(Model):
         return name.startswith("backbone.")
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        if self.distance is not None:
+        # As it was fitted: the weight may have been changed since.
+        self.distance = None
+        if any(name.startswith("distance.") for name in tensors):
+            self.distance = FeatureDistance(self.config.semantic).to(self.device)
             resize_buffers(self.distance, tensors, "distance.")
         super().restore(tensors)
         self._in_bfloat16 = ()

@@ -28,6 +28,7 @@ from .fusion import resized, standards, top_mean, weighted
 WINDOWS = 32
 # Tokens that a training keeps in memory: at 500 numbers each these take 1 GiB.
 LARGEST_BANK = 1 << 19
+# Samples, or windows of large images, that statistics of tokens rest on.
 LARGEST_FIT = 2048
 
 
@@ -65,15 +66,21 @@ class TokenModel(Model):
         config = self.config
         self.schedule.warn_untrained(config, *SIGMA_RANGE)
         histories = []
-        # Statistics of tokens need no more images than these, evenly chosen.
-        some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]
+        some = split.fit[:: -(-len(split.fit) // LARGEST_FIT)]  # evenly chosen
 
         def seen(batches: Callable) -> Callable:
-            return lambda: (part for x in batches(source, some) for part in self._seen(x))
+            def parts() -> Iterator[torch.Tensor]:
+                generator = torch.Generator().manual_seed(config.seed)
+                for x in batches(source, some):
+                    yield from self._seen(x, LARGEST_FIT * len(x) // len(some), generator)
+
+            return parts
 
         passes = [seen(self._augmented_batches)]
         if config.augment:
             passes.append(seen(self._batches))
+        if config.kind == "vector" and len(some) < len(split.fit):
+            passes.append(lambda: self._batches(source, split.fit))
         self.representation.fit(*passes)
         if config.kind == "image":
             config = self.config = config.replace(**self.representation.preprocessing.choices)
@@ -136,21 +143,48 @@ class TokenModel(Model):
         banks: list[list[torch.Tensor]] = [[] for _ in self.representation.dims]
         batches = self._augmented_batches if augment else self._batches
         for x in batches(source, indices):
-            with torch.inference_mode():
-                grids = self._encoded(x)
-            for bank, grid in zip(banks, grids, strict=True):
-                tokens = grid.reshape(len(x), -1, grid.shape[-1])
-                if tokens.shape[1] > share:
-                    chosen = torch.randperm(tokens.shape[1], generator=generator)[:share]
-                    tokens = tokens[:, chosen.to(tokens.device)]
-                bank.append(tokens.flatten(0, 1).clone())
+            for bank, tokens in zip(banks, self._tokens(x, share, generator), strict=True):
+                bank.append(tokens)
         if not len(indices):
             return [torch.zeros(0, dim) for dim in self.representation.dims]
         return [torch.cat(banks.pop(0)) for _ in self.representation.dims]  # one by one twice
 
-    def _seen(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Samples as they come; of larger images their windows, image after image, WINDOWS at a
-        time, so that memory does not grow with the size of the images."""
+    def _tokens(
+        self, x: torch.Tensor, share: int, generator: torch.Generator
+    ) -> list[torch.Tensor]:
+        """The tokens (n,dim) of these samples at up to ``share`` positions, the same of each, for
+        each source of tokens; no others are kept while the rest is encoded."""
+        config, windows, done = self.config, 1, 0
+        if config.overlap is not None:
+            windows = len(places(x.shape[2:], config.image_size, config.overlap))
+        rows, found = [], []  # of each source: which of all tokens, and these
+        for part in self._seen(x):
+            with torch.inference_mode():
+                grids = self.representation.encode(part)
+            for number, grid in enumerate(grids):
+                tokens, size = grid.flatten(0, 2), grid.shape[1] * grid.shape[2]
+                if len(rows) == number:
+                    chosen = torch.arange(windows * size)
+                    if len(chosen) > share:
+                        chosen = torch.randperm(len(chosen), generator=generator)[:share]
+                    chosen = chosen + torch.arange(len(x))[:, None] * windows * size
+                    rows.append(chosen.flatten().to(tokens.device))
+                    found.append(tokens.new_empty(chosen.numel(), tokens.shape[1]))
+                place = rows[number] - done * size
+                inside = (place >= 0) & (place < len(tokens))
+                found[number][inside] = tokens[place[inside]]
+            done += len(part)
+        return found
+
+    def _seen(
+        self,
+        x: torch.Tensor,
+        most: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Samples as they come; of larger images their windows, image after image, or ``most`` that
+        are drawn from them, WINDOWS at a time, so that memory does not grow with the size of the
+        images."""
         config = self.config
         if config.overlap is None or tuple(x.shape[2:]) == config.image_size:
             yield x
@@ -158,6 +192,9 @@ class TokenModel(Model):
         height, width = config.image_size
         corners = places(x.shape[2:], config.image_size, config.overlap)
         every = [image[:, y : y + height, x_ : x_ + width] for image in x for y, x_ in corners]
+        if most is not None and most < len(every):
+            drawn = torch.randperm(len(every), generator=generator)[:most]
+            every = [every[i] for i in drawn.tolist()]
         for first in range(0, len(every), WINDOWS):
             yield torch.stack(every[first : first + WINDOWS])
 
@@ -184,9 +221,13 @@ class TokenModel(Model):
         self._scoring = self._scoring_pass()  # at once: threads may share it
 
     @property
+    def has_semantic(self) -> bool:
+        return len(self.distances) > 0
+
+    @property
     def map_names(self) -> list[str]:
         config = self.config
-        names = self._mode_names(["reconstruction error"], config.semantic_weight > 0)
+        names = self._mode_names(["reconstruction error"])
         sources = config.tokens if config.kind == "image" else [config.kind]
         return [f"{source}: {name}" for source in sources for name in names]
 
@@ -390,9 +431,11 @@ class TokenModel(Model):
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         resize_buffers(self.representation, tensors, "representation.")
+        # As it was fitted: the weight may have been changed since.
+        semantic = any(name.startswith("distances.") for name in tensors)
         for dim in self.representation.dims:
             self.denoisers.append(self._denoiser(dim))
-            if self.config.semantic_weight > 0:
+            if semantic:
                 self.distances.append(FeatureDistance(self.config.semantic).to(self.device))
         resize_buffers(self.distances, tensors, "distances.")
         super().restore(tensors)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from .moments import Moments
+
 # From this many features on a vector is taken for an embedding, whose features share a unit.
 EMBEDDING_FEATURES = 256
 
@@ -39,8 +41,16 @@ class VectorTokens(nn.Module):
         )
 
     @torch.no_grad()
-    def fit(self, batches: Callable[[], Iterable[torch.Tensor]]) -> None:
-        """Set mean and deviation; ``batches()`` iterates over normal vectors (n,D)."""
+    def fit(
+        self,
+        batches: Callable[[], Iterable[torch.Tensor]],
+        every: Callable[[], Iterable[torch.Tensor]] | None = None,
+    ) -> None:
+        """Set mean and deviation; ``batches()`` iterates over normal vectors (n,D).
+
+        every: the same over more of them, of which ``batches`` are a part: by these "feature"
+        judges what does not vary in that part.
+        """
         rows = torch.cat([batch.double() for batch in batches()])
         self.mean = rows.mean(dim=0).float()
         variance = rows.var(dim=0, correction=0)
@@ -49,10 +59,30 @@ class VectorTokens(nn.Module):
             overall = variance.mean().sqrt().clamp(min=1e-12)
             self.deviation = overall.float().repeat(len(deviation))
             return
-        # Rounding leaves a constant feature a deviation of some 1e-16 of its size.
-        varies = deviation > 1e-6 * rows.abs().amax(dim=0)
+        varies = _varies(deviation, rows.abs().amax(dim=0))
         self.deviation = torch.where(varies, deviation, 1.0).float()
+        if every is not None and not varies.all():
+            self._fit_rare(every(), (~varies).nonzero()[:, 0])
+
+    def _fit_rare(self, batches: Iterable[torch.Tensor], features: torch.Tensor) -> None:
+        """Set mean and deviation of those of these features that vary in vectors (n,D)."""
+        moments, largest = Moments(), 0.0
+        for batch in batches:
+            rows = batch[:, features].double()
+            mean = rows.mean(dim=0)
+            moments.merge(len(rows), mean, (rows - mean).square().sum(dim=0))
+            largest = rows.abs().amax(dim=0).clamp(min=largest)
+        deviation = (moments.scatter / moments.count).sqrt()
+        varies = _varies(deviation, largest)
+        self.mean[features[varies]] = moments.mean[varies].float()
+        self.deviation[features[varies]] = deviation[varies].float()
 
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The grid of vectors."""
         return [((x - self.mean) / self.deviation)[:, None, None]]
+
+
+def _varies(deviation: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Is it more than rounding? That leaves a constant feature a deviation of some 1e-16 of its
+    size."""
+    return deviation > 1e-6 * largest

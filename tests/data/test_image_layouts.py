@@ -12,6 +12,7 @@ from pictures import mvtec, pixels, save
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
 import diffad_fast as daf
+from diffad_fast import evaluation
 from diffad_fast.data.audio import labelled_clips, training_clips
 from diffad_fast.data.folders import check_no_test
 from diffad_fast.data.image_files import read_mask
@@ -150,6 +151,17 @@ def test_the_union_of_masks_makes_the_pixel_figures(tmp_path):
         assert part["pixel_auroc"] == pytest.approx(roc_auc_score(*flat), abs=1e-9)
         assert part["pixel_f1_max"] == pytest.approx(f1, abs=1e-9)
         assert part["aupro"] == pytest.approx(daf.metrics.aupro(truth[rows], maps[rows]), abs=1e-9)
+
+
+def test_good_images_are_opened_once_for_all_figures(tmp_path, monkeypatch):
+    """Defective ones twice for each set of figures that they are in; no sizes are read apart."""
+    tests, opened = labelled_images(loco(tmp_path)), []
+    monkeypatch.setattr(
+        evaluation, "read_mask", lambda *paths: opened.append(paths[1]) or read_mask(*paths)
+    )
+    none = np.zeros(3)
+    image_metrics(tests, Score(none, np.zeros((3, *SHAPE)), none, None, None, none))
+    assert [opened.count(test.path) for test in tests] == [1, 4, 4]
 
 
 def test_masks_of_one_image_are_checked_each(tmp_path):

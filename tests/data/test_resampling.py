@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from diffad_fast.data import resampling
 from diffad_fast.data.resampling import Resampler, resampling_delay
 
 pytest.importorskip("soxr")
@@ -19,3 +20,9 @@ def test_the_delay_of_resampling_is_the_largest(own, size):
         found += len(resampler.push(np.zeros(size, np.float32)))
         longest = max(longest, given / own - found / 16000)
     assert longest <= delay < 1.1 * longest + size / own
+
+
+def test_the_delay_is_measured_once(monkeypatch):
+    delay = resampling_delay(1000, 16000)
+    monkeypatch.setattr(resampling, "Resampler", None)
+    assert resampling_delay(1000, 16000) == delay

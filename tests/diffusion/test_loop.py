@@ -4,6 +4,7 @@ denoiser is known in closed form, and deterministic DDIM is linear in its input.
 import copy
 import math
 import pickle
+import signal
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -439,17 +440,42 @@ def test_what_is_captured(captures):
     assert len(run.graphed._seen) == graphs.REMEMBERED
 
 
-def test_forgetting_waits_for_nobody(captures):
-    """Python's collector may ask for it in the midst of a call."""
-    unet = nn.Conv2d(3, 3, 1)
-    run = ReverseLoop(Shrink(unet), NoiseSchedule().reverse_steps(500, 2), modules=[unet])
-    x = torch.randn(1, 3, 4, 4)
-    graph_of(run, x), graph_of(run, x)
-    with run.graphed._turn:
-        run.forget()
-    assert run.graphed._captured
-    run.forget()
-    assert not run.graphed._captured and graph_of(run, x) is None
+def test_forgetting_waits_for_nobody(captures, streams):
+    """Python's collector may ask for it in the midst of a call, in its thread and in others."""
+
+    def function(x):
+        with ThreadPoolExecutor(1) as other:
+            graphed.forget(), other.submit(graphed.forget).result()
+        return 2 * x
+
+    graphed = graphs.Graphed(function, [])
+    for i in range(3):
+        assert graphed(OnCuda(i)) == 2 * i
+    assert len(graphed._captured) == len(captures) == 1
+    graphed.forget()
+    assert not graphed._captured
+
+
+def test_a_signal_that_scores_in_the_midst_of_a_call(captures, streams):
+    """It has its own result, of the function itself, and the call goes on to its own."""
+    inside = []
+
+    def function(x):
+        if not inside:
+            inside.append(x)
+            signal.raise_signal(signal.SIGUSR1)
+        return 2 * x
+
+    graphed, found = graphs.Graphed(function, []), []
+    before = signal.signal(signal.SIGUSR1, lambda *_: found.append(graphed(OnCuda(3))))
+    try:
+        for _ in range(3):  # eagerly, with a capture, from the graph
+            del inside[:]
+            assert graphed(OnCuda(2)) == 4
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert found == [6, 6, 6] and len(captures) == 1
+    assert len(streams) == 6  # of the calls alone
 
 
 def test_many_shapes_do_not_capture_again_and_again(captures):
@@ -487,20 +513,11 @@ def test_random_numbers_after_a_failed_capture():
     assert torch.randn(9, device="cuda").isfinite().all()
 
 
-def test_threads_take_turns_with_a_graph(captures, monkeypatch):
-    """A graph has one set of buffers: nobody may write to them before the result is out."""
-    inside, most = [], []
-
-    def replay(self, x):
-        inside.append(x)
-        most.append(len(inside))
-        time.sleep(0.002)
-        inside.remove(x)
-        return self.function(x)
+@pytest.fixture
+def streams(monkeypatch):
+    """In place of CUDA's streams, a new one for each call: what is waited for and recorded."""
 
     class Stream:
-        """Each call's."""
-
         def wait_event(self, event):
             order.append(("wait", event.stream, self))
 
@@ -515,6 +532,20 @@ def test_threads_take_turns_with_a_graph(captures, monkeypatch):
     monkeypatch.setattr(graphs.torch.cuda, "Event", Event)
     monkeypatch.setattr(graphs.torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(graphs.torch.cuda, "is_current_stream_capturing", lambda: False)
+    return order
+
+
+def test_threads_take_turns_with_a_graph(captures, streams, monkeypatch):
+    """A graph has one set of buffers: nobody may write to them before the result is out."""
+    inside, most = [], []
+
+    def replay(self, x):
+        inside.append(x)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.remove(x)
+        return self.function(x)
+
     monkeypatch.setattr(FakeCapture, "__call__", replay)
     graphed = graphs.Graphed(lambda x: 2 * x, [])
     inputs = [OnCuda(i) for i in range(16)]
@@ -523,10 +554,10 @@ def test_threads_take_turns_with_a_graph(captures, monkeypatch):
     assert len(most) >= 14 and max(most) == 1 and len(captures) == 1
     # Each call waits on its stream for the one before, captured or not.
     before = None
-    for (_, waited_for, waiting), record in zip(order[::2], order[1::2], strict=True):
+    for (_, waited_for, waiting), record in zip(streams[::2], streams[1::2], strict=True):
         assert waited_for is before and record == ("record", waiting)
         before = waiting
-    assert len(order) == 32
+    assert len(streams) == 32
 
 
 class OnCuda(int):

@@ -9,6 +9,7 @@ import torch
 
 import diffad_fast as daf
 from diffad_fast.errors import InputError
+from diffad_fast.models import tokens
 
 OPTIONS = {"token_width": 32, "token_blocks": 1, "device": "cpu"}
 
@@ -68,6 +69,24 @@ def test_a_second_fit_replaces_the_names(rows, tmp_path):
     assert detector.fit(table(tmp_path / "t.csv", "cb", rows)).columns == ["c", "b"]
     assert detector.fit(rows).columns is None
     assert len(detector.score(table(tmp_path / "t.csv", "cba", rows))) == 200
+
+
+def test_a_rare_value_has_a_unit(monkeypatch):
+    """A column that is 0 but for a few rows, none of them among those that statistics are from."""
+    x = np.random.default_rng(0).normal(size=(600, 4)).astype(np.float32)
+    x[:, 2:] = [0, 7]
+    options = {"train_steps": 2, **OPTIONS}
+    part = daf.Detector("vector", **options).fit(x).parts[0].split.fit
+    monkeypatch.setattr(tokens, "LARGEST_FIT", 100)
+    seen = part[:: -(-len(part) // 100)]
+    unseen = sorted(set(part) - set(seen))
+    x[unseen[::50], 2] = 1e-4
+    found = daf.Detector("vector", **options).fit(x).model.representation
+    deviation, mean = x[seen].std(axis=0), x[seen].mean(axis=0)
+    deviation[2], mean[2] = x[part, 2].std(), x[part, 2].mean()
+    deviation[3] = 1
+    assert found.deviation.numpy() == pytest.approx(deviation, rel=1e-4)
+    assert found.mean.numpy() == pytest.approx(mean, rel=1e-4, abs=1e-7)
 
 
 def test_a_flag_counts_beside_columns_in_large_units():

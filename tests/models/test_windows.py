@@ -1,5 +1,7 @@
 """Large images, seen through windows."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from PIL import Image
 
 import diffad_fast as daf
 from diffad_fast.errors import InputError
+from diffad_fast.models import tokens
 from diffad_fast.models.tokens import WINDOWS, places
+from diffad_fast.representations import ImageTokens
 from diffad_fast.scoring import own_part
 
 OPTIONS = {
@@ -76,6 +80,54 @@ def test_many_windows_go_through_in_parts(detector):
     with pytest.warns(UserWarning, match="windows"):
         out, last = detector.score(images), detector.score(images[2:])
     assert np.array_equal(out.map[2:], last.map) and out.score[2] == last.score[0]
+
+
+@pytest.mark.parametrize("share", [7, 10**6])
+def test_tokens_of_windows_that_are_not_trained_on_are_let_go(detector, share, monkeypatch):
+    """At most those of two parts are in memory, whatever the images' size."""
+    images, model, alive, most = textures(3, 300, 300, 7), detector.model, [], []
+    encode, dims = model.representation.encode, model.representation.dims
+
+    def encoding(part):
+        most.append(sum(grid() is not None for grid in alive))
+        grids = encode(part)
+        alive.extend(map(weakref.ref, grids))
+        return grids
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.representation, "encode", encoding)
+        found = model._tokens(images, share, torch.Generator().manual_seed(1))
+    assert len(most) > 3 and max(most) <= len(dims)
+    generator = torch.Generator().manual_seed(1)
+    for chosen, whole in zip(found, model._encoded(images), strict=True):
+        rows = whole.reshape(3, -1, whole.shape[-1])
+        if share < rows.shape[1]:
+            rows = rows[:, torch.randperm(rows.shape[1], generator=generator)[:share]]
+        assert torch.equal(chosen, rows.flatten(0, 1))
+
+
+def test_statistics_are_of_so_many_windows(monkeypatch):
+    """Of large images as many are drawn, from all of them, as of small ones there are."""
+    fit, seen = ImageTokens.fit, []
+
+    def fitting(self, batches, *plain):
+        seen.append([part for part in batches()])
+        assert all(map(torch.equal, seen[-1], batches()))
+        fit(self, batches, *plain)
+
+    monkeypatch.setattr(ImageTokens, "fit", fitting)
+    monkeypatch.setattr(tokens, "LARGEST_FIT", 60)
+    for size in ((64, 64), (96, 130)):
+        images = textures(40, *size, 0)
+        images[:] = torch.arange(40)[:, None, None, None] / 40 + images / 1000
+        found = daf.Detector(**{**OPTIONS, "train_steps": 2, "cross_fit": 0}).fit(images)
+        number = len(found.parts[0].split.fit)
+        windows = torch.cat(seen.pop())
+        different = len({int(40 * x.mean()) for x in windows})
+        if size == (64, 64):
+            assert different == len(windows) == number
+        else:
+            assert different > number / 2 and 55 < len(windows) <= 60
 
 
 def test_the_way_into_noise_of_large_images(detector):
