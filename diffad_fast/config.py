@@ -256,7 +256,7 @@ class DetectorConfig:
     # Training
     train_steps: int | None = None
     """None: 1500 for unet-tiny, 10000 for unet-base, 300 for the token MLP, 2000 for others.
-    0: a U-Net is taken as it is."""
+    0: a U-Net is taken as it is, unless there is a `train_budget`."""
     batch_size: int | str | None = None
     """Samples that are read, trained on and scored together; None: 16 images, 32 clips, 4096
     vectors. `auto`, for U-Nets on a GPU: the largest power of two, up to 256, whose step fits into
@@ -537,6 +537,11 @@ class DetectorConfig:
     def on_tokens(self) -> bool:
         """Is the denoiser the token MLP?"""
         return self.denoiser == "token-mlp"
+
+    @property
+    def trains(self) -> bool:
+        """Does `fit` train the denoiser, or take it as it is?"""
+        return self.train_steps > 0 or self.train_budget is not None
 
     @property
     def stride(self) -> int:

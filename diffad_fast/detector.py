@@ -232,7 +232,7 @@ class Detector:
 
         Begins anew whatever was fitted before, in this process or before a checkpoint was written,
         and settles anew what was left to it; only a denoiser that was handed over goes on from its
-        weights, and with ``train_steps=0`` a built-in one keeps them.
+        weights, and with ``train_steps=0`` and no budget a built-in one keeps them.
 
         Returns self. Raises InputError for unusable data, for a folder without train/good that has
         a folder of tests below it, such as test or ground_truth, for a category of VisA without its
@@ -285,7 +285,7 @@ class Detector:
             return
         self._release()
         denoiser = self._given["denoiser"]
-        if denoiser is None and not config.on_tokens and not config.train_steps:
+        if denoiser is None and not config.on_tokens and not config.trains:
             denoiser = self.model.denoiser
         self.model = models.create(config, self.device, denoiser, self._features)
 
@@ -724,8 +724,8 @@ class Detector:
         """A detector on an unconditional diffusers pipeline, a ``UNet2DModel`` on pixels.
 
         pipeline: a DDPMPipeline, DDIMPipeline or the like, or what its ``from_pretrained`` takes.
-        options: of :class:`Detector`. Nothing is trained unless ``train_steps`` is given: ``fit``
-        calibrates on normal images. The levels of its schedule are matched by their noise.
+        options: of :class:`Detector`. Without ``train_steps`` or a budget ``fit`` trains nothing:
+        it calibrates on normal images. The levels of its schedule are matched by their noise.
         :func:`load` reads such a detector with ``denoiser=`` that of a detector from the same
         pipeline, ``Detector.from_diffusers(...).model.denoiser``.
 

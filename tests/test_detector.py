@@ -813,6 +813,19 @@ def test_a_second_fit_begins_anew():
     assert np.array_equal(once.score(normals(4)).score, twice.score(normals(4)).score)
 
 
+def test_a_budget_trains_what_would_be_taken_as_it_is():
+    options = COARSE | {"train_steps": 0, "reverse_steps": 1}
+    found = daf.Detector(**options)
+    with pytest.warns(RuntimeWarning, match="enough for"):
+        assert found.fit(normals(20), budget=1e-3).history.steps == 1
+        trained = copy.deepcopy(found.model.denoiser.state_dict())
+        found.fit(normals(20), budget=1e-3)  # anew
+    for name, value in found.model.denoiser.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    with pytest.raises(InputError, match="training needs float32"):
+        daf.Detector(**options | {"denoiser": Plain().half(), "train_budget": 1.0})
+
+
 def test_what_a_fit_has_settled_is_open_to_the_next(tmp_path):
     """In the process and from a file; what was changed since stays."""
     rng = np.random.default_rng(0)

@@ -23,6 +23,11 @@ def group_labels(groups, count: int) -> list[Hashable]:
         with suppress(TypeError):
             hash(label)  # of a tuple with a list in it, too
             if not getattr(label, "ndim", 0):
+                if label != label:
+                    raise InputError(
+                        f"groups has the label {label!r}, which equals no label, not even itself: "
+                        "give those samples another one, the same where they belong together"
+                    )
                 continue
         raise InputError(f"groups has the label {label!r}: give a number or a text a sample")
     return labels

@@ -228,7 +228,10 @@ class _LoaderItems:
             if images.ndim == 2 or (images.ndim == 3 and self._how[1] > 1):
                 images = images[None]
             items = _ArrayItems(images, *self._how, first=number)
-            yield from map(items.read, range(len(items)))
+            for item in map(items.read, range(len(items))):
+                # Of its own memory: a loader may fill its batch anew, and a worker's batch takes a
+                # file descriptor as long as anything lies in it.
+                yield item if item.flags.owndata else item.copy()
             number += len(items)
 
 

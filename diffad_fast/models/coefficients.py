@@ -56,7 +56,7 @@ class CoefficientModel(Model):
                 )
             config = config.replace(inference_dtype="float32")
             dtype = network_dtype(denoiser)
-            if dtype is not None and config.train_steps:
+            if dtype is not None and config.trains:
                 raise InputError(
                     f"the denoiser's weights are in {dtype}, and training needs float32: pass "
                     "denoiser.float(), or take it as it is with train_steps=0"
@@ -98,7 +98,7 @@ class CoefficientModel(Model):
 
         self.representation.fit(batches(split.fit))
         history = History()
-        if config.train_steps:
+        if config.trains:
             self.schedule.warn_untrained(config, *self.schedule.range)
             history = ImageTrainer(
                 self.denoiser, self.representation, source, split.fit, split.validation,

@@ -42,6 +42,11 @@ def to_bytes(kind: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str,
     from safetensors.torch import save
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # A layer that a network has under two names: safetensors takes no two tensors of one memory.
+    owners: dict[int, str] = {}
+    for name, t in tensors.items():
+        if owners.setdefault(t.untyped_storage().data_ptr(), name) != name:
+            tensors[name] = t.clone()
     metadata = {
         **texts,
         "format": kind,

@@ -10,7 +10,7 @@ result, the same whatever the network's layers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -45,6 +45,17 @@ class Processes(NamedTuple):
         if self.count > 1:
             with _named_errors(self):
                 dist.all_reduce(tensor)
+
+    @torch.no_grad()
+    def equalise(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace ``tensors``, on the device of the training, by those of the first process. Raises
+        ProcessError."""
+        if self.count > 1:
+            for tensor in tensors:
+                sent = tensor.clone(memory_format=torch.contiguous_format)
+                with _named_errors(self):
+                    dist.broadcast(sent, src=0)
+                tensor.copy_(sent)
 
     def agreed(self, value: T) -> T:
         """What the first process says. Raises ProcessError."""

@@ -17,11 +17,14 @@ from .. import ops
 from ..config import DetectorConfig
 from ..data.images import Images
 from ..diffusion import NoiseSchedule
+from ..errors import InputError
 from ..representations import WaveletRepresentation
 from .augment import augmented
+from .history import History
 from .loop import Loop
 from .philox_steps import VALIDATION_STEPS
 from .sampling import generator, stratified, visits
+from .state import TrainingCheckpoint
 
 # Evaluations in a validation, if there are fewer held-out images each at several levels.
 VALIDATION = 64
@@ -62,9 +65,15 @@ class ImageTrainer(Loop):
         self.resident = resident_images(images, self.fit, self.device)
         self._stream: Iterator[torch.Tensor] | None = None
         self._next = -1
-        self._draws = draw
-        if draw is not None:
-            self.picture = self._picture
+        # Those that were unusable from the start.
+        self._skipped = images.length - len(images.load())
+        self._draw_rows, self.draws = draw, draw is not None
+
+    def run(self, kept: TrainingCheckpoint | None = None) -> History:
+        try:
+            return super().run(kept)
+        finally:
+            self._stream, self._next = None, -1  # threads that decode ahead end with it
 
     def inputs(self, step: int) -> tuple[torch.Tensor, ...]:
         positions, epochs = visits(
@@ -87,11 +96,13 @@ class ImageTrainer(Loop):
             def order() -> Iterator[int]:
                 for k in count(step):
                     first = k * self.batch
-                    yield from self.fit[
-                        visits(
-                            len(self.fit), first + mine.start, first + mine.stop, self.config.seed
-                        )[0]
-                    ].tolist()
+                    start, stop = first + mine.start, first + mine.stop
+                    positions, _ = visits(len(self.fit), start, stop, self.config.seed)
+                    for index in self.fit[positions].tolist():
+                        # Before another image takes the place of one that was left out.
+                        if len(self.images.skipped) > self._skipped:
+                            raise _lost(self.images)
+                        yield index
 
             size = mine.stop - mine.start
             self._stream = (batch.x for batch in self.images.batches(size, indices=order()))
@@ -148,14 +159,16 @@ class ImageTrainer(Loop):
                 steps = steps.repeat_interleave(len(places)).to(self.device)
                 images, indices = x.repeat(len(turns), 1, 1, 1), index.repeat(len(turns))
                 total += self._loss(images, indices, steps, t.to(self.device)).double() * len(t)
+        if first < len(own):
+            raise _lost(self.images)
         self.processes.add(total)
         return float(total) / (n * repeats)
 
-    def _picture(self) -> np.ndarray:
+    def picture(self) -> np.ndarray:
         """The first held-out images and what ``draw`` makes of them, with white lines between."""
         some = (self.validation if len(self.validation) else self.fit)[:PICTURES]
         x = next(iter(self.images.batches(len(some), indices=some.tolist()))).x
-        tiles = F.pad(self._draws(x.to(self.device)).float().cpu(), (0, 2, 0, 2), value=1.0)
+        tiles = F.pad(self._draw_rows(x.to(self.device)).float().cpu(), (0, 2, 0, 2), value=1.0)
         rows, n, channels, height, width = tiles.shape
         tiles = tiles.permute(0, 3, 1, 4, 2).reshape(rows * height, n * width, channels)
         return (tiles.expand(-1, -1, 3) * 255).round().to(torch.uint8).numpy()
@@ -174,7 +187,7 @@ def resident_images(
     images: Images, indices: torch.Tensor, device: torch.device
 ) -> torch.Tensor | None:
     """The images (n,C,H,W) at ``indices`` on the device, uint8 if that loses nothing, else float32;
-    None where they do not fit."""
+    None where they do not fit. Raises InputError for one that can no longer be read."""
     limit = HOST_BYTES
     if device.type == "cuda":
         limit = GPU_SHARE * torch.cuda.mem_get_info(device)[0]
@@ -196,4 +209,11 @@ def resident_images(
                 store[:taken] = old[:taken].float() / 255
         store[taken : taken + len(x)] = eight_bit if store.dtype == torch.uint8 else x
         taken += len(x)
+    if taken < len(indices):
+        raise _lost(images)
     return store
+
+
+def _lost(images: Images) -> InputError:
+    _, reason = images.skipped[-1]
+    return InputError(f"an image that could be read before the training no longer can: {reason}")

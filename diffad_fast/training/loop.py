@@ -1,6 +1,8 @@
 """The training loop, whatever is trained on. Every random choice depends on the seed, the sample
-and the step alone, never on a generator's history or on the number of processes: a run that was
-stopped continues bit for bit."""
+and the step alone, never on a generator's history or on the number of processes, unless they cannot
+share the noise levels of tokens evenly: a run that was stopped continues bit for bit. But a
+denoiser of one's own with dropout draws from torch's generator, which neither the seed sets nor a
+state holds."""
 
 from __future__ import annotations
 
@@ -45,9 +47,8 @@ class Loop(ABC):
 
     unit: str
     """What a sample is called."""
-    picture: Callable[[], np.ndarray] | None = None
-    """Draws held-out samples and what the denoiser makes of them, (H,W,3) uint8; None where
-    samples cannot be seen."""
+    draws = False
+    """Whether there is a :meth:`picture`."""
 
     def __init__(
         self, denoiser: nn.Module, config: DetectorConfig, device, batch: int, accumulate: int = 1
@@ -81,6 +82,10 @@ class Loop(ABC):
     def identity(self) -> bytes:
         """What a state must share with a run to be continued by it, beside the options."""
 
+    def picture(self) -> np.ndarray:
+        """Held-out samples and what the denoiser makes of them, (H,W,3) uint8."""
+        raise NotImplementedError
+
     def run(self, kept: TrainingCheckpoint | None = None) -> History:
         """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt
         or Terminated.
@@ -89,8 +94,11 @@ class Loop(ABC):
         belong to this run, BackendError where the step shall be compiled and cannot, ProcessError
         where another process has ended, after the state of the last complete step was written.
         """
+        # A denoiser of one's own need not begin with the same numbers in each process.
+        self.processes.equalise([*self.denoiser.parameters(), *self.denoiser.buffers()])
         self.optimizer = Optimizer(self.denoiser, self.config)
         self.best: torch.Tensor | None = None
+        self.best_buffers: dict[str, torch.Tensor] = {}
         self.denoiser.train()
         try:
             self._run(kept)
@@ -101,7 +109,7 @@ class Loop(ABC):
 
     def _run(self, kept: TrainingCheckpoint | None) -> None:
         pictures_every = kept and kept.pictures_every
-        if pictures_every and self.picture is None:
+        if pictures_every and not self.draws:
             raise InputError(
                 f"pictures are drawn of images by a U-Net, not of {self.unit}s: leave "
                 "pictures_every out, or choose a denoiser such as 'unet-small'"
@@ -128,8 +136,12 @@ class Loop(ABC):
                     f"{error}; the training is kept in {kept.path} after {self.done} steps"
                 ) from None
         # Complete: what follows, other networks and the calibration, may be interrupted too.
-        state.write(self.done, self.done, must=False)
+        state.write(self.done, self.done, must=bool(signals))
+        if signals:
+            raise _interruption(signals)
         self.optimizer.exchange(self.optimizer.average if self.best is None else self.best)
+        for name, buffer in self.best_buffers.items():
+            self.denoiser.get_buffer(name).copy_(buffer)
         self.history.seconds = self.seconds()
 
     def _first_step(self) -> Callable:
@@ -144,28 +156,32 @@ class Loop(ABC):
         signals: list[int],
     ) -> None:  # fmt: skip
         """All that are left, with losses, validations, pictures and states in between."""
+        last = self.done - 1
+        if self.done and self._judged() and last not in dict(self.history.validation_loss):
+            self._validate(last)  # in which another process had ended
+        if self._waited_enough():
+            return
         for step in range(self.done, self.total):
             interrupted, late = bool(signals), self._late()
             loss = self._run_step(step, step_of, interrupted, late)
             self.done, self.history.seconds = step + 1, self.seconds()
             self._bar.update(self.batch)
-            ends = self.done == self.total
-            if step % REPORT_EVERY == 0 or ends:
+            if step % REPORT_EVERY == 0 or self.done == self.total:
                 self._report(step, float(loss))
             interrupted, late = self._agreed(step, interrupted, late)
-            ends = ends or late
             # An interrupted step is complete, and not taken again: its validation counts.
-            if ends or self.done % max(1, self.total // self.validations) == 0:
+            if late or self._judged():
                 self._validate(step)
+            ends = late or self.done == self.total or self._waited_enough()
+            if ends and self.history.steps < self.done:
+                self._report(step, float(loss))
             if pictures_every and state.writes and (ends or self.done % pictures_every == 0):
                 self._draw()
             if interrupted or state.due():
                 state.write(self.done, self.total, must=interrupted)
             if interrupted:
-                raise Terminated if signal.SIGTERM in signals else KeyboardInterrupt
-            if late or self._waited() >= self.config.early_stopping > 0:
-                if self.history.steps < self.done:
-                    self._report(step, float(loss))
+                raise _interruption(signals)
+            if ends:
                 break
 
     def seconds(self) -> float:
@@ -234,9 +250,15 @@ class Loop(ABC):
             f"{self.config.learning_rate:g})"
         )
 
+    def _judged(self) -> bool:
+        """Whether a validation follows the last step."""
+        return self.done == self.total or self.done % max(1, self.total // self.validations) == 0
+
     @torch.no_grad()
     def _validate(self, step: int) -> None:
-        """The averaged weights' loss on held-out normals; keeps those of the lowest."""
+        """The averaged weights' loss on held-out normals; keeps those of the lowest, and the
+        buffers that they were judged with."""
+        self.processes.equalise(self.denoiser.buffers())
         with self.averaged():
             loss = self.validation_loss()
         if loss is None:
@@ -244,6 +266,7 @@ class Loop(ABC):
         history = self.history
         if self.best is None or loss < min(value for _, value in history.validation_loss):
             self.best, history.best_step = self.optimizer.average.clone(), step
+            self.best_buffers = {name: b.clone() for name, b in self.denoiser.named_buffers()}
         history.validation_loss.append((step, loss))
         self._log.write(step, seconds=history.seconds, validation_loss=loss)
 
@@ -270,10 +293,11 @@ class Loop(ABC):
             self.denoiser.train()
             self.optimizer.exchange(self.optimizer.average)
 
-    def _waited(self) -> int:
-        """Validations since the best one."""
+    def _waited_enough(self) -> bool:
+        """Whether as many validations as ``early_stopping`` says have followed the best one."""
         best = self.history.best_step
-        return 0 if best is None else sum(s > best for s, _ in self.history.validation_loss)
+        waited = 0 if best is None else sum(s > best for s, _ in self.history.validation_loss)
+        return waited >= self.config.early_stopping > 0
 
 
 def training_dtype(config: DetectorConfig, device: torch.device) -> torch.dtype:
@@ -294,12 +318,17 @@ def learning_rate(config: DetectorConfig, step: int, total: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
+def _interruption(signals: list[int]) -> KeyboardInterrupt:
+    return Terminated() if signal.SIGTERM in signals else KeyboardInterrupt()
+
+
 @contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of breaking into the middle of an update.
 
     Python allows handlers in the main thread only; elsewhere signals act as always, and so do
-    those with a handler that was not made by Python, which it could not put back.
+    those with a handler that was not made by Python, which it could not put back, and those that
+    are ignored, as SIGINT is in a shell's background.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -308,7 +337,7 @@ def _deferred_signals() -> Iterator[list[int]]:
     previous = {
         number: signal.signal(number, lambda number, frame: received.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) is not None
+        if signal.getsignal(number) not in (None, signal.SIG_IGN)
     }
     try:
         yield received

@@ -129,6 +129,11 @@ class TrainingState:
             buffer.copy_(tensors[f"buffer.{name}"])
         if "best" in tensors:
             loop.best = tensors["best"].to(loop.device)
+        loop.best_buffers = {
+            name.removeprefix("best_buffer."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("best_buffer.")
+        }
         loop.history = History(**json.loads(texts["history"]))
         loop.total = int(texts["total"])
         loop.validations = int(texts["validations"])
@@ -150,6 +155,7 @@ class TrainingState:
         tensors |= {f"buffer.{name}": b for name, b in loop.denoiser.named_buffers()}
         if loop.best is not None:
             tensors["best"] = loop.best
+        tensors |= {f"best_buffer.{name}": b for name, b in loop.best_buffers.items()}
         texts = {
             "step": str(done),
             "total": str(total),

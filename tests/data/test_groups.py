@@ -31,6 +31,8 @@ def test_labels_of_tensors_are_numbers():
         ([[1], [2]], "groups has the label [1]: give a number or a text a sample"),
         ([(1, [2]), 3], "groups has the label (1, [2])"),
         ([torch.zeros(2), 1], "groups has the label tensor([0., 0.])"),
+        (np.array([1, np.nan]), "groups has the label nan, which equals no label, not even itself"),
+        ([None, float("nan")], "groups has the label nan"),
     ],
 )
 def test_labels_that_cannot_be_compared(given, message):

@@ -219,6 +219,22 @@ def test_loader(kind):
     assert torch.equal(found, array[[9, 2, 5]]) and index == [9, 2, 5]
 
 
+def test_a_loader_may_fill_its_batch_anew():
+    array = np.random.default_rng(0).random((8, 1, 6, 6), dtype=np.float32)
+
+    class Refilling:
+        def __iter__(self):
+            batch = np.empty_like(array[:2])
+            for i in range(0, len(array), 2):
+                batch[:] = array[i : i + 2]
+                yield batch
+
+    images = open_images(Refilling(), (6, 6), 1)
+    np.testing.assert_array_equal(everything(images)[0], array)
+    images.load()
+    np.testing.assert_array_equal(everything(images)[0], array)
+
+
 def test_list_of_batches_and_what_is_no_source():
     batches = [torch.rand(2, 8, 8), torch.rand(3, 8, 8)]
     assert torch.equal(everything(open_images(batches, (8, 8), 1))[0][:, 0], torch.cat(batches))

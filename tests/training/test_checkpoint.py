@@ -32,6 +32,15 @@ def test_round_trip_and_plain_safetensors(tmp_path):
     assert os.listdir(tmp_path) == ["m.diffad"]
 
 
+def test_tensors_of_one_memory(tmp_path):
+    """As a layer has that stands in a network twice."""
+    path, whole = tmp_path / "m.diffad", torch.arange(6.0)
+    given = {"a": whole, "again": whole, "part": whole[2:], "other": torch.zeros(3)}
+    checkpoint.save(path, "diffad", given, {})
+    tensors, _ = checkpoint.load(path, "diffad")
+    assert all(torch.equal(tensors[name], given[name]) for name in given)
+
+
 def test_every_flipped_byte_is_noticed(tmp_path):
     path = write(tmp_path / "m.diffad")
     content = path.read_bytes()

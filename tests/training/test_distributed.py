@@ -55,6 +55,15 @@ def test_two_processes_train_what_one_does(kind, tmp_path):
     assert any(not torch.allclose(other[n], first[n], rtol=1e-3, atol=1e-4) for n in other)
 
 
+def test_processes_hold_one_denoiser(tmp_path):
+    """Whatever each of them began with, and has seen of the samples."""
+    begun = worker.unseeded_trainer().denoiser.state_dict()
+    (first, logged), (second, other) = together(2, "unseeded", None, tmp_path / "two", {})
+    worker.assert_same(first, second)
+    assert logged["validation_loss"] == other["validation_loss"]
+    assert torch.equal(first["layers.3.bias"], begun["layers.3.bias"])
+
+
 def test_two_processes_share_a_budget(tmp_path):
     """They agree on the steps that it buys, and on the moment when it is used up."""
     results = together(2, "token", None, tmp_path / "two", {"train_budget": 0.5})

@@ -1,7 +1,10 @@
 """Training on images: the loss, where images lie, augmentation, parts of a step."""
 
+import gc
 import io
 import math
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from training_worker import image_trainer, pictures
 
 from diffad_fast import Detector, ops
 from diffad_fast.config import AUGMENTATIONS
+from diffad_fast.data.samples import DecodedSamples
+from diffad_fast.errors import InputError
 from diffad_fast.training import augment
 from diffad_fast.training import images as images_module
 from diffad_fast.training.augment import augmented
@@ -115,6 +120,49 @@ def test_where_images_lie_does_not_change_the_result(kind, monkeypatch, tmp_path
     # Any step may be asked for at any time.
     a, b = streamed.inputs(7), streamed.inputs(7)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder, and images of it that are read again each time."""
+    monkeypatch.setattr(DecodedSamples.load, "__defaults__", (100,))
+    for i, picture in enumerate(pictures()):
+        Image.fromarray(picture).save(tmp_path / f"{i:02}.png")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::diffad_fast.errors.SkippedInput")
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("lost", ["03", "17", "*"])
+def test_an_image_that_can_no_longer_be_read(lost, resident, files, monkeypatch):
+    """One to train on, one that is held out, and all of them."""
+    if not resident:
+        monkeypatch.setattr(images_module, "HOST_BYTES", 100)
+    resident_images = images_module.resident_images
+
+    def losing(*arguments):
+        for path in files.glob(f"{lost}.png"):
+            path.unlink()
+        return resident_images(*arguments)
+
+    monkeypatch.setattr(images_module, "resident_images", losing)
+    with pytest.raises(InputError, match=r"no longer can: .*\d\d.png cannot be read \(No such"):
+        image_trainer(arrays=str(files)).run()
+
+
+def test_nothing_outlives_a_training(files, monkeypatch):
+    """No images, and no threads that decode them."""
+    monkeypatch.setattr(images_module, "HOST_BYTES", 100)
+    trainer = image_trainer(arrays=str(files), train_steps=3, draw=lambda images: images[None])
+    alive = weakref.ref(trainer)
+    gc.disable()
+    try:
+        trainer.run()
+        assert not [t for t in threading.enumerate() if t.name.startswith("diffad-fast-decode")]
+        del trainer
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_parts_of_a_step_add_up():

@@ -25,9 +25,7 @@ def drawing(images):
 
 
 def trainer(**options):
-    made = worker.image_trainer(**options)
-    made._draws, made.picture = drawing, made._picture
-    return made
+    return worker.image_trainer(draw=drawing, **options)
 
 
 def kept(folder, **options):
@@ -58,14 +56,13 @@ def test_every_k_steps_and_at_the_end(tmp_path):
 
 
 def test_they_are_drawn_by_the_averaged_weights_as_they_are_used(tmp_path):
-    made = trainer()
     seen = []
 
     def draws(images):
         seen.append((made.denoiser.training, [p.clone() for p in made.denoiser.parameters()]))
         return drawing(images)
 
-    made._draws = draws
+    made = worker.image_trainer(draw=draws)
     losses = iter([3.0, 2.0, 1.0, *[4.0] * 20])
     made.validation_loss = lambda: next(losses)  # the average after the third of twelve is kept
     made.run(kept(tmp_path, pictures_every=6))

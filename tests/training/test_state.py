@@ -13,7 +13,7 @@ import torch
 import training_worker as worker
 
 import diffad_fast as daf
-from diffad_fast.errors import CheckpointError, InputError
+from diffad_fast.errors import CheckpointError, InputError, ProcessError, Terminated
 from diffad_fast.training import checkpoint
 from diffad_fast.training.state import KIND, TrainingCheckpoint
 from diffad_fast.training.tokens import TokenTrainer
@@ -134,6 +134,109 @@ def test_an_interrupted_step_is_validated(at, tmp_path, monkeypatch):
     assert at + 1 in [step for step, _ in expected.validation_loss]
     assert [tuple(entry) for entry in found.validation_loss] == expected.validation_loss
     worker.assert_same(resumed.denoiser.state_dict(), whole.denoiser.state_dict())
+
+
+@pytest.mark.parametrize("when", ["last step", "last validation"])
+def test_an_interruption_at_the_very_end_is_heard(when, tmp_path, monkeypatch):
+    whole, trainer, kept = worker.token_trainer(), worker.token_trainer(), tmp_path / "state"
+    whole.run()
+    validation_loss = trainer.validation_loss
+
+    def judged():
+        if trainer.done == 60:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validation_loss()
+
+    if when == "last step":
+        monkeypatch.setattr(trainer, "inputs", interrupting(trainer.inputs, 59))
+    else:
+        monkeypatch.setattr(trainer, "validation_loss", judged)
+    expected = KeyboardInterrupt if when == "last step" else Terminated
+    with pytest.raises(expected):
+        trainer.run(TrainingCheckpoint(kept))
+    resumed = worker.token_trainer()
+    monkeypatch.setattr(resumed, "inputs", lambda step: pytest.fail("a step was taken"))
+    resumed.run(TrainingCheckpoint(kept, resume=True))
+    worker.assert_same(resumed.denoiser.state_dict(), whole.denoiser.state_dict())
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trainer = worker.token_trainer()
+        monkeypatch.setattr(trainer, "inputs", interrupting(trainer.inputs))
+        assert trainer.run().steps == 60
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_validation_in_which_a_process_ends_is_made_up_for(tmp_path, monkeypatch):
+    options = {"learning_rate": 0.05}
+    whole = worker.token_trainer(**options)
+    expected = whole.run()
+    trainer = worker.token_trainer(**options)
+    validation_loss = trainer.validation_loss
+
+    def failing():
+        if trainer.done == expected.best_step + 1:
+            raise ProcessError("process 0 of 2 lost contact with the others")
+        return validation_loss()
+
+    monkeypatch.setattr(trainer, "validation_loss", failing)
+    with pytest.raises(ProcessError, match=f"kept in .* after {expected.best_step + 1} steps"):
+        trainer.run(TrainingCheckpoint(tmp_path / "state"))
+    resumed = worker.token_trainer(**options)
+    found = resumed.run(TrainingCheckpoint(tmp_path / "state", resume=True))
+    assert [tuple(entry) for entry in found.validation_loss] == expected.validation_loss
+    worker.assert_same(resumed.denoiser.state_dict(), whole.denoiser.state_dict())
+
+
+def test_an_interruption_where_training_stops_early(tmp_path, monkeypatch):
+    losses = [3.0, 2.0, 4.0, 1.0]
+    whole, trainer, resumed = (worker.token_trainer(early_stopping=1) for _ in range(3))
+    monkeypatch.setattr(whole, "validation_loss", iter(losses).__next__)
+    expected = whole.run()
+    assert expected.steps == 18
+    monkeypatch.setattr(trainer, "inputs", interrupting(trainer.inputs, 16))
+    monkeypatch.setattr(trainer, "validation_loss", iter(losses).__next__)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(TrainingCheckpoint(tmp_path / "state"))
+    monkeypatch.setattr(resumed, "validation_loss", lambda: pytest.fail("the training went on"))
+    found = resumed.run(TrainingCheckpoint(tmp_path / "state", resume=True))
+    assert [tuple(entry) for entry in found.loss] == expected.loss and found.steps == 18
+    worker.assert_same(resumed.denoiser.state_dict(), whole.denoiser.state_dict())
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_best_weights_are_kept_with_their_buffers(old, tmp_path, monkeypatch):
+    """Also in a state; those of an earlier version are without."""
+    losses = [3.0, 2.0, 1.0, *[4.0] * 20]
+    whole, trainer, resumed = (worker.image_trainer() for _ in range(3))
+    seen, left = [], iter(losses)
+
+    def judged():
+        seen.append(copy.deepcopy(whole.denoiser.state_dict()))
+        return next(left)
+
+    monkeypatch.setattr(whole, "validation_loss", judged)
+    whole.run()
+    assert not torch.equal(seen[2]["layers.1.running_var"], seen[-1]["layers.1.running_var"])
+    worker.assert_same(whole.denoiser.state_dict(), seen[2])
+    state = tmp_path / "state"
+    monkeypatch.setattr(trainer, "inputs", interrupting(trainer.inputs, 14))
+    monkeypatch.setattr(trainer, "validation_loss", iter(losses).__next__)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(TrainingCheckpoint(state))
+    if old:
+        tensors, texts = checkpoint.load(state, KIND)
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("best_buffer.")}
+        checkpoint.save(state, KIND, tensors, texts)
+    monkeypatch.setattr(resumed, "validation_loss", lambda: 4.0)
+    resumed.run(TrainingCheckpoint(state, resume=True))
+    expected = seen[2]
+    if old:
+        expected = expected | {n: seen[-1][n] for n, _ in whole.denoiser.named_buffers()}
+    worker.assert_same(resumed.denoiser.state_dict(), expected)
 
 
 def interrupting(inputs, at=5):

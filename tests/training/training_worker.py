@@ -56,7 +56,7 @@ def pictures(n=20, seed=0):
 
 
 def image_trainer(
-    module=None, arrays=None, n=20, normalisation=True, device="cpu", **options
+    module=None, arrays=None, n=20, normalisation=True, device="cpu", draw=None, **options
 ):
     options = {
         "image_size": 16, "denoiser": "unet-tiny", "train_steps": 24, "batch_size": 4,
@@ -70,7 +70,7 @@ def image_trainer(
     module = module.to(device)
     representation = pixels().to(device)
     fit, held_out = range(n - 4), range(n - 4, n)
-    return ImageTrainer(module, representation, images, fit, held_out, config, device)
+    return ImageTrainer(module, representation, images, fit, held_out, config, device, draw)
 
 
 def token_trainer(device="cpu", **options):
@@ -82,7 +82,15 @@ def token_trainer(device="cpu", **options):
     return TokenTrainer(TokenMLP(6, 32, 2).to(device), bank[:250], bank[250:], config, device)
 
 
-TRAINERS = {"image": image_trainer, "token": token_trainer}
+def unseeded_trainer(**options):
+    """Of a denoiser with other numbers, trained and frozen, in each process."""
+    torch.manual_seed(int(os.environ.get("RANK", "0")))
+    module = Pixelwise(normalisation=True)
+    module.layers[3].bias.requires_grad_(False)
+    return image_trainer(module, **options)
+
+
+TRAINERS = {"image": image_trainer, "token": token_trainer, "unseeded": unseeded_trainer}
 
 
 def train(kind, state, out, options, seconds=0.0, environment=None):
