@@ -19,6 +19,7 @@ SERVED = "cpu" in native.implementations("wavelet_unet")
 # What may stand in a U-Net besides its own classes. A subclass, a parametrised or a patched module
 # does something else, and is called as a module.
 OURS = f"{__package__}.wavelet_unet"
+TENSORS = {torch.Tensor, nn.Parameter}
 PLAIN = {nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU}
 
 
@@ -43,7 +44,10 @@ class WholeUNet:
             all(type(m) in PLAIN or type(m).__module__ == OURS for m in modules)
             and not any("forward" in vars(m) for m in modules)
             and all(
-                p.is_cpu and p.dtype == torch.float32 and not p.is_inference()
+                type(p) in TENSORS
+                and p.is_cpu
+                and p.dtype == torch.float32
+                and not p.is_inference()
                 for _, _, p, _ in self._parameters
             )
             and all(ops.conv.has_whole_blocks(m.weight) for m in layers if _is_3x3(m))
@@ -90,11 +94,14 @@ def evaluation(
 
 
 def _served(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() > 0 and ops.dispatch.takes_cpp(x)
+    plain = type(x) in TENSORS and x.dtype == torch.float32
+    return plain and x.numel() > 0 and ops.dispatch.takes_cpp(x)
 
 
 def _version(parameter: torch.Tensor) -> tuple[int, int]:
-    return 0 if parameter.is_inference() else parameter._version, parameter.data_ptr()
+    if type(parameter) not in TENSORS or parameter.is_inference():
+        return 0, 0  # not served, whatever it holds
+    return parameter._version, parameter.data_ptr()
 
 
 def _is_3x3(layer) -> bool:

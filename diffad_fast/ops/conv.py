@@ -100,7 +100,10 @@ def _pack(weight):
     version = weight._version, weight.data_ptr()
     known = _packed.get(weight)
     if known is None or known[0] != version:
-        _packed[weight] = known = version, pack(weight, False), weight.detach()
+        packed = pack(weight, False)
+        if type(packed) is not torch.Tensor:  # in a mode of fake ones
+            return packed
+        _packed[weight] = known = version, packed, weight.detach()
     return known[1]
 
 

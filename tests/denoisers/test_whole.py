@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 from diffad_fast import use_backend
@@ -191,10 +192,15 @@ def test_where_it_does_not_serve(calls):
         with use_backend("cpu"):
             net(x, level)
         assert calls == [1]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = net(torch.empty(1, 16, 32, 40).to(memory_format=LAST), torch.empty(1))
+        assert fake.shape == x.shape and calls == [1]
+        assert torch.equal(by_modules(net, x, level), net(x, level))  # nothing of it was kept
+        assert calls == [2]
     with torch.inference_mode():
         made_here = unet()  # no versions
         made_here(x, level)
-    assert calls == [1]
+    assert calls == [2]
 
 
 @torch.no_grad()
