@@ -17,9 +17,10 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Write to a temporary name in the same folder, flush to the disk, then rename.
 
     Whoever reads ``path``, at any moment and after any crash, finds the old content or the new.
-    Raises InputError where the folder is missing or not writable, or the disk is full.
+    Of a symbolic link it is the file behind it. Raises InputError where the folder is missing or
+    not writable, or the disk is full.
     """
-    path = Path(path)
+    given, path = path, Path(os.path.realpath(path))
     temporary = None
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -36,7 +37,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+        raise InputError(f"cannot write {given}: {error.strerror}") from None
     finally:
         if temporary is not None:  # another process may have taken it for a leftover
             Path(temporary).unlink(missing_ok=True)
@@ -44,22 +45,22 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 def remove_leftovers(path: str | os.PathLike) -> None:
     """Remove what a process that was killed while it wrote ``path`` has left beside it."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}"):
         leftover.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike) -> None:
     """Raise InputError if a file could not be written at ``path``; leaves nothing behind."""
-    path = Path(path)
+    given, path = path, Path(os.path.realpath(path))
     if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; give a file name")
+        raise InputError(f"cannot write {given}: it is a folder; give a file name")
     try:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(descriptor)
         os.unlink(temporary)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+        raise InputError(f"cannot write {given}: {error.strerror}") from None
 
 
 @contextmanager

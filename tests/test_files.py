@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from diffad_fast.errors import InputError
-from diffad_fast.files import check_result_folder, check_writable, result_folder
+from diffad_fast.files import (
+    check_result_folder,
+    check_writable,
+    remove_leftovers,
+    result_folder,
+    write_atomically,
+)
 
 
 def test_unwritable_places(tmp_path):
@@ -16,6 +22,20 @@ def test_unwritable_places(tmp_path):
         check_writable(tmp_path)
     check_writable(tmp_path / "m.diffad")
     assert not os.listdir(tmp_path)
+
+
+def test_the_file_behind_a_link_is_written(tmp_path):
+    (tmp_path / "real").mkdir()
+    link, target = tmp_path / "link", tmp_path / "real" / "m.diffad"
+    link.symlink_to(target)
+    for content in (b"one", b"two"):  # where there is none yet, and over one
+        check_writable(link)
+        write_atomically(link, content)
+        assert link.is_symlink() and target.read_bytes() == content
+    leftover = target.with_name(".m.diffad.abcdefgh")  # of a process that was killed
+    leftover.touch()
+    remove_leftovers(link)
+    assert not leftover.exists()
 
 
 def test_folders_that_cannot_be(tmp_path):
