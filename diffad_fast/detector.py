@@ -70,12 +70,12 @@ class Detector:
     "dcase", the spectrogram of that challenge. seed: of everything random. denoiser: overrides
     the preset's by name, or a module ``(x (N,C,h,w), log_sigma (N,)) -> prediction`` with, where
     maps or ``semantic_weight`` take its features, a method ``features`` of the same arguments that
-    gives a list of feature maps. features: a frozen module ``images (N,C,H,W) in [0,1] -> feature
-    map (N,c,h,w) or list of them``, or a timm model's name: what semantic discrepancy and the token
+    gives a list of feature maps. features: a module ``images (N,C,H,W) in [0,1] -> feature map
+    (N,c,h,w) or list of them``, or a timm model's name: what semantic discrepancy and the token
     source "features" read; for audio "yamnet" or a module ``waves (M,samples) in [-1,1] ->
-    embeddings (M,D)``; see :mod:`diffad_fast.protocols`. device: "cpu", "cuda", ... or None for the
-    best there is. Further options by name: see
-    :class:`diffad_fast.DetectorConfig`.
+    embeddings (M,D)``; see :mod:`diffad_fast.protocols`. Its parameters no longer require gradients
+    from then on. device: "cpu", "cuda", ... or None for the best there is. Further options by name:
+    see :class:`diffad_fast.DetectorConfig`.
 
     Raises InputError for an unknown or impossible option, BackendError for a missing device.
     """
