@@ -98,7 +98,7 @@ def test_false_alarms_among_new_normals():
     deviation of about sqrt(0.2 * 0.8 / 41 / 24) = 0.013 by the calibration sets alone."""
     found = []
     for seed in range(24):
-        detector = fitted(normals(40, seed=seed), cross_fit=4, seed=seed)
+        detector = fitted(normals(40, seed=seed), cross_fit=3, seed=seed, train_steps=10)
         assert detector.conformal.groups == 40
         found.append(float((detector.score(normals(200, seed=1000 + seed)).p_value <= 0.2).mean()))
     assert 0.13 < np.mean(found) < 0.24

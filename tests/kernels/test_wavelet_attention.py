@@ -91,31 +91,32 @@ def compare(inputs, grad, level=1, scale=None):
 
 # Blocks: 5 x 7 = 35 (no multiple of a tile), 1 x 37 (prime), 1, 3 x 3.
 @pytest.mark.parametrize(
-    "size, level, d, kind",
+    "heads, size, level, d, kind",
     [
-        ((10, 14), 1, 8, "channels_last"),
-        ((2, 74), 1, 16, "contiguous"),
-        ((74, 2), 1, 3, "sliced"),
-        ((2, 2), 1, 5, "transposed"),
-        ((4, 4), 2, 8, "channels_last"),
-        ((12, 12), 2, 3, "sliced"),
-        ((20, 28), 2, 2, "transposed"),
+        (2, (10, 14), 1, 8, "channels_last"),
+        (1, (2, 74), 1, 16, "contiguous"),
+        (1, (74, 2), 1, 3, "sliced"),
+        (2, (2, 2), 1, 5, "transposed"),
+        (1, (4, 4), 2, 8, "channels_last"),
+        (2, (12, 12), 2, 3, "sliced"),
+        (1, (20, 28), 2, 2, "transposed"),
     ],
 )
-def test_equals_the_reference(size, level, d, kind):
-    check((1, 2, *size, d), level, kind=kind)
+def test_equals_the_reference(heads, size, level, d, kind):
+    check((1, heads, *size, d), level, kind=kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("level", [1, 2])
 def test_half_precision(dtype, level):
-    check((2, 1, 6 * level, 6 * level, 24 // level), level, dtype, kind="channels_last")
+    images = 3 - level
+    check((images, 1, 6 * level, 6 * level, 24 // level), level, dtype, kind="channels_last")
 
 
 @pytest.mark.parametrize("w, g", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("level", [1, 2])
 def test_without_gains(w, g, level):
-    check((1, 2, 6 * level, 2 * level, 4), level, w=w, g=g)
+    check((1, 1, 6 * level, 2 * level, 4), level, w=w, g=g)
 
 
 @pytest.mark.parametrize("scale", [0.7, 0.0, -0.5])
@@ -125,7 +126,7 @@ def test_scale(scale):
 
 @settings(max_examples=4, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 2), st.integers(1, 2), st.integers(1, 7), st.integers(1, 7), st.integers(1, 9)
+    st.integers(1, 2), st.integers(1, 2), st.integers(1, 7), st.integers(1, 5), st.integers(1, 9)
 )
 def test_shapes(level, heads, rows, columns, d):
     check((1, heads, rows << level, columns << level, d), level)
@@ -133,16 +134,46 @@ def test_shapes(level, heads, rows, columns, d):
 
 @interpreted
 @pytest.mark.parametrize(
-    "level, rows, columns, kind",
+    "level, heads, rows, columns, kind, wide",
     [  # of blocks; tiles are 32 queries and 16 keys
-        (1, 2, 32, "contiguous"),  # a row is a tile
-        (1, 8, 8, "sliced"),  # some rows are
-        (1, 1, 64, "channels_last"),  # a part of one
-        (2, 16, 4, "channels_last"),
+        (1, 1, 2, 32, "contiguous", True),  # a row is a tile, or two are
+        (1, 1, 8, 8, "sliced", False),  # some rows are
+        (1, 2, 1, 64, "channels_last", False),  # a part of one
+        (2, 1, 16, 4, "channels_last", True),
+        *(
+            pytest.param(level, 2, rows, columns, kind, True, marks=pytest.mark.slow)
+            for level, rows, columns, kind in (
+                (1, 2, 32, "contiguous"),
+                (1, 8, 8, "sliced"),
+                (1, 1, 64, "channels_last"),
+                (2, 16, 4, "channels_last"),
+            )
+        ),
     ],
 )
-def test_tiles_that_cover_all_blocks(level, rows, columns, kind, monkeypatch):
+def test_tiles_that_cover_all_blocks(level, heads, rows, columns, kind, wide, monkeypatch):
     kernels = importlib.import_module("diffad_fast.kernels.wavelet_attention")
+    launched = whether_tiles_cover_all_blocks(kernels, monkeypatch)
+    # Also no padded channel.
+    shape = (1 + (kind == "sliced"), heads, rows << level, columns << level, 4 - (level == 2))
+    check(shape, level, kind=kind)
+    if wide:
+        monkeypatch.setattr(kernels, "WIDE_FROM", 0)
+        check(shape, level, kind=kind, w=False)
+    assert launched == (6 if wide else 3) * [True]
+
+
+@interpreted
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_tile_of_one_and_a_half_rows(level, monkeypatch):
+    kernels = importlib.import_module("diffad_fast.kernels.wavelet_attention")
+    launched = whether_tiles_cover_all_blocks(kernels, monkeypatch)
+    check((1, 1, 2 << level, 24 << level, 3), level)
+    assert launched == 3 * [False]
+
+
+def whether_tiles_cover_all_blocks(kernels, monkeypatch):
+    """A list that will have an entry for each kernel that is launched."""
     launched, launch = [], kernels.launch
 
     def seen(*args, **constants):
@@ -150,15 +181,7 @@ def test_tiles_that_cover_all_blocks(level, rows, columns, kind, monkeypatch):
         launch(*args, **constants)
 
     monkeypatch.setattr(kernels, "launch", seen)
-    images = 2 if kind == "sliced" else 1
-    # Also no padded channel.
-    shape = (images, 2, rows << level, columns << level, 4 - (level == 2))
-    check(shape, level, kind=kind)
-    monkeypatch.setattr(kernels, "WIDE_FROM", 0)
-    check(shape, level, kind=kind, w=False)
-    assert launched == 6 * [True]
-    check((1, 1, 2 << level, 24 << level, 3), level)  # a tile has one and a half rows
-    assert launched[6:] == 3 * [False]
+    return launched
 
 
 def test_gains_of_zero():
@@ -189,9 +212,11 @@ def test_expanded_gradient_and_empty_batch():
 
 def test_memory_layout_and_repeats():
     """The output lies in memory as q does; the same call gives the same bits."""
-    q, k, v = (layout(draw((2, 2, 4, 6, 4), s), "channels_last") for s in range(3))
+    inputs = [layout(draw((2, 2, 4, 6, 4), s), "channels_last") for s in range(3)]
+    out = ops.wavelet_attention(*inputs)
+    assert out.permute(0, 2, 3, 1, 4).is_contiguous()
     gain = draw((2, 4), 3).requires_grad_()
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    inputs = [x[:1].requires_grad_() for x in inputs]
 
     def run():
         out = ops.wavelet_attention(*inputs, gain, gain)
@@ -213,21 +238,29 @@ def test_results_do_not_depend_on_the_tiles(monkeypatch):
         check((1, 1, 10, 14, 4), 1)
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_wide_offsets(level, monkeypatch):
+@pytest.mark.parametrize(
+    "size, level, kind",
+    [
+        ((4, 34), 1, "sliced"),  # 2 x 17 = 34 blocks
+        ((8, 60), 2, "contiguous"),
+        pytest.param((8, 60), 1, "contiguous", marks=pytest.mark.slow),
+        pytest.param((8, 60), 1, "sliced", marks=pytest.mark.slow),
+        pytest.param((8, 68), 2, "sliced", marks=pytest.mark.slow),
+    ],
+)
+def test_wide_offsets(size, level, kind, monkeypatch):
     """What serves images beyond 2^31 elements gives the same numbers on small ones."""
     kernels = importlib.import_module("diffad_fast.kernels.wavelet_attention")
     monkeypatch.setattr(kernels, "WIDE_FROM", 0)
-    for kind in ("contiguous", "sliced"):
-        check((1, 1, 8, 60, 4), level, kind=kind)
+    check((1, 1, *size, 4), level, kind=kind)
 
 
 @interpreted
-@pytest.mark.parametrize("level, gains", [(1, False), (2, True)])
-def test_opcheck(level, gains):
+@pytest.mark.parametrize("level, heads, gains", [(1, 2, False), (2, 1, True)])
+def test_opcheck(level, heads, gains):
     kernels = torch.ops.diffad_fast_triton
-    q, k, v = (layout(draw((1, 2, 4, 8, 3), s), "channels_last") for s in range(3))
-    both = [draw((2, 1 + 3 * level), s) if gains else None for s in (3, 4)]
+    q, k, v = (layout(draw((1, heads, 4, 8, 3), s), "channels_last") for s in range(3))
+    both = [draw((heads, 1 + 3 * level), s) if gains else None for s in (3, 4)]
     inputs = [x if x is None else x.requires_grad_() for x in (q, k, v, *both)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     forward = kernels.wavelet_attention_forward

@@ -17,6 +17,7 @@ from training_worker import image_trainer, pictures
 from diffad_fast import Detector, ops
 from diffad_fast.config import AUGMENTATIONS
 from diffad_fast.data.samples import DecodedSamples
+from diffad_fast.denoisers.wavelet_unet import WaveletUNet
 from diffad_fast.errors import InputError
 from diffad_fast.training import augment
 from diffad_fast.training import images as images_module
@@ -192,29 +193,48 @@ def test_bfloat16_training_keeps_float32_weights():
     assert history.loss[-1][1] == pytest.approx(reference.loss[-1][1], rel=0.05)
 
 
+def learn_alike(train):
+    """``train(dtype)`` gives validation losses: in bfloat16 nearly those in float32, and the same
+    bits within an autocast of the caller's."""
+    losses = []
+    for dtype, surrounded in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=surrounded):
+            losses.append(np.array([loss for _, loss in train(dtype).validation_loss]))
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
+    np.testing.assert_array_equal(losses[2], losses[1])
+
+
+def test_bfloat16_training_learns_as_float32_does(monkeypatch):
+    """No weight that autocast has cast is used again once it has changed."""
+    monkeypatch.setattr(images_module, "VALIDATION", 16)
+
+    def train(dtype):
+        torch.manual_seed(0)
+        net = WaveletUNet(1, (16, 16, 16), 1)
+        return image_trainer(net, train_dtype=dtype, train_steps=20).run()
+
+    learn_alike(train)
+
+
+@pytest.mark.slow
+def test_a_detector_learns_in_bfloat16_as_in_float32():
+    """The same of a network of the library's own sizes, on a wavelet transform."""
+    images = pictures(40).repeat(2, axis=1).repeat(2, axis=2)
+    options = {
+        "image_size": 32, "denoiser": "unet-tiny", "haar_level": 2, "train_steps": 30,
+        "batch_size": 4, "map_weights": (1, 0, 1),
+    }  # fmt: skip
+    learn_alike(
+        lambda dtype: Detector(**options, train_dtype=dtype, device="cpu").fit(images).history
+    )
+
+
 # ----------------------------------------------------------------- augmentation
 
 
 def some(n=6, h=24, w=16):
     return torch.rand(n, 2, h, w), torch.arange(n), torch.zeros(n, dtype=torch.int64)
-
-
-def test_bfloat16_training_learns_as_float32_does():
-    """No weight that autocast has cast is used again once it has changed."""
-    images = pictures(40).repeat(2, axis=1).repeat(2, axis=2)
-    options = {
-        "image_size": 32, "denoiser": "unet-tiny", "haar_level": 2, "train_steps": 30,
-        "batch_size": 4,
-    }  # fmt: skip
-    losses = []
-    for dtype, surrounded in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
-        detector = Detector(**options, train_dtype=dtype, map_weights=(1, 0, 1), device="cpu")
-        with torch.autocast("cpu", torch.bfloat16, enabled=surrounded):
-            history = detector.fit(images).history
-        losses.append(np.array([loss for _, loss in history.validation_loss]))
-    assert losses[0][-1] < 0.9 * losses[0][0]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
-    np.testing.assert_array_equal(losses[2], losses[1])
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
