@@ -183,6 +183,7 @@ def _fit_summary(detector: Detector, samples, out: str) -> str:
         f"{trained}; {detector.history.seconds:.1f} s"
         + ("" if loss is None else f", validation loss {loss:.4f}")
         + "".join(f"; {note}" for note in detector.history.notes)
+        + ("" if detector.threshold is not None else f"; {detector.conformal.why_no_label()}")
         + f"; saved as {out}"
     )
 

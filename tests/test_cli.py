@@ -157,7 +157,7 @@ def test_group_regex_keeps_groups_apart(good, config, tmp_path, capsys):
     # 22 groups of two images, of which 11 calibrate.
     conformal = daf.load(out).conformal
     assert (conformal.groups, len(conformal.scores)) == (11, 22)
-    capsys.readouterr()
+    assert f"; {conformal.why_no_label()}; saved as {out}" in capsys.readouterr().err
     argv = ["score", out, good, "--out", tmp_path / "out", "--no-maps"]
     assert main([str(a) for a in argv]) == 0
     (warning,) = capsys.readouterr().err.splitlines()
