@@ -148,16 +148,27 @@ def test_a_file_of_other_content_is_told(fitted, tmp_path, name, junk):
         daf.load(tmp_path / "m.diffad")
 
 
-def test_a_file_that_scores_no_stream_is_incomplete(tmp_path):
+@pytest.fixture(scope="module")
+def of_clips():
     waves = np.random.default_rng(0).normal(size=(24, 2000)).astype(np.float32) / 9
-    detector = daf.Detector(
+    return daf.Detector(
         kind="audio", sample_rate=8000, n_fft=256, hop=128, n_mels=16, window_frames=8,
         window_step=4, token_width=16, token_blocks=1, device="cpu",
     ).fit(waves, steps=2)  # fmt: skip
-    parts = ({k: v for k, v in p.items() if "of_windows" not in k} for p in detector.state())
+
+
+def test_a_file_that_scores_no_stream_is_incomplete(of_clips, tmp_path):
+    parts = ({k: v for k, v in p.items() if "of_windows" not in k} for p in of_clips.state())
     checkpoint.save(tmp_path / "m.diffad", "diffad", *parts)
     with pytest.raises(CheckpointError, match="m.diffad is incomplete, of_windows.*"):
         daf.load(tmp_path / "m.diffad")
+
+
+def test_a_stream_of_less_than_a_window_is_told(of_clips):
+    stream = of_clips.stream(8000)
+    stream.push(np.zeros(800, np.float32) + 0.1)
+    with pytest.warns(UserWarning, match="the stream lasted 0.1 s, less than .* is repeated"):
+        assert len(stream.finish().score) == 1
 
 
 def test_reference_backend_agrees(fitted):
