@@ -1,8 +1,8 @@
 """The command line ``diffad-fast``: fit, score, calibrate, evaluate, info, bench.
 
 Results go to standard output or to the files that were named; progress, warnings and errors go to
-standard error. Exit status: 0 done, 2 an error (one sentence, nothing half-written), 130
-interrupted, 143 terminated.
+standard error. Exit status: 0 done, 2 an error (one sentence, nothing half-written), 129 its
+terminal was closed, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -66,18 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the program as an exception does: what is half written is removed."""
-    # torchrun ends its processes itself, and one that waits for another would not hear of it. A
-    # handler that was not made by Python could not be put back.
+    """SIGTERM, and SIGHUP of a terminal that is closed, end the program as an exception does: what
+    is half written is removed."""
+    # torchrun ends its processes itself, and one that waits for another would not hear of it.
     mine = threading.current_thread() is threading.main_thread()
-    if "WORLD_SIZE" in os.environ or not mine or signal.getsignal(signal.SIGTERM) is None:
+    if "WORLD_SIZE" in os.environ or not mine:
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # What is ignored stays so, as SIGHUP under nohup; a handler that was not made by Python, None
+    # here, could not be put back.
+    before = {
+        number: signal.signal(number, lambda number, _: sys.exit(128 + number))
+        for number in known
+        if signal.getsignal(number) not in (None, signal.SIG_IGN)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(sentence: str) -> int:
@@ -183,6 +191,7 @@ def _fit_summary(detector: Detector, samples, out: str) -> str:
         f"{trained}; {detector.history.seconds:.1f} s"
         + ("" if loss is None else f", validation loss {loss:.4f}")
         + "".join(f"; {note}" for note in detector.history.notes)
+        + ("" if detector.threshold is not None else f"; {detector.conformal.why_no_label()}")
         + f"; saved as {out}"
     )
 

@@ -706,7 +706,8 @@ class Detector:
         [0,1] or uint8, or vectors (N,D) float32. Its outputs are named score, p_value, label (where
         there is a threshold) and map (of images), as in :class:`Score`. The configuration lies in
         the file as text. Raises InputError, also for audio, for ``overlap``, for U-Nets that score
-        in bfloat16 as "onnx" and for paths of "torch" and "aoti" that do not end in .pt2, and
+        in bfloat16 as "onnx", for a denoiser that cannot be traced for batches of any length, as
+        some from diffusers, and for paths of "torch" and "aoti" that do not end in .pt2, and
         ImportError where a package is missing.
         """
         from .integrations.export import export

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ def from_state(
     """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
     tensors, texts = _Complete(tensors, path), _Complete(texts, path)
     try:
-        config = DetectorConfig.from_json(texts["config"])
+        config = DetectorConfig.create(**texts.json("config", _is_object))
     except InputError as error:
         raise CheckpointError(
             f"{path} was fitted with options that this version refuses: {error}; fit again"
@@ -120,12 +121,21 @@ def from_state(
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise CheckpointError(f"{path} does not fit this denoiser: {first[0].strip()}") from None
-    def conformal(name: str, mode: str) -> Conformal:
-        scores, group = (tensors[f"{name}{suffix}.{mode}"].numpy() for suffix in ("", "_groups"))
-        return Conformal(scores, group, config.false_positive_rate)
 
-    most_windows = json.loads(texts["most_windows_of"])
-    for mode, count in json.loads(texts["statistics"]).items():
+    def conformal(name: str, mode: str) -> Conformal:
+        scores, group = (tensors[f"{name}{suffix}.{mode}"] for suffix in ("", "_groups"))
+        kinds = (scores.dtype, group.dtype) == (torch.float64, torch.int64)
+        if not kinds or scores.shape != (group.numel(),) or group.ndim != 1 or not len(group):
+            raise tensors.damaged(f"{name}.{mode}")
+        return Conformal(scores.numpy(), group.numpy(), config.false_positive_rate)
+
+    counts = texts.json("statistics", lambda found: _are_counts(found) and config.mode in found)
+    most_windows = texts.json(
+        "most_windows_of", lambda found: _are_counts(found) and found.keys() == counts.keys()
+    )
+    # None of clips without their level, of which no stream is scored.
+    streams = config.kind == "audio" and not config.remove_level
+    for mode, count in counts.items():
         prefixes = [f"statistics.{mode}.{i}." for i in range(count)]
         statistics = [
             MapStatistics(*(tensors[prefix + k].to(detector.device) for k in MapStatistics._fields))
@@ -137,13 +147,12 @@ def from_state(
             statistics,
             conformal("conformal", mode),
             most_windows[mode],
-            # None of clips without their level, of which no stream is scored.
-            conformal("of_windows", mode) if f"of_windows.{mode}" in tensors else None,
+            conformal("of_windows", mode) if streams else None,
         )
     detector.mode = config.mode
-    detector._settled = json.loads(texts["settled"])
-    detector.columns = json.loads(texts["columns"])
-    detector.history = History(**json.loads(texts["history"]))
+    detector._settled = texts.json("settled", _are_settled)
+    detector.columns = texts.json("columns", _are_columns)
+    detector.history = History(**texts.json("history", _is_history))
     return detector
 
 
@@ -158,6 +167,71 @@ class _Complete(dict):
         raise CheckpointError(
             f"{self.path} is incomplete, {name} is not in it: take a file as Detector.save wrote it"
         )
+
+    def json(self, name: str, fits: Callable[[object], bool]):
+        """What stands in a text, which is none of ours unless it ``fits``."""
+        try:
+            found = json.loads(self[name])
+        except (ValueError, RecursionError):
+            raise self.damaged(name) from None
+        if not fits(found):
+            raise self.damaged(name)
+        return found
+
+    def damaged(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is damaged, its {name} cannot be read: take a file as Detector.save "
+            "wrote it"
+        )
+
+
+def _is_object(found) -> bool:
+    return isinstance(found, dict)
+
+
+def _are_counts(found) -> bool:
+    """Of modes."""
+    return _is_object(found) and all(type(n) is int and n >= 0 for n in found.values())
+
+
+def _are_settled(found) -> bool:
+    """Pairs of what was asked for and what was settled, by options."""
+    options = {field.name for field in dataclasses.fields(DetectorConfig)}
+    return _is_object(found) and all(
+        name in options and isinstance(pair, list) and len(pair) == 2
+        for name, pair in found.items()
+    )
+
+
+def _are_columns(found) -> bool:
+    return found is None or isinstance(found, list) and all(isinstance(c, str) for c in found)
+
+
+def _is_history(found) -> bool:
+    """Of the types of a History's fields, with a loss of the step that was kept."""
+
+    def number(n) -> bool:
+        return type(n) in (int, float)
+
+    def curve(entries) -> bool:
+        return isinstance(entries, list) and all(
+            isinstance(entry, list) and len(entry) == 2 and all(map(number, entry))
+            for entry in entries
+        )
+
+    checks = {
+        "loss": curve,
+        "validation_loss": curve,
+        "seconds": number,
+        "best_step": lambda step: step is None or step in [k for k, _ in found["validation_loss"]],
+        "compiled": lambda flag: isinstance(flag, bool),
+        "notes": lambda notes: isinstance(notes, list) and all(isinstance(n, str) for n in notes),
+    }
+    return (
+        _is_object(found)
+        and found.keys() == checks.keys()
+        and all(check(found[name]) for name, check in checks.items())
+    )
 
 
 def _digest(features: nn.Module | None) -> str:

@@ -44,9 +44,9 @@ class Stream:
 
     Chunks of any size give the scores of the same windows as the whole recording would: what is
     between the chunks is kept, less than a window and a step of samples. The first score comes
-    after one window, ``window`` seconds. From then on a sound is part of a score at most
-    ``latency`` seconds later: the step from one window to the next and, where the rates differ,
-    what the resampler holds back.
+    after one window, ``window`` seconds, and what the resampler holds back where the rates differ.
+    From then on a sound is part of a score at most ``latency`` seconds later: the step from one
+    window to the next and, again, what the resampler holds back.
     """
 
     def __init__(self, detector: Detector, rate: float):
@@ -95,7 +95,8 @@ class Stream:
         return self._complete()
 
     def finish(self) -> StreamScores:
-        """The end of the recording: the last windows, which its mirrored end completes."""
+        """The end of the recording: the last windows, which its mirrored end completes; of less
+        than a window, which is repeated, one, with a warning."""
         self._require_open()
         self._finished = True
         rest = self._resampler.finish()
@@ -103,6 +104,13 @@ class Stream:
         parts = [self._complete()]
         size = len(self._buffer)
         if self._scored == 0 and size:
+            warnings.warn(
+                f"the stream lasted {size / self._rate:.3g} s, less than the detector's window of "
+                f"{self.window:.3g} s, and is repeated to fill it: that can be heard, so such "
+                "recordings sound anomalous to a detector fitted on longer ones; fit with a "
+                "smaller window_frames",
+                stacklevel=2,
+            )
             self._buffer = extended(self._buffer, self._window, self._step)
         elif size > self._window - self._step:
             end = np.concatenate([self._past, self._buffer])

@@ -157,7 +157,7 @@ def test_group_regex_keeps_groups_apart(good, config, tmp_path, capsys):
     # 22 groups of two images, of which 11 calibrate.
     conformal = daf.load(out).conformal
     assert (conformal.groups, len(conformal.scores)) == (11, 22)
-    capsys.readouterr()
+    assert f"; {conformal.why_no_label()}; saved as {out}" in capsys.readouterr().err
     argv = ["score", out, good, "--out", tmp_path / "out", "--no-maps"]
     assert main([str(a) for a in argv]) == 0
     (warning,) = capsys.readouterr().err.splitlines()
@@ -600,21 +600,38 @@ def test_a_stop_before_training_says_that_nothing_is_kept(
     assert tree(tmp_path) == []
 
 
-def test_sigterm_ends_like_an_exception(monkeypatch, tmp_path):
+SIGNALS = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_ends_like_an_exception(name, monkeypatch):
     """What is half written is removed, and the caller's handler is back."""
-    before, cleaned = signal.getsignal(signal.SIGTERM), []
+    number = getattr(signal, name)
+    before, cleaned = signal.getsignal(number), []
 
     def killed(args):
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         finally:
             cleaned.append(True)
 
     monkeypatch.setattr(cli, "_info", killed)
     with pytest.raises(SystemExit) as error:
         main(["info"])
-    assert error.value.code == 143 and cleaned == [True]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert error.value.code == 128 + number and cleaned == [True]
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_an_ignored_signal_stays_ignored(name, monkeypatch):
+    """As SIGHUP is under nohup."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(cli, "_info", lambda args: signal.raise_signal(number))
+        assert main(["info"]) == 0
+    finally:
+        signal.signal(number, before)
 
 
 def test_tables_from_a_shell(tmp_path, capsys):

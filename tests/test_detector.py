@@ -124,6 +124,53 @@ def test_an_incomplete_file_is_told(fitted, tmp_path, name):
         daf.load(tmp_path / "m.diffad")
 
 
+@pytest.mark.parametrize(
+    ("name", "junk"),
+    [
+        ("config", "no JSON"),
+        ("config", "[1]"),
+        ("settled", '{"train_steps": 3}'),
+        ("history", '{"losses": []}'),
+        ("history", "7"),
+        ("statistics", '{"invert": 1.5}'),
+        ("statistics", "{}"),
+        ("most_windows_of", "{}"),
+        ("columns", '"abc"'),
+        ("conformal.invert", torch.zeros(3, dtype=torch.float64)),
+        ("conformal.invert", torch.zeros(0)),
+    ],
+)
+def test_a_file_of_other_content_is_told(fitted, tmp_path, name, junk):
+    """Though its checksum is right."""
+    parts = ({k: junk if k == name else v for k, v in part.items()} for part in fitted.state())
+    checkpoint.save(tmp_path / "m.diffad", "diffad", *parts)
+    with pytest.raises(CheckpointError, match=f"m.diffad is damaged, its {name} cannot be read"):
+        daf.load(tmp_path / "m.diffad")
+
+
+@pytest.fixture(scope="module")
+def of_clips():
+    waves = np.random.default_rng(0).normal(size=(24, 2000)).astype(np.float32) / 9
+    return daf.Detector(
+        kind="audio", sample_rate=8000, n_fft=256, hop=128, n_mels=16, window_frames=8,
+        window_step=4, token_width=16, token_blocks=1, device="cpu",
+    ).fit(waves, steps=2)  # fmt: skip
+
+
+def test_a_file_that_scores_no_stream_is_incomplete(of_clips, tmp_path):
+    parts = ({k: v for k, v in p.items() if "of_windows" not in k} for p in of_clips.state())
+    checkpoint.save(tmp_path / "m.diffad", "diffad", *parts)
+    with pytest.raises(CheckpointError, match="m.diffad is incomplete, of_windows.*"):
+        daf.load(tmp_path / "m.diffad")
+
+
+def test_a_stream_of_less_than_a_window_is_told(of_clips):
+    stream = of_clips.stream(8000)
+    stream.push(np.zeros(800, np.float32) + 0.1)
+    with pytest.warns(UserWarning, match="the stream lasted 0.1 s, less than .* is repeated"):
+        assert len(stream.finish().score) == 1
+
+
 def test_reference_backend_agrees(fitted):
     images = normals(6, seed=8)
     before = fitted.score(images).score

@@ -207,6 +207,7 @@ def test_without_a_threshold(detector, evaluation, tmp_path, monkeypatch):
     write_report(tmp_path, detector, dataclasses.replace(evaluation, metrics=metrics, score=score))
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert few.why_no_label() in page.text and "missed" not in page.text
+    assert "way from there to the highest of these scores" in page.text
 
 
 def test_roc_curve_and_operating_point(detector, evaluation):

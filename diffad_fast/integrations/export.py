@@ -125,7 +125,14 @@ def _traced(program: ScoringProgram, example: torch.Tensor) -> torch.export.Expo
     with use_backend("reference"), torch.no_grad():
         program(example)  # fills what is computed once and then kept: it becomes constants
         batch = torch.export.Dim("batch", min=1)
-        return torch.export.export(program, (example,), dynamic_shapes=({0: batch},), strict=False)
+        shapes = ({0: batch},)
+        try:
+            return torch.export.export(program, (example,), dynamic_shapes=shapes, strict=False)
+        except torch._dynamo.exc.UserError:  # its text is of guards and symbols
+            raise InputError(
+                "this denoiser cannot be traced for batches of any length: export a detector whose "
+                "denoiser does nothing that depends on how many samples it is given"
+            ) from None
 
 
 def _torch(program, example, facts, folder) -> bytes:

@@ -106,7 +106,7 @@ class TokenModel(Model):
                 if self.embedding is None:
                     means = (self._features(denoiser, rows) for rows in bank.split(8192))
                 else:
-                    means = map(self.embedding, self._batches(source, some))
+                    means = map(self.embedding.of_normals, self._batches(source, some))
                 with torch.inference_mode():
                     distance.fit(means, config.seed)
                 self.distances.append(distance)

@@ -71,17 +71,20 @@ class ImagePage(Page):
 figure img { width: 33%; }
 """
     heading = "Cases"
-    note = (
-        "Each: the image, the anomaly map on it, the outline of the ground truth. "
-        "The colours of the map mean the same everywhere on this page: none up to the median score "
-        "of held-out normal images, the strongest at four times the way from there to the "
-        "threshold."
-    )
     figures_note = (
         "A row for a defect compares its images with all normal ones. "
         "AUPRO to a false-positive rate of 0.3; found and false alarms: shares of the defective "
         "and of the normal images that score above the detector's own threshold."
     )
+
+    @property
+    def note(self) -> str:
+        end = "threshold" if self.detector.threshold is not None else "highest of these scores"
+        return (
+            "Each: the image, the anomaly map on it, the outline of the ground truth. The colours "
+            "of the map mean the same everywhere on this page: none up to the median score of "
+            f"held-out normal images, the strongest at four times the way from there to the {end}."
+        )
 
     def shape(self) -> str:
         height, width = self.detector.config.image_size

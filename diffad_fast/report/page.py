@@ -52,7 +52,7 @@ class Page(ABC):
     """The figure behind the ROC curve."""
     style: ClassVar[str]
     heading: ClassVar[str]
-    note: ClassVar[str]
+    note: str
     """On the cases, which stand below ``heading``."""
     figures_note = ""
 

@@ -22,7 +22,7 @@ class WindowEmbedding(nn.Module):
     compared: their length goes mostly with loudness.
 
     Raises InputError for a backbone that takes more than a window, for one whose attribute ``rate``
-    is not the sample rate, and, when used, for an answer of another shape.
+    is not the sample rate, and, when used, for an answer of another shape or of whole numbers.
     """
 
     def __init__(self, backbone: nn.Module, config: DetectorConfig):
@@ -35,6 +35,11 @@ class WindowEmbedding(nn.Module):
             raise InputError(
                 f"the backbone hears {rate} samples a second and sample_rate is "
                 f"{config.sample_rate}: choose sample_rate={rate}"
+            )
+        if not isinstance(self.samples, int):
+            raise InputError(
+                f"the backbone's attribute samples is {self.samples!r}: make it the whole number "
+                "that it hears at once"
             )
         if not 0 < self.samples <= self.window:
             raise InputError(
@@ -56,6 +61,17 @@ class WindowEmbedding(nn.Module):
         found = rows.unflatten(0, pieces.shape[:2]).unfold(1, inside, 1).mean(dim=3)
         return F.normalize(found, dim=2)
 
+    def of_normals(self, waves: torch.Tensor) -> torch.Tensor:
+        """The same of what is learnt from. Raises InputError for what is not finite, which scoring
+        leaves alone: to look at numbers makes the host wait, and no graph can be captured."""
+        found = self(waves)
+        if not found.isfinite().all():
+            raise InputError(
+                "the backbone answered normal clips with NaN or infinite numbers: mend it, or "
+                "leave features out"
+            )
+        return found
+
     def _heard(self, pieces: torch.Tensor) -> torch.Tensor:
         found = self.backbone(pieces)
         shape = getattr(found, "shape", ())
@@ -64,4 +80,7 @@ class WindowEmbedding(nn.Module):
                 f"the backbone answered {len(pieces)} waves with {tuple(shape) or type(found)}: "
                 "it must give one embedding (D,) for each"
             )
+        if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+            kind = getattr(found, "dtype", type(found))
+            raise InputError(f"the backbone answered with {kind}: it must give floating tensors")
         return found.float()

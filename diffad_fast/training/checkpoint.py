@@ -86,7 +86,7 @@ def from_bytes(
             )
         )
     found = metadata.get("format_version", "")
-    if not found.isdigit():
+    if not found.isdecimal():
         raise CheckpointError(f"{path} is damaged: its format version is {found!r}")
     if int(found) > FORMAT_VERSION:
         raise CheckpointError(

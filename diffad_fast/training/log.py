@@ -6,6 +6,9 @@ import csv
 import glob
 import os
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +30,15 @@ class Log:
     and so do pictures. One that begins removes those of other networks that an earlier run has left
     under its name. TensorBoard's files go to the folder ``path`` with the suffix
     ``.tensorboard``, pictures to that with ``.pictures``.
-    Raises InputError where a file cannot be written, or is there and is no log.
+    Raises InputError where a file cannot be written at first, or is there and is no log; where it
+    cannot be later, as on a full disk, a warning says that the training goes on without it.
     """
 
     def __init__(self, path: str | os.PathLike | None, start: int = 0):
         self._file = self._board = None
         if path is None:
             return
-        path = Path(path)
+        self._path = path = Path(path)
         if _head(path) not in (b"", HEAD):  # such as the table that is fitted
             raise InputError(
                 f"{path} is there and is no log of a training, for which that name is: move it, or "
@@ -53,12 +57,13 @@ class Log:
                 picture.unlink(missing_ok=True)
         try:
             self._file = open(path, "w", newline="", encoding="utf-8")
+            self._writer = csv.DictWriter(self._file, COLUMNS)
+            self._writer.writeheader()
+            self._writer.writerows(rows)
+            self._file.flush()
         except OSError as error:
+            self._close()
             raise InputError(f"cannot write {path}: {error.strerror}") from None
-        self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._writer.writeheader()
-        self._writer.writerows(rows)
-        self._file.flush()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -70,10 +75,11 @@ class Log:
         """A sentence about what was chosen."""
         if self._file is None:
             return
-        self._writer.writerow({"step": step, "note": text})
-        self._file.flush()
-        if self._board is not None:
-            self._board.add_text("note", text, step)
+        with self._as_long_as_it_can_be_written():
+            self._writer.writerow({"step": step, "note": text})
+            self._file.flush()
+            if self._board is not None:
+                self._board.add_text("note", text, step)
 
     def picture(self, steps: int, picture: np.ndarray) -> None:
         """(H,W,3) uint8, drawn after so many steps."""
@@ -83,26 +89,45 @@ class Log:
             raise InputError(f"cannot write {self._pictures}: {error.strerror}") from None
         write_atomically(self._pictures / f"step-{steps:07d}.png", encode_png(picture))
         if self._board is not None:
-            self._board.add_image("pictures", picture, steps, dataformats="HWC")
+            with self._as_long_as_it_can_be_written():
+                self._board.add_image("pictures", picture, steps, dataformats="HWC")
 
     def write(self, step: int, **values: float) -> None:
         """A row of what is known after ``step``; names are those of COLUMNS."""
         if self._file is None:
             return
-        self._writer.writerow({"step": step, **{k: f"{v:.6g}" for k, v in values.items()}})
-        self._file.flush()
-        if self._board is not None:
-            for name in values.keys() - {"seconds"}:
-                self._board.add_scalar(name, values[name], step)
+        with self._as_long_as_it_can_be_written():
+            self._writer.writerow({"step": step, **{k: f"{v:.6g}" for k, v in values.items()}})
+            self._file.flush()
+            if self._board is not None:
+                for name in values.keys() - {"seconds"}:
+                    self._board.add_scalar(name, values[name], step)
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._close()
+
+    @contextmanager
+    def _as_long_as_it_can_be_written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(
+                f"the training goes on without its log: cannot write {self._path}: "
+                f"{error.strerror or error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._close()
+
+    def _close(self) -> None:
+        files = [file for file in (self._file, self._board) if file is not None]
+        self._file = self._board = None
+        for file in files:
+            with suppress(OSError):  # of a row that could not be written, which was told
+                file.close()
 
 
 def _head(path: Path) -> bytes:
@@ -125,6 +150,6 @@ def _rows(path: Path, start: int) -> list[dict[str, str]]:
         {name: row[name] for name in COLUMNS}
         for row in rows
         if all(row.get(name) is not None for name in COLUMNS)
-        and row["step"].isdigit()
+        and row["step"].isdecimal()
         and int(row["step"]) < start
     ]

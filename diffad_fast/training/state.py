@@ -37,7 +37,7 @@ class TrainingCheckpoint:
     seconds: float = 300.0
     """Interval between two writes."""
     resume: bool = False
-    """Continue from ``path`` if it is there."""
+    """Continue from ``path`` if it is there; a training that begins anew removes what is."""
     log: str | os.PathLike | None = None
     """A CSV file of losses by step; TensorBoard files go beside it where that is installed."""
     pictures_every: int | None = None
@@ -104,6 +104,8 @@ class TrainingState:
         kept, processes = self.kept, self.loop.processes
         if kept is None:
             return 0
+        if self.writes and not kept.resume:
+            kept.remove()  # else a later resume would meet the states of networks of an older one
         done = self._load() if kept.resume and os.path.exists(kept.path) else 0
         if processes.agreed(done) != done:
             raise CheckpointError(

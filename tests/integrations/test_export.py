@@ -218,6 +218,22 @@ def test_errors(fitted, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_denoiser_for_batches_of_one_length(tmp_path):
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, log_sigma):
+            return torch.stack([self.scale * image for image in x])
+
+    options = {"image_size": 32, "train_steps": 1, "map_weights": (1, 0, 1), "device": "cpu"}
+    detector = daf.Detector(**options, denoiser=Fixed()).fit(images(140, 1, 0))
+    with pytest.raises(InputError, match="cannot be traced for batches of any length"):
+        detector.export(tmp_path / "model.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_program_that_scores_differently_is_not_written(fitted, tmp_path, monkeypatch):
     real = exporting.ScoringProgram.forward
 

@@ -74,6 +74,7 @@ def test_a_network_is_frozen():
     [
         (Ear(rate=16000), "hears 16000 samples a second and sample_rate is 8000"),
         (Ear(samples=8000), "hears 8000 samples at once and a window has 4224"),
+        (Ear(samples=1000.0), "attribute samples is 1000.0: make it the whole number"),
     ],
 )
 def test_what_does_not_fit(backbone, message):
@@ -89,3 +90,20 @@ def test_an_answer_that_is_no_embedding(answer):
 
     with pytest.raises(InputError, match="must give one embedding"):
         WindowEmbedding(Wrong(), CONFIG)(torch.randn(2, CONFIG.window_samples))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x.long(), "answered with torch.int64: it must give floating"),
+        (lambda x: x.numpy(), "answered with float32: it must give floating"),
+        (lambda x: x / 0, "answered normal clips with NaN or infinite"),
+    ],
+)
+def test_an_answer_that_cannot_be_learnt_from(answer, message):
+    class Wrong(torch.nn.Module):
+        def forward(self, x):
+            return answer(x)
+
+    with pytest.raises(InputError, match=message):
+        WindowEmbedding(Wrong(), CONFIG).of_normals(torch.randn(2, CONFIG.window_samples))

@@ -75,6 +75,14 @@ def test_newer_version(tmp_path, monkeypatch):
         checkpoint.load(path, "diffad")
 
 
+def test_a_version_that_is_no_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", "²")
+    path = write(tmp_path / "m.diffad")
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="damaged: its format version is '²'"):
+        checkpoint.load(path, "diffad")
+
+
 def test_other_files(tmp_path):
     path = tmp_path / "x"
     with pytest.raises(CheckpointError, match="there is no file"):

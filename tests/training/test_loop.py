@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import nn
 
 from diffad_fast.config import DetectorConfig, duration
 from diffad_fast.errors import InputError
+from diffad_fast.training import log as log_module
 from diffad_fast.training import loop, trials
 from diffad_fast.training.log import Log
 from diffad_fast.training.loop import learning_rate
@@ -333,6 +335,25 @@ def test_a_log_that_cannot_be_written(tmp_path):
     with pytest.raises(InputError, match="table.csv is there and is no log"):
         Log(table)
     assert table.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a full disk of Linux")
+def test_a_full_disk_costs_the_log_and_not_the_training(tmp_path, monkeypatch):
+    path = tmp_path / "m.csv"
+    with Log(path) as log:
+        with open("/dev/full", "w") as full:
+            os.dup2(full.fileno(), log._file.fileno())
+        with pytest.warns(RuntimeWarning, match="without its log: .*m.csv: No space left") as told:
+            log.note(0, "not compiled")
+            log.write(20, seconds=3.0, loss=0.5)
+    assert len(told) == 1
+
+    def full_disk(file, mode="rb", **options):
+        return open("/dev/full" if mode == "w" else file, mode, **options)
+
+    monkeypatch.setattr(log_module, "open", full_disk, raising=False)
+    with pytest.raises(InputError, match="cannot write .*m.csv: No space left"):
+        Log(path)
 
 
 def test_a_new_log_removes_those_of_networks_that_are_no_more(tmp_path):

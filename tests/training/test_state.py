@@ -311,6 +311,17 @@ def test_states_of_several_networks(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == others
 
 
+def test_a_training_that_begins_anew_removes_the_states_of_an_older_one(tmp_path, monkeypatch):
+    kept = TrainingCheckpoint(tmp_path / "state")
+    worker.token_trainer(train_steps=6).run(kept)
+    worker.token_trainer(train_steps=6).run(kept.fold(1))
+    trainer = worker.token_trainer()
+    monkeypatch.setattr(trainer, "inputs", interrupting(trainer.inputs))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(kept)
+    assert os.listdir(tmp_path) == ["state"]
+
+
 def test_a_finished_training_resumes_to_itself(tmp_path):
     kept = TrainingCheckpoint(tmp_path / "state", resume=True)
     first, second = worker.token_trainer(), worker.token_trainer()
