@@ -43,7 +43,8 @@ def training_clips(
 
     A plain folder gives root/train/good, root/train/normal or root/train/ok, all of root/train, or
     all that it holds. Raises `InputError` where a folder of tests, such as test or ground_truth,
-    lies anywhere below that.
+    lies anywhere below that, or it is one itself: with normals beside other folders, or with
+    recordings that DCASE names anomalies.
     """
     root = os.fsdecode(root)
     layout = _layout(root, layout)
@@ -59,7 +60,15 @@ def training_clips(
     parts = [os.path.join(root, "train", name) for name in (*NORMAL_FOLDERS, "")]
     folder = next(filter(os.path.isdir, parts), root)
     check_no_test(folder, "recordings")
-    return [LabelledClip(path, "normal", False) for path in audio_files(folder)]
+    paths = audio_files(folder)
+    for path in paths:
+        match = _DCASE_NAME.match(os.path.basename(path))
+        if match and "anomaly" in match.group("kind", "kind_2020"):
+            raise InputError(
+                f"{path} is an anomaly by its name, and a detector is trained on normals: give the "
+                "folder of normal recordings, or the root of the data set."
+            )
+    return [LabelledClip(path, "normal", False) for path in paths]
 
 
 def groups_by_recording(clips: Sequence[LabelledClip]) -> list[str] | None:

@@ -39,7 +39,8 @@ def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
 
 def check_no_test(root: str, samples: str) -> None:
     """Raise InputError if a folder of tests, such as test or ground_truth, lies below `root`, or a
-    link leads to one or into one: it is no training data.
+    link leads to one or into one, or if `root` is one itself, with a folder of normals beside
+    others: it is no training data.
 
     samples: what the detector sees, in the plural.
     """
@@ -55,6 +56,13 @@ def check_no_test(root: str, samples: str) -> None:
                     f"{path} lies in {root}, and a detector is not trained on what it is tested "
                     f"on: give the folder of normal {samples}."
                 )
+    _, below, _ = next(_visible(root), (root, [], []))
+    normal = [name for name in below if name in NORMAL_FOLDERS]
+    if 0 < len(normal) < len(below):
+        raise InputError(
+            f"{root} holds defects beside normal {samples}: give {os.path.join(root, normal[0])}, "
+            "or the root of the data set."
+        )
 
 
 def read_table(path: str | os.PathLike, columns: set[str]) -> list[dict[str, str]]:

@@ -42,14 +42,6 @@ def mvtec_train(root: str | bytes | os.PathLike) -> str:
     parts = [os.path.join(root, "train", name) for name in NORMAL_FOLDERS]
     folder = next(filter(os.path.isdir, parts), root)
     check_no_test(folder, "images")
-    if os.path.basename(os.path.abspath(folder)) in ("test", "test_public"):
-        names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-        if names & set(NORMAL_FOLDERS) and names - set(NORMAL_FOLDERS):
-            normal = os.path.join(folder, min(names & set(NORMAL_FOLDERS)))
-            raise InputError(
-                f"{folder} holds defects beside normal images: give {normal}, or the root of the "
-                "data set."
-            )
     return folder
 
 

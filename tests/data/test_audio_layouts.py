@@ -125,6 +125,28 @@ def test_training_never_takes_a_test_folder(tmp_path):
             training_clips(folder)
 
 
+@pytest.mark.parametrize("folder", ["test", "recordings"])
+def test_anomalies_beside_normals_are_not_trained_on(tmp_path, folder):
+    root = tmp_path / folder
+    for name in ("good/0", "bad/1"):
+        save(root / f"{name}.wav", tone(0.1))
+    message = f"^{root} holds defects beside normal recordings: give {root / 'good'}, or the root"
+    with pytest.raises(InputError, match=message):
+        training_clips(root)
+    assert len(training_clips(root / "good")) == len(training_clips(root / "bad")) == 1
+    (root / "bad").rename(root / "ok")
+    assert len(training_clips(root)) == 2
+
+
+@pytest.mark.parametrize("name", ["section_00_source_test_{}_0000", "{}_id_02_00000000"])
+def test_recordings_that_dcase_names_anomalies_are_not_trained_on(tmp_path, name):
+    save(tmp_path / "test" / f"{name.format('normal')}.wav", tone(0.1))
+    assert len(training_clips(tmp_path / "test")) == 1
+    anomaly = save(tmp_path / "test" / f"{name.format('anomaly')}.wav", tone(0.1))
+    with pytest.raises(InputError, match=f"^{anomaly} is an anomaly by its name"):
+        training_clips(tmp_path / "test")
+
+
 def test_bad_metadata_is_named(tmp_path):
     (tmp_path / "metadata").mkdir()
     (tmp_path / "audio").mkdir()

@@ -18,6 +18,10 @@ def test_mvtec_layout(tmp_path):
     assert mvtec_train(root / "test/good") == str(root / "test/good")
     with pytest.raises(InputError, match="test holds defects beside normal images: give .*good"):
         mvtec_train(root / "test")
+    (root / "test").rename(root / "other")
+    with pytest.raises(InputError, match="other holds defects beside normal images: give .*good"):
+        mvtec_train(root / "other")
+    (root / "other").rename(root / "test")
     found = mvtec_test(root)
     assert [(Path(t.path).name, t.defect) for t in found] == [
         ("0.png", "good"), ("0.png", "hole"), ("1.jpg", "hole")
