@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from .audio_files import audio_files, is_audio
-from .folders import NORMAL_FOLDERS, check_no_test, read_table
+from .folders import NORMAL_FOLDERS, check_no_test, files_of_kinds, read_table
 
 LAYOUTS = ("auto", "folder", "urbansound8k", "dcase")
 _DCASE_NAME = re.compile(
@@ -87,14 +87,15 @@ def labelled_clips(
         root: its folder.
         layout: "urbansound8k": audio/foldN and metadata/*.csv. "dcase", of one machine type in Task
             2: test/section_00_source_test_normal_*.wav, of 2020 test/normal_id_00_*.wav, and
-            train/. "folder": test/good, test/normal or test/ok, and test/<kind> for each kind of
-            anomaly. "auto": what is found.
+            train/. "folder": all below test/good, test/normal or test/ok, and test/<kind> for each
+            kind of anomaly. "auto": what is found.
         normal: the class that is normal in UrbanSound8K, by name or number; all others are
             anomalous. Only for that layout.
         folds: its folds, by number; None: all. Only for that layout.
 
     Raises:
-        InputError: the layout, the class or the folds are not there.
+        InputError: the layout, the class or the folds are not there, or recordings lie in test
+            itself.
     """
     root = os.fsdecode(root)
     layout = _layout(root, layout)
@@ -184,15 +185,8 @@ def _folders(root: str) -> list[LabelledClip]:
             f"{root} has no folder test: evaluation needs test/good or test/normal, and "
             "test/<kind> for each kind of anomaly."
         )
-    found = []
-    for kind in sorted(os.listdir(test)):
-        folder = os.path.join(test, kind)
-        if kind.startswith(".") or not os.path.isdir(folder):
-            continue
-        for path in sorted(os.path.join(folder, n) for n in os.listdir(folder) if is_audio(n)):
-            found.append(LabelledClip(path, kind, kind not in NORMAL_FOLDERS))
-    if not found:
-        raise InputError(
-            f"{test} holds no recordings: it needs folders of them, such as test/good."
-        )
-    return found
+    return [
+        LabelledClip(path, kind, kind not in NORMAL_FOLDERS)
+        for kind, paths in files_of_kinds(test, is_audio, "recordings").items()
+        for path in paths
+    ]

@@ -37,6 +37,29 @@ def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     return sorted(path for path in found if os.path.isfile(path) or os.path.islink(path))
 
 
+def files_of_kinds(test: str, wanted: Callable[[str], bool], samples: str) -> dict[str, list[str]]:
+    """The files below each folder of `test`, which are named after what they hold, as `files_below`
+    finds them. Raises InputError for wanted files in none of the folders, and if there are none.
+
+    samples: what the files are, in the plural.
+    """
+    _, kinds, names = next(_visible(test), (test, [], []))
+    loose = sum(map(wanted, names))
+    if loose:
+        raise InputError(
+            f"{test} itself holds {samples} ({loose}), and nothing tells whether they are normal: "
+            f"move them to folders, such as {os.path.join(test, 'good')}."
+        )
+    folders = {kind: os.path.join(test, kind) for kind in kinds if kind != "ground_truth"}
+    found = {kind: files_below(folder, wanted) for kind, folder in folders.items()}
+    if not any(found.values()):
+        raise InputError(
+            f"{test} holds no {samples}: it needs folders of {samples}, such as "
+            f"{os.path.basename(test)}/good."
+        )
+    return found
+
+
 def check_no_test(root: str, samples: str) -> None:
     """Raise InputError if a folder of tests, such as test or ground_truth, lies below `root`, or a
     link leads to one or into one, or if `root` is one itself, with a folder of normals beside

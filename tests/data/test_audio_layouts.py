@@ -112,6 +112,21 @@ def test_plain_folders(tmp_path):
         labelled_clips(tmp_path / "absent")
 
 
+def test_recordings_of_the_test_in_deeper_folders_are_evaluated_too(tmp_path):
+    names = ["bad/0.wav", "bad/m1/1.wav", "good/m1/day/2.wav"]
+    for name in names:
+        save(tmp_path / "test" / name, tone(0.1))
+    save(tmp_path / "test" / ".hidden" / "3.wav", tone(0.1))
+    clips = labelled_clips(tmp_path)
+    assert [(os.path.relpath(c.path, tmp_path / "test"), c.kind) for c in clips] == [
+        (name, name.split("/")[0]) for name in names
+    ]
+    for name in "45":
+        save(tmp_path / "test" / f"{name}.wav", tone(0.1))
+    with pytest.raises(InputError, match=r"/test itself holds recordings \(2\), .*: move"):
+        labelled_clips(tmp_path)
+
+
 def test_training_never_takes_a_test_folder(tmp_path):
     root = tmp_path / "machine"
     for name in ("test/anomaly_1.wav", "train/normal_1.wav", "train/deep/normal_2.wav"):
