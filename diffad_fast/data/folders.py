@@ -24,7 +24,7 @@ def is_path(value) -> bool:
 def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     """``source`` itself if it is a file, else the files below it whose bare names are wanted,
     sorted; hidden folders and those of masks, ground_truth, are left out, links to folders
-    followed. Raises InputError if it is neither file nor folder."""
+    followed. Raises InputError if it is neither file nor folder, or a folder cannot be read."""
     if os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
@@ -107,12 +107,13 @@ def read_table(path: str | os.PathLike, columns: set[str]) -> list[dict[str, str
 
 def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """As ``os.walk``, without hidden folders, and links to folders are followed. A folder that is
-    reached in several ways is seen once: by its own name, where it lies below ``root``."""
-    seen, tops = set(), [root]
+    reached in several ways is seen once: by its own name, where it lies below ``root``. Nothing of
+    a ``root`` that is no folder; raises InputError for a folder that cannot be read."""
+    seen, tops = set(), [root] if os.path.isdir(root) else []
     while tops:
         links = []
         for top in tops:
-            for folder, below, names in os.walk(top):
+            for folder, below, names in os.walk(top, onerror=_refuse):
                 status = os.stat(folder)
                 place = status.st_dev, status.st_ino
                 if place in seen:
@@ -124,3 +125,10 @@ def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
                 paths = [os.path.join(folder, name) for name in below]
                 links += [path for path in paths if os.path.islink(path)]
         tops = links
+
+
+def _refuse(error: OSError) -> None:
+    """For a folder that ``os.walk`` would leave out without a word."""
+    raise InputError(
+        f"{error.filename} cannot be read ({error.strerror}): check its permissions, or move it."
+    ) from error

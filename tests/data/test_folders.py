@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -16,6 +17,25 @@ def test_a_pipe_is_no_file(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     found = files_below(str(tmp_path), lambda name: name.endswith(".png"))
     assert [os.path.basename(path) for path in found] == ["a.png", "lost.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("locked", "open"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(b"")
+    scan = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "locked":  # root could read it, whatever its permissions
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    message = f"^{tmp_path / 'locked'} cannot be read .Permission denied.: check its permissions"
+    with pytest.raises(InputError, match=message):
+        files_below(str(tmp_path), lambda name: name.endswith(".png"))
+    with pytest.raises(InputError, match=message):
+        check_no_test(str(tmp_path), "images")
 
 
 def test_links_to_folders_are_followed_and_each_folder_is_seen_once(tmp_path):
