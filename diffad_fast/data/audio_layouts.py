@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import InputError
 from .audio_files import audio_files, is_audio
-from .folders import NORMAL_FOLDERS, check_no_test, read_table
+from .folders import NORMAL_FOLDERS, check_no_test, files_of_kinds, read_table
 
 LAYOUTS = ("auto", "folder", "urbansound8k", "dcase")
 _DCASE_NAME = re.compile(
@@ -43,7 +43,8 @@ def training_clips(
 
     A plain folder gives root/train/good, root/train/normal or root/train/ok, all of root/train, or
     all that it holds. Raises `InputError` where a folder of tests, such as test or ground_truth,
-    lies anywhere below that.
+    lies anywhere below that, or it is one itself: with normals beside other folders, or with
+    recordings that DCASE names anomalies.
     """
     root = os.fsdecode(root)
     layout = _layout(root, layout)
@@ -59,7 +60,15 @@ def training_clips(
     parts = [os.path.join(root, "train", name) for name in (*NORMAL_FOLDERS, "")]
     folder = next(filter(os.path.isdir, parts), root)
     check_no_test(folder, "recordings")
-    return [LabelledClip(path, "normal", False) for path in audio_files(folder)]
+    paths = audio_files(folder)
+    for path in paths:
+        match = _DCASE_NAME.match(os.path.basename(path))
+        if match and "anomaly" in match.group("kind", "kind_2020"):
+            raise InputError(
+                f"{path} is an anomaly by its name, and a detector is trained on normals: give the "
+                "folder of normal recordings, or the root of the data set."
+            )
+    return [LabelledClip(path, "normal", False) for path in paths]
 
 
 def groups_by_recording(clips: Sequence[LabelledClip]) -> list[str] | None:
@@ -78,14 +87,15 @@ def labelled_clips(
         root: its folder.
         layout: "urbansound8k": audio/foldN and metadata/*.csv. "dcase", of one machine type in Task
             2: test/section_00_source_test_normal_*.wav, of 2020 test/normal_id_00_*.wav, and
-            train/. "folder": test/good, test/normal or test/ok, and test/<kind> for each kind of
-            anomaly. "auto": what is found.
+            train/. "folder": all below test/good, test/normal or test/ok, and test/<kind> for each
+            kind of anomaly. "auto": what is found.
         normal: the class that is normal in UrbanSound8K, by name or number; all others are
             anomalous. Only for that layout.
         folds: its folds, by number; None: all. Only for that layout.
 
     Raises:
-        InputError: the layout, the class or the folds are not there.
+        InputError: the layout, the class or the folds are not there, or recordings lie in test
+            itself.
     """
     root = os.fsdecode(root)
     layout = _layout(root, layout)
@@ -175,15 +185,8 @@ def _folders(root: str) -> list[LabelledClip]:
             f"{root} has no folder test: evaluation needs test/good or test/normal, and "
             "test/<kind> for each kind of anomaly."
         )
-    found = []
-    for kind in sorted(os.listdir(test)):
-        folder = os.path.join(test, kind)
-        if kind.startswith(".") or not os.path.isdir(folder):
-            continue
-        for path in sorted(os.path.join(folder, n) for n in os.listdir(folder) if is_audio(n)):
-            found.append(LabelledClip(path, kind, kind not in NORMAL_FOLDERS))
-    if not found:
-        raise InputError(
-            f"{test} holds no recordings: it needs folders of them, such as test/good."
-        )
-    return found
+    return [
+        LabelledClip(path, kind, kind not in NORMAL_FOLDERS)
+        for kind, paths in files_of_kinds(test, is_audio, "recordings").items()
+        for path in paths
+    ]

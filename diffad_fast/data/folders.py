@@ -24,7 +24,7 @@ def is_path(value) -> bool:
 def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     """``source`` itself if it is a file, else the files below it whose bare names are wanted,
     sorted; hidden folders and those of masks, ground_truth, are left out, links to folders
-    followed. Raises InputError if it is neither file nor folder."""
+    followed. Raises InputError if it is neither file nor folder, or a folder cannot be read."""
     if os.path.isfile(source):
         return [source]
     if not os.path.isdir(source):
@@ -37,9 +37,33 @@ def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     return sorted(path for path in found if os.path.isfile(path) or os.path.islink(path))
 
 
+def files_of_kinds(test: str, wanted: Callable[[str], bool], samples: str) -> dict[str, list[str]]:
+    """The files below each folder of `test`, which are named after what they hold, as `files_below`
+    finds them. Raises InputError for wanted files in none of the folders, and if there are none.
+
+    samples: what the files are, in the plural.
+    """
+    _, kinds, names = next(_visible(test), (test, [], []))
+    loose = sum(map(wanted, names))
+    if loose:
+        raise InputError(
+            f"{test} itself holds {samples} ({loose}), and nothing tells whether they are normal: "
+            f"move them to folders, such as {os.path.join(test, 'good')}."
+        )
+    folders = {kind: os.path.join(test, kind) for kind in kinds if kind != "ground_truth"}
+    found = {kind: files_below(folder, wanted) for kind, folder in folders.items()}
+    if not any(found.values()):
+        raise InputError(
+            f"{test} holds no {samples}: it needs folders of {samples}, such as "
+            f"{os.path.basename(test)}/good."
+        )
+    return found
+
+
 def check_no_test(root: str, samples: str) -> None:
     """Raise InputError if a folder of tests, such as test or ground_truth, lies below `root`, or a
-    link leads to one or into one: it is no training data.
+    link leads to one or into one, or if `root` is one itself, with a folder of normals beside
+    others: it is no training data.
 
     samples: what the detector sees, in the plural.
     """
@@ -55,6 +79,13 @@ def check_no_test(root: str, samples: str) -> None:
                     f"{path} lies in {root}, and a detector is not trained on what it is tested "
                     f"on: give the folder of normal {samples}."
                 )
+    _, below, _ = next(_visible(root), (root, [], []))
+    normal = [name for name in below if name in NORMAL_FOLDERS]
+    if 0 < len(normal) < len(below):
+        raise InputError(
+            f"{root} holds defects beside normal {samples}: give {os.path.join(root, normal[0])}, "
+            "or the root of the data set."
+        )
 
 
 def read_table(path: str | os.PathLike, columns: set[str]) -> list[dict[str, str]]:
@@ -76,12 +107,13 @@ def read_table(path: str | os.PathLike, columns: set[str]) -> list[dict[str, str
 
 def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """As ``os.walk``, without hidden folders, and links to folders are followed. A folder that is
-    reached in several ways is seen once: by its own name, where it lies below ``root``."""
-    seen, tops = set(), [root]
+    reached in several ways is seen once: by its own name, where it lies below ``root``. Nothing of
+    a ``root`` that is no folder; raises InputError for a folder that cannot be read."""
+    seen, tops = set(), [root] if os.path.isdir(root) else []
     while tops:
         links = []
         for top in tops:
-            for folder, below, names in os.walk(top):
+            for folder, below, names in os.walk(top, onerror=_refuse):
                 status = os.stat(folder)
                 place = status.st_dev, status.st_ino
                 if place in seen:
@@ -93,3 +125,10 @@ def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
                 paths = [os.path.join(folder, name) for name in below]
                 links += [path for path in paths if os.path.islink(path)]
         tops = links
+
+
+def _refuse(error: OSError) -> None:
+    """For a folder that ``os.walk`` would leave out without a word."""
+    raise InputError(
+        f"{error.filename} cannot be read ({error.strerror}): check its permissions, or move it."
+    ) from error

@@ -75,7 +75,10 @@ def _layout(root: str, layout: str) -> str:
 def _found(root: str) -> str | None:
     if os.path.isdir(os.path.join(root, "test")):
         masks = list(Path(root, "ground_truth").glob("*/*"))
-        in_folders = any(path.is_dir() for path in masks)
+        # Not those in which images lie likewise: their masks are files there.
+        in_folders = any(
+            path.is_dir() and not Path(root, "test", *path.parts[-2:]).is_dir() for path in masks
+        )
         return "mvtec_loco" if in_folders and not any(is_image(p.name) for p in masks) else "mvtec"
     if os.path.isdir(os.path.join(root, "test_public")):
         return "mvtec_ad2"

@@ -11,7 +11,7 @@ import os
 from typing import NamedTuple
 
 from ..errors import InputError
-from .folders import NORMAL_FOLDERS, check_no_test
+from .folders import NORMAL_FOLDERS, check_no_test, files_below, files_of_kinds
 from .image_files import is_image
 
 
@@ -42,26 +42,20 @@ def mvtec_train(root: str | bytes | os.PathLike) -> str:
     parts = [os.path.join(root, "train", name) for name in NORMAL_FOLDERS]
     folder = next(filter(os.path.isdir, parts), root)
     check_no_test(folder, "images")
-    if os.path.basename(os.path.abspath(folder)) in ("test", "test_public"):
-        names = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-        if names & set(NORMAL_FOLDERS) and names - set(NORMAL_FOLDERS):
-            normal = os.path.join(folder, min(names & set(NORMAL_FOLDERS)))
-            raise InputError(
-                f"{folder} holds defects beside normal images: give {normal}, or the root of the "
-                "data set."
-            )
     return folder
 
 
 def mvtec_test(root: str | bytes | os.PathLike, layout: str = "mvtec") -> list[TestImage]:
     """The test images of a data set, sorted by defect and name.
 
-    Images are `root/test/<defect>/*`; masks are `root/ground_truth/<defect>/<stem>_mask.*` or
-    `<stem>.*`, in the layout "mvtec_loco" all of `<stem>/*`. In "mvtec_ad2" both lie in
-    `root/test_public`. A data set without a folder `ground_truth` has no masks.
+    Images are all below `root/test/<defect>`; masks are `root/ground_truth/<defect>/<stem>_mask.*`
+    or `<stem>.*`, in the layout "mvtec_loco" all of `<stem>/*`; those of an image in a deeper
+    folder lie as deep. In "mvtec_ad2" both lie in `root/test_public`. A data set without a folder
+    `ground_truth` has no masks.
 
     Raises:
-        InputError: there is no folder `test` with images in it, or a mask is missing.
+        InputError: there is no folder `test` with folders of images in it, images lie beside
+            these, or a mask is missing.
     """
     root = os.fsdecode(root)
     public = layout == "mvtec_ad2"
@@ -77,15 +71,12 @@ def mvtec_test(root: str | bytes | os.PathLike, layout: str = "mvtec") -> list[T
     if layout == "mvtec_loco":
         list_masks, mask_name = _folders_of_masks, os.path.join("{}", "000.png")
     found: list[TestImage] = []
-    for defect in sorted(os.listdir(test)):
-        folder = os.path.join(test, defect)
-        if defect.startswith(".") or folder == truth or not os.path.isdir(folder):
-            continue
-        good = defect in NORMAL_FOLDERS
+    for defect, paths in files_of_kinds(test, is_image, "images").items():
+        folder, good = os.path.join(test, defect), defect in NORMAL_FOLDERS
         need_mask = not good and os.path.isdir(truth)
         masks = list_masks(os.path.join(truth, defect)) if need_mask else {}
-        for name in _images(folder):
-            path, stem = os.path.join(folder, name), os.path.splitext(name)[0]
+        for path in paths:
+            stem = os.path.splitext(os.path.relpath(path, folder))[0]
             mask = masks.get(f"{stem}_mask", masks.get(stem))
             if need_mask and mask is None:
                 missing = os.path.join(truth, defect, mask_name.format(stem))
@@ -94,16 +85,13 @@ def mvtec_test(root: str | bytes | os.PathLike, layout: str = "mvtec") -> list[T
                     "ground_truth."
                 )
             found.append(TestImage(path, "good" if good else defect, mask))
-    if not found:
-        raise InputError(
-            f"{test} holds no images: it needs folders of images, such as "
-            f"{os.path.basename(test)}/good."
-        )
     return found
 
 
 def _images(folder: str) -> list[str]:
-    return sorted(filter(is_image, os.listdir(folder))) if os.path.isdir(folder) else []
+    """Those below it, by their names from there."""
+    paths = files_below(folder, is_image) if os.path.isdir(folder) else []
+    return [os.path.relpath(path, folder) for path in paths]
 
 
 def _masks(folder: str) -> dict[str, str]:
@@ -111,6 +99,5 @@ def _masks(folder: str) -> dict[str, str]:
 
 
 def _folders_of_masks(folder: str) -> dict[str, str]:
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    paths = {name: os.path.join(folder, name) for name in names}
-    return {name: path for name, path in paths.items() if _images(path)}
+    names = map(os.path.dirname, _images(folder))
+    return {name: os.path.join(folder, name) for name in names}

@@ -15,7 +15,7 @@ from recordings import RATE, save, soundfile, tone
 import diffad_fast as daf
 from diffad_fast.data import audio as module
 from diffad_fast.data import samples
-from diffad_fast.data.audio import open_audio, read_audio
+from diffad_fast.data.audio import labelled_clips, open_audio, read_audio
 from diffad_fast.data.sources import training_part
 from diffad_fast.data.waves import extended
 from diffad_fast.errors import InputError, SkippedInput
@@ -175,6 +175,15 @@ def test_a_bad_file_among_good_ones_is_left_out(tmp_path):
     assert [os.path.basename(path) for path, _ in clips.skipped] == ["1.wav"]
     with pytest.raises(InputError, match=r"1\.wav"):
         opened(tmp_path / "clips", strict=True).load()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_in_a_list_is_left_out_and_in_no_test(tmp_path):
+    good, pipe = save(tmp_path / "test" / "good" / "0.wav", tone()), tmp_path / "test/good/1.wav"
+    os.mkfifo(pipe)
+    with pytest.warns(SkippedInput, match=r"1\.wav is a pipe or a device: give a file"):
+        assert opened([good, str(pipe)]).load() == [0]
+    assert [clip.path for clip in labelled_clips(tmp_path)] == [good]
 
 
 def test_silence_and_clipping_are_recordings():

@@ -112,6 +112,21 @@ def test_plain_folders(tmp_path):
         labelled_clips(tmp_path / "absent")
 
 
+def test_recordings_of_the_test_in_deeper_folders_are_evaluated_too(tmp_path):
+    names = ["bad/0.wav", "bad/m1/1.wav", "good/m1/day/2.wav"]
+    for name in names:
+        save(tmp_path / "test" / name, tone(0.1))
+    save(tmp_path / "test" / ".hidden" / "3.wav", tone(0.1))
+    clips = labelled_clips(tmp_path)
+    assert [(os.path.relpath(c.path, tmp_path / "test"), c.kind) for c in clips] == [
+        (name, name.split("/")[0]) for name in names
+    ]
+    for name in "45":
+        save(tmp_path / "test" / f"{name}.wav", tone(0.1))
+    with pytest.raises(InputError, match=r"/test itself holds recordings \(2\), .*: move"):
+        labelled_clips(tmp_path)
+
+
 def test_training_never_takes_a_test_folder(tmp_path):
     root = tmp_path / "machine"
     for name in ("test/anomaly_1.wav", "train/normal_1.wav", "train/deep/normal_2.wav"):
@@ -123,6 +138,28 @@ def test_training_never_takes_a_test_folder(tmp_path):
     for folder in (root, tmp_path):
         with pytest.raises(InputError, match="test lies in .*: give the folder of normal rec"):
             training_clips(folder)
+
+
+@pytest.mark.parametrize("folder", ["test", "recordings"])
+def test_anomalies_beside_normals_are_not_trained_on(tmp_path, folder):
+    root = tmp_path / folder
+    for name in ("good/0", "bad/1"):
+        save(root / f"{name}.wav", tone(0.1))
+    message = f"^{root} holds defects beside normal recordings: give {root / 'good'}, or the root"
+    with pytest.raises(InputError, match=message):
+        training_clips(root)
+    assert len(training_clips(root / "good")) == len(training_clips(root / "bad")) == 1
+    (root / "bad").rename(root / "ok")
+    assert len(training_clips(root)) == 2
+
+
+@pytest.mark.parametrize("name", ["section_00_source_test_{}_0000", "{}_id_02_00000000"])
+def test_recordings_that_dcase_names_anomalies_are_not_trained_on(tmp_path, name):
+    save(tmp_path / "test" / f"{name.format('normal')}.wav", tone(0.1))
+    assert len(training_clips(tmp_path / "test")) == 1
+    anomaly = save(tmp_path / "test" / f"{name.format('anomaly')}.wav", tone(0.1))
+    with pytest.raises(InputError, match=f"^{anomaly} is an anomaly by its name"):
+        training_clips(tmp_path / "test")
 
 
 def test_bad_metadata_is_named(tmp_path):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
 from diffad_fast.data.folders import check_no_test, files_below
+from diffad_fast.data.image_files import read_image
 from diffad_fast.data.mvtec import mvtec_train
 from diffad_fast.errors import InputError
 
@@ -13,9 +15,32 @@ from diffad_fast.errors import InputError
 def test_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
     (tmp_path / "a.png").write_bytes(b"")
     found = files_below(str(tmp_path), lambda name: name.endswith(".png"))
     assert [os.path.basename(path) for path in found] == ["a.png", "lost.png"]
+    for name in ("pipe.png", "link.png"):
+        with pytest.raises(InputError, match=f"{name} is a pipe or a device"):
+            read_image(str(tmp_path / name), (16, 16), 1)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    for name in ("locked", "open"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(b"")
+    scan = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "locked":  # root could read it, whatever its permissions
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    message = f"^{tmp_path / 'locked'} cannot be read .Permission denied.: check its permissions"
+    with pytest.raises(InputError, match=message):
+        files_below(str(tmp_path), lambda name: name.endswith(".png"))
+    with pytest.raises(InputError, match=message):
+        check_no_test(str(tmp_path), "images")
 
 
 def test_links_to_folders_are_followed_and_each_folder_is_seen_once(tmp_path):

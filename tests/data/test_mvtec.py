@@ -7,6 +7,7 @@ import pytest
 from pictures import mvtec, pixels, save
 
 from diffad_fast.data.image_files import read_mask
+from diffad_fast.data.image_layouts import labelled_images
 from diffad_fast.data.mvtec import mvtec_test, mvtec_train
 from diffad_fast.errors import InputError
 
@@ -18,6 +19,10 @@ def test_mvtec_layout(tmp_path):
     assert mvtec_train(root / "test/good") == str(root / "test/good")
     with pytest.raises(InputError, match="test holds defects beside normal images: give .*good"):
         mvtec_train(root / "test")
+    (root / "test").rename(root / "other")
+    with pytest.raises(InputError, match="other holds defects beside normal images: give .*good"):
+        mvtec_train(root / "other")
+    (root / "other").rename(root / "test")
     found = mvtec_test(root)
     assert [(Path(t.path).name, t.defect) for t in found] == [
         ("0.png", "good"), ("0.png", "hole"), ("1.jpg", "hole")
@@ -59,6 +64,20 @@ def test_normal_stands_for_good(tmp_path):
     assert found == [("hole", False), ("good", True)]
 
 
+@pytest.mark.parametrize("layout, mask", [("mvtec", "1_mask.png"), ("mvtec_loco", "1/000.png")])
+def test_images_in_deeper_folders_have_the_masks_of_these(tmp_path, layout, mask):
+    for name in ("test/good/day/0.png", "test/hole/day/1.png", "test/hole/night/1.png"):
+        save(tmp_path / name, pixels())
+    masks = [tmp_path / "ground_truth/hole" / day / mask for day in ("day", "night")]
+    for path in masks:
+        save(path, pixels())
+    found = mvtec_test(tmp_path, layout)
+    assert layout == "mvtec_loco" or labelled_images(tmp_path) == found
+    assert [test.defect for test in found] == ["good", "hole", "hole"]
+    wanted = masks if layout == "mvtec" else [path.parent for path in masks]
+    assert [test.mask_path for test in found[1:]] == list(map(str, wanted))
+
+
 def test_mvtec_errors(tmp_path):
     with pytest.raises(InputError, match="no folder test"):
         mvtec_test(tmp_path)
@@ -68,4 +87,7 @@ def test_mvtec_errors(tmp_path):
     root = mvtec(tmp_path)
     (root / "ground_truth/hole/1.bmp").unlink()
     with pytest.raises(InputError, match=r"1\.jpg has no mask: .*1_mask\.png"):
+        mvtec_test(root)
+    save(root / "test/0.png", pixels())
+    with pytest.raises(InputError, match=r"/test itself holds images \(1\), .*: move"):
         mvtec_test(root)
