@@ -17,7 +17,7 @@ from contextlib import suppress
 import numpy as np
 
 from ..errors import InputError
-from .folders import files_below
+from .folders import check_regular, files_below
 from .resampling import Resampler, audio_package
 from .waves import mono
 
@@ -71,6 +71,7 @@ def read_blocks(
         InputError: as `read_audio`.
     """
     soundfile = audio_package("soundfile")
+    check_regular(path)
     try:
         _check_length(path)  # and libsndfile's own message tells no reason why a file is unreadable
         source = _uncounted_mp3(path)

@@ -33,8 +33,15 @@ def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     for folder, below, names in _visible(source):
         below[:] = [name for name in below if name != "ground_truth"]
         found += [os.path.join(folder, name) for name in names if wanted(name)]
-    # Not pipes and devices, which would be waited for; broken links are named when they are read.
-    return sorted(path for path in found if os.path.isfile(path) or os.path.islink(path))
+    # Broken links are named when they are read.
+    return sorted(path for path in found if not _is_special(path))
+
+
+def check_regular(path: str) -> None:
+    """Raise InputError for a pipe or a device, also at the end of a link: it would be waited for.
+    What is not there or is a folder fails by itself."""
+    if _is_special(path):
+        raise InputError(f"{path} is a pipe or a device: give a file with its content.")
 
 
 def files_of_kinds(test: str, wanted: Callable[[str], bool], samples: str) -> dict[str, list[str]]:
@@ -125,6 +132,11 @@ def _visible(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
                 paths = [os.path.join(folder, name) for name in below]
                 links += [path for path in paths if os.path.islink(path)]
         tops = links
+
+
+def _is_special(path: str) -> bool:
+    """Whether something is there that is neither file nor folder."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def _refuse(error: OSError) -> None:

@@ -16,6 +16,7 @@ from functools import cache
 import numpy as np
 
 from ..errors import InputError
+from .folders import check_regular
 
 # Formats that Pillow registers but cannot decode by itself (EPS would start Ghostscript).
 _NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -217,6 +218,7 @@ def _opened(source, path: str) -> Iterator:
                 file = source
                 file.seek(0)  # every reading begins anew
             else:
+                check_regular(source)
                 # By name Pillow maps some files into memory as they lie, however oriented.
                 file = stack.enter_context(open(source, "rb"))
             yield stack.enter_context(Image.open(file, formats=_formats()[0]))
