@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -102,6 +103,30 @@ class Clips(DecodedSamples):
     """
 
     unit = "clip"
+
+    def __init__(self, *source):
+        super().__init__(*source)
+        self._constant: set[int] = set()  # what hold one value throughout, as they are met
+
+    def check_normal(self) -> None:
+        """Warn of clips that hold one value throughout: they can be scored, and are hardly meant to
+        be learnt."""
+        if self._constant:
+            first = min(self._constant)
+            warnings.warn(
+                f"{len(self._constant)} of {len(self)} clips hold one value throughout, as of a "
+                f"dead microphone, such as {self.paths[first] if self.paths else f'clip {first}'}: "
+                "that is taken for normal; leave them out if it is not",
+                stacklevel=3,
+            )
+
+    def _finished(
+        self, index: int, read: Callable[[], np.ndarray]
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        for _, wave in super()._finished(index, read):
+            if wave[0] == wave[-1] and wave.min() == wave.max():
+                self._constant.add(index)
+            yield index, wave
 
     @staticmethod
     def _ahead(batch_size: int) -> int:

@@ -192,6 +192,21 @@ def test_silence_and_clipping_are_recordings():
     assert np.array_equal(found[0], silent) and np.array_equal(found[1], clipped)
 
 
+def test_dead_microphones_among_normals_are_told(tmp_path, recwarn):
+    silent = np.zeros(8000, np.float32)
+    paths = [save(tmp_path / f"{i}.wav", x) for i, x in enumerate((tone(), silent, silent + 0.25))]
+    alive = opened(paths[:1])
+    alive.load()
+    alive.check_normal()
+    assert not recwarn
+    waves = [tone(), silent, (silent, 8000)]
+    for source, name in ((paths, "1.wav: that"), (waves, "clip 1: that")):
+        clips = opened(source)
+        assert clips.load() == [0, 1, 2]
+        with pytest.warns(UserWarning, match=f"2 of 3 clips hold one value .*{name}"):
+            clips.check_normal()
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
