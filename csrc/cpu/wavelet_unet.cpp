@@ -28,11 +28,9 @@ constexpr int64_t kGrain = 1 << 15;
 template <size_t D>
 Tensor view(const Tensor& x, const std::array<int64_t, D>& size,
             const std::array<int64_t, D>& stride, int64_t first = 0) {
-  int64_t offset;
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(x.get(), &offset));
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), D, size.data(), stride.data(),
-                                                        offset + first, &made));
+                                                        first, &made));
   return Tensor(made);
 }
 

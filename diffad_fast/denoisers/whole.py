@@ -40,6 +40,8 @@ class WholeUNet:
             for m in modules
             for name, p in m._parameters.items()
         ]
+        # Their memory, which so is no other's: an address tells whether it is still the same.
+        self._memory = [p.detach() for _, _, p, _ in self._parameters]
         self.fits = (
             all(type(m) in PLAIN or type(m).__module__ == OURS for m in modules)
             and not any("forward" in vars(m) for m in modules)

@@ -88,12 +88,24 @@ def test_the_bits_are_those_of_the_modules(
 
 
 @torch.no_grad()
-def test_conditioning_that_is_expanded(calls):
+def test_views_of_what_a_reverse_process_holds(calls):
+    """One of the levels' conditionings for all samples; images and weights within larger tensors."""
     net, (x, _) = unet(), inputs(3)
-    one = net.conditioning(torch.tensor([0.3]))
-    got = net.denoise(x, one.expand(3, -1))
-    assert calls == [1]
-    assert torch.equal(got, net.denoise(x, one.repeat(3, 1)))
+    for p in net.parameters():
+        p.data = torch.cat([torch.full_like(p, torch.nan).flatten(), p.flatten()])[
+            p.numel() :
+        ].as_strided(p.shape, p.stride(), p.numel())
+    levels = net.conditioning(torch.tensor([-1.0, 0.3, 2.0]))
+    for level in levels:
+        conditioning = level.expand(3, -1)
+        several = torch.cat([x + torch.nan, x]).contiguous(memory_format=LAST)[3:]
+        got = net.denoise(several, conditioning)
+        # For a single image the bits are those of the modules.
+        for i in range(3):
+            expected = by_modules(net.denoise, x[i : i + 1], conditioning[:1])
+            assert torch.equal(net.denoise(several[i : i + 1], conditioning[i : i + 1]), expected)
+            torch.testing.assert_close(got[i : i + 1], expected, rtol=1e-4, atol=1e-4)
+    assert calls == [12]
 
 
 def served(net, x, level, calls):
