@@ -89,7 +89,7 @@ def test_the_bits_are_those_of_the_modules(
 
 @torch.no_grad()
 def test_views_of_what_a_reverse_process_holds(calls):
-    """One of the levels' conditionings for all samples; images and weights within larger tensors."""
+    """A level's conditioning for all samples; images and weights within larger tensors."""
     net, (x, _) = unet(), inputs(3)
     for p in net.parameters():
         p.data = torch.cat([torch.full_like(p, torch.nan).flatten(), p.flatten()])[
