@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from .data.audio import what_is_missing
+from .data.audio import what_is_missing, what_is_repeated
 from .data.resampling import Resampler, resampling_delay
 from .data.waves import as_mono, extended
 from .errors import InputError
@@ -105,11 +105,7 @@ class Stream:
         size = len(self._buffer)
         if self._scored == 0 and size:
             warnings.warn(
-                f"the stream lasted {size / self._rate:.3g} s, less than the detector's window of "
-                f"{self.window:.3g} s, and is repeated to fill it: that can be heard, so such "
-                "recordings sound anomalous to a detector fitted on longer ones; fit with a "
-                "smaller window_frames",
-                stacklevel=2,
+                what_is_repeated(size / self._rate, self.window, "the stream"), stacklevel=2
             )
             self._buffer = extended(self._buffer, self._window, self._step)
         elif size > self._window - self._step:

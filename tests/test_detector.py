@@ -167,7 +167,7 @@ def test_a_file_that_scores_no_stream_is_incomplete(of_clips, tmp_path):
 def test_a_stream_of_less_than_a_window_is_told(of_clips):
     stream = of_clips.stream(8000)
     stream.push(np.zeros(800, np.float32) + 0.1)
-    with pytest.warns(UserWarning, match="the stream lasted 0.1 s, less than .* is repeated"):
+    with pytest.warns(UserWarning, match="the stream lasts 0.1 s, less than .* is repeated"):
         assert len(stream.finish().score) == 1
 
 

@@ -151,6 +151,15 @@ def what_is_missing(own: float, highest: float, name: str) -> str | None:
     )
 
 
+def what_is_repeated(seconds: float, window: float, name: str) -> str:
+    """The warning for a recording of fewer seconds than a detector's window."""
+    return (
+        f"{name} lasts {seconds:.3g} s, less than the detector's window of {window:.3g} s, and is "
+        "repeated to fill it: that can be heard, so such recordings sound anomalous to a detector "
+        "fitted on longer ones; fit with a smaller window_frames"
+    )
+
+
 class _ClipItems(Items):
     def __init__(self, rate: int, window: int, step: int, highest: float):
         self._rate, self._shape, self._highest = rate, (window, step), highest
@@ -171,13 +180,8 @@ class _ClipItems(Items):
         """The wave at the length of whole windows; warn of those that are repeated for that."""
         window = self._shape[0]
         if len(wave) < window:
-            self._warn_once(
-                "length",
-                f"{name} lasts {len(wave) / self._rate:.3g} s, less than the detector's window of "
-                f"{window / self._rate:.3g} s, and is repeated to fill it: that can be heard, so "
-                "such clips sound anomalous to a detector fitted on longer ones; fit with a "
-                "smaller window_frames",
-            )
+            seconds = len(wave) / self._rate, window / self._rate
+            self._warn_once("length", what_is_repeated(*seconds, name))
         return extended(wave, *self._shape)
 
 

@@ -40,7 +40,7 @@ class WaveletUNet(nn.Module):
 
     def __init__(self, channels: int, widths: tuple[int, int, int], blocks: int):
         super().__init__()
-        self.widths, self.blocks = widths, blocks
+        self.widths, self.blocks = tuple(widths), blocks
         embedding = 4 * widths[0]
         self.embedding = NoiseLevelEmbedding(embedding)
         self.conv_in = Conv3x3(channels, widths[0])
@@ -134,8 +134,7 @@ class WaveletUNet(nn.Module):
             return found
         parts = self._of_stages(conditioning)
         h, skips = self._encode(x, parts)
-        blocks = len(self.encoder[0])
-        maps = [*skips[blocks - 1 : -1 : blocks], self.middle(h, next(parts))]
+        maps = [*skips[self.blocks - 1 : -1 : self.blocks], self.middle(h, next(parts))]
         return [h.to(x.dtype) for h in maps]
 
     def _encode(

@@ -6,6 +6,7 @@ evaluation, on one core, while the others wait.
 
 from __future__ import annotations
 
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,11 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import native, ops
 
 SERVED = "cpu" in native.implementations("wavelet_unet")
-# What may stand in a U-Net besides its own classes. A subclass, a parametrised or a patched module
-# does something else, and is called as a module.
-OURS = f"{__package__}.wavelet_unet"
 TENSORS = {torch.Tensor, nn.Parameter}
-PLAIN = {nn.Identity, nn.Linear, nn.ModuleList, nn.Sequential, nn.SiLU}
 
 
 class WholeUNet:
@@ -28,22 +25,20 @@ class WholeUNet:
     ``csrc/cpu/wavelet_unet.cpp`` takes them.
 
     Good until a weight is written, or a weight or a module replaced: :meth:`holds` tells, and looks
-    at all of them, in a hundredth of the time of an evaluation. The 3x3 weights are kept a second
-    time in the form of ``ops.conv3x3``, in four times their memory.
+    at all of them, in one or two hundredths of the time of an evaluation.
     """
 
     def __init__(self, net: nn.Module):
-        modules, layers = list(net.modules()), list(net.layers())
+        modules = list(net.modules())
         self._children = [(m._modules, name, c) for m in modules for name, c in m._modules.items()]
         self._parameters = [
             (m._parameters, name, p, _version(p))
             for m in modules
             for name, p in m._parameters.items()
         ]
-        # Their memory, which so is no other's: an address tells whether it is still the same.
-        self._memory = [p.detach() for _, _, p, _ in self._parameters]
+        # A subclass, a parametrised, patched or other module does something else.
         self.fits = (
-            all(type(m) in PLAIN or type(m).__module__ == OURS for m in modules)
+            _classes(net) == _as_built(net.widths, net.blocks)
             and not any("forward" in vars(m) for m in modules)
             and all(
                 type(p) in TENSORS
@@ -52,10 +47,13 @@ class WholeUNet:
                 and not p.is_inference()
                 for _, _, p, _ in self._parameters
             )
-            and all(ops.conv.has_whole_blocks(m.weight) for m in layers if _is_3x3(m))
+            and all(ops.conv.has_whole_blocks(m.weight) for m in net.layers() if _is_3x3(m))
         )
-        self.weights = [w for layer in layers for w in _weights(layer)] if self.fits else []
-        self.groups = [layer.groups for layer in layers if hasattr(layer, "activation")]
+        if self.fits:
+            # Their memory, which so is no other's: an address tells whether it is still the same.
+            self._memory = [p.detach() for _, _, p, _ in self._parameters]
+            self.weights = [w for layer in net.layers() for w in _weights(layer)]
+            self.groups = [m.groups for m in net.layers() if hasattr(m, "activation")]
 
     def holds(self) -> bool:
         return all(
@@ -80,10 +78,12 @@ def evaluation(
 ) -> list[torch.Tensor] | None:
     """[output] of ``net.denoise(x, conditioning)``, or with ``features`` the encoder's maps; None
     where its modules have to be called one by one."""
-    if not SERVED or torch.is_grad_enabled() or not _served(x) or not _served(conditioning):
+    if not SERVED or torch.is_grad_enabled() or not ops.dispatch.takes_cpp(x):
+        return None
+    if any(type(t) not in TENSORS or t.dtype != torch.float32 for t in (x, conditioning)):
         return None
     coarsest = x.shape[2] // 4, x.shape[3] // 4
-    if not (ops.conv.is_channels_last(x) and ops.conv.has_tiles(*coarsest)):
+    if not (len(x) and ops.conv.is_channels_last(x) and ops.conv.has_tiles(*coarsest)):
         return None
     whole = _known.get(net)
     if whole is None or not whole.holds():
@@ -95,9 +95,17 @@ def evaluation(
     )
 
 
-def _served(x: torch.Tensor) -> bool:
-    plain = type(x) in TENSORS and x.dtype == torch.float32
-    return plain and x.numel() > 0 and ops.dispatch.takes_cpp(x)
+@cache
+def _as_built(widths: tuple[int, ...], blocks: int) -> dict[str, type]:
+    """The classes of a U-Net's modules, whatever its channels."""
+    from .wavelet_unet import WaveletUNet  # which imports this file
+
+    with torch.device("meta"):
+        return _classes(WaveletUNet(1, widths, blocks))
+
+
+def _classes(net: nn.Module) -> dict[str, type]:
+    return {name: type(m) for name, m in net.named_modules()}
 
 
 def _version(parameter: torch.Tensor) -> tuple[int, int]:
@@ -114,12 +122,12 @@ def _weights(layer) -> tuple[torch.Tensor, ...]:
     """Of one of ``net.layers()``: a module with weight and bias, or a tuple of parameters."""
     if isinstance(layer, tuple):
         return tuple(p.detach().contiguous() for p in layer)
-    weight, bias = layer.weight.detach(), layer.bias.detach()
+    weight, bias = layer.weight.detach(), layer.bias.detach().contiguous()
     if _is_3x3(layer):
-        return torch.ops.diffad_fast.conv3x3_pack.default(weight, False), bias.contiguous()
+        return ops.conv.packed(layer.weight), bias
     if weight.ndim == 4:
         weight = weight.flatten(1)
-    return weight.contiguous(), bias.contiguous()
+    return weight.contiguous(), bias
 
 
 def _fake(x, conditioning, weights, groups, widths, blocks, features):

@@ -58,7 +58,7 @@ def _native(x, weight, bias, residual):
         return reference.conv3x3(x, weight, bias, residual)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return _Conv3x3.apply(x, weight, bias, residual)
-    return torch.ops.diffad_fast.conv3x3.default(x, _pack(weight), bias, residual)
+    return torch.ops.diffad_fast.conv3x3.default(x, packed(weight), bias, residual)
 
 
 def _served(x, given):
@@ -88,7 +88,7 @@ def has_tiles(height, width):
     return tiles >= FEWEST_TILES and 2 * height * width >= TILE * TILE * tiles
 
 
-def _pack(weight):
+def packed(weight):
     """``weight`` packed, once for each of its versions."""
     pack = torch.ops.diffad_fast.conv3x3_pack.default
     if (
@@ -100,10 +100,10 @@ def _pack(weight):
     version = weight._version, weight.data_ptr()
     known = _packed.get(weight)
     if known is None or known[0] != version:
-        packed = pack(weight, False)
-        if type(packed) is not torch.Tensor:  # in a mode of fake ones
-            return packed
-        _packed[weight] = known = version, packed, weight.detach()
+        made = pack(weight, False)
+        if type(made) is not torch.Tensor:  # in a mode of fake ones
+            return made
+        _packed[weight] = known = version, made, weight.detach()
     return known[1]
 
 
