@@ -68,7 +68,7 @@ def splits(
     if not count:
         return split, []
     folds = cross_splits(usable, groups, count, config.seed)
-    return Split(list(usable), [], [], [], []), folds
+    return Split(list(usable), [], [], [], [], []), folds
 
 
 @torch.inference_mode()
@@ -88,17 +88,25 @@ def calibrate_mode(model, parts: Sequence[Part], samples) -> Calibration:
                 yield part.model, batch
                 bar.update(len(batch.index))
 
-    def maps() -> Iterator[Sequence[torch.Tensor | None]]:
+    def groups(name: str) -> dict[int, int]:
+        return {
+            i: number
+            for _, split in parts
+            for i, number in zip(
+                getattr(split, name), getattr(split, f"{name}_groups"), strict=True
+            )
+        }
+
+    def maps() -> Iterator[tuple[Sequence[torch.Tensor | None], Sequence[int]]]:
+        group = groups("statistics")
         for part_model, batch in batches("statistics"):
             found = part_model.raw_maps(batch.x)
-            # Clips have no positions in common, and not even a length: a window is a sample.
-            yield [m.reshape(-1, 1, 1) for m in found] if audio else found
+            if audio:  # clips have no positions in common, and not even a length
+                found = [m.reshape(-1, 1, 1) for m in found]
+            windows_each = next(len(m) for m in found if m is not None) // len(batch.index)
+            yield found, [group[i] for i in batch.index.tolist() for _ in range(windows_each)]
 
-    group = {
-        i: number
-        for _, split in parts
-        for i, number in zip(split.conformal, split.conformal_groups, strict=True)
-    }
+    group = groups("conformal")
     held_out = _HeldOut(config, config.contamination)
     with bar:
         for part in parts:

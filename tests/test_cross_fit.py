@@ -79,7 +79,8 @@ def test_statistics_and_scores_are_those_of_models_that_have_not_seen_the_sample
         everything = list(range(len(split.fit)))
         other.model.learn(samples, split._replace(fit=everything, validation=[]), None)
         with torch.inference_mode():
-            maps.append(other.model.raw_maps(torch.from_numpy(x[split.conformal])))
+            own = other.model.raw_maps(torch.from_numpy(x[split.conformal]))
+        maps.append((own, split.statistics_groups))
         others.append((other, split))
     expected = fit_statistics(iter(maps), "scalar", 0.0)
     for found, wanted in zip(detector.statistics, expected, strict=True):

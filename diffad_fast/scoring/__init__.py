@@ -1,6 +1,6 @@
 """From an input and its reconstruction to a map, a score, a p-value and a label."""
 
-from .calibration import SMALLEST_CALIBRATION, Conformal
+from .conformal import SMALLEST_CALIBRATION, Conformal
 from .maps import MAPS, MapStatistics, fit_statistics
 from .score import Score, own_part
 from .semantic import FeatureDistance

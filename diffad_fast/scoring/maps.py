@@ -54,16 +54,17 @@ class _MapMoments(Moments):
 
 
 def fit_statistics(
-    batches: Iterable[Sequence[torch.Tensor | None]],
+    batches: Iterable[tuple[Sequence[torch.Tensor | None], Sequence[int]]],
     kind: str,
     smoothing: float,
     alike: bool = False,
 ) -> list[MapStatistics | None]:
     """Statistics of each map from batches of maps (n,H,W) of held-out normals.
 
-    A batch has one entry a map, None where a map of :data:`MAPS` has no weight.
+    A batch has one entry a map, None where a map of :data:`MAPS` has no weight, and the object of
+    each of its n normals, by a number.
     ``kind`` is "position", "scalar" or "auto": then each map takes what predicts better, by the
-    Gaussian log-likelihood, the even normals from the odd ones and the other way round.
+    Gaussian log-likelihood, one half of the objects from the other and the other way round.
     ``smoothing`` is the deviation in pixels of the Gaussian over positions. ``alike``: the maps
     have one unit. Of fewer than 8 normals a map's deviation is then drawn towards the median m of
     all maps' deviations, sqrt((n d^2 + 4 m^2) / (n + 4)): that of a map with one position, of which
@@ -71,15 +72,19 @@ def fit_statistics(
     m = 1, the unit itself, where not even the median is more than 0.
     """
     halves: list[list[_MapMoments]] | None = None
-    seen = 0
-    for maps in batches:
+    sizes, half = [0, 0], {}  # of the halves; of an object
+    for maps, objects in batches:
         if halves is None:
             halves = [[_MapMoments(), _MapMoments()] if m is not None else [] for m in maps]
+        sides = []
+        for number in objects:
+            sides.append(half.setdefault(number, int(sizes[1] < sizes[0])))
+            sizes[sides[-1]] += 1
+        sides = torch.tensor(sides)
         for moments, map_ in zip(halves, maps, strict=True):
-            if moments:
-                moments[seen % 2].add(map_[::2])
-                moments[1 - seen % 2].add(map_[1::2])
-        seen += next(len(m) for m in maps if m is not None)
+            for side, of_half in enumerate(moments):
+                of_half.add(map_[(sides == side).to(map_.device)])
+    seen = sum(sizes)
     found = [_choose(m[0], m[1], kind, smoothing) if m else None for m in halves or []]
     if not alike or seen >= FEW_NORMALS:
         return found
@@ -98,7 +103,7 @@ def fit_statistics(
 
 def _choose(even: _MapMoments, odd: _MapMoments, kind: str, smoothing: float) -> MapStatistics:
     if even.count == 0 or odd.count == 0:
-        # A single normal has no spread between images; only that within its map is known.
+        # A single object has no spread between objects; only that within its maps is known.
         both, kind = (odd if even.count == 0 else even), "scalar"
     else:
         both = copy(even)

@@ -22,9 +22,10 @@ class Split(NamedTuple):
     validation: list[int]
     statistics: list[int]
     conformal: list[int]
+    statistics_groups: list[int]
+    """The group of each sample of `statistics`, by a number of its own in all splits of a data
+    set."""
     conformal_groups: list[int]
-    """The group of each sample of the conformal part, by a number of its own in all splits of a
-    data set."""
 
 
 def split_by_group(
@@ -48,8 +49,11 @@ def split_by_group(
     part = np.full(len(order), len(sizes))
     for number, chosen in enumerate(np.split(order, np.cumsum(sizes))[:-1]):
         part[chosen] = number
-    *held_out, fit = (groups.members(part == number) for number in range(len(sizes) + 1))
-    return Split(*(found.tolist() for found, _ in (fit, *held_out)), held_out[-1][1].tolist())
+    (validation, _), *held_out, (fit, _) = (
+        groups.members(part == number) for number in range(len(sizes) + 1)
+    )
+    indices, numbers = zip(*held_out, strict=True)
+    return Split(*(found.tolist() for found in (fit, validation, *indices, *numbers)))
 
 
 def cross_splits(
@@ -70,7 +74,7 @@ def cross_splits(
     for number in range(len(sizes)):
         held_out, numbers = (found.tolist() for found in groups.members(part == number))
         rest = groups.members(part != number)[0].tolist()
-        result.append(Split(rest, [], held_out, held_out, numbers))
+        result.append(Split(rest, [], held_out, held_out, numbers, numbers))
     return result
 
 

@@ -7,8 +7,9 @@ from diffad_fast.scoring import fit_statistics
 torch.manual_seed(0)
 
 
-def batches(maps, size):
-    return ([maps[i : i + size], None] for i in range(0, len(maps), size))
+def batches(maps, size, objects=None):
+    objects = range(len(maps)) if objects is None else objects
+    return (([maps[i : i + size], None], objects[i : i + size]) for i in range(0, len(maps), size))
 
 
 @pytest.mark.parametrize("size", [1, 3, 64])
@@ -28,6 +29,14 @@ def test_auto_takes_positions_only_where_they_differ():
     bumpy = flat + 10 * torch.rand(16, 16)
     assert fit_statistics(batches(flat, 8), "auto", 0.0)[0].mean.shape == ()
     assert fit_statistics(batches(bumpy, 8), "auto", 0.0)[0].mean.shape == (16, 16)
+
+
+def test_images_of_one_object_do_not_predict_one_another():
+    """Ten images each of six objects: positions differ by the object, and not between objects."""
+    objects = np.repeat(np.arange(6), 10)
+    maps = (10 * torch.rand(6, 16, 16))[objects] + torch.rand(60, 16, 16)
+    assert fit_statistics(batches(maps, 8), "auto", 0.0)[0].mean.shape == (16, 16)
+    assert fit_statistics(batches(maps, 8, objects), "auto", 0.0)[0].mean.shape == ()
 
 
 def test_smoothing_keeps_constants_and_total_variance():
