@@ -116,8 +116,8 @@ class DetectorConfig:
 
     # Representation
     haar_level: int | None = None
-    """Levels of the Haar packet in front of the denoiser; None: the short side becomes about 32;
-    0: pixels in [-1, 1], as pixel-space diffusion models see them."""
+    """Levels of the Haar packet in front of a U-Net; None: the short side becomes about 32; 0:
+    pixels in [-1, 1], as pixel-space diffusion models see them."""
     tokens: tuple[str, ...] = (
         "energy-16", "cell-8", "gradient-32", "spread-2", "spread-1", "mean-2",
     )  # fmt: skip
@@ -344,7 +344,7 @@ class DetectorConfig:
 
     def _fill_defaults(self) -> None:
         """What None stands for, where that follows from other options."""
-        tokens, vectors = self.on_tokens, self.kind == "vector"
+        tokens, images, vectors = self.on_tokens, self.kind == "image", self.kind == "vector"
         if self.batch_size == "auto" and tokens:
             self._set("batch_size", None)
         train_steps, reverse_steps = _STEPS.get(self.denoiser, _STEPS["unet-small"])
@@ -362,8 +362,8 @@ class DetectorConfig:
             "semantic": "nearest" if vectors else "mahalanobis",
             "semantic_of": "features" if heard else read,
             "semantic_weight": None if vectors else 1.0 if heard else 0.0,
-            "smoothing": min(self.image_size) / (BASE_GRID if tokens else 64),
-            "haar_level": default_haar_level(self.image_size),
+            "smoothing": min(self.image_size) / (BASE_GRID if tokens else 64) if images else None,
+            "haar_level": None if tokens else default_haar_level(self.image_size),
             "fmax": self.sample_rate / 2 if self.kind == "audio" else None,
         }.items():
             if getattr(self, name) is None:
@@ -451,6 +451,11 @@ class DetectorConfig:
                 raise InputError(
                     f"{name} is for U-Nets, and the token MLP knows {_DEFAULTS[name]!r} alone: "
                     f"leave it out{unet}"
+                )
+        for name in _OF_TOKENS if not on_tokens else ():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise InputError(
+                    f"{name} is for the token MLP: leave it out, or choose denoiser='token-mlp'"
                 )
         if on_tokens and self.train_steps == 0:
             raise InputError(
@@ -568,7 +573,8 @@ class DetectorConfig:
                 raise InputError(f"unknown option {name!r}: {hint}")
         recipe = dict(PRESETS[kind][preset])
         if options.get("denoiser", recipe["denoiser"]) != recipe["denoiser"]:
-            recipe.pop("train_steps", None)  # other denoisers take steps of their own
+            # Others take steps of their own.
+            recipe = {k: v for k, v in recipe.items() if k not in ("train_steps", *_OF_TOKENS)}
         try:
             return cls(**{"kind": kind, "preset": preset, **recipe, **options})
         except TypeError as error:
@@ -710,15 +716,25 @@ _RANGES = {
 
 # What only this kind reads.
 _OF_ONE_KIND = {
-    "image": ("image_size", "channels", "intensity", "illumination", "image_scale", "augment"),
+    "image": (
+        "image_size", "channels", "tokens", "intensity", "illumination", "image_scale", "smoothing",
+        "augment",
+    ),
     "audio": (
         "sample_rate", "n_fft", "hop", "n_mels", "fmin", "fmax", "window_frames", "window_step",
         "remove_level",
     ),
+    "vector": ("feature_scale",),
 }  # fmt: skip
 # What the token MLP would not read.
 _OF_UNETS = (
-    "prediction_type", "eta", "clip", "guidance", "map_weights", "snr_limit", "accumulate",
+    "haar_level", "prediction_type", "eta", "clip", "guidance", "map_weights", "snr_limit",
+    "accumulate",
+)  # fmt: skip
+# What no other denoiser would.
+_OF_TOKENS = (
+    "tokens", "token_width", "token_blocks", "token_batch", "intensity", "illumination",
+    "image_scale",
 )  # fmt: skip
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DetectorConfig)}
 

@@ -64,6 +64,13 @@ def test_frozen():
         ({"map_weights": (1, 1, 0)}, "map_weights is for U-Nets"),
         ({"kind": "vector", "guidance": 1.0}, "guidance is for U-Nets, .* leave it out$"),
         ({"prediction_type": "epsilon"}, "prediction_type is for U-Nets"),
+        ({"haar_level": 2}, "haar_level is for U-Nets"),
+        ({"denoiser": "unet-tiny", "token_width": 64}, "token_width is for the token MLP"),
+        ({"denoiser": "unet-tiny", "tokens": "cell-8"}, "tokens is for the token MLP"),
+        ({"denoiser": "unet-tiny", "illumination": 0.0}, "illumination is for the token MLP"),
+        ({"feature_scale": "global"}, "feature_scale is for kind='vector'"),
+        ({"kind": "vector", "smoothing": 2.0}, "smoothing is for kind='image'"),
+        ({"kind": "audio", "tokens": "cell-8"}, "tokens is for kind='image'"),
         ({"self": 1}, "unknown option 'self'"),
         ({"cls": 1}, "unknown option 'cls'"),
         ({"features": "resnet18"}, "features='resnet18' do not go together: .* U-Nets .* read"),
@@ -112,3 +119,4 @@ def test_steps_of_a_recipe_are_its_own_denoisers():
     assert steps == {"token-mlp": 1000, "unet-tiny": 1500, "unet-base": 10000, "custom": 2000}
     given = DetectorConfig.create(preset="best", denoiser="unet-base", train_steps=7)
     assert given.train_steps == 7
+    assert given.token_width == DetectorConfig.token_width  # that of the recipe is the token MLP's
