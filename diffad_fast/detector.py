@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import warnings
@@ -713,12 +714,11 @@ class Detector:
         from .integrations.export import export
 
         self._require_fitted()
-        wanted = self.mode
-        self.mode = mode or wanted
-        try:
-            export(self, path, format, uint8)
-        finally:
-            self.mode = wanted
+        detector = self
+        if mode not in (None, self.mode):
+            detector = copy.copy(self)  # others may score by this one
+            detector.mode = mode
+        export(detector, path, format, uint8)
 
     @staticmethod
     def from_diffusers(pipeline, **options) -> Detector:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import BackendError, InputError
 
@@ -36,6 +37,21 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+class drawing_from(TorchDispatchMode):
+    """What this thread draws comes from a generator of its own, on the CPU: that of the process,
+    which other threads draw from, stays as it is."""
+
+    def __init__(self, generator: torch.Generator):
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if any(a.name == "generator" for a in func._schema.arguments):
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
 
 
 class _Evaluation:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -30,6 +31,25 @@ def test_use_backend_chooses_and_restores():
     with pytest.raises(KeyError), daf.use_backend("reference"):
         raise KeyError
     assert serving() == "cpu"
+
+
+@pytest.mark.native
+def test_blocks_may_end_in_another_order():
+    """Those of threads do."""
+    first, second = daf.use_backend("reference"), daf.use_backend("cpu")
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert serving() == "cpu" and dispatch.selected() == "cpu"
+    second.__exit__(None, None, None)
+    assert dispatch.selected() == "auto"
+
+
+@pytest.mark.native
+def test_the_reference_in_one_thread():
+    with ThreadPoolExecutor(1) as other, daf.use_backend("cpu"):
+        with dispatch.by_reference():
+            assert serving() == "reference" and other.submit(serving).result() == "cpu"
+        assert serving() == "cpu"
 
 
 @pytest.mark.native

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import diffad_fast as daf
-from diffad_fast import models, native, ops, surroundings
+from diffad_fast import denoisers, models, native, ops, surroundings
+from diffad_fast.denoisers.token_mlp import TokenMLP
 from diffad_fast.diffusion import NoiseSchedule
 from diffad_fast.errors import BackendError
 from diffad_fast.ops.diffusion import step_table
@@ -296,6 +297,28 @@ def test_a_detector_seeds_nobodys_generators(options, monkeypatch):
     before = torch.get_rng_state()
     fitted("image", options)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_of_one_thread():
+    """The same as from the process's generator after its seed, which other threads draw from."""
+
+    def made():
+        unet, mlp = denoisers.create("unet-tiny", 4), TokenMLP(8, 16, 2)
+        return unet.state_dict() | mlp.state_dict()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(5)
+        expected = made()
+    before, others = torch.get_rng_state(), []
+    with surroundings.drawing_from(torch.Generator().manual_seed(5)):
+        thread = threading.Thread(target=lambda: others.append(torch.rand(3)))
+        thread.start()
+        found = made()
+        thread.join()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+    torch.set_rng_state(before)
+    assert torch.equal(others[0], torch.rand(3))
 
 
 def test_parts_of_a_pipeline_do_not_take_the_default_device():

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+
+
+def _check_unchanged(tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+    """As autograd does for what it saves without hooks."""
+    for tensor, version in zip(tensors, versions, strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(tensor.shape)} that the gradient needs was changed in "
+                f"place after the forward pass: it is at version {tensor._version}, and was at "
+                f"{version}; call backward first"
+            )
 
 
 def recomputed(consumer: Callable, function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
@@ -25,16 +36,20 @@ def recomputed(consumer: Callable, function: Callable, *inputs: torch.Tensor) ->
         device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     )
 
-    def pack(kept: torch.Tensor) -> torch.Tensor | tuple:
-        """Of y itself, or a view of all of it, no more than how it is seen."""
-        same = kept.data_ptr() == place and (kept.numel(), kept.dtype) == size
-        return (kept.shape, kept.stride()) if same else kept
+    def pack(kept: torch.Tensor) -> tuple:
+        """The tensor, or how y is seen that it is all of; what it will be made from, and the
+        versions of that."""
+        if kept.data_ptr() == place and (kept.numel(), kept.dtype) == size:
+            return (kept.shape, kept.stride()), inputs, [t._version for t in inputs]
+        return None, (kept,), [kept._version]
 
-    def unpack(kept: torch.Tensor | tuple) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
+    def unpack(packed: tuple) -> torch.Tensor:
+        seen, sources, versions = packed
+        _check_unchanged(sources, versions)
+        if seen is None:
+            return sources[0]
         with torch.no_grad(), mixed:
-            return function(*inputs).as_strided(*kept)
+            return function(*sources).as_strided(*seen)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return consumer(y)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..detector import Detector
 from ..errors import InputError
-from ..ops.dispatch import use_backend
+from ..ops.dispatch import by_reference
 from ..persistence import from_state
 from ..surroundings import evaluating
 from ._host import require
@@ -161,7 +161,7 @@ class GatheringDetector(nn.Module):
             raise InputError("the model is not fitted: call Engine().fit, or load a checkpoint")
         # An exported program runs without our operators.
         exporting = torch.compiler.is_exporting()
-        with use_backend("reference") if exporting else nullcontext():
+        with by_reference() if exporting else nullcontext():
             model = self.detector.model
             with torch.autocast(images.device.type, enabled=False), evaluating(model):
                 map_, score = model.score(images)

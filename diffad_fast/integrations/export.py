@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..files import check_writable, write_atomically
-from ..ops.dispatch import use_backend
+from ..ops.dispatch import by_reference
 from ..version import __version__
 from ._host import require
 
@@ -24,6 +25,7 @@ FORMATS = ("torch", "aoti", "onnx")
 # front of products of bfloat16 a last bit may become one of bfloat16.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3}
 GPU_TOLERANCE = 2e-2
+_tracing = threading.RLock()
 
 
 class ScoringProgram(nn.Module):
@@ -122,7 +124,8 @@ def _example(detector, uint8: bool) -> torch.Tensor:
 
 
 def _traced(program: ScoringProgram, example: torch.Tensor) -> torch.export.ExportedProgram:
-    with use_backend("reference"), torch.no_grad():
+    # PyTorch traces and compiles one program at a time.
+    with _tracing, by_reference(), torch.no_grad():
         program(example)  # fills what is computed once and then kept: it becomes constants
         batch = torch.export.Dim("batch", min=1)
         shapes = ({0: batch},)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from ..config import MODES, DetectorConfig
 from ..diffusion import Graphed, NoiseSchedule, ReverseLoop, ReverseStep
 from ..scoring import MapStatistics, Split
+from ..surroundings import drawing_from
 from ..training.history import History
 from ..training.state import TrainingCheckpoint
 
@@ -111,13 +111,9 @@ class Model(nn.Module, ABC):
         level = x0.new_full((x0.shape[0],), math.log(sigma), dtype=torch.float32)
         return x0 * (1 + sigma**2) ** -0.5, level
 
-    @contextmanager
-    def _seeded(self) -> Iterator[None]:
+    def _seeded(self) -> drawing_from:
         """What is made meanwhile has the weights of the configuration's seed."""
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed GPUs, too.
-            torch.default_generator.manual_seed(self.config.seed)
-            yield
+        return drawing_from(torch.Generator().manual_seed(self.config.seed))
 
     # --------------------------------------------------------- checkpoint
 

@@ -69,8 +69,14 @@ def _served(x, given):
         and has_tiles(*x.shape[2:])
         and is_channels_last(x)
         and all(t.dtype == torch.float32 for t in given)
-        and not torch.is_autocast_enabled(x.device.type)
+        and not _is_mixed(x)
     )
+
+
+def _is_mixed(x):
+    """Is autocast on, where there is one?"""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def has_whole_blocks(weight):
@@ -156,7 +162,7 @@ def conv3x3(x, weight, bias=None, residual=None):
         expected.append(("bias", bias, (outputs,)))
     if residual is not None:
         expected.append(("residual", residual, (n, outputs, height, width)))
-    mixed = torch.is_autocast_enabled(x.device.type)
+    mixed = _is_mixed(x)
     for name, y, shape in expected:
         checks.shaped(name, y, shape, x.device)
         if not mixed and y is not residual:

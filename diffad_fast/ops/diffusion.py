@@ -49,11 +49,19 @@ def _native_ddim_step(
     )
 
 
+def refuses_learned_schedule(x0, t, noise, alphas_cumprod, *_):
+    """Why the kernels cannot serve a call with these arguments first, or None."""
+    if torch.is_grad_enabled() and alphas_cumprod.requires_grad:
+        return "the kernels have no gradient for alphas_cumprod"
+    return None
+
+
 _q_sample = Operator(
     "q_sample",
     reference.q_sample,
     triton=kernel("q_sample", "q_sample"),
     **native.implementations("q_sample"),
+    refuses=dict.fromkeys(("cpu", "triton", "cuda"), refuses_learned_schedule),
 )
 _ddim_step = Operator(
     "ddim_step",
@@ -67,7 +75,8 @@ def q_sample(x0, t, noise, alphas_cumprod):
 
     x0: (N,...); t: (N,) int64, indices into the table ``alphas_cumprod`` (T,) of any floating
     dtype; noise: the shape of ``x0``, or 1 in place of N. All on one device. Returns the shape
-    and dtype of ``x0``; computed in float32 at least. Differentiable in x0 and noise.
+    and dtype of ``x0``; computed in float32 at least. Differentiable in x0 and noise, and, by the
+    reference, to which `auto` turns then, in alphas_cumprod.
 
     Raises TypeError for dtypes, ValueError for shapes and devices. Values of ``t`` are not checked.
     """
@@ -316,12 +325,13 @@ def _ddim_step_backward(ctx, grad):
     needs q_sample alone.
     """
     number_t, number_s, prediction, eta, weight, clip, ratio, largest, recompute = ctx.numbers
-    inputs, again = list(ctx.saved_tensors), torch.is_grad_enabled()
-    if not again:
-        inputs = [
-            x if x is None else x.detach().requires_grad_(needed)
-            for x, needed in zip(inputs, ctx.needs_input_grad[:6], strict=True)
-        ]
+    again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[:6]
+    # Aliases: of the tensors themselves one may be computed from another, as the network's output
+    # is from x_t, and its gradient would take that way, which autograd takes afterwards, too.
+    inputs = [
+        x if x is None else x.view_as(x) if again else x.detach().requires_grad_(need)
+        for x, need in zip(ctx.saved_tensors, needed, strict=True)
+    ]
     x_t, model_output, alpha_t, alpha_s, noise, guide = inputs
     with torch.enable_grad():
         x_s = reference.ddim_step(
@@ -337,9 +347,9 @@ def _ddim_step_backward(ctx, grad):
             recompute,
             None if guide is None else (guide, weight),
         )
-    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[:6], strict=True) if needed]
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
     found = iter(torch.autograd.grad(x_s, wanted, grad, create_graph=again, allow_unused=True))
-    grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:6]]
+    grads = [next(found) if need else None for need in needed]
     return *grads, *[None] * len(ctx.numbers)
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
 from ..errors import BackendError, InputError
+from ..reference.modes import in_transform
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # The order in which `auto` tries the backends for a tensor on a device of this type.
@@ -27,7 +29,25 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 OPERATORS: dict[str, Operator] = {}
 _unavailable: dict[str, str] = {}  # backend -> why it did not load on this machine
-_selected = "auto"
+
+
+class _Choice:
+    """A backend, of one block ``with use_backend(...)``."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+
+
+# That of the environment, and those of all blocks that have not ended, in the order in which they
+# began: blocks of threads may end in another.
+_choices = [_Choice("auto")]
+
+
+class _OfThread(threading.local):
+    backend: str | None = None
+
+
+_of_thread = _OfThread()
 
 
 class Operator:
@@ -64,36 +84,36 @@ class Operator:
 
         Without the call's arguments no implementation refuses it.
         """
-        order = PREFERENCE.get(device_type, ("reference",))
-        if _transformed():
-            if _selected not in ("auto", "reference"):
+        order, asked = PREFERENCE.get(device_type, ("reference",)), selected()
+        if in_transform():
+            if asked not in ("auto", "reference"):
                 raise BackendError(
-                    f"backend {_selected!r} knows neither torch.func nor forward-mode automatic "
+                    f"backend {asked!r} knows neither torch.func nor forward-mode automatic "
                     "differentiation: use_backend('auto') takes the reference there"
                 )
             return "reference"
-        if _selected == "auto":
+        if asked == "auto":
             for backend in order:
                 if backend in self.implementations and self._refusal(backend, args) is None:
                     return backend
-        if _selected not in self.implementations:
+        if asked not in self.implementations:
             raise BackendError(
-                f"backend {_selected!r} was asked for, but operator {self.name!r} has only "
+                f"backend {asked!r} was asked for, but operator {self.name!r} has only "
                 f"{', '.join(self.implementations)}: use_backend('auto') picks the best of these"
             )
         by_name = ("reference", "triton") if INTERPRETER else ("reference",)
-        if _selected not in order and _selected not in by_name:
+        if asked not in order and asked not in by_name:
             raise BackendError(
-                f"backend {_selected!r} cannot serve {self.name!r} on a {device_type} tensor: "
+                f"backend {asked!r} cannot serve {self.name!r} on a {device_type} tensor: "
                 f"move the tensor or choose one of {', '.join(order)}"
             )
-        why = self._refusal(_selected, args)
+        why = self._refusal(asked, args)
         if why is not None:
             raise BackendError(
-                f"backend {_selected!r} cannot serve this call of {self.name!r}: {why}; "
+                f"backend {asked!r} cannot serve this call of {self.name!r}: {why}; "
                 f"use_backend('auto') picks one that can"
             )
-        return _selected
+        return asked
 
     def __call__(self, x, *args):
         return self.on(x.device, x, *args)(x, *args)
@@ -122,20 +142,10 @@ def takes_cpp(x: torch.Tensor) -> bool:
     """Do C++ operators serve ``x`` now, as it is: no trace, no transform, no autocast?"""
     return (
         x.device.type == "cpu"
-        and _selected in ("auto", "cpu")
+        and selected() in ("auto", "cpu")
         and not torch.compiler.is_compiling()
-        and not _transformed()
+        and not in_transform()
         and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _transformed() -> bool:
-    """Is this inside a transform of torch.func or forward-mode differentiation? Operators written
-    for plain tensors would fail there, or lose tangents in silence."""
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -168,35 +178,47 @@ def unavailable() -> dict[str, str]:
 
 def selected() -> str:
     """The backend asked for: ``auto`` or one of :data:`BACKENDS`."""
-    return _selected
+    if torch.compiler.is_dynamo_compiling():  # which does not follow what belongs to a thread
+        return _choices[-1].backend
+    return _of_thread.backend or _choices[-1].backend
 
 
-def select(name: str) -> None:
-    """Ask for a backend for the whole process; see :func:`use_backend` for a limited time."""
-    global _selected
+def _choice(name: str) -> _Choice:
     if name != "auto" and name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}: choose auto, {', '.join(BACKENDS)}")
     if name in _unavailable:
         raise BackendError(f"backend {name!r} is not available here: {_unavailable[name]}")
-    _selected = name
+    return _Choice(name)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every operator by backend ``name`` inside the ``with`` block (process-wide).
+    """Serve every operator by backend ``name`` inside the ``with`` block (process-wide; of blocks
+    in several threads the one that began last decides).
 
     ``name`` is ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``. Raises
     InputError for another name and BackendError where the backend is missing: at once if it did
     not load on this machine, at the call if an operator does not have it.
     """
-    previous = _selected
-    select(name)
+    choice = _choice(name)
+    _choices.append(choice)
     try:
         yield
     finally:
-        select(previous)
+        _choices.remove(choice)
+
+
+@contextmanager
+def by_reference() -> Iterator[None]:
+    """Serve every operator that this thread calls in plain PyTorch, for programs that are to run
+    without this library."""
+    previous, _of_thread.backend = _of_thread.backend, "reference"
+    try:
+        yield
+    finally:
+        _of_thread.backend = previous
 
 
 def select_from_environment() -> None:
     """Apply ``DIFFAD_FAST_BACKEND``; called once all operators are registered."""
-    select(os.environ.get("DIFFAD_FAST_BACKEND") or "auto")
+    _choices[0] = _choice(os.environ.get("DIFFAD_FAST_BACKEND") or "auto")

@@ -58,7 +58,7 @@ def philox_normal(shape, seed, draw=0, step=0, device=None):
     if math.prod(shape[1:] if tensors else shape) > LARGEST_FIELD:
         raise ValueError(f"a field of shape {shape} has more than 2^34 elements: draw it in parts")
     if device is None:
-        device = tensors[0].device if tensors else torch.get_default_device()
+        device = tensors[0].device if tensors else torch.empty(0).device
     if not isinstance(device, torch.device):
         device = torch.device(device)
     return _philox_normal.on(device)(shape, seed, draw, step, device)

@@ -13,6 +13,7 @@ from .diffusion import (
     fake_step,
     keep_noising,
     noising_backward,
+    refuses_learned_schedule,
 )
 from .dispatch import Operator, kernel
 
@@ -40,6 +41,7 @@ _noised_target = Operator(
     reference.noised_target,
     triton=kernel("q_sample", "noised_target"),
     **{k: _native_noised_target(f) for k, f in native.implementations("noised_velocity").items()},
+    refuses=dict.fromkeys(("cpu", "triton", "cuda"), refuses_learned_schedule),
 )
 _weighted_mse = Operator(
     "weighted_mse",

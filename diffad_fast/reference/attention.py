@@ -6,8 +6,10 @@ import torch
 
 from . import exported
 from .haar import haar_pack, haar_unpack
+from .modes import in_own_dtypes
 
 
+@in_own_dtypes
 def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=None):
     """(N,heads,H,W,d) -> the same shape.
 

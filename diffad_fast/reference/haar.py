@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import exported
+from .modes import in_transform
 
 
 def _butterfly(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,7 +46,7 @@ def haar_pack(x: Tensor, level: int = 1) -> Tensor:
         block = [half[..., column::2] for half in rows for column in (0, 1)]
         # The level done last is the coarsest, and cat puts its digit in front.
         x = torch.cat(_butterfly(*block), dim=1)
-    return x.contiguous(memory_format=memory_format)
+    return in_memory_format(x, memory_format)
 
 
 def haar_unpack(y: Tensor, level: int = 1) -> Tensor:
@@ -66,7 +67,7 @@ def haar_unpack(y: Tensor, level: int = 1) -> Tensor:
         a, b, c, d = _butterfly(*y.chunk(4, dim=1))
         top, bottom = (torch.stack(pair, dim=-1).flatten(-2) for pair in ((a, b), (c, d)))
         y = torch.stack((top, bottom), dim=-2).flatten(-3, -2)
-    return y.contiguous(memory_format=memory_format)
+    return in_memory_format(y, memory_format)
 
 
 def _check(x: Tensor, level: int) -> None:
@@ -80,3 +81,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     if x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
         return torch.channels_last
     return torch.contiguous_format
+
+
+def in_memory_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return x if in_transform() else x.contiguous(memory_format=memory_format)

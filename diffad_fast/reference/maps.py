@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from .haar import haar_pack
+from .modes import in_own_dtypes
 
 
+@in_own_dtypes
 def anomaly_map(
     x,
     x_hat,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .haar import haar_pack
+from .haar import haar_pack, in_memory_format
 from .training import noised_target
 
 
@@ -17,7 +17,7 @@ def standardised_packet(x: Tensor, mean: Tensor, deviation: Tensor, level: int =
     """
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     y = standardised(haar_pack(y, level) if level else y, mean, deviation)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return in_memory_format(y.to(x.dtype), torch.channels_last)
 
 
 def standardised(y: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -34,7 +34,5 @@ def noised_packet(
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     x0 = standardised_packet(wide, mean, deviation, level)
     x_t, target, weight = noised_target(x0, t, noise, alphas_cumprod, prediction_type, snr_limit)
-    x_t, target = (
-        y.to(x.dtype).contiguous(memory_format=torch.channels_last) for y in (x_t, target)
-    )
+    x_t, target = (in_memory_format(y.to(x.dtype), torch.channels_last) for y in (x_t, target))
     return x_t, target, weight

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .exported import as_dtype
+from .modes import in_own_dtypes
 
 LAYER_NORM_EPS = 1e-5
 
@@ -50,6 +51,7 @@ class PackedTokenMLP(NamedTuple):
         return cls(*(field.to(dtype or W1.dtype) for field in fields)), extra
 
 
+@in_own_dtypes
 def token_mlp_loop(x, weights, step_bias, table):
     """x (M,D), step_bias (S,B,W), table (S,5) -> x_end (M,D), stats (M,S).
 
@@ -78,6 +80,7 @@ def token_mlp_loop(x, weights, step_bias, table):
     return as_dtype(current, x.dtype), torch.stack(stats, dim=1)
 
 
+@in_own_dtypes
 def token_mlp_loss(x, target, weight, weights, step_bias):
     """x, target (M,D), weight (M,), step_bias (S,B,W) -> scalar
 

@@ -26,7 +26,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 
-from .haar import memory_format_of
+from .haar import in_memory_format, memory_format_of
+from .modes import in_own_dtypes
 
 MODES = (
     "zero", "constant", "symmetric", "periodic", "smooth", "periodization",
@@ -34,6 +35,7 @@ MODES = (
 )  # fmt: skip
 
 
+@in_own_dtypes
 def dwt2d(x, wavelet="haar", mode="periodization"):
     """(N,C,H,W) -> (cA, cH, cV, cD), each (N,C,H',W'); the equations are in the module's head."""
     check_mode(mode)
@@ -47,6 +49,7 @@ def dwt2d(x, wavelet="haar", mode="periodization"):
     return tuple(_with_format_of(x, y[:, :, band]) for band in (0, 2, 1, 3))
 
 
+@in_own_dtypes
 def idwt2d(coeffs, wavelet="haar", mode="periodization", output_size=None):
     """(cA, cH, cV, cD) -> (N,C,H,W), cropped to ``output_size`` from the top left if given.
 
@@ -216,7 +219,7 @@ def _compute_dtype(dtype):
 def _with_format_of(x, y):
     """``y`` in channels_last if ``x`` is."""
     if memory_format_of(x) == torch.channels_last:
-        return y.contiguous(memory_format=torch.channels_last)
+        return in_memory_format(y, torch.channels_last)
     return y
 
 

@@ -84,6 +84,15 @@ class LogMel(nn.Module):
         window = torch.hann_window(n_fft, dtype=torch.float64)
         self.register_buffer("window", window, persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """Onto the device, but not into the dtype of a model that this is a part of: the operator
+        computes in float64."""
+        constants = {"filters": self.filters, "window": self.window}
+        super()._apply(fn, recurse)
+        for name, constant in constants.items():
+            setattr(self, name, constant.to(getattr(self, name).device))
+        return self
+
     def forward(self, waves: torch.Tensor) -> torch.Tensor:
         return ops.log_mel(waves, self.window, self.filters, self.hop)
 

@@ -68,6 +68,17 @@ def test_the_output_is_not_kept():
     torch.testing.assert_close(x.grad, plain.grad, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("changed", ["weight", "input"])
+def test_what_is_changed_in_between_is_told(changed):
+    """As autograd tells it; each of these would give another gradient in silence."""
+    conv, x = torch.nn.Conv2d(3, 3, 3), torch.randn(1, 3, 8, 8)
+    out = recomputed(conv, torch.sin, x.requires_grad_())
+    with torch.no_grad():
+        (conv.weight if changed == "weight" else x).mul_(3)
+    with pytest.raises(RuntimeError, match="changed in place after the forward pass"):
+        out.sum().backward()
+
+
 def test_nothing_is_computed_again_without_gradients():
     calls = []
 

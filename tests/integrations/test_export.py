@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 import diffad_fast as daf
+from diffad_fast import ops
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.integrations import export as exporting
 
@@ -81,6 +83,30 @@ def test_vectors_in_every_mode(fitted, mode, tmp_path):
         fitted.mode = before
     far = program(torch.full((1, 5), 50.0))
     assert far["label"].item() == 1 and far["p_value"].item() == pytest.approx(1 / 31)
+
+
+def test_others_score_meanwhile(fitted, tmp_path, monkeypatch):
+    """In their mode, and by the operators of before."""
+    X, mode, seen = rows(3, 0), MODES[1], []
+    expected, original = fitted.score(X).score, exporting._torch
+
+    def written(*arguments):
+        found = fitted.score(X).score
+        seen.append((fitted.mode, np.array_equal(found, expected)))
+        return original(*arguments)
+
+    trace = torch.export.export
+
+    def traced(*arguments, **options):
+        with ThreadPoolExecutor(1) as other:
+            seen.append(other.submit(ops.dispatch.selected).result())
+        return trace(*arguments, **options)
+
+    monkeypatch.setitem(exporting._WRITERS, "torch", written)
+    monkeypatch.setattr(torch.export, "export", traced)
+    before = fitted.mode
+    fitted.export(tmp_path / "model.pt2", mode=mode)
+    assert seen == ["auto", (before, True)]
 
 
 def test_a_score_that_is_no_number_is_an_anomaly(fitted, monkeypatch):

@@ -227,6 +227,13 @@ def test_every_output_is_written(cpu_isa, written):
 # ------------------------------------------------------------------------ the vendor's
 
 
+def test_shapes_alone(backend):
+    made = ops.conv3x3(
+        torch.empty(2, 16, 8, 8, device="meta"), torch.empty(32, 16, 3, 3, device="meta")
+    )
+    assert made.shape == (2, 32, 8, 8) and made.is_meta
+
+
 def test_an_empty_batch(backend):
     inputs = [t.requires_grad_() for t in tensors(0, 16, 32, 8, 8)]
     y = ops.conv3x3(*inputs)

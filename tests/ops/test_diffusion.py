@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_fast import ops, reference, use_backend
+from diffad_fast import native, ops, reference, use_backend
+from diffad_fast.errors import BackendError
 
 PREDICTIONS = ["epsilon", "sample", "v_prediction"]
 
@@ -236,6 +237,17 @@ def test_gradients(backend, prediction):
     assert torch.autograd.gradcheck(step, inputs)
     t = torch.tensor([4, 900])
     assert torch.autograd.gradcheck(lambda x, z: ops.q_sample(x, t, z, alphas()), inputs[:2])
+
+
+def test_gradients_of_a_schedule_that_is_learnt():
+    table = torch.linspace(0.9, 0.2, 6).double().requires_grad_()
+    x, z = random((2, 3), 0), random((2, 3), 1)
+    t = torch.tensor([4, 1])
+    assert torch.autograd.gradcheck(lambda a: ops.q_sample(x, t, z, a), table)
+    assert torch.autograd.gradcheck(lambda a: ops.noised_target(x, t, z, a)[:2], table)
+    if native.loaded():
+        with use_backend("cpu"), pytest.raises(BackendError, match="for alphas_cumprod"):
+            ops.q_sample(x, t, z, table)
 
 
 X = torch.zeros(2, 3, 4, 4)

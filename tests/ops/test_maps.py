@@ -482,7 +482,7 @@ def test_what_the_cuda_kernels_refuse(monkeypatch):
             "levels": 2, "stats": None, "sigma": 4.0, "top": 0.01, "base": None,
         } | change  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr(ops.dispatch, "_selected", "cuda")
+            patch.setattr(ops.dispatch._choices[-1], "backend", "cuda")
             patch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
             if message is None:
                 assert operator.backend("cuda", *given.values()) == "cuda"

@@ -215,9 +215,12 @@ def test_the_bare_operator():
             fill(out, 0, 0, 0, draws, None)
 
 
-def test_compiles_as_one_graph(backend):
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_compiles_as_one_graph(backend, device):
     def draw(t):
-        return ops.philox_normal((3, 7), 1, t, device="cpu") * 2
+        if device is None:
+            return ops.philox_normal((3, 7), 1, 5) * 2
+        return ops.philox_normal((3, 7), 1, t, device=device) * 2
 
     compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
     t = torch.tensor([1, 2, 3])

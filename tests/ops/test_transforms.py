@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import diffad_fast as daf
 from diffad_fast import ops, reference
 from diffad_fast.errors import BackendError
+from diffad_fast.representations import LogMel
 
 LAST = torch.channels_last
 
@@ -39,7 +40,7 @@ FUNCTIONS = {
 def test_forward_mode_is_finite_differences(name):
     f = FUNCTIONS[name]
     x, direction = random(2, 16, 8, 8), random(2, 16, 8, 8, seed=3)
-    if name == "conv3x3":
+    if name in ("conv3x3", "group_norm_silu"):
         x, direction = (t.to(memory_format=LAST) for t in (x, direction))
     _, tangent = torch.func.jvp(f, (x,), (direction,))
     step = 1e-2
@@ -73,10 +74,74 @@ def test_second_derivatives_of_a_step(backend, options):
         grads = torch.autograd.grad(value, (x, y), create_graph=True)
         return torch.autograd.grad(value + sum(g.square().sum() for g in grads), (x, y))
 
-    for ours, theirs in zip(
-        penalised(ops.ddim_step), penalised(reference.ddim_step), strict=True
-    ):
+    for ours, theirs in zip(penalised(ops.ddim_step), penalised(reference.ddim_step), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_gradient_that_can_be_differentiated_is_the_same_gradient(backend, prediction):
+    """Of a sampler, where the network's output is computed from the state."""
+    x, w = random(2, 3, 4, 4).double().requires_grad_(), torch.tensor(0.5).double()
+    w.requires_grad_()
+
+    def sampled(step):
+        state = x
+        for alpha in (0.2, 0.4, 0.6):
+            state = step(state, (w * state).tanh(), alpha, alpha + 0.2, prediction)
+        return state.square().sum()
+
+    def penalty(step):
+        grads = torch.autograd.grad(sampled(step), (x, w), create_graph=True)
+        return *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), (x, w))
+
+    torch.testing.assert_close(penalty(ops.ddim_step), penalty(reference.ddim_step))
+    plain = torch.autograd.grad(sampled(ops.ddim_step), (x, w))
+    torch.testing.assert_close(penalty(ops.ddim_step)[:2], plain)
+
+
+STANDARDS = random(2, 256).abs()
+MAPPED = {
+    "group_norm_silu": lambda x: ops.group_norm_silu(x, 4),
+    "standardised_packet": lambda x: ops.standardised_packet(x, STANDARDS[0], STANDARDS[1], 2),
+    **{name: FUNCTIONS[name] for name in ("dwt2d", "haar_pack", "wavelet_attention")},
+}
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_vmap_in_every_memory_format(name):
+    f, x = MAPPED[name], random(3, 2, 16, 8, 8)
+    expected = torch.stack([f(y) for y in x])
+    torch.testing.assert_close(torch.func.vmap(f)(x), expected)
+    last = x.movedim(2, -1).contiguous().movedim(-1, 2)  # of each, channels_last
+    torch.testing.assert_close(torch.func.vmap(f)(last), expected)
+    gradient = torch.func.vmap(torch.func.grad(lambda y: f(y).sin().sum()))(last)
+    torch.testing.assert_close(
+        gradient[0], torch.func.grad(lambda y: f(y).sin().sum())(x[0]), rtol=1e-4, atol=1e-5
+    )
+
+
+MIXED = {
+    **{name: f for name, f in FUNCTIONS.items() if name != "conv3x3"},
+    "idwt2d": lambda x: ops.idwt2d((x, x, None, x), "db2"),
+    "band_energies": lambda x: ops.band_energies(x, 2, 1),
+    "nearest_distances": lambda x: ops.nearest_distances(x[0, 0], x[1, 0], 2),
+    "log_mel": lambda x: LogMel(64, 32, 8, 4)(x.flatten(1)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_autocast_changes_nothing_but_convolutions(backend, name):
+    # Two have no gradients in C++.
+    f, x = (
+        MIXED[name],
+        random(2, 16, 8, 8).requires_grad_(name not in ("nearest_distances", "log_mel")),
+    )
+    expected = f(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = f(x), f(x.detach())
+    for y in found:
+        assert y.dtype == expected.dtype
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.native

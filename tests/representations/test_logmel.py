@@ -61,6 +61,14 @@ def test_spectrogram_equals_stored_figures_of_librosa():
         assert float(found[place]) == pytest.approx(value, abs=1e-4)
 
 
+@pytest.mark.parametrize("cast", ["float", "half", "bfloat16", "double"])
+def test_a_part_of_a_model_that_is_cast(cast):
+    mel, waves = LogMel(16000, 256, 64, 16), torch.rand(2, 4000)
+    whole = getattr(torch.nn.Sequential(mel, torch.nn.Linear(59, 2)), cast)()
+    assert torch.equal(whole[0](waves), LogMel(16000, 256, 64, 16)(waves))
+    assert whole[1].weight.dtype == getattr(torch, cast)
+
+
 def test_silence_is_the_floor():
     assert torch.equal(
         LogMel(RATE, 512, 256, 16)(torch.zeros(1, 4096)), torch.full((1, 16, 15), -100.0)
