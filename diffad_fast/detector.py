@@ -75,8 +75,9 @@ class Detector:
     (N,c,h,w) or list of them``, or a timm model's name: what semantic discrepancy and the token
     source "features" read; for audio "yamnet" or a module ``waves (M,samples) in [-1,1] ->
     embeddings (M,D)``; see :mod:`diffad_fast.protocols`. Its parameters no longer require gradients
-    from then on. device: "cpu", "cuda", ... or None for the best there is. Further options by name:
-    see :class:`diffad_fast.DetectorConfig`.
+    from then on. A module is used as it is, not copied: ``fit`` trains the denoiser that was handed
+    over, and detectors that share one change each other. device: "cpu", "cuda", ... or None for the
+    best there is. Further options by name: see :class:`diffad_fast.DetectorConfig`.
 
     Raises InputError for an unknown or impossible option, BackendError for a missing device.
     """
@@ -678,13 +679,19 @@ class Detector:
         return state(self)
 
     def __reduce__(self):
-        """Pickled and copied as its checkpoint, and as the modules that were handed over: tensors
-        would go to other processes through a file of shared memory each."""
+        """Pickled and copied as its checkpoint, and as the modules that are not in that: tensors
+        would go to other processes through a file of shared memory each. A backbone goes along,
+        also one that was fetched by name: it may be another one there, or nobody may fetch it."""
         from .persistence import KIND
 
+        given = self._given | {"features": self._features}
         if not self.calibrations:
-            return _unpickled, (self._asked().to_json(), self._given)
-        return _unpickled, (checkpoint.to_bytes(KIND, *self.state()), self._given)
+            return _unpickled, (self._asked().to_json(), given)
+        return _unpickled, (checkpoint.to_bytes(KIND, *self.state()), given)
+
+    def __copy__(self) -> Detector:
+        # A shallow copy would share the denoiser that was handed over, and a fit trains that.
+        return copy.deepcopy(self)
 
     # ------------------------------------------------------ other programs
 

@@ -328,13 +328,13 @@ def test_few_normals_give_no_label_and_one_warning():
 
 
 class Tiny(torch.nn.Module):
-    """A denoiser of one's own that has features."""
+    """A denoiser of one's own that has features, or a backbone."""
 
-    def __init__(self):
+    def __init__(self, channels=4):
         super().__init__()
-        self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.conv = torch.nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x, log_sigma):
+    def forward(self, x, log_sigma=None):
         return self.conv(x)
 
     def features(self, x, log_sigma):
@@ -711,12 +711,21 @@ class Plain(torch.nn.Module):
         return self.layer(x)
 
 
-def test_pickles_with_a_denoiser_of_its_own():
-    images = normals(40)
-    detector = daf.Detector(**{**OPTIONS, "denoiser": Plain(), "train_steps": 2}, device="cpu",
-                            haar_level=1, map_weights=(1.0, 0.0, 1.0)).fit(images)  # fmt: skip
-    again = pickle.loads(pickle.dumps(detector))
-    np.testing.assert_array_equal(again.score(images[:3]).score, detector.score(images[:3]).score)
+@pytest.mark.parametrize("fetched", ["resnet18", "hf-hub:somebody/something"])
+def test_copies_share_no_module_and_fetch_none(fetched, monkeypatch):
+    """Nor do pickles: neither the denoiser that was handed over nor a backbone by name."""
+    images, made = normals(40), []
+    monkeypatch.setattr(daf.detector, "_backbone", lambda config: made.append(1) or Tiny(1))
+    detector = daf.Detector(
+        **OPTIONS | {"denoiser": Plain(), "train_steps": 2}, haar_level=1, features=fetched
+    ).fit(images)
+    expected = detector.score(images[:3]).score
+    for again in (copy.copy, copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))):
+        other = again(detector)
+        np.testing.assert_array_equal(other.score(images[:3]).score, expected)
+        other.fit(images[:20])
+        np.testing.assert_array_equal(detector.score(images[:3]).score, expected)
+    assert len(made) == 1
 
 
 def test_contamination_corrects_the_threshold():
