@@ -164,6 +164,14 @@ class _HeldOut:
     def calibration(self, statistics: list[MapStatistics | None]) -> Calibration:
         rate = self.config.false_positive_rate
         scores, groups = torch.cat(self._scores).numpy(), np.array(self._groups)
+        finite = np.isfinite(scores)
+        if not finite.all():
+            raise InputError(
+                f"{np.count_nonzero(~finite)} of {len(scores)} held-out normals have no finite "
+                f"score in mode {self.config.mode!r}, the first of them {scores[~finite][0]}: the "
+                "denoiser or the features give values that are not finite, so mend that module, "
+                "or train with a lower learning_rate"
+            )
         normal = np.argsort(scores, kind="stable")
         # The small term keeps a product such as 0.29 * 100 = 29 - 4e-15 on its side.
         normal = normal[: len(normal) - int(self.contamination * len(normal) + 1e-9)]

@@ -33,9 +33,10 @@ def load(
 ) -> Detector:
     """Read a detector that :meth:`Detector.save` wrote.
 
-    denoiser: a module of the architecture that was fitted, for a detector with its own. features: the module that was given to the fit, with its weights, which
-    are not in the file; also for backbones that timm would fetch from elsewhere ("hf-hub:...").
-    Both are used as they are, not copied: the denoiser's weights are replaced by those in the file.
+    denoiser: a module of the architecture that was fitted, for a detector with its own. features:
+    the module that was given to the fit, with its weights, which are not in the file; also for
+    backbones that timm would fetch from elsewhere ("hf-hub:..."). Both are used as they are, not
+    copied: the denoiser takes the weights in the file.
     Raises CheckpointError for a file that is missing, damaged, of another version, or of another
     kind, and where the module that was fitted is not handed over, or another one is.
     """

@@ -575,6 +575,18 @@ def test_a_broken_training_stops(monkeypatch):
         daf.Detector(**OPTIONS).fit(normals(40))
 
 
+def test_a_denoiser_that_answers_nan_is_told():
+    class Broken(torch.nn.Module):
+        def forward(self, x, log_sigma):
+            return x * float("nan")
+
+    options = {"denoiser": Broken(), "haar_level": 1, "map_weights": (1, 0, 1), "train_steps": 0}
+    found = daf.Detector(**OPTIONS | options)
+    with pytest.raises(InputError, match="of 6 held-out normals have no finite score .* nan: the"):
+        found.fit(normals(40))
+    assert not found.calibrations
+
+
 def test_evaluate_on_a_folder(fitted, tmp_path):
     from PIL import Image
 

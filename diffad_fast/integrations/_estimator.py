@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from sklearn.utils import check_random_state
@@ -14,8 +17,11 @@ def fit_detector(X, preset, train_steps, options, device, random_state) -> Detec
     """A detector of the kind that X asks for: vectors (N,D), or images (N,C,H,W) in [0,1].
 
     random_state: None, an integer or a RandomState, as in scikit-learn. What is in ``options``
-    comes first: its ``seed``, ``preset`` and ``device`` too.
+    comes first: its ``seed``, ``preset`` and ``device`` too. Its modules are copied: a fit leaves
+    the parameters of an estimator as they are.
     """
+    if not isinstance(options, Mapping | None):
+        raise InputError(f"options is a dictionary of options by name, not {options!r}")
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     chosen = {"seed": seed, "preset": preset, "device": device}
     if X.ndim == 2:
@@ -29,7 +35,7 @@ def fit_detector(X, preset, train_steps, options, device, random_state) -> Detec
         )
     if train_steps is not None:
         chosen["train_steps"] = train_steps
-    chosen |= options or {}
+    chosen |= copy.deepcopy(options or {})
     return Detector(**chosen).fit(X)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from numbers import Real
+
 import numpy as np
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -70,7 +73,7 @@ class DiffusionOutlierDetector(OutlierMixin, BaseEstimator):
 
         Returns self. Raises ValueError for fewer than 8 samples and for unusable data.
         """
-        if isinstance(self.contamination, str) or not 0 < self.contamination <= 0.5:
+        if not isinstance(self.contamination, Real) or not 0 < self.contamination <= 0.5:
             raise InputError(f"contamination must be in (0, 0.5], not {self.contamination!r}")
         # In the precision of the data, of which the detector says whether float32 can hold it.
         kinds = (np.float64, np.float32)
@@ -114,8 +117,11 @@ class DiffusionOutlierDetector(OutlierMixin, BaseEstimator):
         return X if self.image_shape is None else X.reshape(-1, *self._image_shape())
 
     def _image_shape(self) -> tuple[int, int, int]:
-        shape = tuple(self.image_shape)
-        if len(shape) not in (2, 3):
+        try:
+            shape = tuple(map(operator.index, self.image_shape))
+        except TypeError:
+            shape = ()
+        if len(shape) not in (2, 3) or min(shape) < 1:
             raise InputError(f"image_shape is (H, W) or (C, H, W), not {self.image_shape!r}")
         shape = shape if len(shape) == 3 else (1, *shape)
         if np.prod(shape) != self.n_features_in_:

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
@@ -141,10 +142,38 @@ def test_flattened_images():
     np.testing.assert_array_equal(-detector.score_samples(X), image.score)
 
 
+class Own(torch.nn.Module):
+    """A denoiser of one's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, log_sigma):
+        return self.layer(x)
+
+
+def test_a_fit_leaves_a_denoiser_among_the_options_as_it_was():
+    X, own = np.random.default_rng(0).uniform(size=(24, 32 * 32)), Own()
+    options = {"denoiser": own, "haar_level": 1, "map_weights": (1, 0, 1), "batch_size": 4}
+    detector = DiffusionOutlierDetector(
+        image_shape=(32, 32), train_steps=2, options=options, device="cpu", random_state=0
+    )
+    before = own.layer.weight.detach().clone()
+    scores = detector.fit(X).score_samples(X)
+    assert torch.equal(own.layer.weight, before)
+    for again in (clone(detector), detector):
+        np.testing.assert_array_equal(again.fit(X).score_samples(X), scores)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"contamination": 0.0}, r"contamination must be in \(0, 0.5\], not 0.0"),
     ({"image_shape": (4, 4)}, "image_shape .4, 4. has 16 values and a row of X has 2"),
+    ({"contamination": None}, "contamination must be in .* not None"),
     ({"image_shape": (2,)}, "image_shape is .H, W. or .C, H, W., not .2,"),
+    ({"image_shape": 32}, "image_shape is .H, W. or .C, H, W., not 32"),
+    ({"image_shape": (-1, -2)}, "image_shape is .H, W. or .C, H, W., not .-1, -2"),
+    ({"options": [1]}, r"options is a dictionary of options by name, not \[1\]"),
     ({"options": {"token_widht": 3}}, "did you mean 'token_width'"),
     ({"preset": "quick"}, "unknown preset 'quick'"),
 ])  # fmt: skip
