@@ -5,6 +5,7 @@ Importing this module makes the model known: ``get_model("diffad_fast")``.
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -42,9 +43,13 @@ class DiffADFast(MemoryBankMixin, AnomalibModule):
 
     preset: "fast", "balanced" or "best". image_size: side, or (height, width), in pixels.
     channels: 3, or 1 for the mean of the three that anomalib reads. denoiser, mode, train_steps:
-    override the preset's. options: further options of :class:`diffad_fast.DetectorConfig` by name.
-    seed: of everything random. pre_processor, post_processor, evaluator, visualizer: as in every
-    anomalib model; a pre-processor has to leave images in [0, 1].
+    override the preset's. options: further options of :class:`diffad_fast.Detector` by name;
+    without a ``device`` the detector computes on that of the Engine, and one from a checkpoint on
+    the best there is. seed: of everything random. pre_processor, post_processor, evaluator,
+    visualizer: as in every anomalib model; a pre-processor has to leave images in [0, 1].
+
+    Modules among the options are copied, and are not in checkpoints: ``load_from_checkpoint`` takes
+    the options again.
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class DiffADFast(MemoryBankMixin, AnomalibModule):
         preset: str = "balanced",
         image_size: int | tuple[int, int] = 256,
         channels: int = 3,
-        denoiser: str | None = None,
+        denoiser: str | nn.Module | None = None,
         mode: str | None = None,
         train_steps: int | None = None,
         options: dict[str, Any] | None = None,
@@ -86,6 +91,12 @@ class DiffADFast(MemoryBankMixin, AnomalibModule):
     def configure_optimizers() -> None:
         """None: the detector trains itself in :meth:`fit`."""
 
+    def on_train_start(self) -> None:
+        """Begin anew, whatever an earlier fit or an interrupted one has left."""
+        super().on_train_start()
+        self.model.detector, self.model.gathered = None, []
+        self._is_fitted = torch.tensor([False], device=self.device)
+
     def training_step(self, batch: Batch, *args, **kwargs) -> torch.Tensor:
         """Keep the batch's images."""
         self.model(batch.image)
@@ -101,15 +112,16 @@ class DiffADFast(MemoryBankMixin, AnomalibModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        # weights_only=True reads no modules.
+        checkpoint["hyper_parameters"] = _plain(checkpoint["hyper_parameters"])
         if self.model.detector is not None:
             tensors, texts = self.model.detector.state()
-            # Tensors and strings, which weights_only=True reads.
             checkpoint[STATE] = {"tensors": tensors, "texts": texts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if STATE in checkpoint:
-            detector = from_state(**checkpoint[STATE], path="the checkpoint")
+            detector = self.model.loaded(**checkpoint[STATE])
             # The first score makes what the next ones need, packed weights and noise. An export
             # must not be the first: it computes with tensors that hold no numbers.
             config = detector.config
@@ -146,7 +158,7 @@ class GatheringDetector(nn.Module):
     def __init__(self, options: dict[str, Any]):
         super().__init__()
         self.options = options
-        Detector(**options, device="cpu")  # what is wrong with the options is said at once
+        self._made()  # what is wrong with the options is said at once
         self.detector: Detector | None = None
         self.gathered: list[torch.Tensor] = []
 
@@ -176,4 +188,27 @@ class GatheringDetector(nn.Module):
         self.gathered = []
         # Lightning validates in inference mode, and the detector trains.
         with torch.inference_mode(False), torch.enable_grad():
-            self.detector = Detector(**self.options, device=device).fit(images.clone())
+            self.detector = self._made(device).fit(images.clone())
+
+    def loaded(self, tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> Detector:
+        """The detector in a checkpoint, with the modules and on the device of the options."""
+        modules = {
+            name: copy.deepcopy(module)
+            for name in ("denoiser", "features")
+            if isinstance(module := self.options.get(name), nn.Module)
+        }
+        device = self.options.get("device")
+        return from_state(tensors, texts, "the checkpoint", device=device, **modules)
+
+    def _made(self, device: str | torch.device = "cpu") -> Detector:
+        """A detector on a device, unless the options name another."""
+        return Detector(**{"device": device} | copy.deepcopy(self.options))
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that are no modules, at any depth."""
+    return {
+        name: _plain(value) if isinstance(value, dict) else value
+        for name, value in options.items()
+        if not isinstance(value, nn.Module)
+    }

@@ -17,7 +17,7 @@ from anomalib.deploy import ExportType  # noqa: E402
 from anomalib.engine import Engine  # noqa: E402
 from anomalib.models import get_model  # noqa: E402
 
-from diffad_fast.errors import InputError  # noqa: E402
+from diffad_fast.errors import CheckpointError, InputError  # noqa: E402
 from diffad_fast.integrations.anomalib import DiffADFast  # noqa: E402
 
 SIDE = 32
@@ -106,6 +106,47 @@ def test_a_limit_of_steps_leaves_out_no_training_image(tree, tmp_path, monkeypat
     )
     engine(tmp_path, max_steps=1, limit_val_batches=0).fit(model, datamodule=datamodule(tree))
     assert seen == [60]
+
+
+def test_a_fit_begins_anew(tree, tmp_path, monkeypatch):
+    """Not with the images of an interrupted one, nor with the detector of an earlier one."""
+    seen, model = [], DiffADFast(**{**QUICK, "train_steps": 2}, visualizer=False)
+    model.model(torch.zeros(7, 3, SIDE, SIDE))  # an interrupted fit
+    monkeypatch.setattr(
+        type(model.model), "fit", lambda self, device: seen.append(len(torch.cat(self.gathered)))
+    )
+    for _ in range(2):
+        engine(tmp_path, limit_val_batches=0).fit(model, datamodule=datamodule(tree))
+    assert seen == [60, 60]
+
+
+class Own(torch.nn.Module):
+    """A denoiser of one's own, or a backbone."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layer = torch.nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, log_sigma=None):
+        return self.layer(x)
+
+
+def test_modules_and_a_device_among_the_options(tree, tmp_path):
+    denoiser, features = Own(4), Own(1)
+    options = {"device": "cpu", "haar_level": 1, "denoiser": denoiser, "features": features}
+    given = {**QUICK, "denoiser": None, "train_steps": 2, "options": options}
+    model, runner = DiffADFast(**given, visualizer=False), engine(tmp_path)
+    before = denoiser.layer.weight.detach().clone()
+    runner.fit(model, datamodule=datamodule(tree))
+    assert torch.equal(denoiser.layer.weight, before)
+    expected = answers(model, tree)[0]
+    path = tmp_path / "model.ckpt"
+    runner.trainer.save_checkpoint(path)
+    again = DiffADFast.load_from_checkpoint(path, options=options)
+    torch.testing.assert_close(answers(again, tree)[0].anomaly_map, expected.anomaly_map)
+    assert torch.equal(denoiser.layer.weight, before)
+    with pytest.raises(CheckpointError, match="denoiser of its own: pass denoiser=module"):
+        DiffADFast.load_from_checkpoint(path, options={"denoiser": "unet-tiny", "haar_level": 1})
 
 
 def test_scores_are_those_of_the_detector(fitted, tree):
