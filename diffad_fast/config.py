@@ -173,7 +173,7 @@ class DetectorConfig:
     schedule: str = "cosine"
     """`linear`, `cosine` or `scaled_linear`."""
     diffusion_steps: int = 1000
-    """T, the length of the schedule."""
+    """T, the length of the schedule, at most a million."""
     prediction_type: str = "v_prediction"
     """What the denoiser says: `epsilon`, `sample` or `v_prediction`. The token MLP takes this one
     alone, and its loop has neither `eta` nor `clip` nor `guidance`."""
@@ -320,7 +320,7 @@ class DetectorConfig:
             if isinstance(value, (np.generic, np.ndarray)):
                 self._set(field.name, value.tolist())
         size = self.image_size
-        if isinstance(size, int):
+        if isinstance(size, str) or not isinstance(size, Iterable):
             self._set("image_size", (size, size))
         for name in ("tokens", "augment"):
             if isinstance(getattr(self, name), str):
@@ -330,8 +330,10 @@ class DetectorConfig:
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise InputError(f"{name} must be a list, not {value!r}")
             self._set(name, tuple(v.item() if isinstance(v, np.generic) else v for v in value))
-        if len(self.image_size) != 2 or not all(isinstance(s, int) for s in self.image_size):
-            raise InputError(f"image_size is one integer or (height, width), not {size!r}")
+        if len(self.image_size) != 2 or not all(type(s) is int and s > 0 for s in self.image_size):
+            raise InputError(
+                f"image_size is a whole number of pixels or (height, width), not {size!r}"
+            )
         if isinstance(self.train_budget, str):
             self._set("train_budget", duration(self.train_budget))
         for field in dataclasses.fields(self):
@@ -385,6 +387,10 @@ class DetectorConfig:
             raise InputError("tokens is empty: name at least one token source")
         for name in self.tokens:
             token_source(name)
+        if self.batch_size != "auto" and not isinstance(self.batch_size, int):
+            raise InputError(
+                f"batch_size must be a whole number or 'auto', not {self.batch_size!r}"
+            )
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is None or (name, value) == ("batch_size", "auto"):
@@ -605,7 +611,7 @@ class DetectorConfig:
 
     @classmethod
     def from_json(cls, text: str) -> DetectorConfig:
-        return cls.create(**json.loads(text))
+        return cls.create(**_json_object(text, "the configuration"))
 
 
 TOKEN_SOURCES = ("energy", "cell", "gradient", "spread", "mean", "patch")
@@ -645,14 +651,20 @@ def duration(text: str) -> float:
 def read_options(path: str) -> dict[str, object]:
     """Options from a JSON file that holds one object. Raises InputError naming the file."""
     try:
-        options = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"there is no configuration file {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    return _json_object(text, path)
+
+
+def _json_object(text: str | bytes, name: str) -> dict[str, object]:
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON: {error}") from None
     if not isinstance(options, dict):
         raise InputError(
-            f"{path} must hold one JSON object of options, not {type(options).__name__}"
+            f"{name} must hold one JSON object of options, not {type(options).__name__}"
         )
     return options
 
@@ -684,7 +696,7 @@ _RANGES = {
     "batch_size": (1, math.inf),
     "token_batch": (1, math.inf),
     "reverse_steps": (1, math.inf),
-    "diffusion_steps": (1, math.inf),
+    "diffusion_steps": (1, 10**6),
     "inversion_steps": (1, math.inf),
     "token_width": (1, math.inf),
     "token_blocks": (1, math.inf),

@@ -246,6 +246,11 @@ class Detector:
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")
+        if not isinstance(training_checkpoint, TrainingCheckpoint | None):
+            raise InputError(
+                "training_checkpoint is a training.state.TrainingCheckpoint, not "
+                f"{training_checkpoint!r}"
+            )
         config = self._asked()
         if steps is not None:
             config = config.replace(train_steps=steps, train_budget=None)
@@ -761,6 +766,7 @@ class Detector:
         """
         from .integrations.hub import save_pretrained
 
+        self._require_fitted()  # before a folder is made
         if options and not push_to_hub:
             raise TypeError(f"{', '.join(options)}: only for push_to_hub=True")
         save_pretrained(self, folder, data)

@@ -49,6 +49,12 @@ def test_frozen():
         ({"image_size": 31}, "31 is too small for tokens"),
         ({"image_size": 100}, "100 is not a multiple of .* 99 or 102"),
         ({"image_size": (64,)}, "image_size"),
+        ({"image_size": -32}, "image_size is a whole number of pixels or .*, not -32"),
+        ({"image_size": 256.0}, "image_size is a whole number of pixels or .*, not 256.0"),
+        ({"image_size": "256"}, "image_size is a whole number of pixels or .*, not '256'"),
+        ({"batch_size": 16.0}, "batch_size must be a whole number or 'auto', not 16.0"),
+        ({"batch_size": np.float64(4.5)}, "batch_size must be a whole number or 'auto', not 4.5"),
+        ({"diffusion_steps": 10**9}, r"diffusion_steps must be .* to 1e\+06, not 1000000000"),
         ({"channels": 4}, "4"),
         ({"train_steps": -1}, "train_steps .*not -1"),
         ({"eta": 2.0}, "eta .*not 2.0"),
@@ -109,6 +115,9 @@ def test_read_options(tmp_path):
         read_options(str(path))
     with pytest.raises(InputError, match="no configuration file"):
         read_options(str(tmp_path / "missing.json"))
+    for text, words in (("x", "the configuration is not JSON"), ("[1]", "object .* not list")):
+        with pytest.raises(InputError, match=words):
+            DetectorConfig.from_json(text)
 
 
 def test_steps_of_a_recipe_are_its_own_denoisers():

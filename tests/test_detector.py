@@ -432,6 +432,8 @@ def test_errors_before_and_after_fit(fitted, tmp_path):
         daf.Detector().calibrate(normals(20))
     with pytest.raises(InputError, match="'guess'"):
         fitted.mode = "guess"
+    with pytest.raises(InputError, match="is a training.state.TrainingCheckpoint, not 'm.state'"):
+        daf.Detector(**OPTIONS).fit(normals(20), training_checkpoint="m.state")
     with pytest.raises(InputError, match="cannot write"):
         fitted.save(tmp_path / "missing" / "m.diffad")
 

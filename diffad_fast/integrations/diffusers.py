@@ -156,9 +156,13 @@ def fast_sampler(
     device a shape that comes again is one CUDA graph. Raises InputError for what the loop does
     not have: dynamic thresholding, predicted variances, classes.
     """
-    steps = num_inference_steps or getattr(scheduler, "num_inference_steps", None)
+    steps = num_inference_steps
+    if steps is None:
+        steps = getattr(scheduler, "num_inference_steps", None)
     if steps is None:
         raise InputError("give num_inference_steps, or call scheduler.set_timesteps first")
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"num_inference_steps is a whole number of at least 1, not {steps!r}")
     scheduler = _fused(scheduler)
     config = scheduler.config
     check_unet(unet)

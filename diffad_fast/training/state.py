@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import DetectorConfig
+from ..config import DetectorConfig, duration
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers
 from . import checkpoint
@@ -34,8 +34,8 @@ class TrainingCheckpoint:
     """Where and how often the state of an unfinished training is kept, and its log."""
 
     path: str | os.PathLike
-    seconds: float = 300.0
-    """Interval between two writes."""
+    seconds: float | str = 300.0
+    """Interval between two writes, or a text such as "5min"."""
     resume: bool = False
     """Continue from ``path`` if it is there; a training that begins anew removes what is."""
     log: str | os.PathLike | None = None
@@ -45,6 +45,12 @@ class TrainingCheckpoint:
     ``.pictures``: held-out normals above their reconstructions above samples. Of U-Nets."""
 
     def __post_init__(self):
+        if os.path.isdir(self.path):
+            raise InputError(f"cannot write {self.path}: it is a folder; give a file name")
+        if isinstance(self.seconds, str):
+            self.seconds = duration(self.seconds)
+        if not isinstance(self.seconds, (int, float)) or not self.seconds >= 0:
+            raise InputError(f"seconds is the time between two writes, not {self.seconds!r}")
         if self.pictures_every is not None:
             if not isinstance(self.pictures_every, int) or self.pictures_every < 1:
                 raise InputError(

@@ -369,6 +369,9 @@ def test_features_of_two_threads():
 def test_fast_sampler_refuses_what_it_would_get_wrong():
     with pytest.raises(InputError, match="give num_inference_steps"):
         fast_sampler(small_unet(), diffusers.DDIMScheduler())
+    for steps in (-1, 0, 2.5):
+        with pytest.raises(InputError, match=f"num_inference_steps is .* at least 1, not {steps}"):
+            fast_sampler(small_unet(), diffusers.DDIMScheduler(), steps)
     with pytest.raises(InputError, match="thresholding"):
         fast_sampler(small_unet(), diffusers.DDIMScheduler(thresholding=True), 3)
     with pytest.raises(InputError, match="no signal"):

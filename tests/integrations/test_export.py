@@ -358,3 +358,4 @@ def test_errors_of_hub_folders(fitted, tmp_path):
         fitted.save_pretrained(tmp_path / "file" / "model")
     with pytest.raises(InputError, match="not fitted"):
         daf.Detector(device="cpu", **VECTORS).save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

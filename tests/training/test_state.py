@@ -120,6 +120,16 @@ def test_an_interrupted_run_that_cannot_be_kept_says_so(tmp_path, monkeypatch):
         trainer.run(TrainingCheckpoint(tmp_path / "no" / "state"))
 
 
+def test_where_and_how_often_a_state_is_kept(tmp_path):
+    path = tmp_path / "state"
+    assert TrainingCheckpoint(path, "5min") == TrainingCheckpoint(path, 300.0)
+    for seconds in (-1, float("nan"), None, "soon"):
+        with pytest.raises(InputError, match=f"{seconds}"):
+            TrainingCheckpoint(path, seconds)
+    with pytest.raises(InputError, match="it is a folder; give a file name"):
+        TrainingCheckpoint(tmp_path)
+
+
 @pytest.mark.parametrize("at", [4, 58])
 def test_an_interrupted_step_is_validated(at, tmp_path, monkeypatch):
     """The signal of one step ends the next, which here is validated, and at last the last one."""

@@ -234,7 +234,7 @@ def test_without_a_gpu_auto_is_the_usual_batch():
     assert detector.config.batch_size == plain.batch_size == 16
     assert detector.config.learning_rate == plain.learning_rate == 1e-3
     assert DetectorConfig.create(batch_size="auto").batch_size == 16  # tokens have token_batch
-    with pytest.raises(InputError, match="batch_size must be a number from 1"):
+    with pytest.raises(InputError, match="batch_size must be a whole number or 'auto'"):
         DetectorConfig.create(batch_size="all")
 
 
