@@ -11,7 +11,7 @@ data leaves undefined (only one class) raises `InputError` and says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 
 import numpy as np
@@ -57,7 +57,7 @@ def pauc(labels, scores, max_fpr: float = 0.1) -> float:
     Raises:
         InputError: as for `auroc`, or `max_fpr` is out of range.
     """
-    _check_max_fpr(max_fpr)
+    max_fpr = _rate(max_fpr)
     return _Counts(lambda: _flat_pairs(labels, scores)).pauc(max_fpr)
 
 
@@ -93,7 +93,7 @@ def aupro(masks, maps, max_fpr: float = 0.3) -> float:
         InputError: shapes differ, an image is not 2-D, a score is NaN or infinite, no pixel or
             every pixel is anomalous, or `max_fpr` is out of range.
     """
-    _check_max_fpr(max_fpr)
+    max_fpr = _rate(max_fpr)
     return _Counts(lambda: _image_pairs(masks, maps), regions=True).aupro(max_fpr)
 
 
@@ -108,7 +108,7 @@ def pixel_metrics(masks, maps, max_fpr: float = 0.3) -> dict[str, float]:
     Raises:
         InputError: as for `aupro`.
     """
-    _check_max_fpr(max_fpr)
+    max_fpr = _rate(max_fpr)
     counts = _Counts(lambda: _image_pairs(masks, maps), regions=True)
     return {"auroc": counts.auroc(), "aupro": counts.aupro(max_fpr), "f1_max": counts.f1_max()}
 
@@ -165,13 +165,14 @@ class _Counts:
         return _engine.f1_max(self._bins, self._counts)
 
 
-def _check_max_fpr(max_fpr: float) -> None:
+def _rate(max_fpr) -> float:
     try:
-        inside = bool(0.0 < max_fpr <= 1.0)
+        rate = float(max_fpr)
     except (TypeError, ValueError, RuntimeError):
-        inside = False
-    if not inside:
+        rate = 0.0
+    if isinstance(max_fpr, str) or not 0.0 < rate <= 1.0:
         raise InputError(f"max_fpr is {max_fpr!r}: give a false-positive rate in (0, 1].")
+    return rate
 
 
 def _flat_pairs(labels, scores) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -215,12 +216,17 @@ def _item_pairs(labels: Iterable, scores: Iterable) -> Iterator[tuple[np.ndarray
             )
         label, score = _array(label, "labels"), _array(score, "scores")
         _check_shapes(label.shape, score.shape, f" in item {number}")
+        if label.ndim == 0:
+            raise InputError(
+                f"labels and scores hold single numbers in a {type(labels).__name__} and a "
+                f"{type(scores).__name__}: give arrays, or lists."
+            )
         yield _anomalous(label), _finite(score)
 
 
 def _is_whole(values) -> bool:
-    """Whether `values` is one array (or a list of numbers), not a sequence of arrays."""
-    if isinstance(values, (list, tuple)):
+    """Whether `values` is one array (or a sequence of numbers), not a sequence of arrays."""
+    if isinstance(values, Sequence):
         return not values or not getattr(values[0], "ndim", hasattr(values[0], "__len__"))
     return hasattr(values, "shape")
 
@@ -228,6 +234,8 @@ def _is_whole(values) -> bool:
 def _array(values, what: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = to_numpy(values)
+    if np.ma.is_masked(values):
+        raise InputError(f"{what} have masked values: leave these out.")
     values = np.asarray(values, order="C")
     if values.dtype.kind not in "biuf":
         raise InputError(f"{what} are of dtype {values.dtype}: give booleans or real numbers.")

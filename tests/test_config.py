@@ -27,9 +27,7 @@ def test_haar_level_follows_the_size(size, level, stride):
 
 
 def test_json_round_trip():
-    config = DetectorConfig.create(
-        "fast", image_size=(128, 256), denoiser="unet-tiny", clip=3.0
-    )
+    config = DetectorConfig.create("fast", image_size=(128, 256), denoiser="unet-tiny", clip=3.0)
     assert DetectorConfig.from_json(config.to_json()) == config
 
 

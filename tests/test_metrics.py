@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import deque
 
 import numpy as np
 import pytest
@@ -215,7 +216,15 @@ def test_other_bad_input():
         metrics.auroc([0, 1], ["a", "b"])
     with pytest.raises(InputError, match="labels hold NaN"):
         metrics.auroc([0.0, np.nan], [0.0, 1.0])
-    for max_fpr in (0.0, 1.5, float("nan"), "a", None):
+    for single in ({0: 0, 1: 1}, {0, 1}):
+        with pytest.raises(InputError, match="single numbers in a (dict|set)"):
+            metrics.auroc(single, single)
+    masked = np.ma.array([0.1, 0.4], mask=[False, True])
+    with pytest.raises(InputError, match="scores have masked values"):
+        metrics.auroc([0, 1], masked)
+    with pytest.raises(InputError, match="labels have masked values"):
+        metrics.aupro([np.ma.masked_equal(m, 1) for m in masks], maps)
+    for max_fpr in (0.0, 1.5, float("nan"), "a", "0.5", None):
         with pytest.raises(InputError, match="max_fpr"):
             metrics.aupro(masks, maps, max_fpr)
         with pytest.raises(InputError, match="max_fpr"):
@@ -453,5 +462,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 def test_lists_of_the_numbers_of_numpy_and_torch():
     label, score = np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.35, 0.8])
-    for kind in (list, lambda x: list(torch.tensor(x))):
+    for kind in (list, lambda x: list(torch.tensor(x)), deque):
         assert metrics.auroc(kind(label), kind(score)) == metrics.auroc(label, score)
+    assert metrics.auroc(range(2), range(2)) == 1.0
+
+
+def test_rates_of_numpy_and_torch():
+    label, score = np.array([0, 1, 0, 1]), np.array([0.1, 0.4, 0.35, 0.8])
+    for rate in (np.float32(0.5), np.array(0.5), torch.tensor(0.5)):
+        found = metrics.pauc(label, score, rate)
+        assert type(found) is float and found == metrics.pauc(label, score, 0.5)

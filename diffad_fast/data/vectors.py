@@ -132,6 +132,11 @@ def open_vectors(source) -> Vectors:
         rows = to_numpy(source) if isinstance(source, torch.Tensor) else np.asarray(source)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} is not a table of numbers: {error}") from None
+    if rows.ndim == 0 and rows.dtype == object:
+        instead = "its toarray()" if hasattr(source, "toarray") else "an array, tensor, data frame"
+        raise InputError(
+            f"a {type(source).__name__} is not a table of numbers: give {instead} or a file"
+        )
     if rows.ndim != 2:
         raise InputError(f"{name} has shape {rows.shape}: vectors are rows (N, D), so reshape it")
     wrong: object = ""

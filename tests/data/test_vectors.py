@@ -3,6 +3,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from diffad_fast.data.vectors import open_vectors
 from diffad_fast.errors import InputError
@@ -38,7 +39,11 @@ def test_sources(tmp_path):
         (np.array([[1.0], [1e300]]), "inf in row 1, column 0"),
         ([[1, 2], [3, "b"]], "not a table of numbers: it has 'b' in row 1, column 1: give numbers"),
         ([[1, 2], [3]], "not a table of numbers: .* inhomogeneous"),
-        ({"a": [1, 2]}, "reshape"),
+        (np.array(3.0), r"shape \(\).*reshape"),
+        ({"a": [1, 2]}, "a dict is not a table of numbers: give an array, tensor, data frame or a"),
+        ((row for row in X), "a generator is not a table of numbers"),
+        (torch.utils.data.DataLoader(X), "a DataLoader is not a table of numbers"),
+        (sparse.csr_matrix(X), r"a csr_matrix is not a table of numbers: give its toarray\(\)"),
         (X.astype("M8[s]"), "not a table of numbers: it has dates or times"),
         (X.astype("m8[ns]"), "it has dates or times"),
         (np.array([[1.0, np.timedelta64(5, "ns")]], dtype=object), "it has dates or times"),
