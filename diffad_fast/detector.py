@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import zip_longest
@@ -458,7 +459,7 @@ class Detector:
         self._require_fitted()
         batch_size = self._batch_size(batch_size)
         if self.conformal.threshold is None:
-            warnings.warn(f"label is None: {self.conformal.why_no_label()}", stacklevel=3)
+            _warn_caller(f"label is None: {self.conformal.why_no_label()}")
         samples = self.open(source, strict=strict)
         maps = maps and self.config.kind != "vector"
         return self._score_pairs(samples, maps, batch_size)
@@ -515,12 +516,11 @@ class Detector:
     def _scored(self, batch, maps: bool, skipped: list[tuple[str, str]]) -> Score:
         count, known = windows(self.config, batch.x), self.calibrations[self.mode].most_windows
         if count > known:
-            warnings.warn(
+            _warn_caller(
                 f"an image of {batch.x.shape[2]}x{batch.x.shape[3]} pixels has {count} windows and "
                 f"the normals behind the p-values had at most {known}: the highest of "
                 "more scores is higher, so p is too small and labels too many; fit on images as "
-                "large as those that are scored",
-                stacklevel=2,
+                "large as those that are scored"
             )
         map_, score = self.score_batch(batch.x, maps=maps)
         return Score(
@@ -822,6 +822,14 @@ def _check_labelled(data, kind: type, name: str) -> None:
             f"evaluate cannot read a {type(data).__name__}: give the root of a data set, or a list "
             f"of {name} that is not empty"
         )
+
+
+def _warn_caller(text: str) -> None:
+    """A warning that names the line outside of this package from which it was called."""
+    frame, level = sys._getframe(), 1
+    while frame and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def _on_host(x: torch.Tensor) -> torch.Tensor:

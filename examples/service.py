@@ -26,7 +26,8 @@ def answer(detector: daf.Detector, body: bytes) -> dict:
     return {
         "score": round(float(found.score[0]), 2),
         "p_value": round(float(found.p_value[0]), 3),
-        "anomaly": bool(found.label[0]),
+        # Not known where fewer than 20 normals were held out.
+        "anomaly": None if found.label is None else bool(found.label[0]),
         "at": [int(row), int(column)],
     }
 

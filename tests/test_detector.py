@@ -320,11 +320,13 @@ def test_another_false_positive_rate_moves_the_threshold(fitted, tmp_path):
     assert detector.false_positive_rate == 0.3
 
 
-def test_few_normals_give_no_label_and_one_warning():
+def test_few_normals_give_no_label_and_a_warning_where_one_scores():
     detector = daf.Detector(**{**OPTIONS, "train_steps": 2}).fit(normals(40))
     with pytest.warns(UserWarning, match="label is None: .* 20 .* 6") as caught:
         score = detector.score(normals(5, seed=1))
-    assert score.label is None and len(caught) == 1
+        next(detector.score_iter(normals(5, seed=1)))
+        next(detector.score_pairs(normals(5, seed=1)))
+    assert score.label is None and [w.filename for w in caught] == [__file__] * 3
 
 
 class Tiny(torch.nn.Module):
