@@ -301,11 +301,12 @@ def _targets(root: Path, folder: Path) -> Callable[[str], Path]:
     """From a file below ``root`` to its picture below ``folder``, whose folder is made: of a.png
     a.png, of others with .png at their end. So a.jpg.png needs another end, beside a.jpg or not."""
     from .data.image_files import is_image
+    from .files import with_end
 
     def target(path: str) -> Path:
         name = Path(path).relative_to(root if root.is_dir() else root.parent)
         if name.suffix.lower() != ".png" or is_image(name.stem):
-            name = name.with_name(f"{name.name}.png")
+            name = name.with_name(with_end(name.name, ".png"))
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         return folder / name
 

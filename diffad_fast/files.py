@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -11,6 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import InputError
+
+_LONGEST_NAME = 255  # bytes, in the file systems of Linux
+
+
+def with_end(name: str, end: str) -> str:
+    """``name`` with ``end`` after it; where that is too long for a file, its beginning with a mark
+    that is of the whole name."""
+    if len(os.fsencode(name + end)) > _LONGEST_NAME:
+        end = f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}{end}"
+        while len(os.fsencode(name + end)) > _LONGEST_NAME:
+            name = name[:-1]
+    return name + end
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:

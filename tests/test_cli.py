@@ -225,6 +225,15 @@ def test_every_image_is_read_once_and_has_its_own_heatmap(model, tmp_path, monke
         assert found.read_bytes() == (tmp_path / "out" / "heatmaps" / found.name).read_bytes()
 
 
+def test_heatmaps_of_images_with_the_longest_names(model, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for last in "ab":
+        Image.linear_gradient("L").save(data / f"{250 * 'x'}{last}.jpg")
+    assert main(["score", str(model), str(data), "--out", str(out)]) == 0
+    assert len(rows(out)) == len(list((out / "heatmaps").glob("*.png"))) == 2
+
+
 def test_score_in_another_mode(model, root, tmp_path):
     argv = ["score", str(model), str(root / "test" / "good"), "--out", str(tmp_path), "--no-maps"]
     assert main([*argv, "--mode", "invert"]) == 0

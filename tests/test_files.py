@@ -11,6 +11,7 @@ from diffad_fast.files import (
     check_writable,
     remove_leftovers,
     result_folder,
+    with_end,
     write_atomically,
 )
 
@@ -22,6 +23,18 @@ def test_unwritable_places(tmp_path):
         check_writable(tmp_path)
     check_writable(tmp_path / "m.diffad")
     assert not os.listdir(tmp_path)
+
+
+def test_names_fit_into_a_folder(tmp_path):
+    assert with_end(251 * "a", ".png") == 251 * "a" + ".png"
+    names = [250 * "a" + last for last in ("bc", "bd", "bcde")]
+    names += [126 * "ä" + "b", 250 * "b" + "\udcff\udcfe"]  # bytes that are no text
+    found = [with_end(name, ".png") for name in names]
+    assert len(set(found)) == len(names)
+    for made, name in zip(found, names, strict=True):
+        (tmp_path / made).touch()
+        assert made.endswith(".png") and made[:100] == name[:100]
+        assert made == with_end(name, ".png")
 
 
 def test_the_file_behind_a_link_is_written(tmp_path):
