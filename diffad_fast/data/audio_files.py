@@ -33,6 +33,13 @@ _LENGTHS = {
     b"RIFF": ("<I", 4, 8), b"RIFX": (">I", 4, 8), b"RF64": ("<Q", 20, 8), b"riff": ("<Q", 16, 0),
     b"FORM": (">I", 4, 8), b".snd": (">II", 4, 0),
 }  # fmt: skip
+# Of those that are made of chunks: the head of one, where the first begins, to what their lengths
+# are filled up, and what the chunk of the sound is called.
+_CHUNKS = {
+    b"RIFF": ("<4sI", 12, 2, b"data"), b"RIFX": (">4sI", 12, 2, b"data"),
+    b"RF64": ("<4sI", 12, 2, b"data"), b"riff": ("<16sQ", 40, 8, b"data"),
+    b"FORM": (">4sI", 12, 2, b"SSND"),
+}  # fmt: skip
 # Bytes: 8 kbit/s at 24 kHz, and 320 at 32 kHz, padded.
 _SMALLEST_MP3_FRAME, _LARGEST_MP3_FRAME = 24, 1441
 _SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64")
@@ -87,10 +94,7 @@ def read_blocks(
             own, channels, frames = file.samplerate, file.channels, file.frames
             counted, read = frames < _UNCOUNTED, 0
             if not counted and source is None:
-                raise InputError(
-                    f"{path} does not tell its length, as FLAC that was written to a pipe: encode "
-                    "it anew into a file."
-                )
+                raise _uncounted(path)
             longest = math.inf if longest_seconds is None else longest_seconds * own
             resampler = Resampler(own, rate, path)
             if opened is not None:
@@ -136,10 +140,10 @@ def is_audio(name: str) -> bool:
 
 
 def _check_length(path: str) -> None:
-    """Raise InputError for a file that says it is longer, or in which another one follows:
+    """Raise InputError for a file whose sound says it is longer, or in which another one follows:
     libsndfile takes what is there, and no more than the first."""
     with open(path, "rb") as file:
-        head = file.read(28)
+        head = file.read(36)
         size = os.fstat(file.fileno()).st_size
         if head[:4] == b"OggS" and _is_chained(file):
             raise _joined(path)
@@ -147,17 +151,49 @@ def _check_length(path: str) -> None:
         if form is None or len(head) < place + struct.calcsize(form):
             return
         said = sum(struct.unpack_from(form, head, place)) + outside
+        begin, length = _sound(file, head, size)
         # Who writes to a pipe does not know the length, and puts 0 or the largest number there,
         # some with a sign. Others count a last byte that makes the length even, and leave it out.
+        # What is said of the whole file is wrong more often, and without harm.
         largest = 0x7F00_0000 if form[-1] == "I" else 1 << 62
-        if size + 1 < said < largest:
+        if length < largest and size + 1 < begin + length:
             raise InputError(
-                f"{path} is cut off: it has {size} of {said} bytes; replace or remove it."
+                f"{path} is cut off: it has {size} of {begin + length} bytes; replace or remove it."
             )
+        file.seek(begin)
+        if not length and not file.read(4).decode("latin-1").isprintable():  # no further chunk
+            raise _uncounted(path)
         if len(head) < said < size:
             file.seek(said)
             if head[:4] in file.read(5):  # a last byte that was left out may stand before it
                 raise _joined(path)
+
+
+def _sound(file, head: bytes, size: int) -> tuple[int, int]:
+    """Where the sound begins and how many bytes it says it has, of a file of `size` bytes that
+    begins with `head`; its end and none if there is no sound in it."""
+    if head[:4] == b".snd":
+        return struct.unpack_from(">II", head, 4)
+    form, place, unit, sound = _CHUNKS[head[:4]]
+    outside = struct.calcsize(form)
+    while place + outside <= size:
+        file.seek(place)
+        name, length = struct.unpack(form, file.read(outside))
+        if unit == 8:  # its own head counts, too
+            length = max(0, length - outside)
+        if name[:4] == sound:
+            if head[:4] == b"RF64" and length == 0xFFFF_FFFF and len(head) == 36:
+                (length,) = struct.unpack_from("<Q", head, 28)
+            return place + outside, length
+        place += outside + -(-length // unit) * unit
+    return size, 0
+
+
+def _uncounted(path: str) -> InputError:
+    return InputError(
+        f"{path} does not tell its length, as files that were written to a pipe: encode it anew "
+        "into a file."
+    )
 
 
 def _joined(path: str) -> InputError:

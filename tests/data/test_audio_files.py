@@ -36,12 +36,41 @@ def test_a_wav_file_that_was_cut_off(tmp_path):
         (tmp_path / "cut.wav").write_bytes(whole[:length])
         with pytest.raises(InputError, match=f"cut off: it has {length} of {len(whole)} bytes"):
             read_audio(str(tmp_path / "cut.wav"), RATE)
-    # What a writer to a pipe puts there, which does not know the length.
-    piped = whole[:4] + b"\xff" * 4 + whole[8:40] + b"\xff" * 4 + whole[44:]
-    (tmp_path / "piped.wav").write_bytes(piped)
-    assert np.array_equal(
-        read_audio(str(tmp_path / "piped.wav"), RATE), read_audio(str(tmp_path / "whole.wav"), RATE)
-    )
+
+
+def test_the_chunk_of_the_sound_says_how_long_a_wav_file_is(tmp_path):
+    path = tmp_path / "a.wav"
+    whole = Path(save(path, tone())).read_bytes()
+    expected, end, after = read_audio(str(path), RATE), len(whole), b"LIST\x1a\0\0\0INFOISFT"
+
+    def file(of_all: int, of_sound: int = end - 44, content: bytes = whole) -> str:
+        sizes = [number.to_bytes(4, "little") for number in (of_all, of_sound)]
+        path.write_bytes(content[:4] + sizes[0] + content[8:40] + sizes[1] + content[44:])
+        return str(path)
+
+    nothing, unknown, sox = 0, 0xFFFF_FFFF, 0x7FFF_F000
+    for of_all in (nothing, 1000, end - 8, 2 * end, sox, unknown):
+        for content in (whole, whole + after):  # of which the end was lost, and no sound
+            assert np.array_equal(read_audio(file(of_all, content=content), RATE), expected)
+        for cut in (file(of_all, content=whole[: end // 2]), file(of_all, 2 * end)):
+            with pytest.raises(InputError, match=r"a\.wav is cut off: it has \d+ of \d+ bytes"):
+                read_audio(cut, RATE)
+        # What writers to a pipe put there, which do not know the length.
+        for of_sound in (sox, unknown):
+            assert np.array_equal(read_audio(file(of_all, of_sound), RATE), expected)
+        with pytest.raises(InputError, match=r"a\.wav does not tell its length"):
+            read_audio(file(of_all, nothing), RATE)
+        with pytest.raises(InputError, match=r"a\.wav holds no samples"):
+            read_audio(file(of_all, nothing, whole[:44] + after), RATE)
+
+
+def test_a_chunk_longer_than_any_file(tmp_path):
+    path = Path(save(tmp_path / "a", tone(), format="W64"))
+    content = bytearray(path.read_bytes())
+    content[56:64] = b"\xff" * 8  # of the first
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="a is not a recording that libsndfile can read"):
+        read_audio(str(path), RATE)
 
 
 @pytest.mark.parametrize(
