@@ -292,7 +292,7 @@ def _write_heatmaps(
     def write(path: str, sample, map_) -> None:
         target(path).write_bytes(draw(sample, map_))
 
-    # Matplotlib, which draws clips, is for one thread at a time.
+    # A clip's spectrogram is computed on all cores already.
     each = map if detector.config.kind == "audio" else pool.map
     list(each(write, part.paths, x.numpy(), part.map))
 

@@ -16,7 +16,7 @@ from diffad_fast.config import MODES, DetectorConfig
 from diffad_fast.data.audio import LabelledClip
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.evaluation import evaluate_audio
-from diffad_fast.report.audio import clip_figure
+from diffad_fast.report.audio import ACROSS, CURVE, MAP, SPECTROGRAM, clip_picture
 from diffad_fast.representations import AudioTokens
 from diffad_fast.scoring import Score
 
@@ -420,12 +420,48 @@ def test_figures_of_dcase(monkeypatch):
     )
 
 
-def test_picture_and_report(detector, clips, tmp_path):
-    out = detector.score([hum(1), hum(2, 3.0)])
-    figure = clip_figure(detector, hum(1), out.map[0])
-    shown = figure.axes[1].images[0].get_array()
-    width = detector.score(hum(1)).map.shape[2]  # without the filling up to the longer clip
-    assert np.allclose(shown, out.map[0, :, :width])
+def panel(shown, which):
+    left, right = ACROSS
+    return shown[slice(*which), left:right].astype(int)
+
+
+def test_a_picture_has_the_map_and_its_curve_on_one_axis(detector):
+    wave = hum(1)
+    map_ = detector.score([wave, hum(2, 3.0)]).map[0]  # filled up to the longer clip
+    columns = detector.score(wave).map.shape[2]
+    assert columns < map_.shape[1]
+    map_[:, :columns] = 0
+    for loud in (0, 7, columns - 1):
+        one = map_.copy()
+        one[3, loud] = 1e3
+        shown = clip_picture(detector, wave, one)
+        bright = panel(shown, MAP).sum(axis=2) > 600
+        across, down = (np.flatnonzero(bright.any(axis=axis)) for axis in (0, 1))
+        height, width = bright.shape
+        assert (across[0], across[-1]) == pytest.approx(
+            (loud / columns * width, (loud + 1) / columns * width), abs=1.5
+        )
+        assert (height - 1 - down[-1]) / height == pytest.approx(3 / 16, abs=0.01)
+        curve = (panel(shown, CURVE) == (0, 0x72, 0xB2)).all(axis=2)
+        assert curve.any(axis=0).all()  # from the map's first pixel to its last
+        high = np.flatnonzero(curve[: len(curve) // 2].any(axis=0))
+        assert (high[0], high[-1]) == pytest.approx((across[0], across[-1]), abs=2)
+
+
+def test_what_is_short_stays_visible_in_a_picture(detector):
+    wave, map_ = hum(1, 300.0), np.zeros((16, 2344), np.float32)
+    map_[3, 1001] = 1e3
+    assert map_.shape[1] > 3 * (ACROSS[1] - ACROSS[0])
+    assert (panel(clip_picture(detector, wave, map_), MAP).sum(axis=2) > 600).any()
+
+
+def test_silence_is_dark(detector):
+    for wave, dark in ((np.zeros(12000, np.float32), True), (hum(1), False)):
+        shown = panel(clip_picture(detector, wave, detector.score(wave).map[0]), SPECTROGRAM)
+        assert (shown.max() < 16) == dark
+
+
+def test_report(detector, clips, tmp_path):
     detector.evaluate(clips[2:6], report=tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count("<audio controls") == page.count("spectrogram, anomaly map and score") == 4

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..data.image_files import encode_png
 from ..files import result_folder
-from .audio import ClipPage, clip_figure
-from .figures import colour_range, png
+from .audio import ClipPage, clip_picture
+from .figures import colour_range
 from .images import ImagePage, overlay
 
 if TYPE_CHECKING:
@@ -38,6 +38,6 @@ def write_report(
 def drawing(detector: Detector) -> Callable[[np.ndarray, np.ndarray], bytes]:
     """Of a sample, as it was scored, and its map the picture, as the bytes of a PNG file."""
     if detector.config.kind == "audio":
-        return lambda wave, map_: png(clip_figure(detector, wave, map_))
+        return lambda wave, map_: encode_png(clip_picture(detector, wave, map_))
     low, high = colour_range(detector)
     return lambda image, map_: encode_png(overlay(image, map_, low, high))

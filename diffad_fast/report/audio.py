@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..data.audio_files import read_audio
+from ..data.image_files import encode_png
 from ..data.waves import extended
-from .figures import BLUE, GREY, VERMILLION, colour_range, new_figure, png
+from ..reference.spectrogram import SMALLEST_POWER
+from .figures import BLACK, BLUE, GREY, VERMILLION, colour_range
 from .page import Page, picture
 from .tables import Table, cells
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from PIL import Image, ImageDraw, ImageFont
 
     from ..detector import Detector
 
@@ -39,50 +43,129 @@ _STRONGEST = 1 / 32
 _HEARD_SECONDS = 60
 
 
-def clip_figure(detector: Detector, wave: np.ndarray, map_: np.ndarray) -> Figure:
-    """Spectrogram, map and curve of one clip.
+# What the colours of a spectrogram span, in dB, and where they begin at the lowest: in silence.
+_SPAN, _SILENCE = 80, 10 * np.log10(SMALLEST_POWER)
+# Pixels of a clip's picture, of the panels across it, and down it those of each of them.
+_SIZE, ACROSS = (800, 600), (64, 704)
+SPECTROGRAM, MAP, CURVE = (24, 216), (244, 436), (464, 572)
+
+
+def clip_picture(detector: Detector, wave: np.ndarray, map_: np.ndarray) -> np.ndarray:
+    """Spectrogram, map and curve of one clip, (H,W,3) uint8.
 
     wave: (samples,) at the detector's rate, as it was read or as it was scored. map_:
     (n_mels,steps) from its score.
     """
-    config = detector.config
+    from PIL import Image, ImageDraw
+
+    config, conformal = detector.config, detector.conformal
     logmel = detector.model.representation.logmel
     whole = torch.from_numpy(extended(wave, config.window_samples, config.step_samples))
     with torch.inference_mode():
         spectrogram = logmel(whole[None].to(detector.device))[0].cpu().numpy()
     map_ = map_[:, ~np.isnan(map_[0])]
-    step = config.step_samples / config.sample_rate
-    seconds = map_.shape[1] * step
+    seconds = map_.shape[1] * config.step_samples / config.sample_rate
     low, high = colour_range(detector)
+    floor = max(float(spectrogram.max()) - _SPAN, _SILENCE)
+    strongest = max((high - low) * _STRONGEST, float(map_.max()))
 
-    figure = new_figure((6.4, 5.2))
-    above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
-    extent = (0, seconds, 0, config.n_mels)
-    top = float(spectrogram.max())
-    shown = above.imshow(
-        spectrogram, origin="lower", aspect="auto", extent=extent, vmin=top - 80, vmax=top,
-        cmap="magma",
-    )  # fmt: skip
-    figure.colorbar(shown, ax=above, label="dB")
-    shown = middle.imshow(
-        map_, origin="lower", aspect="auto", extent=extent, vmin=0,
-        vmax=max((high - low) * _STRONGEST, map_.max()), cmap="inferno", interpolation="nearest",
-    )  # fmt: skip
-    figure.colorbar(shown, ax=middle, label="share of the score")
-    for axes, title in ((above, "log-mel spectrogram"), (middle, "anomaly map")):
-        axes.set_title(title, fontsize=10)
-        axes.set_ylabel("mel band")
-    time = (np.arange(map_.shape[1]) + 0.5) * step
-    below.plot(time, map_.sum(axis=0), color=BLUE, linewidth=2, drawstyle="steps-mid")
-    below.axhline(low, color=GREY, linewidth=1, linestyle=":", label="median of normals")
-    if detector.conformal.threshold is not None:
-        below.axhline(
-            detector.conformal.threshold, color=VERMILLION, linestyle="--", label="threshold"
-        )
-    below.set(xlabel="seconds", ylabel="score", xlim=(0, seconds))
-    below.legend(frameon=False, fontsize=8)
-    below.spines[["top", "right"]].set_visible(False)
-    return figure
+    # Matplotlib, which would need half a second, gives colours, ticks and letters.
+    shown = Image.new("RGB", _SIZE, "white")
+    draw = ImageDraw.Draw(shown)
+    bands = (0, config.n_mels)
+    for title, panel, values, ends, colours in (
+        ("log-mel spectrogram, dB", SPECTROGRAM, spectrogram, (floor, floor + _SPAN), "magma"),
+        ("anomaly map, share of the score", MAP, map_, (0, strongest), "inferno"),
+    ):
+        _panel(draw, f"{title}, by mel band", panel, bands)
+        _paint(shown, (*ACROSS, *panel), values, ends, colours)
+        bar = (ACROSS[1] + 24, ACROSS[1] + 36, *panel)
+        _paint(shown, bar, np.linspace(*ends, 256)[:, None], ends, colours)
+        _scale(draw, bar[1], panel, ends, right=True)
+
+    curve = map_.sum(axis=0)
+    lines = [(low, GREY, 2, "median of normals")]
+    if conformal.threshold is not None:
+        lines.append((conformal.threshold, VERMILLION, 6, "threshold"))
+    levels = [curve.min(), curve.max(), *(level for level, *_ in lines)]
+    margin = 0.05 * (max(levels) - min(levels)) or 1.0
+    ends = min(levels) - margin, max(levels) + margin
+    _panel(draw, "score over time, s", CURVE, ends)
+    for second in _ticks(0, seconds, 10):
+        x = _across((0, seconds), ACROSS)(second)
+        draw.line([(x, CURVE[1]), (x, CURVE[1] + 4)], BLACK)
+        draw.text((x, CURVE[1] + 7), f"{second:g}", BLACK, _font(), anchor="mt")
+    at, beside = _across(ends, CURVE[::-1]), ACROSS[1]
+    for level, colour, dash, name in reversed(lines):
+        for x in range(*ACROSS, 2 * dash):
+            draw.line([(x, at(level)), (x + dash - 1, at(level))], colour)
+        draw.text((beside, CURVE[0] - 5), name, colour, _font(), anchor="rs")
+        beside -= draw.textlength(name, _font()) + 16
+    edges = np.linspace(*ACROSS, len(curve) + 1).repeat(2)[1:-1]
+    draw.line(list(zip(edges.tolist(), at(curve).repeat(2).tolist(), strict=True)), BLUE, 2)
+    return np.asarray(shown)
+
+
+def _across(ends: tuple[float, float], pixels: tuple[int, int]) -> Callable:
+    """From values between two ends to pixels between two others."""
+    scale = (pixels[1] - pixels[0]) / (ends[1] - ends[0])
+    return lambda value: pixels[0] + (value - ends[0]) * scale
+
+
+def _paint(
+    shown: Image.Image, box: tuple[int, int, int, int], values: np.ndarray,
+    ends: tuple[float, float], colours: str,
+) -> None:  # fmt: skip
+    """Values (rows from below, columns) in a box (left, right, top, bottom); where several fall on
+    a pixel it has the largest: what is short stays visible."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    left, right, top, bottom = box
+    for axis, pixels in ((0, bottom - top), (1, right - left)):
+        starts = np.arange(pixels) * values.shape[axis] // pixels
+        values = np.maximum.reduceat(values, starts, axis=axis)
+    part = np.clip((values[::-1] - ends[0]) / (ends[1] - ends[0]), 0, 1)
+    painted = colormaps[colours](part, bytes=True)[..., :3]
+    shown.paste(Image.fromarray(np.ascontiguousarray(painted)), (left, top))
+
+
+def _panel(
+    draw: ImageDraw.ImageDraw, title: str, panel: tuple[int, int], ends: tuple[float, float]
+) -> None:
+    """Title, frame, and ticks of the ends on the left."""
+    (left, right), (top, bottom) = ACROSS, panel
+    draw.text((left, top - 5), title, BLACK, _font(), anchor="ls")
+    draw.rectangle((left - 1, top - 1, right, bottom), outline=BLACK)
+    _scale(draw, left, panel, ends, right=False)
+
+
+def _scale(
+    draw: ImageDraw.ImageDraw, edge: int, panel: tuple[int, int], ends: tuple[float, float],
+    right: bool,
+) -> None:  # fmt: skip
+    """Ticks of the ends down the left or the right edge of a panel."""
+    at, side = _across(ends, panel[::-1]), 1 if right else -1
+    for value in _ticks(*ends, 5):
+        draw.line([(edge, at(value)), (edge + side * 4, at(value))], BLACK)
+        place = edge + side * 7, at(value)
+        draw.text(place, f"{value:g}", BLACK, _font(), anchor="lm" if right else "rm")
+
+
+def _ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from ``low`` to ``high``."""
+    from matplotlib.ticker import MaxNLocator
+
+    found = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [value for value in found if low <= value <= high]
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), 12)
 
 
 class ClipPage(Page):
@@ -106,7 +189,8 @@ figure div { display: block; } figure img { width: 100%; } audio { width: 100%; 
         "Each: the spectrogram, the share of every mel band in the score over time "
         "(the mean over the windows at that time), and their sum. Colours of shares mean the same "
         "everywhere on this page, but where a clip's largest share is beyond their scale; those of "
-        "spectrograms go from a clip's loudest band down by 80 dB. Of clips longer than "
+        f"spectrograms go from a clip's loudest band down by {_SPAN} dB, or up by as much from "
+        "silence. Of clips longer than "
         f"{_HEARD_SECONDS} s the beginning is to be heard."
     )
 
@@ -140,7 +224,7 @@ figure div { display: block; } figure img { width: 100%; } audio { width: 100%; 
         for i in rows:
             clip = self.evaluation.clips[i]
             wave = read_audio(clip.path, rate)
-            drawn = png(clip_figure(self.detector, wave, self.evaluation.score.map[i]))
+            drawn = encode_png(clip_picture(self.detector, wave, self.evaluation.score.map[i]))
             sound = base64.b64encode(_wav(wave[: _HEARD_SECONDS * rate], rate)).decode()
             yield (
                 f"<figure><div>{picture(drawn, 'spectrogram, anomaly map and score over time')}"
