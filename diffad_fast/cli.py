@@ -125,7 +125,8 @@ def _fit(args: argparse.Namespace) -> None:
         options.pop("train_budget", None)  # which would be in place of it
     detector = Detector(**(options | given))
     state, first = f"{args.out}.training", processes().first
-    _keep_apart(args.data, args.out)
+    pictures = f"{args.out}.pictures" if args.pictures_every else None
+    _keep_apart(args.data, args.out, args.out, pictures)
     if first:
         check_writable(args.out)
         check_writable(state)
@@ -169,10 +170,22 @@ def _normals(detector: Detector, args: argparse.Namespace) -> tuple[Samples, lis
     return samples, groups
 
 
-def _keep_apart(data: str, out: str | os.PathLike) -> None:
-    """Raise InputError where ``out`` would be written over ``data``."""
-    if os.path.exists(out) and os.path.exists(data) and os.path.samefile(data, out):
+def _keep_apart(
+    data: str, out: str, file: str | os.PathLike, pictures: str | os.PathLike | None = None
+) -> None:
+    """Raise InputError where ``file`` is ``data``, or it and a folder of ``pictures`` lie in each
+    other: what the next command would read, or this one replace. All are written for ``out``."""
+    if os.path.exists(file) and os.path.exists(data) and os.path.samefile(data, file):
         raise InputError(f"--out would overwrite the data, {data}: give another name")
+    if pictures is None:
+        return
+    source, folder = Path(data).resolve(), Path(pictures).resolve()
+    if source in (folder, *folder.parents) or folder in source.parents:
+        raise InputError(
+            f"--out {out} puts pictures into {pictures}, and the data are {data}: one lies in the "
+            "other, and pictures would be taken for data, or data go with old ones; give another "
+            "place"
+        )
 
 
 def _fit_summary(detector: Detector, samples, out: str) -> str:
@@ -212,7 +225,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from .training.distributed import processes
 
     detector, first = _loaded(args), processes().first
-    _keep_apart(args.data, args.out)
+    _keep_apart(args.data, args.out, args.out)
     if first:
         check_writable(args.out)
     samples, groups = _normals(detector, args)
@@ -233,13 +246,8 @@ def _score(args: argparse.Namespace) -> None:
     from .files import result_folder
     from .training.distributed import processes
 
-    data, out = Path(args.data).resolve(), Path(args.out).resolve()
-    if data.is_dir() and data in (out, *out.parents):
-        raise InputError(
-            f"--out {args.out} lies in {args.data}, where the next score would take its heatmaps "
-            "for data: give another folder"
-        )
-    _keep_apart(args.data, out / "scores.csv")
+    out = Path(args.out)
+    _keep_apart(args.data, args.out, out / "scores.csv", out / "heatmaps")
     detector = _loaded(args)
     if not processes().first:
         # Scores its share and hands it to the first, which writes.

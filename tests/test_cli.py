@@ -425,6 +425,14 @@ def test_data_are_not_written_over(model, tmp_path, monkeypatch, fails):
 def test_results_do_not_lie_in_the_data(model, good, fails):
     for out in (good / "results", good):
         fails("score", model, good, "--out", out, names=["--out", str(out)])
+    fit = ["fit", good, *FAST, "--steps", "2", "--pictures-every", "2", "--out"]
+    fails(*fit, good / "m.diffad", names=[good / "m.diffad.pictures", "one lies in the other"])
+
+
+def test_data_do_not_lie_in_what_is_replaced(model, root, tmp_path, fails):
+    good = Path(shutil.copytree(root / "test" / "good", tmp_path / "out" / "heatmaps" / "good"))
+    for data in (good.parent, good, good / "000.png"):
+        fails("score", model, data, "--out", tmp_path / "out", names=[data, tmp_path / "out"])
 
 
 def test_steps_or_a_budget(good, tmp_path, capsys):
