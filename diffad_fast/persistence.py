@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,11 +14,11 @@ from .calibration import Calibration
 from .config import DetectorConfig
 from .denoisers.inference import has_bfloat16
 from .detector import CUSTOM, Detector
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError
 from .scoring import Conformal, MapStatistics
 from .surroundings import resolve_device, undisturbed
 from .training import checkpoint
-from .training.history import History
+from .training.history import History, is_history
 
 KIND = "diffad"
 
@@ -82,13 +81,8 @@ def from_state(
     features: nn.Module | None = None,
 ) -> Detector:
     """:func:`load` from what :meth:`Detector.state` gave; ``path`` is for its messages."""
-    tensors, texts = _Complete(tensors, path), _Complete(texts, path)
-    try:
-        config = DetectorConfig.create(**texts.json("config", _is_object))
-    except InputError as error:
-        raise CheckpointError(
-            f"{path} was fitted with options that this version refuses: {error}; fit again"
-        ) from None
+    tensors, texts = checkpoint.Content(tensors, path), checkpoint.Content(texts, path)
+    config = texts.config()
     found = resolve_device(device)
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
@@ -153,52 +147,19 @@ def from_state(
     detector.mode = config.mode
     detector._settled = texts.json("settled", _are_settled)
     detector.columns = texts.json("columns", _are_columns)
-    detector.history = History(**texts.json("history", _is_history))
+    detector.history = History(**texts.json("history", is_history))
     return detector
-
-
-class _Complete(dict):
-    """A part of a checkpoint, which has everything that is asked for or is none."""
-
-    def __init__(self, content: dict, path: str | os.PathLike):
-        super().__init__(content)
-        self.path = path
-
-    def __missing__(self, name: str):
-        raise CheckpointError(
-            f"{self.path} is incomplete, {name} is not in it: take a file as Detector.save wrote it"
-        )
-
-    def json(self, name: str, fits: Callable[[object], bool]):
-        """What stands in a text, which is none of ours unless it ``fits``."""
-        try:
-            found = json.loads(self[name])
-        except (ValueError, RecursionError):
-            raise self.damaged(name) from None
-        if not fits(found):
-            raise self.damaged(name)
-        return found
-
-    def damaged(self, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} is damaged, its {name} cannot be read: take a file as Detector.save "
-            "wrote it"
-        )
-
-
-def _is_object(found) -> bool:
-    return isinstance(found, dict)
 
 
 def _are_counts(found) -> bool:
     """Of modes."""
-    return _is_object(found) and all(type(n) is int and n >= 0 for n in found.values())
+    return isinstance(found, dict) and all(type(n) is int and n >= 0 for n in found.values())
 
 
 def _are_settled(found) -> bool:
     """Pairs of what was asked for and what was settled, by options."""
     options = {field.name for field in dataclasses.fields(DetectorConfig)}
-    return _is_object(found) and all(
+    return isinstance(found, dict) and all(
         name in options and isinstance(pair, list) and len(pair) == 2
         for name, pair in found.items()
     )
@@ -206,34 +167,6 @@ def _are_settled(found) -> bool:
 
 def _are_columns(found) -> bool:
     return found is None or isinstance(found, list) and all(isinstance(c, str) for c in found)
-
-
-def _is_history(found) -> bool:
-    """Of the types of a History's fields, with a loss of the step that was kept."""
-
-    def number(n) -> bool:
-        return type(n) in (int, float)
-
-    def curve(entries) -> bool:
-        return isinstance(entries, list) and all(
-            isinstance(entry, list) and len(entry) == 2 and all(map(number, entry))
-            for entry in entries
-        )
-
-    checks = {
-        "loss": curve,
-        "validation_loss": curve,
-        "seconds": number,
-        "best_step": lambda step: step is None
-        or step in [k for k, _ in found.get("validation_loss", [])],
-        "compiled": lambda flag: isinstance(flag, bool),
-        "notes": lambda notes: isinstance(notes, list) and all(isinstance(n, str) for n in notes),
-    }
-    return (
-        _is_object(found)
-        and found.keys() <= checks.keys()  # an older file has fewer
-        and all(check(found[name]) for name, check in checks.items() if name in found)
-    )
 
 
 def _digest(features: nn.Module | None) -> str:

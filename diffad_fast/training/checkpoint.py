@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
+from ..config import DetectorConfig
+from ..errors import CheckpointError, InputError
 from ..files import write_atomically
 from ..version import __version__
 
@@ -57,8 +58,9 @@ def to_bytes(kind: str, tensors: Mapping[str, torch.Tensor], texts: Mapping[str,
     return save(tensors, metadata)
 
 
-def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read what :func:`save` wrote. Raises CheckpointError in one sentence that names the file."""
+def load(path: str | os.PathLike, kind: str) -> tuple[Content, Content]:
+    """Tensors and texts that :func:`save` wrote. Raises CheckpointError in one sentence that names
+    the file."""
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
@@ -68,9 +70,7 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, torch.Tensor], d
     return from_bytes(content, path, kind)
 
 
-def from_bytes(
-    content: bytes, path: str | os.PathLike, kind: str
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def from_bytes(content: bytes, path: str | os.PathLike, kind: str) -> tuple[Content, Content]:
     """:func:`load` from what :func:`to_bytes` gave; ``path`` is for its messages."""
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -104,7 +104,7 @@ def from_bytes(
         raise CheckpointError(f"{path} is damaged or cut short: {error}") from None
     if checksum(tensors, metadata) != metadata.get("sha256"):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
-    return tensors, metadata
+    return Content(tensors, path), Content(metadata, path)
 
 
 def _metadata(path: str | os.PathLike, content: bytes) -> dict[str, str]:
@@ -135,3 +135,49 @@ def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+class Content(dict):
+    """Tensors or texts of the file at ``path``, which has what is asked for or is none of ours."""
+
+    def __init__(self, content: Mapping, path: str | os.PathLike):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, name: str):
+        raise CheckpointError(
+            f"{self.path} is incomplete, {name} is not in it: take it as it was written, or fit "
+            "anew"
+        )
+
+    def json(self, name: str, fits: Callable[[object], bool]):
+        """What stands in a text, which is none of ours unless it ``fits``."""
+        try:
+            found = json.loads(self[name])
+        except (ValueError, RecursionError):
+            raise self.damaged(name) from None
+        if not fits(found):
+            raise self.damaged(name)
+        return found
+
+    def config(self) -> DetectorConfig:
+        options = self.json("config", lambda found: isinstance(found, dict))
+        try:
+            return DetectorConfig.create(**options)
+        except InputError as error:
+            raise CheckpointError(
+                f"{self.path} was fitted with options that this version refuses: {error}; fit again"
+            ) from None
+
+    def like(self, name: str, other: torch.Tensor) -> torch.Tensor:
+        """A tensor, which is none of ours unless it has the type and shape of another one."""
+        found = self[name]
+        if (found.dtype, found.shape) != (other.dtype, other.shape):
+            raise self.damaged(name)
+        return found
+
+    def damaged(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is damaged, its {name} cannot be read: take it as it was written, or fit "
+            "anew"
+        )

@@ -45,3 +45,31 @@ class History:
             compiled=any(part.compiled for part in parts),
             notes=[note for part in parts for note in part.notes],
         )
+
+
+def is_history(found) -> bool:
+    """Of the types of a History's fields, with a loss of the step that was kept."""
+
+    def number(n) -> bool:
+        return type(n) in (int, float)
+
+    def curve(entries) -> bool:
+        return isinstance(entries, list) and all(
+            isinstance(entry, list) and len(entry) == 2 and all(map(number, entry))
+            for entry in entries
+        )
+
+    checks = {
+        "loss": curve,
+        "validation_loss": curve,
+        "seconds": number,
+        "best_step": lambda step: step is None
+        or step in [k for k, _ in found.get("validation_loss", [])],
+        "compiled": lambda flag: isinstance(flag, bool),
+        "notes": lambda notes: isinstance(notes, list) and all(isinstance(n, str) for n in notes),
+    }
+    return (
+        isinstance(found, dict)
+        and found.keys() <= checks.keys()  # an older file has fewer
+        and all(check(found[name]) for name, check in checks.items() if name in found)
+    )

@@ -20,7 +20,7 @@ from ..config import DetectorConfig, duration
 from ..errors import CheckpointError, InputError
 from ..files import remove_leftovers
 from . import checkpoint
-from .history import History
+from .history import History, is_history
 from .optimizer import STATE
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class TrainingCheckpoint:
         nothing to continue."""
         if not self.resume or not os.path.exists(self.path):
             return None
-        return DetectorConfig.from_json(checkpoint.load(self.path, KIND)[1]["config"])
+        return checkpoint.load(self.path, KIND)[1].config()
 
     def part(self, number: int) -> TrainingCheckpoint:
         """The same for one of several networks; files but for the first get its number."""
@@ -131,21 +131,26 @@ class TrainingState:
                 f"{path} was left by a training with other options or other data: repeat "
                 "those, or delete it to start anew"
             )
-        done = int(texts["step"])
-        loop.optimizer.load(tensors, done)
-        for name, buffer in loop.denoiser.named_buffers():
-            buffer.copy_(tensors[f"buffer.{name}"])
-        if "best" in tensors:
-            loop.best = tensors["best"].to(loop.device)
-        loop.best_buffers = {
-            name.removeprefix("best_buffer."): tensor
-            for name, tensor in tensors.items()
-            if name.startswith("best_buffer.")
+        numbers = {
+            name: texts.json(name, lambda n: type(n) is int and n >= 0)
+            for name in ("step", "total", "validations")
         }
-        loop.history = History(**json.loads(texts["history"]))
-        loop.total = int(texts["total"])
-        loop.validations = int(texts["validations"])
-        return done
+        history = History(**texts.json("history", is_history))
+        buffers = dict(loop.denoiser.named_buffers())
+        vectors = {name: tensors.like(name, loop.optimizer.values) for name in STATE}
+        loop.optimizer.load(vectors, numbers["step"])
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors.like(f"buffer.{name}", buffer))
+        if "best" in tensors:
+            loop.best = tensors.like("best", loop.optimizer.values).to(loop.device)
+        loop.best_buffers = {
+            name: tensors.like(f"best_buffer.{name}", buffer)
+            for name, buffer in buffers.items()
+            if f"best_buffer.{name}" in tensors
+        }
+        loop.history = history
+        loop.total, loop.validations = numbers["total"], numbers["validations"]
+        return numbers["step"]
 
     def due(self) -> bool:
         """Is it time to write again?"""

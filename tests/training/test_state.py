@@ -113,6 +113,38 @@ def test_a_state_belongs_to_its_options_data_and_network(kind, tmp_path):
             other.run(TrainingCheckpoint(state, resume=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "junk"),
+    [
+        *((name, None) for name in ("fingerprint", "config", "step", "history", "first")),
+        *(("history", junk) for junk in ("no JSON", "[7]", '{"losses": []}')),
+        *((name, junk) for name in ("step", "total", "validations") for junk in ("x", "-1", "1.5")),
+        *((name, torch.zeros(1)) for name in ("values", "best", "buffer.layers.1.running_var")),
+        ("average", torch.zeros(3, dtype=torch.float64)),
+        ("best_buffer.layers.1.running_var", torch.zeros(3)),
+    ],
+)
+def test_junk_in_a_state_is_told(name, junk, tmp_path):
+    """Though its checksum is right."""
+    state = tmp_path / "m.training"
+    worker.image_trainer().run(TrainingCheckpoint(state, seconds=0.0))
+    parts = [dict(part) for part in checkpoint.load(state, KIND)]
+    assert any(name in part for part in parts)
+    for part in parts:
+        if name in part:
+            part[name] = junk
+        if junk is None:
+            part.pop(name, None)
+    checkpoint.save(state, KIND, *parts)
+    kept, resumed = TrainingCheckpoint(state, resume=True), worker.image_trainer()
+    if name == "config":
+        with pytest.raises(CheckpointError, match="m.training is incomplete, config is not in it"):
+            kept.config()
+    else:
+        with pytest.raises(CheckpointError, match=f"m.training is .*{name}.*, or fit anew"):
+            resumed.run(kept)
+
+
 def test_an_interrupted_run_that_cannot_be_kept_says_so(tmp_path, monkeypatch):
     trainer = worker.token_trainer()
     monkeypatch.setattr(trainer, "inputs", interrupting(trainer.inputs))
