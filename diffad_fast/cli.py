@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             name = "" if error.filename is None else f"{error.filename}: "
             return _fail(f"{name}{error.strerror or error}")
         except KeyboardInterrupt as interrupt:
-            print(f"interrupted{interrupt}", file=sys.stderr)
+            with suppress(OSError):  # of a terminal that was closed
+                print(f"interrupted{interrupt}", file=sys.stderr)
             terminated = isinstance(interrupt, Terminated)
-            return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+            return 128 + (interrupt.signal if terminated else signal.SIGINT)
     return 0
 
 
@@ -144,11 +145,12 @@ def _fit(args: argparse.Namespace) -> None:
         if first:
             detector.save(args.out)
     except KeyboardInterrupt as interrupt:
-        if not os.path.exists(state):
-            raise type(interrupt)(" before there was a state to keep") from None
-        raise type(interrupt)(
-            f": the training is kept in {state}; repeat the command with --resume to continue"
-        ) from None
+        if os.path.exists(state):
+            told = f": the training is kept in {state}; repeat the command with --resume to go on"
+        else:
+            told = " before there was a state to keep"
+        interrupt.args = (told,)
+        raise
     if first:
         kept.remove()
         print(_fit_summary(detector, samples, args.out), file=sys.stderr)

@@ -242,8 +242,8 @@ class Detector:
         table, for the root of an UrbanSound8K, whose normal class nobody has named, and for fewer
         than 8 samples or 4 groups; CheckpointError for the state of another training; BackendError
         where ``train_compile=True`` fails; ProcessError where another process ends;
-        KeyboardInterrupt after SIGINT, its subclass Terminated after SIGTERM, once the state is
-        written.
+        KeyboardInterrupt after SIGINT, its subclass Terminated after SIGTERM and SIGHUP, once the
+        state is written.
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")

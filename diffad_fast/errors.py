@@ -4,6 +4,8 @@ Every message is one sentence that names the offending value and says what to do
 prints exactly these (and operating-system errors) without a traceback; anything else is a bug.
 """
 
+import signal
+
 
 class DiffadError(Exception):
     """Base class of all errors below."""
@@ -26,7 +28,10 @@ class ProcessError(DiffadError, RuntimeError):
 
 
 class Terminated(KeyboardInterrupt):
-    """The KeyboardInterrupt of a training that SIGTERM has interrupted."""
+    """The KeyboardInterrupt of a training that SIGTERM has interrupted, or another ``signal``: the
+    SIGHUP of a terminal that was closed."""
+
+    signal: int = signal.SIGTERM
 
 
 class SkippedInput(UserWarning):

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import math
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import zlib
 from pathlib import Path
@@ -565,6 +569,25 @@ def test_a_category_of_visa_from_the_download_to_the_figures(root, config, tmp_p
 def test_resume_needs_a_state(good, tmp_path, fails):
     out = tmp_path / "m.diffad"
     fails("fit", good, "--out", out, "--resume", *FAST, names=[f"{out}.training"])
+
+
+def test_a_closed_terminal_keeps_the_training(root, config, tmp_path):
+    out = tmp_path / "m.diffad"
+    argv = ["fit", root, "--config", config, "--steps", "100000", *FAST, "--out", out]
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffad_fast", *argv],
+        stdin=its, stdout=its, stderr=its, cwd=Path(daf.__file__).parents[1],
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY),
+    )  # fmt: skip
+    os.close(its)
+    while b"training" not in os.read(mine, 4096):  # the bar, which goes on until then
+        pass
+    os.close(mine)
+    assert process.wait(60) == 129
+    assert tree(tmp_path) == ["m.diffad.csv", "m.diffad.training"]
 
 
 def test_an_interrupted_fit_resumes_to_the_same_weights(root, config, tmp_path, capsys):

@@ -87,8 +87,8 @@ class Loop(ABC):
         raise NotImplementedError
 
     def run(self, kept: TrainingCheckpoint | None = None) -> History:
-        """Train to the end. On SIGINT or SIGTERM: write the state, then raise KeyboardInterrupt
-        or Terminated.
+        """Train to the end. On SIGINT, SIGTERM or SIGHUP: write the state, then raise
+        KeyboardInterrupt, for the latter Terminated.
 
         Raises InputError for a loss that is not finite, CheckpointError for a state that does not
         belong to this run, BackendError where the step shall be compiled and cannot, ProcessError
@@ -319,16 +319,21 @@ def learning_rate(config: DetectorConfig, step: int, total: int) -> float:
 
 
 def _interruption(signals: list[int]) -> KeyboardInterrupt:
-    return Terminated() if signal.SIGTERM in signals else KeyboardInterrupt()
+    ends = [number for number in signals if number != signal.SIGINT]
+    if not ends:
+        return KeyboardInterrupt()
+    found = Terminated()
+    found.signal = ends[0]
+    return found
 
 
 @contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of breaking into the middle of an update.
+    """Collect SIGINT, SIGTERM and SIGHUP in a list instead of breaking into an update.
 
     Python allows handlers in the main thread only; elsewhere signals act as always, and so do
     those with a handler that was not made by Python, which it could not put back, and those that
-    are ignored, as SIGINT is in a shell's background.
+    are ignored, as SIGINT is in a shell's background and SIGHUP under nohup.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -336,7 +341,7 @@ def _deferred_signals() -> Iterator[list[int]]:
         return
     previous = {
         number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) not in (None, signal.SIG_IGN)
     }
     try:

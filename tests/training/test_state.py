@@ -56,12 +56,13 @@ def test_killed_at_random_moments(kind, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "state", "whole"]
 
 
-def test_sigterm_keeps_the_state(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_process_keeps_the_state(number, tmp_path):
     state = tmp_path / "state"
     options = {"train_steps": 10**6}
     process = worker.start("token", state, tmp_path / "out", options)
     worker.wait_for(state, process)
-    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, number)
     process.join(30)
     assert (tmp_path / "out.error").read_text().startswith("Terminated")
     _, texts = checkpoint.load(state, KIND)
