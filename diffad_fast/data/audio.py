@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -104,29 +103,18 @@ class Clips(DecodedSamples):
 
     unit = "clip"
 
-    def __init__(self, *source):
-        super().__init__(*source)
-        self._constant: set[int] = set()  # what hold one value throughout, as they are met
-
     def check_normal(self) -> None:
         """Warn of clips that hold one value throughout: they can be scored, and are hardly meant to
         be learnt."""
-        if self._constant:
-            first = min(self._constant)
+        constant = self._items.constant
+        if constant:
+            first = min(constant)
             warnings.warn(
-                f"{len(self._constant)} of {len(self)} clips hold one value throughout, as of a "
+                f"{len(constant)} of {len(self)} clips hold one value throughout, as of a "
                 f"dead microphone, such as {self.paths[first] if self.paths else f'clip {first}'}: "
                 "that is taken for normal; leave them out if it is not",
                 stacklevel=3,
             )
-
-    def _finished(
-        self, index: int, read: Callable[[], np.ndarray]
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        for _, wave in super()._finished(index, read):
-            if wave[0] == wave[-1] and wave.min() == wave.max():
-                self._constant.add(index)
-            yield index, wave
 
     @staticmethod
     def _ahead(batch_size: int) -> int:
@@ -164,6 +152,8 @@ class _ClipItems(Items):
     def __init__(self, rate: int, window: int, step: int, highest: float):
         self._rate, self._shape, self._highest = rate, (window, step), highest
         self._warned: dict[str, object] = {}
+        self.constant: set[int] = set()
+        """Those that hold one value throughout, before they are resampled, as they are read."""
 
     def _warn_once(self, what: str, text: str) -> None:
         """Of each kind of recording one is named; threads read them, so not always the first."""
@@ -196,9 +186,17 @@ class _FileItems(_ClipItems):
 
     def read(self, index: int) -> np.ndarray:
         path = self.paths[index]
-        wave = read_audio(path, self._rate, lambda own: self._hear(own, path))
+        values: set[float] = set()
+
+        def heard(own: int, block: np.ndarray) -> None:
+            self._hear(own, path)
+            values.update((float(block.min()), float(block.max())))
+
+        wave = read_audio(path, self._rate, heard)
         if not len(wave):
             raise InputError(f"{path} is shorter than one sample: remove it.")
+        if len(values) == 1:
+            self.constant.add(index)
         return self._extended(wave, path)
 
 
@@ -219,7 +217,10 @@ class _WaveItems(_ClipItems):
             wave, own = wave
         check_rate(own, name)
         self._hear(own, name)
-        return self._extended(_resampled(as_mono(wave, name), own, self._rate, name), name)
+        wave = as_mono(wave, name)
+        if wave[0] == wave[-1] and wave.min() == wave.max():
+            self.constant.add(index)
+        return self._extended(_resampled(wave, own, self._rate, name), name)
 
 
 def _resampled(wave: np.ndarray, own: float, rate: int, name: str) -> np.ndarray:

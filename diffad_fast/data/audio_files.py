@@ -45,10 +45,12 @@ _SMALLEST_MP3_FRAME, _LARGEST_MP3_FRAME = 24, 1441
 _SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64")
 
 
-def read_audio(path: str, rate: int, opened: Callable[[int], None] | None = None) -> np.ndarray:
+def read_audio(
+    path: str, rate: int, heard: Callable[[int, np.ndarray], None] | None = None
+) -> np.ndarray:
     """Read one recording of at most 10 minutes: (samples,) float32 mono at `rate`.
 
-    Channels are averaged. `opened` is called with the file's own rate.
+    Channels are averaged. `heard` is called with the file's own rate and each block at that rate.
 
     Raises:
         InputError: missing, no audio, damaged, empty, too long, NaN or far beyond [-1, 1]; cut off,
@@ -56,7 +58,7 @@ def read_audio(path: str, rate: int, opened: Callable[[int], None] | None = None
             rate outside 1,000 to 768,000; files joined end to end to one, of which libsndfile would
             read the first (but FLAC). The file is named.
     """
-    blocks = read_blocks(path, rate, LONGEST_SECONDS, opened)
+    blocks = read_blocks(path, rate, LONGEST_SECONDS, heard)
     return np.concatenate([np.empty(0, np.float32), *blocks])
 
 
@@ -64,7 +66,7 @@ def read_blocks(
     path: str,
     rate: int,
     longest_seconds: float | None = None,
-    opened: Callable[[int], None] | None = None,
+    heard: Callable[[int, np.ndarray], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Blocks (samples,) float32 mono at `rate` of a recording of any length, in bounded memory.
 
@@ -72,7 +74,7 @@ def read_blocks(
         path: the file.
         rate: samples a second of the result.
         longest_seconds: raise `InputError` for a longer recording.
-        opened: called with the file's own rate.
+        heard: called with the file's own rate and each block at that rate.
 
     Raises:
         InputError: as `read_audio`.
@@ -97,8 +99,6 @@ def read_blocks(
                 raise _uncounted(path)
             longest = math.inf if longest_seconds is None else longest_seconds * own
             resampler = Resampler(own, rate, path)
-            if opened is not None:
-                opened(own)
             while read < frames:
                 block = file.read(max(1, _BLOCK // channels), dtype="float32", always_2d=True)
                 if not len(block):
@@ -110,7 +110,10 @@ def read_blocks(
                         f"{longest_seconds:g} s: cut it, or pass its blocks "
                         "(data.audio.read_blocks) to Detector.stream."
                     )
-                yield resampler.push(mono(block, path))
+                wave = mono(block, path)
+                if heard is not None:
+                    heard(own, wave)
+                yield resampler.push(wave)
             if not read:
                 raise InputError(f"{path} holds no samples: replace or remove it.")
             if counted and read < frames:

@@ -195,12 +195,15 @@ def test_silence_and_clipping_are_recordings():
 def test_dead_microphones_among_normals_are_told(tmp_path, recwarn):
     silent = np.zeros(8000, np.float32)
     paths = [save(tmp_path / f"{i}.wav", x) for i, x in enumerate((tone(), silent, silent + 0.25))]
+    slower = [save(tmp_path / f"s{i}.wav", x, 8000) for i, x in enumerate((silent, silent + 0.25))]
     alive = opened(paths[:1])
     alive.load()
     alive.check_normal()
     assert not recwarn
-    waves = [tone(), silent, (silent, 8000)]
-    for source, name in ((paths, "1.wav: that"), (waves, "clip 1: that")):
+    waves = [tone(), silent, (silent + 0.25, 8000)]  # whose ends are not 0.25 at another rate
+    for source, name in (
+        (paths, "1.wav: that"), (waves, "clip 1: that"), ([paths[0], *slower], "s0.wav: that")
+    ):  # fmt: skip
         clips = opened(source)
         assert clips.load() == [0, 1, 2]
         with pytest.warns(UserWarning, match=f"2 of 3 clips hold one value .*{name}"):
