@@ -760,17 +760,19 @@ class Detector:
     ) -> str | None:
         """Write a folder as model hubs expect it: model.safetensors, config.json, README.md.
 
-        data: a sentence for the model card on what the detector was fitted on. push_to_hub: upload
-        it too, to ``repo_id`` (default: the folder's name) and with the options of
-        :meth:`push_to_hub`, whose answer is returned.
+        data: a sentence for the model card, README.md, on what the detector was fitted on. A card
+        that was edited stays, with a warning. repo_id: the repository that the card names.
+        push_to_hub: upload it too, to that one (default: of the folder's name) and with the
+        options of :meth:`push_to_hub`, whose answer is returned.
         """
         from .integrations.hub import save_pretrained
 
         self._require_fitted()  # before a folder is made
         if options and not push_to_hub:
             raise TypeError(f"{', '.join(options)}: only for push_to_hub=True")
-        save_pretrained(self, folder, data)
+        kept = save_pretrained(self, folder, data, repo_id)
         if push_to_hub:
+            options = {"card": kept, **options}
             return self.push_to_hub(repo_id or Path(folder).name, data=data, **options)
         return None
 
@@ -784,6 +786,7 @@ class Detector:
         token: str | None = None,
         branch: str | None = None,
         create_pr: bool | None = None,
+        card: str | None = None,
     ) -> str:
         """Upload what :meth:`save_pretrained` writes to a repository of the Hugging Face Hub, which
         is made if it is not there; return the address of the commit.
@@ -791,14 +794,18 @@ class Detector:
         repo_id: owner/name, or a name among one's own. data: as in :meth:`save_pretrained`. The
         others are those of huggingface_hub: who sees a new repository, the token of one's account
         (default: that of ``hf auth login``), a branch that is there, and whether to ask for the
-        change instead of making it.
+        change instead of making it. card: the text of the model card; None: one that tells of the
+        detector, unless there is one in the repository that was edited, which stays, with a
+        warning.
 
         Raises InputError for a detector that is not fitted, ImportError without huggingface_hub,
         and huggingface_hub's own errors.
         """
         from .integrations.hub import push_to_hub
 
-        return push_to_hub(self, repo_id, data, commit_message, private, token, branch, create_pr)
+        return push_to_hub(
+            self, repo_id, data, commit_message, private, token, branch, create_pr, card
+        )
 
     @staticmethod
     def from_pretrained(name: str | os.PathLike, **options) -> Detector:

@@ -294,6 +294,20 @@ def test_a_folder_for_a_hub(fitted, tmp_path):
     np.testing.assert_array_equal(again.score(rows(5, 1)).score, fitted.score(rows(5, 1)).score)
 
 
+def test_an_edited_card_stays_and_another_one_is_written_anew(fitted, tmp_path, recwarn):
+    card = tmp_path / "README.md"
+    fitted.save_pretrained(tmp_path)
+    assert 'from_pretrained("this folder or repository")' in card.read_text()
+    fitted.save_pretrained(tmp_path, data="Noise.", repo_id="me/tiles")
+    assert "Noise." in card.read_text() and 'from_pretrained("me/tiles")' in card.read_text()
+    assert not recwarn
+    for edited in (card.read_text().replace("Noise", "Nuts"), "# Of mine\n", ""):
+        card.write_text(edited)
+        with pytest.warns(UserWarning, match=r"README\.md is not as it was written here and stays"):
+            fitted.save_pretrained(tmp_path, data="Noise.")
+        assert card.read_text() == edited
+
+
 def test_from_a_hub(fitted, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     fitted.save_pretrained(tmp_path)
@@ -322,11 +336,23 @@ def test_to_a_hub(fitted, tmp_path, monkeypatch):
 
     def upload_folder(self, **options):
         real["upload_folder"].bind(self, **options)
-        shutil.copytree(options.pop("folder_path"), kept / options["repo_id"])
+        target = kept / options["repo_id"]
+        shutil.copytree(options.pop("folder_path"), target, dirs_exist_ok=True)
         calls.append(options)
         return "https://huggingface.co/me/tiles/commit/1"
 
-    real = {name: signature(getattr(hub.HfApi, name)) for name in ("create_repo", "upload_folder")}
+    def hf_hub_download(self, *args, **options):
+        real["hf_hub_download"].bind(self, *args, **options)
+        return str(kept / args[0] / args[1])
+
+    def file_exists(self, *args, **options):
+        real["file_exists"].bind(self, *args, **options)
+        return (kept / args[0] / args[1]).exists()
+
+    names = ("create_repo", "upload_folder", "hf_hub_download", "file_exists")
+    real = {name: signature(getattr(hub.HfApi, name)) for name in names}
+    monkeypatch.setattr(hub.HfApi, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(hub.HfApi, "file_exists", file_exists)
     monkeypatch.setattr(hub.HfApi, "create_repo", create_repo)
     monkeypatch.setattr(hub.HfApi, "upload_folder", upload_folder)
     address = fitted.push_to_hub("tiles", data="Noise.", private=True, token="hf_1", branch="dev")
@@ -335,7 +361,8 @@ def test_to_a_hub(fitted, tmp_path, monkeypatch):
     assert calls[1]["repo_id"] == "me/tiles" and calls[1]["revision"] == "dev"
     again = daf.Detector.from_pretrained(kept / "me" / "tiles", device="cpu")
     np.testing.assert_array_equal(again.score(rows(5, 1)).score, fitted.score(rows(5, 1)).score)
-    assert "Noise." in (kept / "me" / "tiles" / "README.md").read_text()
+    card = kept / "me" / "tiles" / "README.md"
+    assert "Noise." in card.read_text() and 'from_pretrained("me/tiles")' in card.read_text()
 
     # As PyTorchModelHubMixin: saved and pushed in one call, named after the folder.
     assert fitted.save_pretrained(tmp_path / "mine", push_to_hub=True, create_pr=True) == address
@@ -346,6 +373,18 @@ def test_to_a_hub(fitted, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="not fitted"):
         daf.Detector(device="cpu", **VECTORS).push_to_hub("me/none")
     assert len(calls) == 4
+
+    fitted.push_to_hub("me/tiles", data="More noise.")
+    assert "More noise." in card.read_text()
+    card.write_text("# Edited there\n")
+    with pytest.warns(UserWarning, match=r"me/tiles/README\.md is not as it was written here"):
+        fitted.push_to_hub("me/tiles")
+    assert card.read_text() == "# Edited there\n"
+    (tmp_path / "tiles" / "README.md").parent.mkdir()
+    (tmp_path / "tiles" / "README.md").write_text("# Edited here\n")
+    with pytest.warns(UserWarning, match=r"tiles/README\.md is not as it was written here"):
+        fitted.save_pretrained(tmp_path / "tiles", push_to_hub=True)
+    assert card.read_text() == "# Edited here\n"
 
 
 def test_errors_of_hub_folders(fitted, tmp_path):
