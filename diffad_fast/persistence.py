@@ -60,6 +60,7 @@ def state(detector: Detector) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         "config": detector.config.to_json(),
         "statistics": json.dumps({m: len(c.statistics) for m, c in detector.calibrations.items()}),
         "features": _digest(detector._features),
+        "features_samples": json.dumps(_samples(detector)),
         "settled": json.dumps(detector._settled),
         "most_windows_of": json.dumps(
             {m: c.most_windows for m, c in detector.calibrations.items()}
@@ -106,6 +107,13 @@ def from_state(
         raise CheckpointError(
             f"{path} was fitted with other weights of its features, which files do not hold: pass "
             "features=module with those of the fit"
+        )
+    # Not among the weights; an older file does not tell it.
+    heard, hears = texts.get("features_samples"), json.dumps(_samples(detector))
+    if heard not in (None, hears):
+        raise CheckpointError(
+            f"{path} was fitted with features that hear {heard} samples at once, and these hear "
+            f"{hears}: pass features=module with samples={heard}"
         )
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -175,3 +183,9 @@ def _digest(features: nn.Module | None) -> str:
         return ""
     tensors = {k: v for k, v in features.state_dict().items() if isinstance(v, torch.Tensor)}
     return checkpoint.checksum({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {})
+
+
+def _samples(detector: Detector) -> int | None:
+    """How many a backbone hears at once; None of images and without one."""
+    embedding = getattr(detector.model, "embedding", None)
+    return None if embedding is None else embedding.samples

@@ -329,6 +329,10 @@ def test_a_backbone_in_streams_and_checkpoints(with_ear, tmp_path):
     with_ear.save(tmp_path / "m.diffad")
     with pytest.raises(CheckpointError, match="pass features=module"):
         daf.load(tmp_path / "m.diffad")
+    other = Ear()
+    other.samples = RATE // 2
+    with pytest.raises(CheckpointError, match="hear 2000 samples at once, and these hear 4000"):
+        daf.load(tmp_path / "m.diffad", features=other)
     again = daf.load(tmp_path / "m.diffad", features=Ear())
     assert np.array_equal(again.score(wave).score, with_ear.score(wave).score)
 
