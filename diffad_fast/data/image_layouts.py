@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ..errors import InputError
 from .folders import read_table
-from .image_files import is_image
-from .mvtec import TestImage, mvtec_test, mvtec_train
+from .mvtec import TestImage, image_names, mvtec_test, mvtec_train
 
 LAYOUTS = ("auto", "mvtec", "mvtec_loco", "mvtec_ad2", "visa")
 _VISA_LABELS = {"normal": "good", "anomaly": "anomaly"}
@@ -74,16 +72,19 @@ def _layout(root: str, layout: str) -> str:
 
 def _found(root: str) -> str | None:
     if os.path.isdir(os.path.join(root, "test")):
-        masks = list(Path(root, "ground_truth").glob("*/*"))
-        # Not those in which images lie likewise: their masks are files there.
-        in_folders = any(
-            path.is_dir() and not Path(root, "test", *path.parts[-2:]).is_dir() for path in masks
-        )
-        return "mvtec_loco" if in_folders and not any(is_image(p.name) for p in masks) else "mvtec"
+        return "mvtec_loco" if _has_folders_of_masks(root) else "mvtec"
     if os.path.isdir(os.path.join(root, "test_public")):
         return "mvtec_ad2"
     visa = os.path.isdir(os.path.join(root, "Data", "Images", "Normal"))
     return "visa" if visa and not os.path.isdir(os.path.join(root, "train")) else None
+
+
+def _has_folders_of_masks(root: str) -> bool:
+    """Whether folders with the names of test images hold masks, and no file is the mask of one."""
+    images, masks = (image_names(os.path.join(root, name)) for name in ("test", "ground_truth"))
+    stems, files = ({os.path.splitext(name)[0] for name in names} for names in (images, masks))
+    files |= {name.removesuffix("_mask") for name in files}
+    return stems.isdisjoint(files) and any(os.path.dirname(name) in stems for name in masks)
 
 
 def _visa(root: str, split: str) -> list[TestImage]:

@@ -88,16 +88,16 @@ def mvtec_test(root: str | bytes | os.PathLike, layout: str = "mvtec") -> list[T
     return found
 
 
-def _images(folder: str) -> list[str]:
+def image_names(folder: str) -> list[str]:
     """Those below it, by their names from there."""
     paths = files_below(folder, is_image) if os.path.isdir(folder) else []
     return [os.path.relpath(path, folder) for path in paths]
 
 
 def _masks(folder: str) -> dict[str, str]:
-    return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in _images(folder)}
+    return {os.path.splitext(name)[0]: os.path.join(folder, name) for name in image_names(folder)}
 
 
 def _folders_of_masks(folder: str) -> dict[str, str]:
-    names = map(os.path.dirname, _images(folder))
+    names = map(os.path.dirname, image_names(folder))
     return {name: os.path.join(folder, name) for name in names}

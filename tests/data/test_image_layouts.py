@@ -120,6 +120,22 @@ def test_mvtec_loco(tmp_path):
     assert read_mask(structural.mask_path, structural.path).sum() == 15
 
 
+def test_mvtec_loco_in_deeper_folders(tmp_path):
+    root = make(
+        tmp_path / "loco", "train/good/0.png", "test/good/a/0.png", "test/logical/a/0.png",
+        "test/logical/b/c/0.png", "ground_truth/logical/a/0/000.png",
+        "ground_truth/logical/b/c/0/000.png",
+    )  # fmt: skip
+    assert found(root) == found(root, "mvtec_loco") == [
+        ("test/good/a/0.png", "good", None),
+        ("test/logical/a/0.png", "logical", "ground_truth/logical/a/0"),
+        ("test/logical/b/c/0.png", "logical", "ground_truth/logical/b/c/0"),
+    ]  # fmt: skip
+    other = mvtec(tmp_path / "mvtec")
+    make(other, "test/hole/0/1.png", "ground_truth/hole/0/1_mask.png")
+    assert ("test/hole/0/1.png", "hole", "ground_truth/hole/0/1_mask.png") in found(other)
+
+
 def test_a_folder_aside_makes_no_mvtec_loco(tmp_path):
     root = mvtec(tmp_path)
     make(root, "ground_truth/hole/drafts/0.png")
