@@ -12,9 +12,9 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 # OpenMP threads that wait shall sleep: where other work shares the cores, spinning ones made these
 # small operators 25 times slower.
-test test-all test-plugins test-asan demo: export OMP_WAIT_POLICY ?= PASSIVE
+test test-all test-races test-plugins test-asan demo: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-all test-plugins test-asan bench docs wheel gpu-check lint clean
+.PHONY: demo test test-all test-races test-plugins test-asan bench docs wheel gpu-check lint clean
 
 demo: .venv/.built
 	$(BIN)/python -m diffad_fast.data.demo --out out/demo
@@ -24,6 +24,10 @@ test: .venv/.built
 
 test-all: .venv/.built
 	$(BIN)/python -m pytest $(PYTEST_JOBS) -m "slow or not slow"
+
+# CUDA's kernels, compiled for the CPU, under ThreadSanitizer.
+test-races: .venv/.built
+	$(BIN)/python -m pytest $(PYTEST_JOBS) -m slow tests/test_emulation.py
 
 # The integrations beside the hosts that they are made for, in an environment of their own.
 test-plugins: .venv-plugins/.built

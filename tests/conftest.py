@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,10 +32,19 @@ from diffad_fast.errors import BackendError
 from tests import emulation
 
 
+def pytest_configure():
+    """In the background of a shell and under nohup these are ignored, also by what is started from
+    here, and tests send them."""
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
+
+
 def pytest_collection_modifyitems(items):
-    """Skips what this machine has not the means for, and begins with what takes a minute, for which
-    one of several processes would else be waited for in the end."""
-    items.sort(key=lambda item: "test_emulation.py" not in item.nodeid)
+    """Skips what this machine has not the means for."""
     absent = {}
     if not native.loaded():
         absent["native"] = pytest.mark.skip(reason="the native library is missing")

@@ -27,6 +27,9 @@ TESTS = [
 ]
 
 
+pytestmark = pytest.mark.slow  # of make test-races: it takes minutes
+
+
 @pytest.fixture(scope="module")
 def runtime() -> str:
     """ThreadSanitizer's, which has to be there before Python."""

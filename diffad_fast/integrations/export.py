@@ -25,7 +25,8 @@ FORMATS = ("torch", "aoti", "onnx")
 # front of products of bfloat16 a last bit may become one of bfloat16.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3}
 GPU_TOLERANCE = 2e-2
-_tracing = threading.RLock()
+# PyTorch traces and compiles one program at a time.
+_turn = threading.RLock()
 
 
 class ScoringProgram(nn.Module):
@@ -94,6 +95,11 @@ def export(detector, path: str | os.PathLike, format: str = "torch", uint8: bool
     if format != "onnx" and path.suffix != ".pt2":
         raise InputError(f"{path} does not end in .pt2, as files of the format {format!r} do")
     check_writable(path)
+    with _turn:
+        write_atomically(path, _content(detector, format, uint8))
+
+
+def _content(detector, format: str, uint8: bool) -> bytes:
     example = _example(detector, uint8)
     program = _traced(ScoringProgram(detector).eval().requires_grad_(False), example)
     expected = detector.score_batch(example.float() / 255 if uint8 else example)[1]
@@ -108,7 +114,7 @@ def export(detector, path: str | os.PathLike, format: str = "torch", uint8: bool
         )
     facts = {"diffad_fast": __version__, "config": detector.config.to_json()}
     with tempfile.TemporaryDirectory() as folder:
-        write_atomically(path, _WRITERS[format](program, example, facts, folder))
+        return _WRITERS[format](program, example, facts, folder)
 
 
 def _example(detector, uint8: bool) -> torch.Tensor:
@@ -124,8 +130,7 @@ def _example(detector, uint8: bool) -> torch.Tensor:
 
 
 def _traced(program: ScoringProgram, example: torch.Tensor) -> torch.export.ExportedProgram:
-    # PyTorch traces and compiles one program at a time.
-    with _tracing, by_reference(), torch.no_grad():
+    with by_reference(), torch.no_grad():
         program(example)  # fills what is computed once and then kept: it becomes constants
         batch = torch.export.Dim("batch", min=1)
         shapes = ({0: batch},)
