@@ -266,7 +266,7 @@ def test_a_backbone_that_gives_no_maps():
     ({"kind": "audio", "statistics": "auto"}, "statistics='auto' is for images"),
     ({"tokens": 3}, "tokens must be a list, not 3"),
     ({"sigmas": 2.0}, "sigmas must be a list, not 2.0"),
-    ({"image_size": None}, "image_size must be a list, not None"),
+    ({"image_size": None}, "image_size is a whole number of pixels"),
     ({"map_weights": ("a", 1, 1)}, "map_weights must be a number from 0 to 1e.06, not 'a'"),
     ({"smoothing": float("inf")}, "smoothing must be a number from 0 to 100000, not inf"),
     ({"semantic_weight": float("nan")}, "semantic_weight must be a number from 0 to 1e.06"),

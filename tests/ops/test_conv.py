@@ -227,7 +227,7 @@ def test_every_output_is_written(cpu_isa, written):
 # ------------------------------------------------------------------------ the vendor's
 
 
-def test_shapes_alone(backend):
+def test_shapes_alone():
     made = ops.conv3x3(
         torch.empty(2, 16, 8, 8, device="meta"), torch.empty(32, 16, 3, 3, device="meta")
     )
