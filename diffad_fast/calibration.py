@@ -170,7 +170,7 @@ class _HeldOut:
                 f"{np.count_nonzero(~finite)} of {len(scores)} held-out normals have no finite "
                 f"score in mode {self.config.mode!r}, the first of them {scores[~finite][0]}: the "
                 "denoiser or the features give values that are not finite, so mend that module, "
-                "or train with a lower learning_rate"
+                "or fit anew with a lower learning_rate"
             )
         normal = np.argsort(scores, kind="stable")
         # The small term keeps a product such as 0.29 * 100 = 29 - 4e-15 on its side.

@@ -415,7 +415,6 @@ class DetectorConfig:
     def _check_combinations(self) -> None:
         """What goes together."""
         images, on_tokens = self.kind == "image", self.on_tokens
-        unet = ", or choose a U-Net such as denoiser='unet-small'" if images else ""
         if not images and not on_tokens:
             raise InputError(
                 f"denoiser {self.denoiser!r} works on images: {self.kind} needs 'token-mlp'"
@@ -440,10 +439,9 @@ class DetectorConfig:
             raise InputError(
                 f"tokens={self.tokens!r} and features={self.features!r} do not go together: {what}"
             )
-        for kind, names in _OF_ONE_KIND.items():
-            for name in names if kind != self.kind else ():
-                if getattr(self, name) != _DEFAULTS[name]:
-                    raise InputError(f"{name} is for kind={kind!r}: leave it out for {self.kind!r}")
+        for name, why in _not_read(self.kind, self.denoiser).items():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise InputError(f"{name} is for {why}")
         if self.overlap is not None and not (images and on_tokens):
             instead = ", or choose denoiser='token-mlp'" if images else ""
             raise InputError(f"overlap is for images and the token MLP: leave it out{instead}")
@@ -452,17 +450,6 @@ class DetectorConfig:
                 "at haar_level=0 there are no sub-bands, and map_weights gives the other maps no "
                 f"weight: {self.map_weights!r}; give the pixel or the feature map some"
             )
-        for name in _OF_UNETS if on_tokens else ():
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise InputError(
-                    f"{name} is for U-Nets, and the token MLP knows {_DEFAULTS[name]!r} alone: "
-                    f"leave it out{unet}"
-                )
-        for name in _OF_TOKENS if not on_tokens else ():
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise InputError(
-                    f"{name} is for the token MLP: leave it out, or choose denoiser='token-mlp'"
-                )
         if on_tokens and self.train_steps == 0:
             raise InputError(
                 "train_steps=0 takes a U-Net as it is; the token MLP is nothing before it is "
@@ -588,8 +575,14 @@ class DetectorConfig:
 
     def replace(self, **options) -> DetectorConfig:
         """A copy with some options changed, and no others: what :meth:`create` has derived from the
-        options as they were stays, such as ``haar_level`` and ``smoothing`` from ``image_size``, or
-        ``train_steps`` from ``denoiser``."""
+        options as they were stays, such as ``haar_level`` and ``smoothing`` from ``image_size``.
+        Not for another kind or denoiser, which read other options: raises InputError."""
+        for name in ("kind", "denoiser"):
+            if options.get(name, getattr(self, name)) != getattr(self, name):
+                raise InputError(
+                    f"a configuration of {name}={getattr(self, name)!r} does not become one of "
+                    f"{options[name]!r}: create that by DetectorConfig.create"
+                )
         return self.create(**{**dataclasses.asdict(self), **options})
 
     def with_batch(self, size: int) -> DetectorConfig:
@@ -612,6 +605,12 @@ class DetectorConfig:
     @classmethod
     def from_json(cls, text: str) -> DetectorConfig:
         return cls.create(**_json_object(text, "the configuration"))
+
+    @classmethod
+    def stored(cls, options: dict[str, object]) -> DetectorConfig:
+        """The configuration of a file. Those of before have values of options that nothing read."""
+        unread = _not_read(options.get("kind"), options.get("denoiser"))
+        return cls.create(**{k: v for k, v in options.items() if k not in unread})
 
 
 TOKEN_SOURCES = ("energy", "cell", "gradient", "spread", "mean", "patch")
@@ -738,16 +737,33 @@ _OF_ONE_KIND = {
     ),
     "vector": ("feature_scale",),
 }  # fmt: skip
-# What the token MLP would not read.
+# What the token MLP does not read.
 _OF_UNETS = (
     "haar_level", "prediction_type", "eta", "clip", "guidance", "map_weights", "snr_limit",
     "accumulate",
 )  # fmt: skip
-# What no other denoiser would.
+# What no other denoiser reads.
 _OF_TOKENS = (
     "tokens", "token_width", "token_blocks", "token_batch", "intensity", "illumination",
     "image_scale",
 )  # fmt: skip
+
+
+def _not_read(kind: object, denoiser: object) -> dict[str, str]:
+    """The options that such a detector does not read, each with what it is for."""
+    found = {
+        name: f"kind={other!r}: leave it out for {kind!r}"
+        for other, names in _OF_ONE_KIND.items()
+        for name in (names if other != kind else ())
+    }
+    tokens = denoiser == "token-mlp"
+    why = "the token MLP: leave it out, or choose denoiser='token-mlp'"
+    if tokens:
+        why = "U-Nets, and the token MLP has no such choice: leave it out"
+        why += ", or choose denoiser='unet-small'" if kind == "image" else ""
+    return dict.fromkeys(_OF_UNETS if tokens else _OF_TOKENS, why) | found
+
+
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DetectorConfig)}
 
 # By annotation, without "| None".

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import os
 import sys
 import warnings
@@ -239,11 +240,11 @@ class Detector:
 
         Returns self. Raises InputError for unusable data, for a folder without train/good that has
         a folder of tests below it, such as test or ground_truth, for a category of VisA without its
-        table, for the root of an UrbanSound8K, whose normal class nobody has named, and for fewer
-        than 8 samples or 4 groups; CheckpointError for the state of another training; BackendError
-        where ``train_compile=True`` fails; ProcessError where another process ends;
-        KeyboardInterrupt after SIGINT, its subclass Terminated after SIGTERM and SIGHUP, once the
-        state is written.
+        table, for the root of an UrbanSound8K, whose normal class nobody has named, for fewer than
+        8 samples or 4 groups, and for scores of normals that are not finite; CheckpointError for
+        the state of another training; BackendError where ``train_compile=True`` fails; ProcessError
+        where another process ends; KeyboardInterrupt after SIGINT, its subclass Terminated after
+        SIGTERM and SIGHUP, once the state is written.
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")
@@ -388,7 +389,7 @@ class Detector:
         are taken for normal, and none of them may have been in the fit's source, or p-values are
         too large and anomalies are missed. With 20 groups or more there are labels. Works on loaded
         detectors; no other thread may use this one meanwhile. Returns self. Raises InputError for
-        unusable data, an unknown mode, and before ``fit``.
+        unusable data, an unknown mode, scores that are not finite, and before ``fit``.
         """
         self._require_fitted()
         for mode in modes:
@@ -684,19 +685,31 @@ class Detector:
         return state(self)
 
     def __reduce__(self):
-        """Pickled and copied as its checkpoint, and as the modules that are not in that: tensors
-        would go to other processes through a file of shared memory each. A backbone goes along,
-        also one that was fetched by name: it may be another one there, or nobody may fetch it."""
-        from .persistence import KIND
+        """Pickled as bytes, of its checkpoint and of the modules that are not in that: tensors
+        would go to other processes through a file of shared memory each."""
+        content, modules = self._parts_of_copies()
+        buffer = io.BytesIO()
+        torch.save(modules, buffer)
+        return _unpickled, (content, buffer.getvalue())
 
-        given = self._given | {"features": self._features}
-        if not self.calibrations:
-            return _unpickled, (self._asked().to_json(), given)
-        return _unpickled, (checkpoint.to_bytes(KIND, *self.state()), given)
+    def __deepcopy__(self, memo: dict) -> Detector:
+        content, modules = self._parts_of_copies()
+        return _made(content, copy.deepcopy(modules, memo))
 
     def __copy__(self) -> Detector:
         # A shallow copy would share the denoiser that was handed over, and a fit trains that.
         return copy.deepcopy(self)
+
+    def _parts_of_copies(self) -> tuple[bytes | str, dict]:
+        """A checkpoint, or an unfitted one's options, and what was handed over. A backbone goes
+        along, also one that was fetched by name: elsewhere it may be another one, or nobody may
+        fetch it."""
+        from .persistence import KIND
+
+        given = self._given | {"features": self._features}
+        if not self.calibrations:
+            return self._asked().to_json(), given
+        return checkpoint.to_bytes(KIND, *self.state()), given
 
     # ------------------------------------------------------ other programs
 
@@ -868,8 +881,14 @@ def _backbone(config: DetectorConfig) -> nn.Module:
     return YAMNet.pretrained()
 
 
-def _unpickled(content: bytes | str, options: dict) -> Detector:
-    """What :meth:`Detector.__reduce__` names: of a checkpoint, or of an unfitted one's options."""
+def _unpickled(content: bytes | str, modules: bytes) -> Detector:
+    """What :meth:`Detector.__reduce__` names."""
+    given = torch.load(io.BytesIO(modules), map_location="cpu", weights_only=False)
+    return _made(content, given)
+
+
+def _made(content: bytes | str, options: dict) -> Detector:
+    """Of a checkpoint, or of an unfitted one's options."""
     from .persistence import KIND, from_state
 
     if isinstance(content, str):

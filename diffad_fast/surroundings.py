@@ -41,16 +41,21 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 class drawing_from(TorchDispatchMode):
     """What this thread draws comes from a generator of its own, on the CPU: that of the process,
-    which other threads draw from, stays as it is."""
+    which other threads draw from, stays as it is. Raises RuntimeError for a function of PyTorch
+    that takes no generator."""
 
     def __init__(self, generator: torch.Generator):
         super().__init__()
         self.generator = generator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if any(a.name == "generator" for a in func._schema.arguments):
-            kwargs["generator"] = self.generator
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            if all(a.name != "generator" for a in func._schema.arguments):
+                if "generator" not in func.overloadpacket.overloads():
+                    raise RuntimeError(f"{func} takes no generator: draw by another function")
+                func = func.overloadpacket.generator
+            kwargs = {**kwargs, "generator": self.generator}
         return func(*args, **kwargs)
 
 

@@ -33,14 +33,10 @@ from tests import emulation
 
 
 def pytest_configure():
-    """In the background of a shell and under nohup these are ignored, also by what is started from
-    here, and tests send them."""
-    for number, usual in (
-        (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGHUP, signal.SIG_DFL),
-    ):
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, usual)
+    """In the background of a script SIGINT is ignored, also by what is started from here, and tests
+    send it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
@@ -61,6 +57,14 @@ def backend(request) -> str:
     """An operator's backends on the CPU, each serving all calls of a test."""
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def hangups():
+    """SIGHUP as outside of nohup, under which it is ignored."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
 
 
 @pytest.fixture(autouse=True)

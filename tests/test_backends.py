@@ -53,6 +53,18 @@ def test_the_reference_in_one_thread():
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_reference_in_an_exported_program(strict):
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            with dispatch.by_reference():
+                return ops.group_norm_silu(x, 2)
+
+    program = torch.export.export(Norm(), (torch.rand(1, 4, 4, 4),), strict=strict)
+    assert "diffad_fast" not in str(program.graph) and dispatch.selected() == "auto"
+
+
+@pytest.mark.native
 def test_the_chosen_backend_runs(monkeypatch):
     called = []
     for name in ("reference", "cpu"):

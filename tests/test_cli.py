@@ -571,6 +571,7 @@ def test_resume_needs_a_state(good, tmp_path, fails):
     fails("fit", good, "--out", out, "--resume", *FAST, names=[f"{out}.training"])
 
 
+@pytest.mark.usefixtures("hangups")
 def test_a_closed_terminal_keeps_the_training(root, config, tmp_path):
     out = tmp_path / "m.diffad"
     argv = ["fit", root, "--config", config, "--steps", "100000", *FAST, "--out", out]
@@ -643,6 +644,7 @@ def test_a_stop_before_training_says_that_nothing_is_kept(
 SIGNALS = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_ends_like_an_exception(name, monkeypatch):
     """What is half written is removed, and the caller's handler is back."""

@@ -31,6 +31,26 @@ def test_json_round_trip():
     assert DetectorConfig.from_json(config.to_json()) == config
 
 
+@pytest.mark.parametrize(
+    "options, unread",
+    [
+        ({}, {"haar_level": 3}),
+        ({"kind": "audio"}, {"haar_level": 3, "smoothing": 8.0}),
+        ({"denoiser": "unet-tiny"}, {"token_width": 128, "token_blocks": 2, "token_batch": 512}),
+    ],
+)
+def test_values_that_nothing_read_are_let_go(options, unread):
+    """Those of files of before, which held them."""
+    config = DetectorConfig.create(**options)
+    assert DetectorConfig.stored(json.loads(config.to_json()) | unread) == config
+
+
+def test_another_denoiser_is_another_configuration():
+    with pytest.raises(InputError, match="denoiser='token-mlp' does not become .*'unet-tiny'"):
+        DetectorConfig.create().replace(denoiser="unet-tiny")
+    assert DetectorConfig.create().replace(denoiser="token-mlp", seed=2).seed == 2
+
+
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DetectorConfig().seed = 1
@@ -64,7 +84,7 @@ def test_frozen():
         ({"train_steps": 0}, "train_steps=0 takes a U-Net as it is"),
         ({"conformal_share": 0.85}, "held-out"),
         ({"learning_rate": "fast"}, "learning_rate"),
-        ({"accumulate": 3}, "accumulate is for U-Nets, .* 1 alone: .* denoiser='unet-small'"),
+        ({"accumulate": 3}, "accumulate is for U-Nets, .* denoiser='unet-small'"),
         ({"map_weights": (1, 1, 0)}, "map_weights is for U-Nets"),
         ({"kind": "vector", "guidance": 1.0}, "guidance is for U-Nets, .* leave it out$"),
         ({"prediction_type": "epsilon"}, "prediction_type is for U-Nets"),

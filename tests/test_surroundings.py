@@ -303,8 +303,12 @@ def test_draws_of_one_thread():
     """The same as from the process's generator after its seed, which other threads draw from."""
 
     def made():
+        drawn = {
+            name: getattr(torch, name)(*size)
+            for name, size in {"randn": (3, 4), "rand": (5,), "randperm": (9,)}.items()
+        }
         unet, mlp = denoisers.create("unet-tiny", 4), TokenMLP(8, 16, 2)
-        return unet.state_dict() | mlp.state_dict()
+        return unet.state_dict() | mlp.state_dict() | drawn
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(5)

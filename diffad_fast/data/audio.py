@@ -218,9 +218,11 @@ class _WaveItems(_ClipItems):
         check_rate(own, name)
         self._hear(own, name)
         wave = as_mono(wave, name)
-        if wave[0] == wave[-1] and wave.min() == wave.max():
+        constant = wave[0] == wave[-1] and wave.min() == wave.max()
+        wave = self._extended(_resampled(wave, own, self._rate, name), name)
+        if constant:
             self.constant.add(index)
-        return self._extended(_resampled(wave, own, self._rate, name), name)
+        return wave
 
 
 def _resampled(wave: np.ndarray, own: float, rate: int, name: str) -> np.ndarray:

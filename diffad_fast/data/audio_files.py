@@ -182,6 +182,8 @@ def _sound(file, head: bytes, size: int) -> tuple[int, int]:
     while place + outside <= size:
         file.seek(place)
         name, length = struct.unpack(form, file.read(outside))
+        if not name.strip(b"\0"):  # zeros, as in place of what was never written
+            break
         if unit == 8:  # its own head counts, too
             length = max(0, length - outside)
         if name[:4] == sound:

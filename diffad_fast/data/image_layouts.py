@@ -51,8 +51,12 @@ def labelled_images(root: str | bytes | os.PathLike, layout: str = "auto") -> li
         InputError: the layout is unknown, or its folders, its table or a mask are not there.
     """
     root = os.fsdecode(root)
-    layout = _layout(root, layout)
-    return _visa(root, "test") if layout == "visa" else mvtec_test(root, layout)
+    found = _layout(root, layout)
+    if found == "visa":
+        return _visa(root, "test")
+    if layout == "auto" and found == "mvtec" and _has_folders_of_masks(root):
+        found = "mvtec_loco"
+    return mvtec_test(root, found)
 
 
 def is_data_set(root: str | os.PathLike) -> bool:
@@ -72,7 +76,7 @@ def _layout(root: str, layout: str) -> str:
 
 def _found(root: str) -> str | None:
     if os.path.isdir(os.path.join(root, "test")):
-        return "mvtec_loco" if _has_folders_of_masks(root) else "mvtec"
+        return "mvtec"  # or mvtec_loco, which its masks tell
     if os.path.isdir(os.path.join(root, "test_public")):
         return "mvtec_ad2"
     visa = os.path.isdir(os.path.join(root, "Data", "Images", "Normal"))

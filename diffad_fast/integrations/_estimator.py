@@ -35,7 +35,7 @@ def fit_detector(X, preset, train_steps, options, device, random_state) -> Detec
         )
     if train_steps is not None:
         chosen["train_steps"] = train_steps
-    chosen |= copy.deepcopy(options or {})
+    chosen |= copy.deepcopy(dict(options or {}))
     return Detector(**chosen).fit(X)
 
 

@@ -86,7 +86,11 @@ def _edited(path: Path | None, name: str | os.PathLike) -> str | None:
     text = None if path is None else path.read_text(encoding="utf-8", errors="surrogateescape")
     if text is None or text == _marked(text.rpartition(_MARK)[0]):
         return None
-    warnings.warn(f"{name} is not as it was written here and stays as it is", stacklevel=4)
+    warnings.warn(
+        f"{name} was edited, or is of an earlier version, and stays as it is: delete it to have "
+        "one of this detector",
+        stacklevel=4,
+    )
     return text
 
 

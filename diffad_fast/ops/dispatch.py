@@ -212,6 +212,10 @@ def use_backend(name: str) -> Iterator[None]:
 def by_reference() -> Iterator[None]:
     """Serve every operator that this thread calls in plain PyTorch, for programs that are to run
     without this library."""
+    if torch.compiler.is_dynamo_compiling():  # nobody else computes inside of its trace
+        with use_backend("reference"):
+            yield
+        return
     previous, _of_thread.backend = _of_thread.backend, "reference"
     try:
         yield

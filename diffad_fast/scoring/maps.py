@@ -103,8 +103,10 @@ def fit_statistics(
 
 def _choose(even: _MapMoments, odd: _MapMoments, kind: str, smoothing: float) -> MapStatistics:
     if even.count == 0 or odd.count == 0:
-        # A single object has no spread between objects; only that within its maps is known.
-        both, kind = (odd if even.count == 0 else even), "scalar"
+        both = odd if even.count == 0 else even
+        # Of one object nothing predicts another; of one normal only the spread within its map is
+        # known.
+        kind = "scalar" if kind == "auto" or both.count == 1 else kind
     else:
         both = copy(even)
         both.merge(odd.count, odd.mean, odd.scatter)

@@ -163,7 +163,7 @@ class Content(dict):
     def config(self) -> DetectorConfig:
         options = self.json("config", lambda found: isinstance(found, dict))
         try:
-            return DetectorConfig.create(**options)
+            return DetectorConfig.stored(options)
         except InputError as error:
             raise CheckpointError(
                 f"{self.path} was fitted with options that this version refuses: {error}; fit again"

@@ -49,8 +49,11 @@ class TrainingCheckpoint:
             raise InputError(f"cannot write {self.path}: it is a folder; give a file name")
         if isinstance(self.seconds, str):
             self.seconds = duration(self.seconds)
-        if not isinstance(self.seconds, (int, float)) or not self.seconds >= 0:
-            raise InputError(f"seconds is the time between two writes, not {self.seconds!r}")
+        if type(self.seconds) not in (int, float) or not self.seconds >= 0:
+            raise InputError(
+                "seconds is the time between two writes, a number of at least 0 or a text such as "
+                f"'5min', not {self.seconds!r}"
+            )
         if self.pictures_every is not None:
             if not isinstance(self.pictures_every, int) or self.pictures_every < 1:
                 raise InputError(

@@ -541,17 +541,8 @@ def test_cuda_refuses_biases_at_odd_addresses(cuda, name):
         ops.token_mlp_loop(x.to(cuda), weights, bias.to(cuda), table.to(cuda))
 
 
-@pytest.mark.parametrize(
-    "width, dtype",
-    [
-        (128, torch.float32),
-        (128, torch.bfloat16),
-        (128, torch.float16),
-        (256, torch.float32),
-        pytest.param(256, torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param(256, torch.float16, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [128, 256])
 @pytest.mark.parametrize(
     "m, d, blocks, steps",
     [

@@ -37,6 +37,9 @@ def test_images_of_one_object_do_not_predict_one_another():
     maps = (10 * torch.rand(6, 16, 16))[objects] + torch.rand(60, 16, 16)
     assert fit_statistics(batches(maps, 8), "auto", 0.0)[0].mean.shape == (16, 16)
     assert fit_statistics(batches(maps, 8, objects), "auto", 0.0)[0].mean.shape == ()
+    one = maps[:10], 8, np.zeros(10, int)
+    assert fit_statistics(batches(*one), "auto", 0.0)[0].mean.shape == ()
+    assert fit_statistics(batches(*one), "position", 0.0)[0].mean.shape == (16, 16)
 
 
 def test_smoothing_keeps_constants_and_total_variance():
