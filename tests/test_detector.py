@@ -3,8 +3,10 @@
 import copy
 import gc
 import json
+import os
 import pickle
 import re
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -742,6 +744,8 @@ def test_copies_share_no_module_and_fetch_none(fetched, monkeypatch):
         other.fit(images[:20])
         np.testing.assert_array_equal(detector.score(images[:3]).score, expected)
     assert len(made) == 1
+    open_files = len(os.listdir("/proc/self/fd"))  # one for each tensor that is shared
+    assert ForkingPickler.dumps(detector) and len(os.listdir("/proc/self/fd")) == open_files
 
 
 def test_contamination_corrects_the_threshold():
