@@ -41,6 +41,12 @@ QUICK = Effort(0.7, 7, each=3, compile_seconds=0.0)
 QUICK_GPU = Effort(0.3, 15, each=3, compile_seconds=60.0)
 
 
+def _as_a_program_has_them() -> torch.inference_mode:
+    """For inputs: tensors that are made in inference mode have no versions, by which weights are
+    known that were packed before."""
+    return torch.inference_mode(False)
+
+
 @dataclass
 class Run:
     """Cases on one device; ``rows`` and ``wrong`` are filled by :meth:`measure`."""
@@ -93,7 +99,8 @@ class Run:
             return self._measured(case)
 
     def _measured(self, case: Case) -> dict:
-        inputs = case.inputs(self.device)
+        with _as_a_program_has_them():
+            inputs = case.inputs(self.device)
         exact = case.exact(inputs)
         served_by = case.served_by(self.device.type) if case.served_by else None
         found: dict[str, dict] = {}
@@ -164,7 +171,8 @@ class Run:
             run = _captured(run)
         began = time.perf_counter()
         try:
-            prepared = contender.prepare(inputs)
+            with _as_a_program_has_them():
+                prepared = contender.prepare(inputs)
             began = time.perf_counter()
             output = run(*prepared)
             if self.device.type == "cuda":
@@ -184,8 +192,11 @@ class Run:
         if self.device.type == "cuda":
             run(*prepared)  # a detector captures what comes a second time
         copies = [prepared]
-        for _ in range(self._copies(inputs) - 1):
-            copies.append(contender.prepare(map_tensors(torch.clone, inputs)))
+        with _as_a_program_has_them():
+            for _ in range(self._copies(inputs) - 1):
+                copies.append(contender.prepare(map_tensors(torch.clone, inputs)))
+        for copy in copies[1:]:
+            run(*copy)  # what is made of weights once is there
         turn = itertools.cycle(copies)
         return lambda: run(*next(turn))
 

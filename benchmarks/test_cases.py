@@ -29,8 +29,8 @@ def test_case(benchmark, case, name):
     contender = case.contenders[name]
     benchmark.group = case.key
     benchmark.extra_info.update(contender.settings(CPU))
+    inputs = case.inputs(CPU)
+    prepared = contender.prepare(inputs)
     with torch.inference_mode(not case.gradients):
-        inputs = case.inputs(CPU)
-        prepared = contender.prepare(inputs)
         assert not wrong(case, contender, case.exact(inputs), contender.run(*prepared))
         benchmark(contender.run, *prepared)

@@ -48,6 +48,22 @@ def test_a_part_of_the_work_is_scaled_and_compared_in_its_own_rounds(monkeypatch
     assert entry["ratio"]["value"] == entry["ratio"]["low"] == entry["ratio"]["high"] == 100.0
 
 
+def test_inputs_are_made_as_a_program_makes_them(monkeypatch):
+    """Not in inference mode, in which they are measured."""
+    monkeypatch.setattr(harness.Run, "_cache", lambda self: 1 << 10)  # several copies
+    seen = set()
+
+    def run(x):
+        seen.add(x.data_ptr())
+        assert torch.is_inference_mode_enabled() and not x.is_inference()
+        return x + 1
+
+    case = Case("op", "name", lambda device: (torch.ones(8),), lambda x: x[0] + 1,
+                {OURS: Contender(run)})  # fmt: skip
+    assert not measured(case).wrong
+    assert len(seen) > 2
+
+
 def test_an_interrupted_suite_keeps_what_it_measured():
     def interrupt(x):
         raise KeyboardInterrupt
