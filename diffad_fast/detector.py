@@ -341,7 +341,7 @@ class Detector:
 
         Raises InputError before ``fit``, for a detector that comes from a file, which knows no
         held-out parts, for a ``semantic_weight`` of what was not fitted, and for a source of
-        another length, or with another first or last sample.
+        another length, or with another first or last sample, and for scores that are not finite.
         """
         if not self.parts:
             self._require_fitted()
@@ -773,9 +773,10 @@ class Detector:
     ) -> str | None:
         """Write a folder as model hubs expect it: model.safetensors, config.json, README.md.
 
-        data: a sentence for the model card, README.md, on what the detector was fitted on. A card
-        that was edited stays, with a warning. repo_id: the repository that the card names.
-        push_to_hub: upload it too, to that one (default: of the folder's name) and with the
+        data: a sentence for the model card, README.md, on what the detector was fitted on. A
+        README.md that is there stays, with a warning, unless it is a card that this version wrote
+        and nobody has edited: delete it to have a new one. repo_id: the repository that the card
+        names. push_to_hub: upload it too, to that one (default: of the folder's name) and with the
         options of :meth:`push_to_hub`, whose answer is returned.
         """
         from .integrations.hub import save_pretrained

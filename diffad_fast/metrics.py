@@ -34,12 +34,12 @@ def auroc(labels, scores) -> float:
     """Area under the ROC curve, ties counted half; in [0, 1].
 
     Args:
-        labels: bool or numbers, > 0 is an anomaly. An array, tensor or list of numbers of any
+        labels: bool or numbers, > 0 is an anomaly. An array, tensor or sequence of numbers of any
             shape, or a sequence of arrays, one an image (sizes may differ).
         scores: real numbers of the same shape(s).
 
     Raises:
-        InputError: shapes differ, a value is NaN or infinite, or only one class is there.
+        InputError: shapes differ, a value is NaN, infinite or masked, or only one class is there.
     """
     return _Counts(lambda: _flat_pairs(labels, scores)).auroc()
 
@@ -90,8 +90,8 @@ def aupro(masks, maps, max_fpr: float = 0.3) -> float:
         max_fpr: where to stop, in (0, 1].
 
     Raises:
-        InputError: shapes differ, an image is not 2-D, a score is NaN or infinite, no pixel or
-            every pixel is anomalous, or `max_fpr` is out of range.
+        InputError: shapes differ, an image is not 2-D, a score is NaN, infinite or masked, no
+            pixel or every pixel is anomalous, or `max_fpr` is out of range.
     """
     max_fpr = _rate(max_fpr)
     return _Counts(lambda: _image_pairs(masks, maps), regions=True).aupro(max_fpr)

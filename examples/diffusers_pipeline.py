@@ -21,7 +21,7 @@ def main() -> None:
     pipeline = DDPMPipeline(unet, DDPMScheduler())
     pipeline.set_progress_bar_config(disable=True)
 
-    # One line in a pipeline: every DDIM step in one pass over memory.
+    # One line in a pipeline: every DDIM step in two passes over memory.
     pipeline.scheduler = FusedDDIMScheduler.from_config(pipeline.scheduler.config)
     images = pipeline(num_inference_steps=5, output_type="np").images
     print("the pipeline's samples:", images.shape)

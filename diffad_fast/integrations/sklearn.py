@@ -30,7 +30,8 @@ class DiffusionOutlierDetector(OutlierMixin, BaseEstimator):
     train_steps : int, default=None
         Optimisation steps; None: those of the preset.
     options : dict, default=None
-        Further options of :class:`diffad_fast.DetectorConfig` by name.
+        Further arguments of :class:`diffad_fast.Detector` by name, which come before these. Of
+        modules among them a copy is trained.
     device : str, default=None
         "cpu", "cuda", ...; None: the best there is.
     random_state : int, RandomState instance or None, default=None
