@@ -80,7 +80,7 @@ def test_frozen():
         ({"snr_limit": 0}, "snr_limit .*not 0"),
         ({"trainsteps": 3}, "'trainsteps': did you mean 'train_steps'"),
         ({"map_weights": (0, 0, 0)}, "map_weights"),
-        ({"map_weights": (0, 0, 1), "haar_level": 0}, "no sub-bands"),
+        ({"denoiser": "unet-tiny", "map_weights": (0, 0, 1), "haar_level": 0}, "no sub-bands"),
         ({"train_steps": 0}, "train_steps=0 takes a U-Net as it is"),
         ({"conformal_share": 0.85}, "held-out"),
         ({"learning_rate": "fast"}, "learning_rate"),

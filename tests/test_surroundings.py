@@ -65,7 +65,7 @@ def test_a_gpu_is_chosen_once(monkeypatch):
     for asked, kept in ((None, "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
         detector = daf.Detector(**options, device=asked)
         # Where it goes next, a number that nobody asked for may not be there.
-        assert str(detector.device) == "cuda:1" and detector.__reduce__()[1][1]["device"] == kept
+        assert str(detector.device) == "cuda:1" and detector._parts_of_copies()[1]["device"] == kept
     with pytest.raises(BackendError, match="cuda:2 was asked for, but PyTorch finds 2"):
         surroundings.resolve_device("cuda:2")
 

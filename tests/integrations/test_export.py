@@ -303,7 +303,7 @@ def test_an_edited_card_stays_and_another_one_is_written_anew(fitted, tmp_path, 
     assert not recwarn
     for edited in (card.read_text().replace("Noise", "Nuts"), "# Of mine\n", ""):
         card.write_text(edited)
-        with pytest.warns(UserWarning, match=r"README\.md is not as it was written here and stays"):
+        with pytest.warns(UserWarning, match=r"README\.md was edited, or is of an"):
             fitted.save_pretrained(tmp_path, data="Noise.")
         assert card.read_text() == edited
 
@@ -377,12 +377,12 @@ def test_to_a_hub(fitted, tmp_path, monkeypatch):
     fitted.push_to_hub("me/tiles", data="More noise.")
     assert "More noise." in card.read_text()
     card.write_text("# Edited there\n")
-    with pytest.warns(UserWarning, match=r"me/tiles/README\.md is not as it was written here"):
+    with pytest.warns(UserWarning, match=r"me/tiles/README\.md was edited, or is of an"):
         fitted.push_to_hub("me/tiles")
     assert card.read_text() == "# Edited there\n"
     (tmp_path / "tiles" / "README.md").parent.mkdir()
     (tmp_path / "tiles" / "README.md").write_text("# Edited here\n")
-    with pytest.warns(UserWarning, match=r"tiles/README\.md is not as it was written here"):
+    with pytest.warns(UserWarning, match=r"tiles/README\.md was edited, or is of an"):
         fitted.save_pretrained(tmp_path / "tiles", push_to_hub=True)
     assert card.read_text() == "# Edited here\n"
 

@@ -56,7 +56,6 @@ def test_killed_at_random_moments(kind, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "state", "whole"]
 
 
-@pytest.mark.usefixtures("hangups")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_the_process_keeps_the_state(number, tmp_path):
     state = tmp_path / "state"

@@ -19,6 +19,14 @@ class Stream:
         self.waited_for.append(other)
 
 
+@pytest.fixture(autouse=True)
+def _streams_of_its_own():
+    """Not those of the stand-in of another test."""
+    step_module._stream.cache_clear()
+    yield
+    step_module._stream.cache_clear()
+
+
 def test_runs_eagerly_then_replays_on_the_newest_inputs(monkeypatch):
     events, current = [], Stream()
 

@@ -5,6 +5,7 @@ Processes come from a fork server that has imported everything: a start takes mi
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -96,6 +97,7 @@ TRAINERS = {"image": image_trainer, "token": token_trainer, "unseeded": unseeded
 def train(kind, state, out, options, seconds=0.0, environment=None):
     """Resume or begin, and leave (weights, history) in ``out``; the reason of a failure instead."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the server of forks ignores under nohup
     os.environ.update(environment or {})
     sys.stderr = open(os.devnull, "w")
     try:
