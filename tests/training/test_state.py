@@ -64,6 +64,7 @@ def test_a_signal_that_ends_the_process_keeps_the_state(number, tmp_path):
     worker.wait_for(state, process)
     os.kill(process.pid, number)
     process.join(30)
+    process.kill()  # which nothing else would end, had it not heard
     assert (tmp_path / "out.error").read_text().startswith("Terminated")
     _, texts = checkpoint.load(state, KIND)
     assert int(texts["step"]) > 0
