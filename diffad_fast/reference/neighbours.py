@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .modes import in_own_dtypes
-
 # Numbers that are held at a time for each of a few tensors: a million is 8 MiB, in a CPU's caches.
 TOGETHER = 1 << 20
 
 
-@in_own_dtypes
 def nearest_distances(x: torch.Tensor, sample: torch.Tensor, count: int) -> torch.Tensor:
     """As ``ops.nearest_distances``."""
     # A program that is exported takes batches of any length.

@@ -6,8 +6,6 @@ import math
 
 import torch
 
-from .modes import in_own_dtypes
-
 # Power below which nothing is told apart (-100 dB), as in librosa.power_to_db.
 SMALLEST_POWER = 1e-10
 # Samples whose spectrum is computed at once: on a CPU what its caches hold; elsewhere so many that
@@ -16,7 +14,6 @@ BLOCK_SAMPLES = {"cpu": 1 << 18}
 LARGEST_BLOCK = 1 << 22
 
 
-@in_own_dtypes
 def log_mel(waves, window, filters, hop):
     """waves (N,samples), window (n_fft,), filters (bands,n_fft/2+1) -> (N,bands,frames) in dB.
 
