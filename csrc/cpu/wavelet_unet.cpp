@@ -54,6 +54,24 @@ class Network {
     return conv3x3(x, packed, bias, residual);
   }
 
+  // Of whatever channels: the input and the output of the network have those of the images, and
+  // where these make no whole blocks their convolution is PyTorch's, with weights (O, I, 3, 3).
+  Tensor outer_conv(const Tensor& x) {
+    if (next_weight().dim() != 4 || next_weight().size(3) != 3) return conv(x);
+    const Tensor& weight = next();
+    const Tensor& bias = next();
+    using torch::stable::detail::from, torch::stable::detail::to;
+    const std::vector<int64_t> one{1, 1};
+    std::array<StableIValue, 7> stack{
+        from(x), from(weight), from(std::optional<Tensor>(bias)), from(one), from(one), from(one),
+        from(int64_t{1})};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::conv2d", "", stack.data(), TORCH_ABI_VERSION));
+    const Tensor y = to<Tensor>(stack[0]);
+    using torch::headeronly::MemoryFormat;
+    return is_channels_last(y) ? y : torch::stable::contiguous(y, MemoryFormat::ChannelsLast);
+  }
+
   Tensor norm(const Tensor& x, bool activation, const std::optional<Tensor>& scale = std::nullopt,
               const std::optional<Tensor>& shift = std::nullopt) {
     STD_TORCH_CHECK(group_ < groups_.size(), "wavelet_unet: too few groups");
@@ -82,9 +100,15 @@ class Network {
   }
 
  private:
-  const Tensor& next() {
+  const Tensor& next_weight() const {
     STD_TORCH_CHECK(weight_ < weights_.size(), "wavelet_unet: too few weights");
-    return weights_[weight_++];
+    return weights_[weight_];
+  }
+
+  const Tensor& next() {
+    const Tensor& weight = next_weight();
+    ++weight_;
+    return weight;
   }
 
   static Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias) {
@@ -179,11 +203,13 @@ std::vector<Tensor> wavelet_unet(const Tensor& x, const Tensor& conditioning,
                   "wavelet_unet: expected float32 conditioning (N, M)");
   STD_TORCH_CHECK(blocks > 0 && !widths.empty(), "wavelet_unet: no blocks");
   for (const Tensor& weight : weights) {
-    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_contiguous(),
+    // Convolutions look after their own layouts.
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float &&
+                        (weight.dim() == 4 || weight.is_contiguous()),
                     "wavelet_unet: expected contiguous float32 weights");
   }
   Network net(conditioning, weights, groups);
-  Tensor h = net.conv(x);
+  Tensor h = net.outer_conv(x);
   std::vector<Tensor> skips;
   const int64_t levels = static_cast<int64_t>(widths.size());
   for (int64_t level = 0; level < levels; ++level) {
@@ -210,7 +236,7 @@ std::vector<Tensor> wavelet_unet(const Tensor& x, const Tensor& conditioning,
     }
     if (level > 0) h = haar_unpack(net.linear(h), 1);
   }
-  return {net.conv(net.norm(h, true))};
+  return {net.outer_conv(net.norm(h, true))};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(diffad_fast, CPU, m) {

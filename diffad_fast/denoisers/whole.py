@@ -47,7 +47,11 @@ class WholeUNet:
                 and not p.is_inference()
                 for _, _, p, _ in self._parameters
             )
-            and all(ops.conv.has_whole_blocks(m.weight) for m in net.layers() if _is_3x3(m))
+            and all(
+                ops.conv.has_whole_blocks(m.weight) or m in (net.conv_in, net.conv_out)
+                for m in net.layers()
+                if _is_3x3(m)
+            )
         )
         if self.fits:
             # Their memory, which so is no other's: an address tells whether it is still the same.
@@ -124,6 +128,8 @@ def _weights(layer) -> tuple[torch.Tensor, ...]:
         return tuple(p.detach().contiguous() for p in layer)
     weight, bias = layer.weight.detach(), layer.bias.detach().contiguous()
     if _is_3x3(layer):
+        if not ops.conv.has_whole_blocks(weight):
+            return weight, bias
         return ops.conv.packed(layer.weight), bias
     if weight.ndim == 4:
         weight = weight.flatten(1)
