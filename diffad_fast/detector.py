@@ -133,8 +133,8 @@ class Detector:
         features: nn.Module | None,
     ) -> None:
         self.device = resolve_device(device)
-        # A GPU that no number was asked for is chosen anew in another process.
-        asked = self.device.type if device is None else str(torch.device(device))
+        # What was not asked for, a device or the number of a GPU, another process chooses anew.
+        asked = None if device is None else str(torch.device(device))
         self._given = {"denoiser": denoiser, "features": features, "device": asked}
         if features is None and config.features is not None:
             features = _backbone(config)
@@ -694,7 +694,7 @@ class Detector:
 
     def __deepcopy__(self, memo: dict) -> Detector:
         content, modules = self._parts_of_copies()
-        return _made(content, copy.deepcopy(modules, memo))
+        return _made(content, copy.deepcopy(modules, memo) | {"device": self.device})
 
     def __copy__(self) -> Detector:
         # A shallow copy would share the denoiser that was handed over, and a fit trains that.

@@ -718,6 +718,26 @@ def test_pickles_and_copies(options):
         np.testing.assert_array_equal(again.score(images[:3]).score, expected)
 
 
+@pytest.mark.parametrize("asked", [None, "cpu"])
+def test_a_pickle_goes_to_the_device_that_was_asked_for(asked, monkeypatch):
+    """Where none was, to the best there is; a copy stays where it is."""
+    found = []
+
+    def resolved(device):
+        found.append(device)
+        return torch.device("cpu")
+
+    options = {"train_steps": 1, "token_width": 16, "token_blocks": 1, "device": asked}
+    detector = daf.Detector("vector", **options)
+    detector.fit(np.random.default_rng(0).normal(size=(60, 3)))
+    monkeypatch.setattr(daf.detector, "resolve_device", resolved)
+    for fitted in (detector, daf.Detector("vector", device=asked)):
+        pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(fitted))))
+        assert found[-2:] == [asked, asked]
+        copy.deepcopy(fitted)
+        assert found[-1] == fitted.device
+
+
 class Plain(torch.nn.Module):
     """A denoiser of one's own."""
 
