@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import io
 import os
 import sys
@@ -241,10 +242,11 @@ class Detector:
         Returns self. Raises InputError for unusable data, for a folder without train/good that has
         a folder of tests below it, such as test or ground_truth, for a category of VisA without its
         table, for the root of an UrbanSound8K, whose normal class nobody has named, for fewer than
-        8 samples or 4 groups, and for scores of normals that are not finite; CheckpointError for
-        the state of another training; BackendError where ``train_compile=True`` fails; ProcessError
-        where another process ends; KeyboardInterrupt after SIGINT, its subclass Terminated after
-        SIGTERM and SIGHUP, once the state is written.
+        8 samples or 4 groups, for scores of normals that are not finite, and where processes that
+        train together have different samples; CheckpointError for the state of another training;
+        BackendError where ``train_compile=True`` fails; ProcessError where another process ends;
+        KeyboardInterrupt after SIGINT, its subclass Terminated after SIGTERM and SIGHUP, once the
+        state is written.
         """
         if steps is not None and budget is not None:
             raise InputError(f"steps={steps} and budget={budget!r} exclude each other: give one")
@@ -266,8 +268,9 @@ class Detector:
         samples.check_normal()
         groups = None if groups is None else group_labels(groups, len(samples))
         split, others = splits(usable, groups, self.config)
-        self._fitted_on = fingerprint(samples, usable)
-        self._fitted_part = part
+        fitted_on = fingerprint(samples, usable)
+        _check_same(samples, usable, fitted_on)
+        self._fitted_on, self._fitted_part = fitted_on, part
         self._begin(config)
         self.calibrations, self.parts = {}, []
         self.columns = samples.columns
@@ -437,8 +440,9 @@ class Detector:
 
         source: as in :meth:`fit`, but of a folder all that is in it, whatever its layout, without
         the masks in folders named ground_truth. maps=False keeps no maps: memory then does not grow
-        with the number of samples, but for a few numbers each. Raises InputError for unusable data
-        or before ``fit``.
+        with the number of samples, but for a few numbers each. Processes that torchrun started
+        score together, in batches of the first one's size, and all have the whole answer. Raises
+        InputError for unusable data, where processes have different samples, or before ``fit``.
         """
         return Score.join(self.score_iter(source, maps=maps, batch_size=batch_size, strict=strict))
 
@@ -497,20 +501,29 @@ class Detector:
         """Each process scores its share of the batches; all yield all of them, in order."""
         if samples.length is None:
             samples.load()
+        everything = range(samples.length)
+        values = b"" if samples.paths else fingerprint(samples, everything)
+        _check_same(samples, everything, values)
+        # Maps that one of them wants, the others compute; their shares are of one batch size.
+        asked = maps
+        told = together.gathered((maps, batch_size))
+        maps, batch_size = any(each for each, _ in told), told[0][1]
         round_size, found = batch_size * together.count, False
+        # What was left out before, at loading, all of them know, and one tells.
+        reported = 0 if together.first else len(samples.skipped)
         for first in range(0, samples.length, round_size):
             start = min(first + together.rank * batch_size, samples.length)
             mine = range(start, min(start + batch_size, samples.length))
-            before = len(samples.skipped)
             batches = list(samples.batches(batch_size, indices=mine))
             scores = [self._scored(batch, maps, []) for batch in batches]
-            scores.append(_nothing(samples.skipped[before:]))
+            scores.append(_nothing(samples.skipped[reported:]))
+            reported = len(samples.skipped)
             for rank, part in enumerate(together.gathered(scores)):
                 own = batches if rank == together.rank else []
                 for batch, score in zip_longest(own, part):
                     found |= len(score) > 0
                     if len(score) or score.skipped:
-                        yield batch, score
+                        yield batch, score if asked else dataclasses.replace(score, map=None)
         if not found:
             raise InputError(f"none of the {samples.length} {samples.unit}s can be used")
 
@@ -842,6 +855,27 @@ def _check_labelled(data, kind: type, name: str) -> None:
         raise InputError(
             f"evaluate cannot read a {type(data).__name__}: give the root of a data set, or a list "
             f"of {name} that is not empty"
+        )
+
+
+def _check_same(samples: Samples, indices: Sequence[int], values: bytes) -> None:
+    """Raise InputError, in all of the processes that work together, where these ``indices`` of
+    their samples differ in number, in ``values`` or in the names of the files: without the folders,
+    which may lie elsewhere on another machine."""
+    together = processes()
+    if together.count == 1:
+        return
+    digest = hashlib.sha256(values)
+    for index in indices if samples.paths else ():
+        digest.update(os.fsencode(os.path.basename(samples.paths[index])) + b"\0")
+    told = together.gathered((len(indices), digest.digest()))
+    if len(set(told)) > 1:
+        counts = [f"rank {rank} has {count}" for rank, (count, _) in enumerate(told)]
+        others = [str(rank) for rank, own in enumerate(told) if own != told[0]]
+        raise InputError(
+            f"processes that work together need the same {samples.unit}s in the same order, and "
+            f"those of rank {', '.join(others)} differ from rank 0's ({', '.join(counts)}): give "
+            "all of them the whole source, of which each takes its share by itself"
         )
 
 

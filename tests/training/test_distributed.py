@@ -115,6 +115,62 @@ def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path):
     checkpoint.load(state, KIND)
 
 
+@pytest.fixture(scope="module")
+def hums(tmp_path_factory):
+    """A detector of clips, and a data set with seven that can be read."""
+    soundfile = pytest.importorskip("soundfile")
+    folder, rate = tmp_path_factory.mktemp("hums"), 8000
+    rng, time = np.random.default_rng(0), np.arange(rate // 2) / rate
+
+    def hum(whistle=0.0):
+        tones = np.sin(1257 * time) / 5 + whistle * np.sin(18850 * time)
+        return (tones + rng.normal(0, 0.05, len(time))).astype(np.float32)
+
+    detector = daf.Detector(
+        "audio", sample_rate=rate, n_fft=256, hop=128, n_mels=16, window_frames=16, window_step=8,
+        train_steps=2, token_width=16, token_blocks=1, cross_fit=0, batch_size=2,
+        device="cpu",
+    )  # fmt: skip
+    detector.fit([hum() for _ in range(12)]).save(folder / "hum.diffad")
+    for kind, whistle, count in (("normal", 0.0, 4), ("whistle", 0.2, 3)):
+        (folder / "data" / "test" / kind).mkdir(parents=True)
+        for i in range(count):
+            path = folder / "data" / "test" / kind / f"{i}.wav"
+            soundfile.write(path, hum(whistle), rate)
+    (folder / "data" / "test" / "normal" / "bad.wav").write_bytes(b"no sound")
+    return folder
+
+
+def test_a_report_of_clips_is_written_by_the_first(hums, tmp_path):
+    """In batches of which each process has several; it tells what was left out."""
+    options = {"scored": hums / "hum.diffad", "data": hums / "data", "report": tmp_path / "report"}
+    (first, second) = together(2, "evaluated", None, tmp_path / "two", options)
+    detector = daf.load(hums / "hum.diffad", device="cpu")
+    with pytest.warns(UserWarning):
+        figures = detector.evaluate(hums / "data")
+        score = detector.score(hums / "data" / "test")
+    for name in set(figures) - {"latency_ms", "real_time"}:
+        assert first[0][name] == second[0][name] == figures[name], name
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "1 unusable clip" in page and page.count("<figure>") == 7
+    for _, scores, index, skipped, _ in (first, second):
+        np.testing.assert_allclose(scores, score.score, rtol=1e-4)
+        assert index == score.index.tolist() and skipped == score.skipped
+    assert first[-1] is None and second[-1] == score.map.shape
+
+
+def test_processes_that_have_other_samples_are_told(hums, tmp_path):
+    folders = [hums / "data" / "test" / kind for kind in ("normal", "whistle")]
+    options = {"scored": hums / "hum.diffad", "folders": folders}
+    first, second = together(2, "different samples", None, tmp_path / "two", options)
+    assert first == second
+    rows, last, same = first[:3]
+    assert first[3:6] == first[:3] and same == ""
+    assert "rank 0 has 60, rank 1 has 40" in rows and "same rows" in rows
+    assert "rank 1 differ from rank 0's (rank 0 has 60, rank 1 has 60)" in last
+    assert "same clips" in first[6] and "rank 0 has 5, rank 1 has 3" in first[6]
+
+
 def test_shares():
     assert Processes(1, 2).share_of(8) == slice(4, 8)
     assert processes() == (0, 1) and processes().first

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import diffad_fast as daf
 from diffad_fast.config import DetectorConfig
 from diffad_fast.data.images import open_images
 from diffad_fast.denoisers.token_mlp import TokenMLP
+from diffad_fast.errors import InputError
 from diffad_fast.representations import WaveletRepresentation
-from diffad_fast.training.distributed import torchrun_group
+from diffad_fast.training.distributed import processes, torchrun_group
 from diffad_fast.training.images import ImageTrainer
 from diffad_fast.training.state import TrainingCheckpoint
 from diffad_fast.training.tokens import TokenTrainer
@@ -91,17 +93,54 @@ def unseeded_trainer(**options):
     return image_trainer(module, **options)
 
 
+def sentence(call, *arguments):
+    """Of the InputError that it raises; "" where it raises none."""
+    try:
+        call(*arguments)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def different_samples(state, scored, folders):
+    """What processes say of samples that are their own: rows to fit on, rows and files to score."""
+    rank, rows = processes().rank, np.random.default_rng(0).normal(size=(60, 3))
+    made = daf.Detector(
+        "vector", train_steps=2, token_width=16, token_blocks=1, token_batch=16, device="cpu"
+    )
+    other = rows + (np.arange(60) == 59)[:, None] * rank
+    told = [sentence(made.fit, own) for own in (rows[: 60 - 20 * rank], other, rows)]
+    told += [sentence(made.score, own) for own in (rows[: 60 - 20 * rank], other, rows)]
+    detector = daf.load(scored, device="cpu")
+    return told + [sentence(detector.score, sorted(folders[rank].iterdir()))]
+
+
+def evaluated(state, scored, data, report):
+    """Figures of clips, whose report the first process writes, and what a score has of them."""
+    detector, first = daf.load(scored, device="cpu"), processes().first
+    figures = detector.evaluate(data, report=report if first else None)
+    sizes = {True: 2, False: 3}  # the first one's counts
+    score = detector.score(data / "test", maps=not first, batch_size=sizes[first])
+    maps = None if score.map is None else score.map.shape
+    return figures, score.score.tolist(), score.index.tolist(), score.skipped, maps
+
+
+CALLS = {"different samples": different_samples, "evaluated": evaluated}
 TRAINERS = {"image": image_trainer, "token": token_trainer, "unseeded": unseeded_trainer}
 
 
 def train(kind, state, out, options, seconds=0.0, environment=None):
-    """Resume or begin, and leave (weights, history) in ``out``; the reason of a failure instead."""
+    """Resume or begin, and leave (weights, history) in ``out``, or what one of the CALLS gives; the
+    reason of a failure instead."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the server of forks ignores under nohup
     os.environ.update(environment or {})
     sys.stderr = open(os.devnull, "w")
     try:
         with torchrun_group("cpu", timeout=30.0):
+            if kind in CALLS:
+                torch.save(CALLS[kind](state, **options), out)
+                return
             trainer = TRAINERS[kind](**options)
             kept = state and TrainingCheckpoint(state, seconds=seconds, resume=True)
             history = trainer.run(kept)
