@@ -47,14 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if "device" not in args:
                 args.command(args)
-                return 0
-            from .training.distributed import torchrun_group
+            else:
+                from .training.distributed import torchrun_group
 
-            with torchrun_group(args.device) as args.device:
-                args.command(args)
+                with torchrun_group(args.device) as args.device:
+                    args.command(args)
+            _flush()
         except DiffadError as error:
             return _fail(str(error))
         except OSError as error:
+            with suppress(OSError):  # of the same file, if it was print
+                _flush()
             name = "" if error.filename is None else f"{error.filename}: "
             return _fail(f"{name}{error.strerror or error}")
         except KeyboardInterrupt as interrupt:
@@ -87,6 +90,19 @@ def _terminable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _flush() -> None:
+    """Write out what was printed. Raises OSError; at the interpreter's end, which would have a
+    status and a traceback of its own, nothing is left then that could fail again."""
+    if sys.stdout is None:  # closed by whoever started the program
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise
 
 
 def _fail(sentence: str) -> int:

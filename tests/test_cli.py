@@ -291,6 +291,17 @@ def test_info(capsys):
     assert json.loads(capsys.readouterr().out) == found
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is of Linux")
+def test_a_full_disk_behind_standard_output_is_an_error(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["info"]) == 2
+        full.flush()  # as the interpreter does at its end: nothing is left that could fail
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    monkeypatch.setattr(sys, "stdout", None)  # it was closed
+    assert main(["info"]) == 0
+
+
 def test_bench_runs_the_suite_with_its_own_options(tmp_path, monkeypatch, capsys, fails):
     for name in [n for n in sys.modules if n.partition(".")[0] == "benchmarks"]:
         monkeypatch.delitem(sys.modules, name)
