@@ -553,8 +553,9 @@ class Detector:
         self, x: torch.Tensor, *, maps: bool = True
     ) -> tuple[np.ndarray | None, np.ndarray]:
         """Maps (n,H,W) float32, None if not ``maps``, and scores (n,) float64 of one batch: images
-        (n,C,H,W) of floats in [0,1]; waves (n,samples) as ``data.audio.Clips`` gives them, whose
-        maps are (n,n_mels,steps); or vectors (n,D), whose maps are (n,1,1).
+        (n,C,H,W) of floats in [0,1], or of uint8, which go to a GPU as bytes and are divided by 255
+        there, to the same scores; waves (n,samples) as ``data.audio.Clips`` gives them, whose maps
+        are (n,n_mels,steps); or vectors (n,D), whose maps are (n,1,1).
 
         The innermost call: no decoding, no checks, no calibration of p-values. From a GPU maps come
         in page-locked memory, at the full rate of its bus.

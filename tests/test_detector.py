@@ -96,6 +96,15 @@ def test_score_iter_is_score(fitted):
         np.testing.assert_array_equal(fitted.score_batch(batch.x)[1], score.score)
 
 
+def test_bytes_are_scored_as_the_floats_they_stand_for(fitted):
+    images = (normals(5, seed=5) * 255).astype(np.uint8)
+    images[0].flat[:256] = range(256)
+    whole = fitted.score(images, batch_size=5)
+    maps, scores = fitted.score_batch(torch.from_numpy(images)[:, None])
+    np.testing.assert_array_equal(scores, whole.score)
+    np.testing.assert_array_equal(maps, whole.map)
+
+
 def test_one_seed_one_result():
     options, images = {**COARSE, "train_steps": 6}, normals(5, seed=6)
     one, again, other = (

@@ -79,12 +79,16 @@ class Model(nn.Module, ABC):
             self._scoring.forget()
 
     def score(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(map, score (N,)) of raw inputs; the map (N,H,W) of images, (N,n_mels,steps) of clips,
-        (N,1,1) of vectors."""
+        """(map, score (N,)) of raw inputs, images of uint8 among them; the map (N,H,W) of images,
+        (N,n_mels,steps) of clips, (N,1,1) of vectors."""
         if self._scoring is None:
             self._scoring = self._scoring_pass()
         pinned = self.device.type == "cuda" and x.is_pinned()
-        return self._scoring(x.to(self.device, non_blocking=pinned))
+        x = x.to(self.device, non_blocking=pinned)
+        if x.dtype == torch.uint8 and self.config.kind == "image":
+            # By a tensor: for a number CUDA would multiply by its rounded inverse.
+            x = x.float() / x.new_full((), 255, dtype=torch.float32)
+        return self._scoring(x)
 
     def _mode_names(self, of_reconstruct: Sequence[str]) -> list[str]:
         """Of the maps of the configuration's mode."""
