@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from . import native
-from .arrays import to_numpy
+from .arrays import check_unmasked, to_numpy
 from .errors import InputError
 from .reference import metrics as _in_numpy
 
@@ -234,8 +234,7 @@ def _is_whole(values) -> bool:
 def _array(values, what: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = to_numpy(values)
-    if np.ma.is_masked(values):
-        raise InputError(f"{what} have masked values: leave these out.")
+    check_unmasked(values, f"{what} have", "leave these out.")
     values = np.asarray(values, order="C")
     if values.dtype.kind not in "biuf":
         raise InputError(f"{what} are of dtype {values.dtype}: give booleans or real numbers.")

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from ..arrays import to_numpy
+from ..arrays import check_unmasked, to_numpy
 from ..errors import InputError
 from .folders import files_below, is_path
 from .image_files import (
@@ -162,6 +162,8 @@ class _ArrayItems(Items):
         smallest: tuple[int, int],
         first: int | None = None,
     ):
+        source = "array" if first is None else "loader"
+        check_unmasked(array, f"the {source} has", "fill them, or leave out their images.")
         shape = tuple(array.shape)
         if len(shape) not in (3, 4):
             raise InputError(
@@ -195,7 +197,7 @@ class _ArrayItems(Items):
         self._array = array
         self._size = size
         self._first = 0 if first is None else first
-        self._name = "image {} of the " + ("array" if first is None else "loader")
+        self._name = f"image {{}} of the {source}"
 
     def __len__(self) -> int:
         return len(self._array)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from ..arrays import to_numpy
+from ..arrays import check_unmasked, to_numpy
 from ..errors import InputError
 from .samples import Batch, Samples
 
@@ -126,8 +126,8 @@ def open_vectors(source) -> Vectors:
     elif isinstance(source, tuple) and len(source) == 2:
         source, labels = source
     columns = _names(source) if columns is None else columns
-    if np.ma.is_masked(source):
-        raise InputError(f"{name} has masked values: fill them, or leave out their rows")
+    check_unmasked(source, f"{name} has", "fill them, or leave out their rows")
+    check_unmasked(labels, f"the labels of {name} have", "leave out their rows")
     try:
         rows = to_numpy(source) if isinstance(source, torch.Tensor) else np.asarray(source)
     except (TypeError, ValueError) as error:

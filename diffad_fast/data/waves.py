@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..arrays import to_numpy
+from ..arrays import check_unmasked, to_numpy
 from ..errors import InputError
 
 # More columns of a two-dimensional array than this are samples, not channels.
@@ -18,7 +18,8 @@ def as_mono(wave, name: str, *, channels_last: bool = False) -> np.ndarray:
     """A wave as (samples,) float32; channels are averaged. Of two axes these are the shorter one,
     or always the last, where a wave may be shorter than it has channels.
 
-    Raises InputError for another shape or dtype, no samples, NaN, or values far beyond [-1, 1].
+    Raises InputError for another shape or dtype, no samples, masked ones, NaN, or values far beyond
+    [-1, 1].
     """
     if isinstance(wave, torch.Tensor):
         wave = to_numpy(wave)
@@ -27,6 +28,7 @@ def as_mono(wave, name: str, *, channels_last: bool = False) -> np.ndarray:
             f"{name} is a {type(wave).__name__}: give an array or a tensor"
             + ("." if channels_last else ", or a pair (wave, rate).")
         )
+    check_unmasked(wave, f"{name} has", "fill them, or leave it out.")
     if wave.ndim not in (1, 2):
         raise InputError(f"{name} has shape {wave.shape}: a wave has (samples,) or channels too.")
     if 0 in wave.shape:

@@ -218,6 +218,7 @@ def test_dead_microphones_among_normals_are_told(tmp_path, recwarn):
         (np.full(100, 3000.0), "up to 3000"),
         (np.array([0.0, np.nan]), "NaN"),
         (np.zeros(0, np.float32), "holds no samples"),
+        ((np.ma.masked_greater(tone(), 0.1), RATE), "clip 0 has masked values: fill them"),
         ((tone(), 0), "rate 0: give samples a second, 1,000 to 768,000"),
         ((tone(), float("nan")), "rate nan"),
         ((tone(), float("inf")), "rate inf"),

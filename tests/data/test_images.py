@@ -489,6 +489,7 @@ def test_a_list_of_files_holds_nothing_else():
         (np.zeros((0, 1, 8, 8), np.uint8), "empty"),
         (np.zeros((2, 1, 0, 8), np.uint8), "empty"),
         (np.zeros((2, 1, 8, 3), np.uint8), "3x8 pixels and .* at least 4x4"),
+        (np.ma.masked_less(np.eye(8)[None], 1), "the array has masked values: fill them"),
     ],
 )
 def test_arrays_that_are_no_images(array, reason):

@@ -49,6 +49,7 @@ def test_sources(tmp_path):
         (np.array([[1.0, np.timedelta64(5, "ns")]], dtype=object), "it has dates or times"),
         (X + 1j, "not a table of numbers: its values are complex"),
         (np.ma.masked_greater(X, 5), "masked values"),
+        ((X, np.ma.masked_equal([0, 0, 1, 1], 1)), "labels of the table have masked values"),
         ((X, [0, 1]), "4 rows and 2 labels"),
         ((X, [0, 1, 2, 0]), "0 for a normal row"),
         ("table.parquet", "no table"),
