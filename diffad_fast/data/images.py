@@ -46,9 +46,9 @@ def open_images(
             file, a list or tuple of files, an array or tensor (N, C, H, W) or (N, H, W), or
             anything that can be iterated more than once and gives batches: tensors, tuples or lists
             that begin with one, or dicts with the key "image". Such a batch may also be one image,
-            (H, W), or (C, H, W) of several channels. In place of a file there may be an image of
-            Pillow's or an open binary file, such as io.BytesIO of what arrived at a service; one
-            that cannot be used raises.
+            (H, W), or (C, H, W) of several channels; a list of several such is refused. In place of
+            a file there may be an image of Pillow's or an open binary file, such as io.BytesIO of
+            what arrived at a service; one that cannot be used raises.
             Arrays are uint8, uint16, or floats in [0, 1].
         image_size: (height, width) to which every image is resized, ignoring its aspect; None
             keeps every image's own size, and images of different sizes stand in different batches.
@@ -226,7 +226,7 @@ class _LoaderItems:
     def __iter__(self) -> Iterator[np.ndarray]:
         number = 0
         for batch in self._loader:
-            images = _images_of(batch)
+            images = _images_of(batch, self._how[1])
             if images.ndim == 2 or (images.ndim == 3 and self._how[1] > 1):
                 images = images[None]
             items = _ArrayItems(images, *self._how, first=number)
@@ -237,7 +237,7 @@ class _LoaderItems:
             number += len(items)
 
 
-def _images_of(batch) -> np.ndarray | torch.Tensor:
+def _images_of(batch, channels: int) -> np.ndarray | torch.Tensor:
     images = batch
     if isinstance(batch, Mapping):
         images = batch.get("image")
@@ -249,7 +249,26 @@ def _images_of(batch) -> np.ndarray | torch.Tensor:
             f"the loader gave a {getattr(kind, '__name__', kind)}: a batch is a tensor, a tuple or "
             'list that begins with one, or a dict whose "image" is one.'
         )
+    if isinstance(batch, list) and _are_images(batch, channels):
+        raise InputError(
+            f"the loader gave a list of {len(batch)} images: stack a batch to one array "
+            "(N, C, H, W), or yield its images one by one; what is no image, as a mask, may stand "
+            "beside one in a tuple."
+        )
     return images
+
+
+def _are_images(items: list, channels: int) -> bool:
+    """Whether each of several is one image, as a loader gives them that stacks nothing."""
+    first = items[0]
+    one = first.ndim == 2 or (first.ndim == 3 and (channels > 1 or first.shape[0] == 1))
+    alike = (
+        isinstance(item, (np.ndarray, torch.Tensor))
+        and (item.ndim, item.dtype) == (first.ndim, first.dtype)
+        and item.shape[:-2] == first.shape[:-2]
+        for item in items
+    )
+    return one and len(items) > 1 and all(alike)
 
 
 def _may_be_colour(item) -> bool:

@@ -254,6 +254,17 @@ def test_list_of_batches_and_what_is_no_source():
         list(open_images([{"picture": batches[0]}], (8, 8), 1).batches(2))
     with pytest.raises(InputError, match="gave a list"):
         list(open_images([["a.png"]], (8, 8), 1).batches(2))
+    one = np.random.default_rng(0).random((1, 8, 8), dtype=np.float32)
+    for images, channels in (
+        ([one, one], 1), (list(torch.rand(4, 8, 8)), 1), ([one[0], one[0, 2:]], 1),
+        (list(np.repeat(one[None], 3, axis=1).repeat(3, axis=0)), 3),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"gave a list of {len(images)} images: stack"):
+            list(open_images([images], (8, 8), channels).batches(2))
+    for batch in ([one, 1], [one, one > 0], (one, one), [one], [one, torch.tensor([1])]):
+        np.testing.assert_array_equal(everything(open_images([batch], (8, 8), 1))[0], one[None])
+    with pytest.raises(InputError, match="the loader has masked values"):
+        list(open_images([np.ma.masked_less(one, 0.5)], (8, 8), 1).batches(2))
     with pytest.raises(InputError, match="image 3 of the loader .*NaN"):
         list(open_images([batches[1], torch.full((2, 8, 8), np.nan)], (8, 8), 1).batches(9))
     with pytest.raises(InputError, match="GiB"):
