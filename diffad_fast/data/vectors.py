@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -227,7 +226,7 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
         if suffix == ".csv":
             return _read_csv(path)
         content = np.load(path, allow_pickle=False)
-        if suffix == ".npy":
+        if isinstance(content, np.ndarray):  # whatever it is called
             return content, None, None
         with content:
             if "X" not in content:
@@ -237,12 +236,13 @@ def _read(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
             return content["X"], content["y"] if "y" in content else None, None
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
-    except InputError:
+    except (InputError, MemoryError):
         raise
-    except (OSError, ValueError, EOFError, csv.Error, zipfile.BadZipFile) as error:
-        if "allow_pickle" in str(error):
-            error = "it holds objects of Python, so save an array of numbers"
-        raise InputError(f"{path} cannot be read as a table: {error}") from None
+    except Exception as error:  # on damaged files NumPy and zipfile raise all kinds of exceptions
+        reason = str(error) or type(error).__name__
+        if "allow_pickle" in reason:
+            reason = "it holds objects of Python, so save an array of numbers"
+        raise InputError(f"{path} cannot be read as a table: {reason}") from None
 
 
 def _read_csv(path: str) -> tuple[np.ndarray, np.ndarray | None, list[str]]:

@@ -94,9 +94,36 @@ def test_a_mark_in_front_of_a_table_is_no_name(tmp_path):
 def test_a_damaged_archive_is_named(tmp_path):
     path = tmp_path / "a.npz"
     np.savez(path, X=np.zeros((3, 2)))
-    path.write_bytes(path.read_bytes()[:-30])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
     with pytest.raises(InputError, match="a.npz cannot be read as a table"):
         open_vectors(path)
+
+
+def test_damaged_files_are_named_whatever_their_readers_raise(tmp_path):
+    """Such as zlib.error, NotImplementedError, TypeError and tokenize.TokenError."""
+    rng = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "a.npz", X=rng.normal(size=(50, 2)))
+    np.save(tmp_path / "a.npy", X)
+    for path, most in ((tmp_path / "a.npz", None), (tmp_path / "a.npy", 128)):
+        whole, refused = path.read_bytes(), 0
+        for place in rng.integers(most or len(whole), size=150):
+            path.write_bytes(whole[:place] + rng.bytes(1) + whole[place + 1 :])
+            try:
+                open_vectors(path)
+            except InputError as error:
+                refused += path.name in str(error)
+        assert refused > 75
+
+
+def test_a_file_is_what_it_holds_whatever_it_is_called(tmp_path):
+    np.save(tmp_path / "a.npy", X)
+    np.savez(tmp_path / "b.npz", X=X, y=[0, 0, 1, 1])
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    (tmp_path / "b.npz").rename(tmp_path / "b.npy")
+    assert (open_vectors(tmp_path / "a.npz").rows == X).all()
+    found = open_vectors(tmp_path / "b.npy")
+    assert (found.rows == X).all() and found.labels.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("offset, lost", [(0.0, False), (1e4, False), (1e6, True), (1e9, True)])
