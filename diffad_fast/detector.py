@@ -188,6 +188,27 @@ class Detector:
         return None if self.conformal is None else self.conformal.threshold
 
     @property
+    def frequencies(self) -> np.ndarray | None:
+        """(n_mels,) float64: of each band of a recording's map the frequency in Hz in its middle,
+        which it hears best. None for other kinds."""
+        if self.config.kind != "audio":
+            return None
+        return self.model.representation.logmel.frequencies.copy()
+
+    def times(self, map_: np.ndarray) -> np.ndarray:
+        """(steps,) float64: when each column of a recording's map begins, in seconds from the start
+        of the recording.
+
+        map_: (...,n_mels,steps) as in :class:`Score`. The last columns may begin after the end of a
+        recording, which is mirrored to fill the last window, or repeated to fill the only one. A
+        window begins with a column, ``Stream.window`` before its ``StreamScores.time``. Raises
+        InputError for other kinds.
+        """
+        if self.config.kind != "audio":
+            raise InputError(f"times are of audio: this detector's kind is {self.config.kind!r}")
+        return np.arange(map_.shape[-1]) * self.config.step_samples / self.config.sample_rate
+
+    @property
     def false_positive_rate(self) -> float:
         """The share of normals that labels may call anomalous: what thresholds are made from.
 

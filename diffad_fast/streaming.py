@@ -25,7 +25,8 @@ class StreamScores(NamedTuple):
 
     time (k,) float64: the end of each window, in seconds from the start of the stream; score (k,)
     float64, of which the mean (of the part ``top_fraction`` of the highest) over a clip is the
-    clip's score; map (k,n_mels) float32: what each band has in it, adding up to the score.
+    clip's score; map (k,n_mels) float32: what each band (``Detector.frequencies``) has in it,
+    adding up to the score.
     p_value (k,) float64 and label (k,) int64, 1 for an anomaly, by single windows of held-out
     normals: of new recordings like these a share ``false_positive_rate`` of the windows is labelled
     on average, of one recording more or less. label is None where the held-out recordings are too

@@ -16,7 +16,7 @@ from diffad_fast.config import MODES, DetectorConfig
 from diffad_fast.data.audio import LabelledClip
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.evaluation import evaluate_audio
-from diffad_fast.report.audio import ACROSS, CURVE, MAP, SPECTROGRAM, clip_picture
+from diffad_fast.report.audio import ACROSS, CURVE, MAP, SPECTROGRAM, _hertz, clip_picture
 from diffad_fast.representations import AudioTokens
 from diffad_fast.scoring import Score
 
@@ -65,11 +65,15 @@ def test_finds_what_normals_have_not_where_it_is(detector):
     assert strange.score.min() > normal.score.max()
     assert strange.label.all() and (strange.p_value == strange.p_value.min()).all()
     map_ = strange.map.mean(axis=0)
-    band = detector.model.representation.logmel.filters[:, round(3000 / RATE * 256)].argmax()
-    assert map_.sum(axis=1).argmax() == band
+    band = map_.sum(axis=1).argmax()
+    assert abs(detector.frequencies - 3000).argmin() == band
     # The tone sounds in the middle third; half a second of window blurs its edges.
-    time = (np.arange(map_.shape[1]) + 0.5) * 8 * 128 / RATE
+    time = detector.times(strange.map)
     assert 1 < time[map_[band].argmax()] < 2
+    other = np.repeat(hum(200, 3.0, extra=0.2), 3)  # of another rate
+    found = detector.score((other, 3 * RATE))
+    np.testing.assert_array_equal(detector.times(found.map[0]), time)
+    assert found.map[0, band].argmax() == strange.map[0, band].argmax()
 
 
 @pytest.mark.parametrize("mode", ["one_step", "invert", "reconstruct"])
@@ -146,6 +150,7 @@ def test_stream_equals_offline(detector, rate, mode):
         config = detector.config
         ends = (config.window_samples + config.step_samples * np.arange(windows)) / RATE
         assert np.allclose(time, ends)
+        assert np.allclose(detector.times(out.map)[:windows], time - stream.window)
         with pytest.raises(InputError, match="finished"):
             stream.push(wave)
     finally:
@@ -452,6 +457,26 @@ def test_a_picture_has_the_map_and_its_curve_on_one_axis(detector):
         assert (high[0], high[-1]) == pytest.approx((across[0], across[-1]), abs=2)
 
 
+def test_bands_of_a_picture_have_their_frequencies(detector, monkeypatch):
+    """A tone lies beside the number of its frequency; in few Hz there are other round numbers."""
+    from PIL import ImageDraw
+
+    texts, draw = {}, ImageDraw.ImageDraw.text
+
+    def kept(self, xy, text, *args, **options):
+        texts.setdefault(text, xy)  # of the spectrogram, which is drawn first
+        draw(self, xy, text, *args, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", kept)
+    wave = np.sin(2 * np.pi * 1000 * np.arange(RATE) / RATE).astype(np.float32)
+    shown = clip_picture(detector, wave, detector.score(wave).map[0])
+    assert texts.keys() >= {"500", "1000", "2000"} and texts["1000"][0] < ACROSS[0]
+    bright = panel(shown, SPECTROGRAM).sum(axis=2).mean(axis=1).argmax()
+    height = (SPECTROGRAM[1] - SPECTROGRAM[0]) / 16
+    assert texts["1000"][1] - SPECTROGRAM[0] == pytest.approx(bright + height / 2, abs=height)
+    assert list(_hertz(np.array([940.0, 980.0, 1020.0, 1060.0])))[::2] == ["1050", "1000", "950"]
+
+
 def test_what_is_short_stays_visible_in_a_picture(detector):
     wave, map_ = hum(1, 300.0), np.zeros((16, 2344), np.float32)
     map_[3, 1001] = 1e3
@@ -579,6 +604,9 @@ def test_other_kinds_have_no_stream():
     vectors.fit(np.random.default_rng(0).standard_normal((40, 3)))
     with pytest.raises(InputError, match="kind is 'vector'"):
         vectors.stream(RATE)
+    with pytest.raises(InputError, match="times are of audio: this detector's kind is 'vector'"):
+        vectors.times(np.zeros((3, 4)))
+    assert vectors.frequencies is None
     with pytest.raises(InputError, match="layout is for images and audio: leave it out"):
         vectors.evaluate((np.zeros((2, 3)), [0, 1]), layout="dcase")
 

@@ -72,16 +72,16 @@ def clip_picture(detector: Detector, wave: np.ndarray, map_: np.ndarray) -> np.n
     # Matplotlib, which would need half a second, gives colours, ticks and letters.
     shown = Image.new("RGB", _SIZE, "white")
     draw = ImageDraw.Draw(shown)
-    bands = (0, config.n_mels)
+    hertz = _hertz(logmel.frequencies)
     for title, panel, values, ends, colours in (
         ("log-mel spectrogram, dB", SPECTROGRAM, spectrogram, (floor, floor + _SPAN), "magma"),
         ("anomaly map, share of the score", MAP, map_, (0, strongest), "inferno"),
     ):
-        _panel(draw, f"{title}, by mel band", panel, bands)
+        _panel(draw, f"{title}, by frequency in Hz", panel, (0, config.n_mels), hertz)
         _paint(shown, (*ACROSS, *panel), values, ends, colours)
         bar = (ACROSS[1] + 24, ACROSS[1] + 36, *panel)
         _paint(shown, bar, np.linspace(*ends, 256)[:, None], ends, colours)
-        _scale(draw, bar[1], panel, ends, right=True)
+        _scale(draw, bar[1], panel, ends)
 
     curve = map_.sum(axis=0)
     lines = [(low, GREY, 2, "median of normals")]
@@ -131,25 +131,46 @@ def _paint(
 
 
 def _panel(
-    draw: ImageDraw.ImageDraw, title: str, panel: tuple[int, int], ends: tuple[float, float]
-) -> None:
-    """Title, frame, and ticks of the ends on the left."""
+    draw: ImageDraw.ImageDraw, title: str, panel: tuple[int, int], ends: tuple[float, float],
+    ticks: dict[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Title, frame, and ticks on the left."""
     (left, right), (top, bottom) = ACROSS, panel
     draw.text((left, top - 5), title, BLACK, _font(), anchor="ls")
     draw.rectangle((left - 1, top - 1, right, bottom), outline=BLACK)
-    _scale(draw, left, panel, ends, right=False)
+    _scale(draw, left, panel, ends, ticks, right=False)
 
 
 def _scale(
     draw: ImageDraw.ImageDraw, edge: int, panel: tuple[int, int], ends: tuple[float, float],
-    right: bool,
+    ticks: dict[str, float] | None = None, right: bool = True,
 ) -> None:  # fmt: skip
-    """Ticks of the ends down the left or the right edge of a panel."""
+    """Ticks down the left or the right edge of a panel, each with its text and the value where it
+    stands; None: round numbers between the ends."""
     at, side = _across(ends, panel[::-1]), 1 if right else -1
-    for value in _ticks(*ends, 5):
+    if ticks is None:
+        ticks = {f"{value:g}": value for value in _ticks(*ends, 5)}
+    for text, value in ticks.items():
         draw.line([(edge, at(value)), (edge + side * 4, at(value))], BLACK)
         place = edge + side * 7, at(value)
-        draw.text(place, f"{value:g}", BLACK, _font(), anchor="lm" if right else "rm")
+        draw.text(place, text, BLACK, _font(), anchor="lm" if right else "rm")
+
+
+def _hertz(frequencies: np.ndarray) -> dict[str, float]:
+    """Of round frequencies, not too close, where they lie on an axis of bands: band b has the
+    frequency ``frequencies[b]`` in its middle, at b + 1/2."""
+    low, high = frequencies[[0, -1]]
+    found = [digit * 10**e for e in range(6) for digit in (1, 2, 5)]
+    found = [value for value in found if low <= value <= high]
+    if len(found) < 3:
+        found = _ticks(low, high, 5)
+    places = np.interp(found, frequencies, np.arange(len(frequencies)) + 0.5)
+    kept: dict[str, float] = {}
+    above = np.inf
+    for value, place in zip(found[::-1], places[::-1].tolist(), strict=True):
+        if above - place >= len(frequencies) / 12:  # one line of text
+            kept[f"{value:g}"] = above = place
+    return kept
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:
@@ -186,7 +207,7 @@ figure div { display: block; } figure img { width: 100%; } audio { width: 100%; 
 """
     heading = "Clips"
     note = (
-        "Each: the spectrogram, the share of every mel band in the score over time "
+        "Each: the spectrogram, the share of every frequency band in the score over time "
         "(the mean over the windows at that time), and their sum. Colours of shares mean the same "
         "everywhere on this page, but where a clip's largest share is beyond their scale; those of "
         f"spectrograms go from a clip's loudest band down by {_SPAN} dB, or up by as much from "

@@ -38,17 +38,22 @@ def mel_filters(
     with ``htk=False, norm="slaney"`` (M. Slaney, "Auditory Toolbox", 1998): linear below 1 kHz, 15
     mels there, logarithmic above, 27 mels to a factor of 6.4.
     """
+    corners = _mel_corners(rate, n_mels, fmin, fmax)
+    lower, centre, upper = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    hertz = np.linspace(0, rate / 2, n_fft // 2 + 1)
+    rising, falling = (hertz - lower) / (centre - lower), (upper - hertz) / (upper - centre)
+    return np.maximum(0, np.minimum(rising, falling)) * 2 / (upper - lower)
+
+
+def _mel_corners(rate: int, n_mels: int, fmin: float, fmax: float | None) -> np.ndarray:
+    """(n_mels+2,) Hz: triangle b rises from corner b to b+1 and falls to b+2."""
     linear, step = 200 / 3, math.log(6.4) / 27
 
     def mel(hertz: float) -> float:
         return hertz / linear if hertz < 1000 else 15 + math.log(hertz / 1000) / step
 
     mels = np.linspace(mel(fmin), mel(rate / 2 if fmax is None else fmax), n_mels + 2)
-    corners = np.where(mels < 15, linear * mels, 1000 * np.exp(step * (mels - 15)))
-    lower, centre, upper = corners[:-2, None], corners[1:-1, None], corners[2:, None]
-    hertz = np.linspace(0, rate / 2, n_fft // 2 + 1)
-    rising, falling = (hertz - lower) / (centre - lower), (upper - hertz) / (upper - centre)
-    return np.maximum(0, np.minimum(rising, falling)) * 2 / (upper - lower)
+    return np.where(mels < 15, linear * mels, 1000 * np.exp(step * (mels - 15)))
 
 
 class LogMel(nn.Module):
@@ -71,6 +76,8 @@ class LogMel(nn.Module):
     ):
         super().__init__()
         self.hop = hop
+        self.frequencies = _mel_corners(rate, n_mels, fmin, fmax)[1:-1]
+        """(n_mels,) float64: of each band the frequency in Hz that it hears best."""
         filters = torch.from_numpy(mel_filters(rate, n_fft, n_mels, fmin, fmax))
         empty = int((filters.sum(dim=1) == 0).sum())
         if empty:

@@ -17,7 +17,8 @@ class Score:
     (with ``overlap`` of the image's own size, NaN below and to the right of smaller images), or
     None for vectors and when no maps were asked for; for audio (N,n_mels,steps), a column for every
     ``window_step`` frames, NaN after the end of clips that are shorter than others, and the sum of
-    a column, map.sum(axis=1), is the score over time; p_value (N,) float64, the share of normals
+    a column, map.sum(axis=1), is the score over time (``Detector.frequencies`` and
+    ``Detector.times`` tell Hz and seconds); p_value (N,) float64, the share of normals
     expected to score as high; label (N,) int64, 1 for an anomaly, or None when too few groups of
     normals were held out, fewer than 20 or than 1/false_positive_rate - 1; paths: the files, or
     None for arrays; index (N,) int64: position in the source; skipped: (file, reason) of files that

@@ -69,6 +69,15 @@ def test_a_part_of_a_model_that_is_cast(cast):
     assert whole[1].weight.dtype == getattr(torch, cast)
 
 
+@pytest.mark.parametrize("limits", [(0.0, None), (500.0, 7000.0)])
+def test_a_band_is_loudest_of_a_tone_at_its_frequency(limits):
+    mel = LogMel(RATE, 4096, 1024, 32, *limits)
+    assert mel.frequencies.shape == (32,) and (np.diff(mel.frequencies) > 0).all()
+    tones = np.sin(2 * np.pi * mel.frequencies[:, None] * np.arange(8192) / RATE)
+    heard = mel(torch.from_numpy(tones).float()).mean(dim=2)
+    assert heard.argmax(dim=1).tolist() == list(range(32))
+
+
 def test_silence_is_the_floor():
     assert torch.equal(
         LogMel(RATE, 512, 256, 16)(torch.zeros(1, 4096)), torch.full((1, 16, 15), -100.0)
