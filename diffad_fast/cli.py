@@ -412,7 +412,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--denoiser", help="token-mlp or unet-tiny, -small or -base (the preset's)")
     fit.add_argument(
         "--features", metavar="NAME",
-        help="pretrained network whose features count too: yamnet for audio, for a U-Net timm's",
+        help="pretrained network whose features count too: yamnet or a file of its weights for "
+        "audio, for a U-Net timm's",
     )  # fmt: skip
     fit.add_argument(
         "--image-size", type=_size, metavar="S", help="side in pixels, or HEIGHTxWIDTH (256)"

@@ -127,7 +127,7 @@ class DetectorConfig:
     the mean alone; `patch-G`, Haar packets; `features`, the feature maps of a backbone."""
     features: str | None = None
     """Whose features stand for meaning: None, the denoiser's own; a timm model by name, for audio
-    `yamnet`; or `custom`, a module handed over."""
+    `yamnet` or a file of its weights; or `custom`, a module handed over."""
     intensity: str = "auto"
     """Tokens see the intensity itself (`linear`) or its logarithm (`log`); `auto`: `fit` takes the
     one in which the contrast of normals depends less on their brightness."""
@@ -151,7 +151,8 @@ class DetectorConfig:
     hop: int = 256
     """Samples from one frame to the next."""
     n_mels: int = 64
-    """Mel bands, a multiple of 16, at most `n_fft` / 2."""
+    """Mel bands, at most `n_fft` / 2; a multiple of 16, as 16 groups of as many bands are followed
+    over time."""
     fmin: float = 0.0
     fmax: float | None = None
     """Lowest and highest frequency of the mel bands in Hz; None: half of `sample_rate`."""
@@ -417,7 +418,9 @@ class DetectorConfig:
         images, on_tokens = self.kind == "image", self.on_tokens
         if not images and not on_tokens:
             raise InputError(
-                f"denoiser {self.denoiser!r} works on images: {self.kind} needs 'token-mlp'"
+                f"denoiser {self.denoiser!r} works on grids of pixels, which {self.kind} has not: "
+                f"{self.kind} needs 'token-mlp', for "
+                + ("a token a window" if self.kind == "audio" else "a token a row")
             )
         if self.semantic_of == "tokens" and not on_tokens:
             raise InputError("semantic_of='tokens' is for the token MLP: U-Nets have no tokens")
@@ -485,7 +488,10 @@ class DetectorConfig:
         if self.n_fft % 2:
             raise InputError(f"n_fft is {self.n_fft}: it must be even")
         if self.n_mels % 16:
-            raise InputError(f"n_mels is {self.n_mels}: it must be a multiple of 16")
+            raise InputError(
+                f"n_mels is {self.n_mels}: it must be a multiple of 16, since 16 groups of as many "
+                "bands are followed over time"
+            )
         if self.window_frames & (self.window_frames - 1):
             raise InputError(f"window_frames is {self.window_frames}: it must be a power of two")
         if self.window_frames % self.window_step:

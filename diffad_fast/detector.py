@@ -76,7 +76,8 @@ class Detector:
     maps or ``semantic_weight`` take its features, a method ``features`` of the same arguments that
     gives a list of feature maps. features: a module ``images (N,C,H,W) in [0,1] -> feature map
     (N,c,h,w) or list of them``, or a timm model's name: what semantic discrepancy and the token
-    source "features" read; for audio "yamnet" or a module ``waves (M,samples) in [-1,1] ->
+    source "features" read; for audio "yamnet", a file of its weights (as
+    ``integrations.yamnet.YAMNet`` reads them) or a module ``waves (M,samples) in [-1,1] ->
     embeddings (M,D)``; see :mod:`diffad_fast.protocols`. Its parameters no longer require gradients
     from then on. A module is used as it is, not copied: ``fit`` trains the denoiser that was handed
     over, and detectors that share one change each other. device: "cpu", "cuda", ... or None for the
@@ -104,7 +105,8 @@ class Detector:
         elif denoiser is not None:
             options["denoiser"] = denoiser
         if features is not None:
-            options["features"] = CUSTOM if isinstance(features, nn.Module) else features
+            path = os.fspath(features) if isinstance(features, os.PathLike) else features
+            options["features"] = CUSTOM if isinstance(features, nn.Module) else path
         config = DetectorConfig.create(
             kind=kind, image_size=image_size, channels=channels, preset=preset, seed=seed, **options
         )
@@ -766,7 +768,8 @@ class Detector:
         Its input is a batch of any length: images (N,C,H,W) at the detector's size, float32 in
         [0,1] or uint8, or vectors (N,D) float32. Its outputs are named score, p_value, label (where
         there is a threshold) and map (of images), as in :class:`Score`. The configuration lies in
-        the file as text. Raises InputError, also for audio, for ``overlap``, for U-Nets that score
+        the file as text. Raises InputError, also for audio, of which a program would
+        lack what decodes, resamples and cuts recordings, for ``overlap``, for U-Nets that score
         in bfloat16 as "onnx", for a denoiser that cannot be traced for batches of any length, as
         some from diffusers, and for paths of "torch" and "aoti" that do not end in .pt2, and
         ImportError where a package is missing.
@@ -929,13 +932,16 @@ def _backbone(config: DetectorConfig) -> nn.Module:
         from .integrations.timm import TimmFeatures
 
         return TimmFeatures(config.features, config.channels)
-    if config.features != "yamnet":
-        raise InputError(
-            f"unknown features {config.features!r} for audio: choose 'yamnet', or pass a module"
-        )
     from .integrations.yamnet import YAMNet
 
-    return YAMNet.pretrained()
+    if config.features == "yamnet":
+        return YAMNet.pretrained()
+    if os.path.isfile(config.features):
+        return YAMNet(config.features)
+    raise InputError(
+        f"unknown features {config.features!r} for audio: choose 'yamnet' or a file of its "
+        "weights, which must be there, or pass a module"
+    )
 
 
 def _unpickled(content: bytes | str, modules: bytes) -> Detector:

@@ -88,7 +88,7 @@ def from_state(
     for name, module in (("denoiser", denoiser), ("features", features)):
         if getattr(config, name) == CUSTOM and module is None:
             raise CheckpointError(f"{path} was fitted with {name} of its own: pass {name}=module")
-    if features is None and ":" in (config.features or ""):
+    if features is None and config.kind == "image" and ":" in (config.features or ""):
         raise CheckpointError(
             f"{path} names the backbone {config.features!r}, weights that anybody may have made "
             f"and that are not fetched unasked: pass features=integrations.timm.TimmFeatures("

@@ -64,8 +64,8 @@ class FeatureExtractor(Protocol):
 
 @runtime_checkable
 class AudioEncoder(Protocol):
-    """A frozen ``torch.nn.Module`` for ``Detector(kind="audio", features=...)``; "yamnet" is
-    another way to give one.
+    """A frozen ``torch.nn.Module`` for ``Detector(kind="audio", features=...)``; "yamnet", or a
+    file of its weights, is another way to give one.
 
     Two attributes are looked at where it has them: ``samples``, the length of the waves that it
     takes, at most a window of the detector (by default just that), and ``rate``, the samples a

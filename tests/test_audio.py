@@ -583,12 +583,12 @@ def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_mels": 40}, "multiple of 16"),
+        ({"n_mels": 40}, "multiple of 16, since 16 groups of as many bands"),
         ({"n_fft": 1025}, "n_fft is 1025.*even"),
         ({"n_fft": 30, "hop": 8}, "n_fft must be a number from 32"),
         ({"window_frames": 100}, "power of two"),
         ({"window_frames": 64, "window_step": 24}, "does not divide"),
-        ({"denoiser": "unet-tiny"}, "audio needs 'token-mlp'"),
+        ({"denoiser": "unet-tiny"}, "pixels, which audio has not: audio needs 'token-mlp', for a"),
         ({"fmax": 9000.0}, "fmax must be a number from 1 to 8000"),
         ({"hop": 2.5}, "hop must be a whole number"),
         ({"preset": "huge"}, "choose fast, balanced, best, dcase"),

@@ -7,7 +7,9 @@ streams them.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ import torch
 from ..errors import InputError
 from .audio_files import LONGEST_SECONDS, audio_files, read_audio, read_blocks
 from .audio_layouts import LabelledClip, groups_by_recording, labelled_clips, training_clips
-from .folders import is_path
+from .folders import is_open_file, is_path
 from .resampling import Resampler, audio_package, check_rate
 from .samples import DecodedSamples, Items
 from .waves import MOST_CHANNELS, as_mono, extended
@@ -44,8 +46,9 @@ def open_audio(
         source: a folder (searched recursively, links to folders too, in sorted order), one file,
             an array or tensor (samples,) or (N, samples) at `rate`, a pair (wave, rate of the wave)
             whose wave may have channels (the shorter axis), or a list of files, of waves or of such
-            pairs. Waves are floats in [-1, 1], int16 or int32; they need not be copied, so leave
-            them as they are until the last batch.
+            pairs. In place of a path there may be an open binary file, such as io.BytesIO of what
+            arrived at a service; one that cannot be used raises. Waves are floats in [-1, 1], int16
+            or int32; they need not be copied, so leave them as they are until the last batch.
         rate: of the result, samples a second.
         highest: a warning names a recording whose own rate leaves out frequencies of this
             many Hz.
@@ -60,6 +63,12 @@ def open_audio(
         BackendError: soundfile or soxr is not installed.
     """
     opened_as = "audio", rate, window, step
+    for item in source if isinstance(source, (list, tuple)) else [source]:
+        if isinstance(item, bytearray) or (isinstance(item, bytes) and 0 in item):
+            # As paths they could name any file, so bytes are never taken for a recording's content.
+            raise InputError("these bytes are no path: give a file's content as io.BytesIO(...).")
+    if is_open_file(source):
+        source = [source]
     if is_path(source):
         paths = audio_files(os.fsdecode(source))
         strict = strict or os.path.isfile(source)
@@ -85,11 +94,12 @@ def open_audio(
         )
     if not source:
         raise InputError("the list of clips is empty: give at least one.")
-    files = sum(map(is_path, source))
+    files = sum(is_path(item) or is_open_file(item) for item in source)
     if files == len(source):
-        items = _FileItems([os.fsdecode(path) for path in source], rate, window, step, highest)
+        found = [os.fsdecode(item) if is_path(item) else item for item in source]
+        items = _FileItems(found, rate, window, step, highest)
     elif files:
-        raise InputError(f"the list has {files} paths and {len(source) - files} waves: give one.")
+        raise InputError(f"the list has {files} files and {len(source) - files} waves: give one.")
     else:
         items = _WaveItems(list(source), rate, window, step, highest)
     return Clips(items, opened_as, strict)
@@ -176,28 +186,35 @@ class _ClipItems(Items):
 
 
 class _FileItems(_ClipItems):
-    def __init__(self, paths: list[str], *shape):
+    """Paths, and open files, among which all go by their places."""
+
+    def __init__(self, files: list, *shape):
         audio_package("soundfile")
         super().__init__(*shape)
-        self.paths = paths
+        self._files = files
+        # One that comes twice in a list has one position, for all threads.
+        self._turns = {id(f): threading.Lock() for f in files if is_open_file(f)}
+        self.paths = None if self._turns else files
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._files)
 
     def read(self, index: int) -> np.ndarray:
-        path = self.paths[index]
+        file = self._files[index]
+        name = f"clip {index}" if self.paths is None else file
         values: set[float] = set()
 
         def heard(own: int, block: np.ndarray) -> None:
-            self._hear(own, path)
+            self._hear(own, name)
             values.update((float(block.min()), float(block.max())))
 
-        wave = read_audio(path, self._rate, heard)
+        with self._turns.get(id(file)) or nullcontext():
+            wave = read_audio(file, self._rate, heard, name)
         if not len(wave):
-            raise InputError(f"{path} is shorter than one sample: remove it.")
+            raise InputError(f"{name} is shorter than one sample: remove it.")
         if len(values) == 1:
             self.constant.add(index)
-        return self._extended(wave, path)
+        return self._extended(wave, name)
 
 
 class _WaveItems(_ClipItems):

@@ -6,18 +6,19 @@ would leave out without a word.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 
 from ..errors import InputError
-from .folders import check_regular, files_below
+from .folders import check_regular, files_below, is_open_file
 from .resampling import Resampler, audio_package
 from .waves import mono
 
@@ -46,56 +47,70 @@ _SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", 
 
 
 def read_audio(
-    path: str, rate: int, heard: Callable[[int, np.ndarray], None] | None = None
-) -> np.ndarray:
+    source, rate: int, heard: Callable[[int, np.ndarray], None] | None = None,
+    name: str | None = None,
+) -> np.ndarray:  # fmt: skip
     """Read one recording of at most 10 minutes: (samples,) float32 mono at `rate`.
 
-    Channels are averaged. `heard` is called with the file's own rate and each block at that rate.
+    Channels are averaged. `source`, `heard` and `name` are those of `read_blocks`.
 
     Raises:
         InputError: missing, no audio, damaged, empty, too long, NaN or far beyond [-1, 1]; cut off,
             where the file tells its length (OGG does not, nor does MP3 without a Xing header); a
             rate outside 1,000 to 768,000; files joined end to end to one, of which libsndfile would
-            read the first (but FLAC). The file is named.
+            read the first (but FLAC); an open file that has no way back to its beginning. The file
+            is named.
     """
-    blocks = read_blocks(path, rate, LONGEST_SECONDS, heard)
+    blocks = read_blocks(source, rate, LONGEST_SECONDS, heard, name)
     return np.concatenate([np.empty(0, np.float32), *blocks])
 
 
 def read_blocks(
-    path: str,
+    source,
     rate: int,
     longest_seconds: float | None = None,
     heard: Callable[[int, np.ndarray], None] | None = None,
+    name: str | None = None,
 ) -> Iterator[np.ndarray]:
     """Blocks (samples,) float32 mono at `rate` of a recording of any length, in bounded memory.
 
     Args:
-        path: the file.
+        source: the file's path, or an open binary file, which is read from its beginning.
         rate: samples a second of the result.
         longest_seconds: raise `InputError` for a longer recording.
         heard: called with the file's own rate and each block at that rate.
+        name: what errors call a file that has no path.
 
     Raises:
         InputError: as `read_audio`.
     """
     soundfile = audio_package("soundfile")
-    check_regular(path)
+    path = source if name is None else name
     try:
-        _check_length(path)  # and libsndfile's own message tells no reason why a file is unreadable
-        source = _uncounted_mp3(path)
+        with _opened(source, path) as file:
+            _check_length(file, path)  # libsndfile's message tells no reason for an unreadable file
+            pipe = _uncounted_mp3(file, source, path)
+            if is_open_file(source):
+                file.seek(0)
+    except ValueError as error:  # of an open file: closed, or of what comes once
+        raise InputError(
+            f"{path} is a file that cannot be read again ({error}): give io.BytesIO of its content."
+        ) from None
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): check the path and its permissions."
         ) from error
+    if pipe is not None:
+        opened = pipe
+    else:  # a path as bytes: soundfile takes no name that is not UTF-8 otherwise
+        opened = source if is_open_file(source) else os.fsencode(source)
     fault = "is not a recording that libsndfile can read"
     try:
-        # As bytes: soundfile takes no name that is not UTF-8 otherwise.
-        with soundfile.SoundFile(os.fsencode(path) if source is None else source) as file:
+        with soundfile.SoundFile(opened) as file:
             fault = "is damaged or cut off"
             own, channels, frames = file.samplerate, file.channels, file.frames
             counted, read = frames < _UNCOUNTED, 0
-            if not counted and source is None:
+            if not counted and pipe is None:
                 raise _uncounted(path)
             longest = math.inf if longest_seconds is None else longest_seconds * own
             resampler = Resampler(own, rate, path)
@@ -142,34 +157,45 @@ def is_audio(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(_SUFFIXES)
 
 
-def _check_length(path: str) -> None:
+def _opened(source, path: str):
+    """A context with the open file, at any place."""
+    if not is_open_file(source):
+        check_regular(source)
+        return open(source, "rb")
+    if isinstance(source.read(0), str):
+        raise InputError(f"{path} is open as text: open it with the mode 'rb'.")
+    return nullcontext(source)
+
+
+def _check_length(file, path: str) -> None:
     """Raise InputError for a file whose sound says it is longer, or in which another one follows:
     libsndfile takes what is there, and no more than the first."""
-    with open(path, "rb") as file:
-        head = file.read(36)
-        size = os.fstat(file.fileno()).st_size
-        if head[:4] == b"OggS" and _is_chained(file):
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
+    file.seek(0)
+    head = file.read(36)
+    if head[:4] == b"OggS" and _is_chained(file):
+        raise _joined(path)
+    form, place, outside = _LENGTHS.get(head[:4], (None, 0, 0))
+    if form is None or len(head) < place + struct.calcsize(form):
+        return
+    said = sum(struct.unpack_from(form, head, place)) + outside
+    begin, length = _sound(file, head, size)
+    # Who writes to a pipe does not know the length, and puts 0 or the largest number there, some
+    # with a sign. Others count a last byte that makes the length even, and leave it out. What is
+    # said of the whole file is wrong more often, and without harm.
+    largest = 0x7F00_0000 if form[-1] == "I" else 1 << 62
+    if length < largest and size + 1 < begin + length:
+        raise InputError(
+            f"{path} is cut off: it has {size} of {begin + length} bytes; replace or remove it."
+        )
+    file.seek(begin)
+    if not length and not file.read(4).decode("latin-1").isprintable():  # no further chunk
+        raise _uncounted(path)
+    if len(head) < said < size:
+        file.seek(said)
+        if head[:4] in file.read(5):  # a last byte that was left out may stand before it
             raise _joined(path)
-        form, place, outside = _LENGTHS.get(head[:4], (None, 0, 0))
-        if form is None or len(head) < place + struct.calcsize(form):
-            return
-        said = sum(struct.unpack_from(form, head, place)) + outside
-        begin, length = _sound(file, head, size)
-        # Who writes to a pipe does not know the length, and puts 0 or the largest number there,
-        # some with a sign. Others count a last byte that makes the length even, and leave it out.
-        # What is said of the whole file is wrong more often, and without harm.
-        largest = 0x7F00_0000 if form[-1] == "I" else 1 << 62
-        if length < largest and size + 1 < begin + length:
-            raise InputError(
-                f"{path} is cut off: it has {size} of {begin + length} bytes; replace or remove it."
-            )
-        file.seek(begin)
-        if not length and not file.read(4).decode("latin-1").isprintable():  # no further chunk
-            raise _uncounted(path)
-        if len(head) < said < size:
-            file.seek(said)
-            if head[:4] in file.read(5):  # a last byte that was left out may stand before it
-                raise _joined(path)
 
 
 def _sound(file, head: bytes, size: int) -> tuple[int, int]:
@@ -222,34 +248,39 @@ def _is_chained(file) -> bool:
     return False
 
 
-def _uncounted_mp3(path: str) -> int | None:
+def _uncounted_mp3(file, source, path: str) -> int | None:
     """A pipe with what an MP3 file holds after its tags, if it has no count of its frames (a Xing
     header); None for other files.
 
     Of such a file libsndfile would guess the length by its first frame, and read no further: of a
     variable bit rate a part, or less than there seems to be. In a pipe it looks for the end.
     """
-    with open(path, "rb") as file:
-        start, frame = _mp3_frame(file, 0)
-        count = max(frame.find(name, 0, 64) for name in (b"Xing", b"Info"))
-        if count >= 0:
-            # Flags; if the first is set the number of frames, if the second is that of bytes.
-            flags = int.from_bytes(frame[count + 4 : count + 8], "big")
-            place = count + 8 + 4 * (flags & 1)
-            said = int.from_bytes(frame[place : place + 4], "big") if flags & 2 else 0
-            # Some leave out the frame with the count: then one more follows, and perhaps a tag.
-            after = _mp3_frame(file, start + said)[1] if said else b""
-            layer_3 = after[1:2] and after[1] & 6 == 2
-            if layer_3 and after.find(after[:2], _SMALLEST_MP3_FRAME) > 0:
-                raise _joined(path)
+    start, frame = _mp3_frame(file, 0)
+    count = max(frame.find(name, 0, 64) for name in (b"Xing", b"Info"))
+    if count >= 0:
+        # Flags; if the first is set the number of frames, if the second is that of bytes.
+        flags = int.from_bytes(frame[count + 4 : count + 8], "big")
+        place = count + 8 + 4 * (flags & 1)
+        said = int.from_bytes(frame[place : place + 4], "big") if flags & 2 else 0
+        # Some leave out the frame with the count: then one more follows, and perhaps a tag.
+        after = _mp3_frame(file, start + said)[1] if said else b""
+        layer_3 = after[1:2] and after[1] & 6 == 2
+        if layer_3 and after.find(after[:2], _SMALLEST_MP3_FRAME) > 0:
+            raise _joined(path)
     if not frame or count >= 0:
         return None
+    file.seek(start)
+    content = io.BytesIO(file.read()) if is_open_file(source) else None
     reading, writing = os.pipe()
 
     def feed() -> None:
-        with open(writing, "wb") as pipe, open(path, "rb") as file, suppress(BrokenPipeError):
-            file.seek(start)
-            shutil.copyfileobj(file, pipe)
+        with open(writing, "wb") as pipe, suppress(BrokenPipeError):
+            if content is not None:  # a file has one place, and is not the thread's
+                shutil.copyfileobj(content, pipe)
+                return
+            with open(source, "rb") as own:
+                own.seek(start)
+                shutil.copyfileobj(own, pipe)
 
     threading.Thread(target=feed, name="diffad-fast-feed", daemon=True).start()
     return reading

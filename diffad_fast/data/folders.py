@@ -21,6 +21,11 @@ def is_path(value) -> bool:
     return isinstance(value, (str, os.PathLike)) or (isinstance(value, bytes) and 0 not in value)
 
 
+def is_open_file(value) -> bool:
+    """Whether it is read itself, as ``io.BytesIO`` and what ``open`` gives."""
+    return hasattr(value, "read") and not isinstance(value, os.PathLike)
+
+
 def files_below(source: str, wanted: Callable[[str], bool]) -> list[str]:
     """``source`` itself if it is a file, else the files below it whose bare names are wanted,
     sorted; hidden folders and those of masks, ground_truth, are left out, links to folders

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 
 from ..errors import InputError
-from .folders import check_regular
+from .folders import check_regular, is_open_file
 
 # Formats that Pillow registers but cannot decode by itself (EPS would start Ghostscript).
 _NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -197,10 +197,8 @@ def check_sides(height: int, width: int, smallest: tuple[int, int], name: str) -
 
 def is_picture(value) -> bool:
     """Whether it is an image that is no array and no path: one of Pillow's, or an open file."""
-    if isinstance(value, os.PathLike):
-        return False
     pillow = sys.modules.get("PIL.Image")  # who has one of its images has loaded it
-    return hasattr(value, "read") or (pillow is not None and isinstance(value, pillow.Image))
+    return is_open_file(value) or (pillow is not None and isinstance(value, pillow.Image))
 
 
 @contextmanager
@@ -214,7 +212,7 @@ def _opened(source, path: str) -> Iterator:
             yield source
             return
         with ExitStack() as stack:
-            if hasattr(source, "read"):
+            if is_open_file(source):
                 file = source
                 file.seek(0)  # every reading begins anew
             else:

@@ -73,8 +73,9 @@ def export(detector, path: str | os.PathLike, format: str = "torch", uint8: bool
         raise InputError(f"unknown format {format!r}: choose {', '.join(FORMATS)}")
     if detector.config.kind not in ("image", "vector"):
         raise InputError(
-            f"detectors of kind {detector.config.kind!r} are not exported: those of images and "
-            "vectors are"
+            f"detectors of kind {detector.config.kind!r} are not exported: what decodes, resamples "
+            "and cuts recordings into whole windows would be missing in the program; score them "
+            "where this library is installed"
         )
     if uint8 and detector.config.kind == "vector":
         raise InputError("uint8 is for images, whose values are 0..255: leave it out for vectors")

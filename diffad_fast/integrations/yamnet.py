@@ -1,4 +1,5 @@
-"""YAMNet, for ``Detector(kind="audio", features="yamnet")``: what a sound means.
+"""YAMNet, for ``Detector(kind="audio", features="yamnet")`` or with a file of its weights: what a
+sound means.
 
 A MobileNet (Howard et al. 2017, arXiv:1704.04861) that Google trained to tell the 521 classes of
 AudioSet (Gemmeke et al. 2017) in the sound of 2 million videos; Apache-2.0. Its architecture, its
@@ -90,7 +91,7 @@ class YAMNet(nn.Module):
             except (URLError, OSError) as error:
                 raise InputError(
                     f"YAMNet's weights cannot be fetched ({error}): put {URL} into {folder}, or "
-                    "pass features=integrations.yamnet.YAMNet(file)"
+                    "give a file of them as features"
                 ) from None
         return cls(path)
 

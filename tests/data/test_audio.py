@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import warnings
@@ -89,6 +90,65 @@ def test_arrays_pairs_and_files_are_the_same(tmp_path):
         assert np.allclose(waves(source)[0], expected, atol=1e-4)
     resampled = waves((tone(1.0, 48000), 48000))[0]
     assert np.abs(resampled[2000:14000] - expected[2000:14000]).max() < 1e-4
+
+
+def test_open_files_are_what_their_paths_are(tmp_path):
+    """As a service has them, from their beginning each time; also one several times, and beside
+    paths."""
+    forms = [".wav", ".flac", ".ogg"] + [".mp3"] * ("MP3" in soundfile.available_formats())
+    paths = [save(tmp_path / f"a{form}", tone(1.1)) for form in forms]
+    data = [Path(path).read_bytes() for path in paths]
+    if ".mp3" in forms:  # one without a count of its frames
+        data.append(data[-1][data[-1].find(data[-1][:2], 60) :])
+        paths.append(str(tmp_path / "b.mp3"))
+        Path(paths[-1]).write_bytes(data[-1])
+    expected = waves(paths)
+    files = [io.BytesIO(content) for content in data]
+    files[0].read()
+    files[1] = paths[1]
+    found = opened([*files, files[0]])
+    assert found.paths is None and len(found) == len(paths) + 1
+    for _ in range(2):
+        wave = [x.numpy() for batch in found.batches(4) for x in batch.x]
+        for a, b in zip(wave, [*expected, expected[0]], strict=True):
+            np.testing.assert_array_equal(a, b)
+    with open(paths[0], "rb") as file:
+        np.testing.assert_array_equal(waves(file)[0], expected[0])
+        np.testing.assert_array_equal(read_audio(file, RATE), read_audio(paths[0], RATE))
+
+
+def test_one_open_file_many_times_in_a_list():
+    """Threads read it one after the other: it has one place."""
+    file, wave = io.BytesIO(), np.random.default_rng(0).uniform(-1, 1, 40 * RATE).astype("f4")
+    soundfile.write(file, wave, RATE, "FLOAT", format="WAV")
+    found = waves([file] * 8)
+    assert len(found) == 8 and all(np.array_equal(x[: len(wave)], wave) for x in found)
+
+
+def test_unusable_open_files_are_told_by_their_place(tmp_path):
+    good = Path(save(tmp_path / "a.wav", tone())).read_bytes()
+    pipe, end = os.pipe()
+    os.close(end)
+    closed = io.BytesIO(good)
+    closed.close()
+    with os.fdopen(pipe, "rb") as once, open(__file__, encoding="utf-8") as text:
+        for bad, message in (
+            (io.BytesIO(b"no recording"), "is not a recording"),
+            (io.BytesIO(), "is not a recording"),
+            (io.BytesIO(good[:-200]), "is cut off"),
+            (io.BytesIO(good + good), "goes on after its"),
+            (once, "is a file that cannot be read again"),
+            (closed, ".*read again.*closed file"),
+            (text, "is open as text: open it with the mode 'rb'"),
+        ):
+            for source, number in (([io.BytesIO(good), bad], 1), (bad, 0)):
+                with pytest.raises(InputError, match=f"clip {number} {message}"):
+                    waves(source)
+    for content in (good, bytearray(good), [good], [str(tmp_path), good]):
+        with pytest.raises(InputError, match="bytes are no path.*io.BytesIO"):
+            opened(content)
+    with pytest.raises(InputError, match="has 1 files and 1 waves"):
+        opened([io.BytesIO(good), tone()])
 
 
 def test_names_may_be_bytes(tmp_path):
@@ -227,7 +287,7 @@ def test_dead_microphones_among_normals_are_told(tmp_path, recwarn):
         ((tone(), "16000"), "rate '16000'"),
         (np.zeros((4000, 2), np.float32), "4000 clips of 2 samples: for one clip with channels"),
         ([], "list of clips is empty"),
-        (["a.wav", tone()], "1 paths and 1 waves"),
+        (["a.wav", tone()], "1 files and 1 waves"),
         ([3, tone()], "clip 0 is a int"),
         (7, "cannot be read from a int"),
         ("/no/such/folder", "no file or folder"),

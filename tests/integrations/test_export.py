@@ -224,7 +224,7 @@ def test_without_a_threshold_there_is_no_label(fitted):
 def test_errors(fitted, tmp_path, monkeypatch):
     audio = daf.Detector(kind="audio", device="cpu")
     monkeypatch.setattr(audio, "_require_fitted", lambda: None)
-    with pytest.raises(InputError, match="kind 'audio' are not exported"):
+    with pytest.raises(InputError, match="kind 'audio' are not exported: what decodes"):
         audio.export(tmp_path / "model.pt2")
     with pytest.raises(InputError, match="not fitted"):
         daf.Detector(device="cpu", **VECTORS).export(tmp_path / "model.pt2")

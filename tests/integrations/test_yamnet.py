@@ -13,8 +13,9 @@ import torch
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import diffad_fast as daf
+from diffad_fast import cli
 from diffad_fast.errors import InputError
-from diffad_fast.integrations.yamnet import YAMNet
+from diffad_fast.integrations.yamnet import LAYERS, YAMNet
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,43 @@ def test_in_a_detector(state, tmp_path, monkeypatch):
     detector.save(tmp_path / "d.diffad")
     again = daf.load(tmp_path / "d.diffad").score(waves[:2])
     np.testing.assert_array_equal(again.score, found.score)
+
+
+def test_a_file_of_weights_in_place_of_the_name(tmp_path, capsys):
+    """Also from a shell; a detector's file names it, and is read where it is."""
+    soundfile = pytest.importorskip("soundfile")
+    rng, weights, before = np.random.default_rng(0), tmp_path / "y:amnet.pth", 1
+    state = {}
+    for i, (width, _) in enumerate(LAYERS, 1):
+        own = {"depthwise_conv": (before, 1, 3), "pointwise_conv": (width, before, 1)}
+        for name, (out, into, side) in (own if i > 1 else {"fused": (width, 1, 3)}).items():
+            kernel = torch.randn(out, into, side, side) / (into * side * side) ** 0.5
+            state[f"layer{i}.{name}.conv.weight"] = kernel
+            for part, value in (("weight", 1.4), ("bias", 0.1), ("running_mean", 0.0)):
+                state[f"layer{i}.{name}.bn.{part}"] = torch.full((out,), value)
+            state[f"layer{i}.{name}.bn.running_var"] = torch.ones(out)
+        before = width
+    torch.save(state, weights)
+    for i in range(8):
+        soundfile.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal(17_600), 16000)
+    (tmp_path / "c.json").write_text('{"window_frames": 64, "window_step": 64, "train_steps": 2}')
+    model, out = str(tmp_path / "m.diffad"), str(tmp_path / "out")
+    fit = ["fit", str(tmp_path), "--kind", "audio", "--preset", "fast"]
+    fit += ["--config", str(tmp_path / "c.json"), "--features", str(weights), "--out", model]
+    assert cli.main(fit) == 0
+    assert cli.main(["score", model, str(tmp_path / "0.wav"), "--out", out, "--no-maps"]) == 0
+    detector = daf.load(model)
+    assert isinstance(detector.model.embedding.backbone, YAMNet)
+    other = daf.Detector(kind="audio", features=weights).model.embedding.backbone
+    assert torch.equal(other.layers[-2].weight[0], 1.4 / 1.0001**0.5 * kernel[0])
+    backbone = YAMNet(weights)
+    weights.unlink()
+    assert cli.main(["score", model, str(tmp_path / "0.wav"), "--out", out, "--no-maps"]) == 2
+    assert "'yamnet' or a file of its weights, which must be there" in capsys.readouterr().err
+    again = daf.load(model, features=backbone)
+    np.testing.assert_array_equal(
+        again.score(str(tmp_path / "1.wav")).score, detector.score(str(tmp_path / "1.wav")).score
+    )
 
 
 def test_weights_that_cannot_be_used(state, tmp_path, monkeypatch):
