@@ -128,6 +128,9 @@ def _one_line_warnings() -> Iterator[None]:
 
 # --------------------------------------------------------------- commands
 
+# File names need not be UTF-8; their bytes are written as they are.
+_CSV = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+
 
 def _fit(args: argparse.Namespace) -> None:
     from .config import read_options
@@ -180,12 +183,35 @@ def _normals(detector: Detector, args: argparse.Namespace) -> tuple[Samples, lis
     source, groups = training_part(
         detector.config.kind, args.data, args.layout, args.normal, args.folds
     )
+    if args.clip_seconds is not None:
+        return _cut_normals(detector, source, groups, args)
     samples = detector.open(source, strict=args.strict)
     if args.group_regex:
         if samples.paths is None:
             raise InputError("--group-regex reads names of files: leave it out for a table")
         groups = groups_by_regex(samples.paths, args.group_regex)
     return samples, groups
+
+
+def _cut_normals(
+    detector: Detector, source, groups: list[str] | None, args: argparse.Namespace
+) -> tuple[Samples, list[str]]:
+    """Clips of so many seconds, of which those of one recording, or of one group of recordings,
+    belong together."""
+    from .data.audio import cut_recordings
+    from .data.groups import groups_by_regex
+
+    config = detector.config
+    if config.kind != "audio":
+        raise InputError(f"--clip-seconds is for recordings: leave it out for {config.kind}s")
+    paths = [source] if isinstance(source, str) else source
+    if args.group_regex:
+        groups = groups_by_regex(paths, args.group_regex)
+    groups = groups or paths
+    clips, recordings = cut_recordings(
+        source, config.sample_rate, args.clip_seconds, strict=args.strict
+    )
+    return detector.open(clips, strict=args.strict), [groups[i] for i in recordings]
 
 
 def _keep_apart(
@@ -266,23 +292,30 @@ def _score(args: argparse.Namespace) -> None:
 
     out = Path(args.out)
     _keep_apart(args.data, args.out, out / "scores.csv", out / "heatmaps")
+    _keep_apart(args.data, args.out, out / "windows.csv")
     detector = _loaded(args)
+    if args.windows and detector.config.kind != "audio":
+        raise InputError(f"--windows is for recordings: leave it out for {detector.config.kind}s")
     if not processes().first:
+        if args.windows:
+            return
         # Scores its share and hands it to the first, which writes.
         options = {"maps": args.maps, "batch_size": args.batch_size, "strict": args.strict}
         for _ in detector.score_iter(args.data, **options):
             pass
         return
-    with result_folder(args.out, "heatmaps") as staged:
+    with result_folder(args.out, "heatmaps", "windows.csv") as staged:
         path = staged / "scores.csv"
-        # File names need not be UTF-8; their bytes are written as they are.
-        how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        with open(path, "w", **how) as file, ThreadPoolExecutor() as pool:
+        with open(path, "w", **_CSV) as file, ThreadPoolExecutor() as pool:
             writer = csv.writer(file)
             writer.writerow(["path", "score", "p_value", "label", "left_out"])
-            for batch, part in detector.score_pairs(
-                args.data, maps=args.maps, batch_size=args.batch_size, strict=args.strict
-            ):
+            if args.windows:
+                pairs = _by_windows(detector, args.data, args.strict, staged / "windows.csv")
+            else:
+                pairs = detector.score_pairs(
+                    args.data, maps=args.maps, batch_size=args.batch_size, strict=args.strict
+                )
+            for batch, part in pairs:
                 for skipped, reason in part.skipped:
                     writer.writerow([skipped, "", "", "", reason])
                 paths = part.index.tolist() if part.paths is None else part.paths
@@ -297,6 +330,71 @@ def _score(args: argparse.Namespace) -> None:
                     x = _scored_samples(detector, batch, part)
                     folder = staged / "heatmaps"
                     _write_heatmaps(detector, x, part, Path(args.data), folder, pool)
+
+
+def _by_windows(
+    detector: Detector, data: str, strict: bool, table: Path
+) -> Iterator[tuple[None, Score]]:
+    """The scores of recordings of any length, one after the other, as their windows make them;
+    those are written to ``table``."""
+    import numpy as np
+    import torch
+
+    from .data.audio_files import audio_files
+    from .models.fusion import top_mean
+    from .progress import progress
+    from .scoring import Score
+    from .streaming import stream_file
+
+    paths, skipped, told = audio_files(data), [], set()
+    strict = strict or os.path.isfile(data)
+    seconds = detector.stream(detector.config.sample_rate).window  # or raise, before all are opened
+    conformal, hertz = detector.conformal, detector.frequencies
+    if conformal.threshold is None:
+        warnings.warn(f"label is None: {conformal.why_no_label()}", stacklevel=2)
+    with open(table, "w", **_CSV) as file, progress(None, None, "scoring", "window") as bar:
+        writer = csv.writer(file)
+        writer.writerow(["path", "start", "end", "score", "p_value", "label", "frequency"])
+        for number, path in enumerate(paths):
+            begin, scores = file.tell(), []
+            try:
+                for part in stream_file(detector, path, told):
+                    scores.append(part.score)
+                    labels = [""] * len(part.score) if part.label is None else part.label
+                    most = hertz[part.map.argmax(axis=1)]
+                    writer.writerows(
+                        [path, f"{end - seconds:.3f}", f"{end:.3f}", repr(score), repr(p_value),
+                         label, f"{frequency:.1f}"]
+                        for end, score, p_value, label, frequency in zip(
+                            part.time, part.score.tolist(), part.p_value.tolist(), labels, most,
+                            strict=True,
+                        )
+                    )  # fmt: skip
+                    bar.update(len(part.score))
+                if not sum(map(len, scores)):
+                    raise InputError(f"{path} is shorter than one sample: remove it.")
+            except InputError as error:
+                if strict:
+                    raise
+                file.seek(begin)
+                file.truncate()
+                warnings.warn(f"left out: {error}", SkippedInput, stacklevel=2)
+                skipped.append((path, str(error)))
+                continue
+            curve = torch.from_numpy(np.concatenate(scores))[None]
+            score = top_mean(curve, detector.config.top_fraction).numpy()
+            yield None, Score(
+                score=score, map=None, p_value=conformal.p_value(score),
+                label=conformal.label(score), paths=[path], index=np.array([number]),
+                skipped=skipped,
+            )  # fmt: skip
+            skipped = []
+    if len(skipped) == len(paths):
+        raise InputError(
+            f"none of the {len(paths)} clip files can be used, the first because {skipped[0][1]}"
+        )
+    none = np.empty(0)
+    yield None, Score(none, None, none, None, [], none, skipped)
 
 
 def _scored_samples(detector: Detector, batch: Batch | None, part: Score) -> torch.Tensor:
@@ -453,6 +551,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     score.add_argument("--batch-size", type=_positive, metavar="N", help="images scored together")
     score.add_argument("--no-maps", action="store_false", dest="maps", help="scores.csv only")
+    score.add_argument(
+        "--windows", action="store_true",
+        help="of recordings, also those of hours: windows.csv in place of heatmaps, a row for each "
+        "window with its time, score and most anomalous frequency",
+    )  # fmt: skip
 
     calibrate = command(
         "calibrate", _calibrate, "Take p-values and threshold from other normals, without training."
@@ -476,6 +579,11 @@ def _parser() -> argparse.ArgumentParser:
             "--group-regex", metavar="RE",
             help="files whose names agree in what its first parenthesis matches show one object "
             "and belong together",
+        )  # fmt: skip
+        sub.add_argument(
+            "--clip-seconds", type=float, metavar="S",
+            help="cut recordings, also those of hours, into clips of so many seconds; those of one "
+            "recording belong together",
         )  # fmt: skip
 
     for sub in (fit, calibrate, evaluate):

@@ -94,10 +94,11 @@ def result_folder(path: str | os.PathLike, *stale: str) -> Iterator[Path]:
         yield staged
         path.mkdir(parents=True, exist_ok=True)
         for name in sorted({entry.name for entry in staged.iterdir()}.union(stale)):
-            if (path / name).is_dir():  # which no renaming replaces
-                (path / name).rename(staged / f"old.{name}")
-            if (staged / name).exists():
-                (staged / name).replace(path / name)
+            old, new = path / name, staged / name
+            if old.is_dir() or (old.exists() and not new.exists()):  # no renaming replaces a folder
+                old.rename(staged / f"old.{name}")
+            if new.exists():
+                new.replace(old)
     except OSError as error:
         raise InputError(f"cannot write to {path}: {error.strerror or error}") from None
     finally:

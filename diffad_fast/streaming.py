@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from .data.audio import what_is_missing, what_is_repeated
+from .data.audio import read_blocks, what_is_missing, what_is_repeated
 from .data.resampling import Resampler, resampling_delay
 from .data.waves import as_mono, extended
 from .errors import InputError
@@ -98,25 +99,31 @@ class Stream:
     def finish(self) -> StreamScores:
         """The end of the recording: the last windows, which its mirrored end completes; of less
         than a window, which is repeated, one, with a warning."""
+        scores, repeated = self._end()
+        if repeated is not None:
+            text = what_is_repeated(repeated, self.window, "the stream")
+            warnings.warn(text, stacklevel=2)
+        return scores
+
+    def _end(self) -> tuple[StreamScores, float | None]:
+        """What ``finish`` gives, and of a recording that was repeated its seconds."""
         self._require_open()
         self._finished = True
+        repeated = None
         rest = self._resampler.finish()
         self._buffer = np.concatenate([self._buffer, rest])
         parts = [self._complete()]
         size = len(self._buffer)
         if self._scored == 0 and size:
-            warnings.warn(
-                what_is_repeated(size / self._rate, self.window, "the stream"), stacklevel=2
-            )
+            repeated = size / self._rate if size < self._window else None
             self._buffer = extended(self._buffer, self._window, self._step)
         elif size > self._window - self._step:
             end = np.concatenate([self._past, self._buffer])
             end = np.pad(end, (0, self._window - size), mode="reflect")
             self._buffer = end[len(self._past) :]
         parts.append(self._complete())
-        return StreamScores(
-            *(None if c[0] is None else np.concatenate(c) for c in zip(*parts, strict=True))
-        )
+        found = (None if c[0] is None else np.concatenate(c) for c in zip(*parts, strict=True))
+        return StreamScores(*found), repeated
 
     def _complete(self) -> StreamScores:
         """Score every window that the buffer holds whole, and drop what no later one needs."""
@@ -148,3 +155,28 @@ class Stream:
     def _require_open(self) -> None:
         if self._finished:
             raise InputError("the stream is finished: make another one for the next recording")
+
+
+def stream_file(detector: Detector, path: str, told: set[str]) -> Iterator[StreamScores]:
+    """The windows of a recording of any length, in bounded memory.
+
+    told: the kinds of what was warned of before, to which those of this recording are added: of
+    each one recording is named. Raises InputError as ``read_blocks`` and ``Detector.stream``.
+    """
+    config = detector.config
+    stream = detector.stream(config.sample_rate)
+
+    def warn_once(kind: str, text: str | None) -> None:
+        if text is not None and kind not in told:
+            told.add(kind)
+            warnings.warn(text, stacklevel=3)
+
+    def heard(own: float, _: np.ndarray) -> None:
+        warn_once("rate", what_is_missing(own, config.fmax, path))
+
+    for block in read_blocks(path, config.sample_rate, heard=heard):
+        yield stream.push(block)
+    scores, repeated = stream._end()
+    if repeated is not None:
+        warn_once("length", what_is_repeated(repeated, stream.window, path))
+    yield scores

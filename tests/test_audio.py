@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from itertools import groupby
 from statistics import harmonic_mean
 
 import numpy as np
@@ -13,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 import diffad_fast as daf
 from diffad_fast import cli
 from diffad_fast.config import MODES, DetectorConfig
+from diffad_fast.data import audio_files
 from diffad_fast.data.audio import LabelledClip
 from diffad_fast.errors import CheckpointError, InputError
 from diffad_fast.evaluation import evaluate_audio
@@ -551,7 +555,93 @@ def test_command_line(clips, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):
+def read_rows(path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.2])
+def test_windows_of_recordings_that_are_too_long(detector, tmp_path, monkeypatch, capsys, fraction):
+    """Offline scores of the same files, which a lower limit takes for long ones then."""
+    data, out, model = tmp_path / "data", tmp_path / "out", str(tmp_path / "m.diffad")
+    data.mkdir()
+    waves = {"long": (hum(1, 9.0, 0.2), RATE), "other": (np.repeat(hum(2, 5.0), 2), 2 * RATE)}
+    for i in range(2):
+        waves[f"short{i}"] = hum(3 + i, 0.2), RATE // 2
+    for name, (wave, rate) in waves.items():
+        soundfile.write(data / f"{name}.wav", wave, rate, subtype="FLOAT")
+    soundfile.write(data / "cut.flac", np.resize(hum(5), 200_000), RATE)
+    with open(data / "cut.flac", "r+b") as file:
+        file.truncate(3 * (data / "cut.flac").stat().st_size // 4)
+    before = detector.model.config
+    try:
+        detector.model.config = before.replace(top_fraction=fraction)
+        detector.save(model)
+    finally:
+        detector.model.config = before
+    with pytest.warns(UserWarning, match="cut.flac is damaged"):
+        offline = daf.load(model).score(str(data))
+    monkeypatch.setattr(audio_files, "LONGEST_SECONDS", 2.0)
+    monkeypatch.setattr(audio_files, "_BLOCK", 10_000)
+    score = ["score", model, str(data / "long.wav"), "--out", str(out)]
+    assert cli.main(score) == 2
+    assert "may have 2 s: fit on it by data.audio.cut_recordings" in capsys.readouterr().err
+    score[2] = str(data)
+    assert cli.main([*score, "--windows"]) == 0
+    told = capsys.readouterr().err
+    assert told.count("is repeated to fill it") == told.count("was sampled 4000 times") == 1
+    assert told.count("left out: ") == 1
+    left_out, *found = read_rows(out / "scores.csv")
+    assert left_out["path"] == str(data / "cut.flac") and "damaged" in left_out["left_out"]
+    assert [row["path"] for row in found] == offline.paths
+    for name in ("score", "p_value", "label"):
+        values = [float(row[name]) for row in found]
+        np.testing.assert_allclose(values, getattr(offline, name), rtol=0, atol=1e-4)
+    rows = read_rows(out / "windows.csv")
+    assert [name for name, _ in groupby(row["path"] for row in rows)] == offline.paths
+    rows = [row for row in rows if row["path"].endswith("long.wav")]
+    stream = detector.stream(RATE)
+    parts = [stream.push(waves["long"][0]), stream.finish()]
+    for name in ("score", "p_value", "label"):
+        expected = np.concatenate([getattr(part, name) for part in parts])
+        values = [float(row[name]) for row in rows]
+        np.testing.assert_allclose(values, expected, rtol=0, atol=1e-4)
+    start, end = ([float(row[name]) for row in rows] for name in ("start", "end"))
+    np.testing.assert_allclose(end, np.concatenate([part.time for part in parts]), atol=1e-3)
+    np.testing.assert_allclose(np.subtract(end, start), stream.window, atol=2e-3)
+    # The whistle, which sounds from 3 to 6 s.
+    loud = [i for i in range(len(rows)) if start[i] > 3 and end[i] < 6]
+    band = detector.frequencies[abs(detector.frequencies - 3000).argmin()]
+    assert {float(rows[i]["frequency"]) for i in loud} == {round(band, 1)}
+    assert {rows[i]["label"] for i in loud} == {"1"}
+    if fraction < 1:
+        return
+    # No heatmaps, and no windows of an earlier run beside other scores.
+    assert sorted(path.name for path in out.iterdir()) == ["scores.csv", "windows.csv"]
+    assert cli.main(score) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["heatmaps", "scores.csv"]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.wav").write_text("no sound")
+    for argv, message in (
+        ([str(data), "--strict"], "error: .*cut.flac is damaged"),
+        ([str(data / "cut.flac")], "error: .*cut.flac is damaged"),
+        ([str(tmp_path / "none")], "error: none of the 1 clip files can be used, the first"),
+    ):
+        assert cli.main([*score[:2], *argv, *score[3:], "--windows"]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert sorted(path.name for path in out.iterdir()) == ["heatmaps", "scores.csv"]
+
+
+def test_windows_are_of_recordings(tmp_path, capsys):
+    vectors = daf.Detector(kind="vector", train_steps=2, cross_fit=0)
+    vectors.fit(np.random.default_rng(0).standard_normal((40, 3))).save(tmp_path / "v.diffad")
+    np.save(tmp_path / "x.npy", np.zeros((2, 3)))
+    argv = ["score", str(tmp_path / "v.diffad"), str(tmp_path / "x.npy"), "--out", str(tmp_path)]
+    assert cli.main([*argv, "--windows"]) == 2
+    assert "--windows is for recordings: leave it out for vectors" in capsys.readouterr().err
+
+
+def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch, capsys):
     lines = ["slice_file_name,fsID,fold,classID,class"]
     for recording in range(5):
         for piece in range(2):
@@ -574,10 +664,20 @@ def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch):
     monkeypatch.setattr(daf.Detector, "fit", fit)
     argv = ["fit", str(tmp_path), "--kind", "audio", "--normal", "siren", "--out", "m.diffad"]
     monkeypatch.chdir(tmp_path)
-    for more in ([], ["--group-regex", r"(\d)\.wav"]):
+    regex = ["--group-regex", r"(\d)\.wav"]
+    for more in ([], regex, ["--clip-seconds", "0.04"], [*regex, "--clip-seconds", "0.04"]):
         with pytest.raises(Stop):
             cli.main([*argv, *more])
-    assert found == [list("0011223344"), list("01" * 5)]
+    # Of 0.1 s two clips each.
+    assert found == [
+        list("0011223344"), list("01" * 5), list("00001111222233334444"), list("0011" * 5)
+    ]  # fmt: skip
+    single = ["fit", str(file), "--kind", "audio", "--out", "m.diffad", "--clip-seconds", "0.04"]
+    with pytest.raises(Stop):
+        cli.main(single)
+    assert found[-1] == [str(file)] * 2
+    assert cli.main([*single[:2], *single[4:]]) == 2
+    assert "--clip-seconds is for recordings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, SkippedInput
 from .audio_files import LONGEST_SECONDS, audio_files, read_audio, read_blocks
 from .audio_layouts import LabelledClip, groups_by_recording, labelled_clips, training_clips
 from .folders import is_open_file, is_path
@@ -25,6 +25,7 @@ from .waves import MOST_CHANNELS, as_mono, extended
 __all__ = [
     "Clips",
     "LabelledClip",
+    "cut_recordings",
     "groups_by_recording",
     "labelled_clips",
     "open_audio",
@@ -103,6 +104,54 @@ def open_audio(
     else:
         items = _WaveItems(list(source), rate, window, step, highest)
     return Clips(items, opened_as, strict)
+
+
+def cut_recordings(
+    source, rate: int, seconds: float, *, strict: bool = False
+) -> tuple[list[np.ndarray], list[int]]:
+    """Cut recordings of any length into clips, to fit on them.
+
+    Args:
+        source: a folder (searched as in `open_audio`), a file, or a list of files.
+        rate: of the result, samples a second: the detector's `sample_rate`.
+        seconds: of every clip. What a recording has beyond whole clips is left out; of one that is
+            shorter the whole is a clip.
+        strict: raise `InputError` at the first unusable file instead of leaving it out with a
+            `SkippedInput` warning. A single file is always needed.
+
+    Returns:
+        The clips, (samples,) float32 each, and of each the number of its recording: the `groups` of
+        ``Detector.fit``, so that what is held out is of other recordings. All are in memory: at
+        16,000 Hz 0.23 GB an hour.
+
+    Raises:
+        InputError: nothing is there or usable, or clips would be longer than 10 minutes.
+    """
+    if not 1 <= rate * seconds <= rate * LONGEST_SECONDS:
+        raise InputError(
+            f"clips of {seconds:g} s cannot be cut: give some seconds, at most {LONGEST_SECONDS:g}."
+        )
+    size, strict = round(rate * seconds), strict or (is_path(source) and os.path.isfile(source))
+    paths = audio_files(os.fsdecode(source)) if is_path(source) else list(source)
+    clips: list[np.ndarray] = []
+    recordings: list[int] = []
+    for number, path in enumerate(paths):
+        try:
+            wave = np.concatenate([np.empty(0, np.float32), *read_blocks(path, rate)])
+            if not len(wave):
+                raise InputError(f"{path} is shorter than one sample: remove it.")
+        except InputError as error:
+            if strict:
+                raise
+            warnings.warn(f"left out: {error}", SkippedInput, stacklevel=2)
+            continue
+        count = len(wave) // size
+        found = [wave] if count == 0 else list(wave[: count * size].reshape(count, size))
+        clips += found
+        recordings += [number] * len(found)
+    if not clips:
+        raise InputError(f"none of the {len(paths)} files is a usable recording: give others.")
+    return clips, recordings
 
 
 class Clips(DecodedSamples):

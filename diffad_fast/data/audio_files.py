@@ -122,8 +122,9 @@ def read_blocks(
                 if (found := frames if counted else read) > longest:
                     raise InputError(
                         f"{path} is {found / own:.0f} s long and clips may have "
-                        f"{longest_seconds:g} s: cut it, or pass its blocks "
-                        "(data.audio.read_blocks) to Detector.stream."
+                        f"{longest_seconds:g} s: fit on it by data.audio.cut_recordings, in a "
+                        "shell --clip-seconds, and score its windows by Detector.stream of "
+                        "data.audio.read_blocks, in a shell --windows."
                     )
                 wave = mono(block, path)
                 if heard is not None:

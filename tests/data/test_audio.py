@@ -151,6 +151,32 @@ def test_unusable_open_files_are_told_by_their_place(tmp_path):
         opened([io.BytesIO(good), tone()])
 
 
+def test_recordings_are_cut_into_clips(tmp_path, monkeypatch):
+    """Also those that are too long to be clips; what is left at their ends belongs to none."""
+    monkeypatch.setattr("diffad_fast.data.audio_files.LONGEST_SECONDS", 1.0)
+    whole = [np.random.default_rng(i).uniform(-1, 1, n).astype("f4") for i, n in
+             enumerate((40_000, 12_000, 100, 24_000))]  # fmt: skip
+    paths = [save(tmp_path / f"{i}.wav", w, subtype="FLOAT") for i, w in enumerate(whole)]
+    (tmp_path / "2.wav").write_text("no recording")
+    with pytest.warns(SkippedInput, match="left out: .*2.wav is not a recording"):
+        clips, recordings = module.cut_recordings(tmp_path, RATE, 0.75)
+    assert recordings == [0, 0, 0, 1, 3, 3]
+    expected = [whole[0][:12_000], whole[0][12_000:24_000], whole[0][24_000:36_000], whole[1],
+                whole[3][:12_000], whole[3][12_000:]]  # fmt: skip
+    for clip, part in zip(clips, expected, strict=True):
+        np.testing.assert_array_equal(clip, part)
+    (clip,), (number,) = module.cut_recordings(paths[1:2], RATE, 5)
+    assert number == 0 and np.array_equal(clip, whole[1])
+    for source, seconds, message in (
+        (paths[2], 1, "2.wav is not a recording"), (paths[:1], 0, "clips of 0 s cannot be cut"),
+        (paths[:1], 601, "at most 600"), (paths[:1], float("nan"), "clips of nan s"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            module.cut_recordings(source, RATE, seconds)
+    with pytest.warns(SkippedInput), pytest.raises(InputError, match="none of the 1 files is a us"):
+        module.cut_recordings(paths[2:3], RATE, 1)
+
+
 def test_names_may_be_bytes(tmp_path):
     path = save(tmp_path / "a.wav", tone())
     for source in (os.fsencode(tmp_path), os.fsencode(path), [os.fsencode(path)]):
