@@ -14,6 +14,11 @@ FOLDER = Path(__file__).parents[1] / "examples"
 # A host that may be missing, and what stands in the output.
 EXAMPLES = {
     "images": (None, r"(?s)(normal\n.*){3}(ANOMALY at row [123]\d, column [234]\d\n.*){3}$"),
+    "recordings": (
+        None,
+        r"^(.* normal\n){2}.* ANOMALY: 49\d\d Hz at 2\.\d s\n"
+        r"(alarm: [3-6]\.\d to [6-9]\.\d s, .*\n){4,}$",
+    ),
     "service": (None, r'"anomaly": false.*\n.*"anomaly": true, "at": \[[123]\d, [234]\d\].*\n422 '),
     "own_parts": (None, r"normal \[.*\]\nbroken \["),
     "scikit_learn": (None, r"AUROC of the training data: (0\.[89]\d*|1\.000)\n"),
