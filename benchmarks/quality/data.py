@@ -15,11 +15,14 @@ from diffad_fast.data.images import open_images
 from diffad_fast.data.mvtec import TestImage
 from diffad_fast.errors import InputError
 
-# Options are chosen on these tables and categories; figures are quoted on all others.
+# Options are chosen on these tables and categories; figures are quoted on all others...
 DEV_NAMES = (
     "annthyroid", "breastw", "cardio", "fault", "optdigits", "pendigits", "bottle", "cable",
     "carpet",
 )  # fmt: skip
+# ...but these of ADBench: all of their rows stand in a dev table, thyroid's with each column scaled
+# to 0 to 1.
+STANDS_IN = {"thyroid": "annthyroid", "WBC": "breastw"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class DataSet:
 
     train, test: what ``Detector`` takes. groups, test_groups: the object behind each sample, None
     where each is one. label (N,): 1 for an anomaly. part (N,): "dev" or "report" of each test
-    sample. tests: the images with their masks, None for vectors.
+    sample. tests: the images with their masks, None for vectors. stands_in: the dev table that
+    holds all rows of this one.
     """
 
     name: str
@@ -40,6 +44,7 @@ class DataSet:
     groups: Sequence | None = None
     test_groups: Sequence | None = None
     tests: list[TestImage] | None = None
+    stands_in: str | None = None
 
 
 def find(path: Path, size: int, channels: int, number: str | None, gap: int) -> list[DataSet]:
@@ -111,7 +116,8 @@ def _table(path: Path) -> DataSet:
     half = len(normal) // 2
     test = np.concatenate([normal[half:], np.flatnonzero(label == 1)])
     name = re.sub(r"^\d+_", "", path.stem)
-    dev = any(name.lower().endswith(known.lower()) for known in DEV_NAMES)
+    stands_in = STANDS_IN.get(name)
+    dev = stands_in or any(name.lower().endswith(known.lower()) for known in DEV_NAMES)
     return DataSet(
         name=name,
         kind="vector",
@@ -119,4 +125,5 @@ def _table(path: Path) -> DataSet:
         test=rows[test],
         label=label[test],
         part=np.full(len(test), "dev" if dev else "report"),
+        stands_in=stands_in,
     )

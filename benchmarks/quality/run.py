@@ -180,6 +180,7 @@ class _Results:
             "n_anomalous": int(label.sum()),
             "n_objects": len(set(groups.tolist())),
             "n_objects_in_both_parts": _in_both(data, rows),
+            "stands_in": data.stands_in,
             "runs": self.runs,
             "intervals": intervals,
             "best_control": best,
