@@ -73,6 +73,7 @@ def summary(result: dict) -> str:
         + (controls if any(one["best_control"] for one in result["sets"]) else ""),
         *([result["note"]] if result["note"] else []),
         *filter(None, map(_both_parts, result["sets"])),
+        *filter(None, map(_stands_in, result["sets"])),
     ]
     for kind in ("image", "vector"):
         sets = [one for one in result["sets"] if one["kind"] == kind]
@@ -98,11 +99,25 @@ def _both_parts(one: dict) -> str:
     )
 
 
+def _stands_in(one: dict) -> str:
+    """Choices saw all of its rows: it may stand beside the others, and is no part of their mean."""
+    dev = one.get("stands_in")
+    return dev and (
+        f"All rows of {one['name']} stand in {dev}, on which choices were made: it is no part of "
+        "the means."
+    )
+
+
+def _counted(sets: list[dict]) -> list[dict]:
+    """The sets over which means are taken."""
+    return [one for one in sets if not one.get("stands_in")]
+
+
 def headlines(result: dict) -> list[list[str]]:
     """What a result of detection, without variants and robustness, comes to: a row of the data, our
     figures and those of the best of the others; over several sets the means. No row for other
     results, nor where a public detector was made smaller than published."""
-    sets = result.get("sets", [])
+    sets = _counted(result.get("sets", []))
     if not any(one["best_control"] for one in sets) or result["variants"] or _robust(result):
         return []
     if result.get("anoddpm", PUBLISHED) != PUBLISHED:
@@ -110,20 +125,20 @@ def headlines(result: dict) -> list[list[str]]:
     names = [name for name in sets[0]["runs"] if name in OTHERS]
     figures = {name: title for name, title in FIGURES[sets[0]["kind"]].items() if name != "f1_max"}
     first = next(iter(figures))
-
-    def mean(method: str, figure: str) -> list[float]:
-        """Of the sets, for each seed."""
-        runs = zip(*(one["runs"][method] for one in sets), strict=True)
-        return [statistics.mean(run[figure] for run in seed) for seed in runs]
-
-    best = max(names, key=lambda name: statistics.mean(mean(name, first)))
+    best = max(names, key=lambda name: statistics.mean(_means(sets, name, first)))
     cells = []
     for method in (OURS, best):
-        parts = [f"{title} {spread(mean(method, name))}" for name, title in figures.items()]
+        parts = [f"{title} {spread(_means(sets, method, name))}" for name, title in figures.items()]
         if len(sets) == 1:
             parts[0] += f" ({_bounds(sets[0]['intervals'][method])})"
         cells.append(", ".join(parts))
     return [[result["title"], cells[0], f"{best}: {cells[1]}"]]
+
+
+def _means(sets: list[dict], method: str, figure: str) -> list[float]:
+    """Over the sets, for each seed."""
+    runs = zip(*(one["runs"][method] for one in sets), strict=True)
+    return [statistics.mean(run[figure] for run in seed) for seed in runs]
 
 
 def _bounds(interval: Sequence[float]) -> str:
@@ -134,8 +149,9 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
     first = next(iter(figures))
     rows = []
     for one in sets:
+        dev = f", in {one['stands_in']}" if one.get("stands_in") else ""
         for method, runs in one["runs"].items():
-            row = [f"{one['name']} ({one['n_normal']} + {one['n_anomalous']})", method]
+            row = [f"{one['name']}{dev} ({one['n_normal']} + {one['n_anomalous']})", method]
             for name in figures:
                 text = spread([run[name] for run in runs])
                 if name == first:
@@ -146,13 +162,13 @@ def _table(sets: list[dict], figures: dict[str, str]) -> list[str]:
                 values = [cost[name] for cost in one["costs"][method]]
                 row.append("" if None in values else f"{statistics.median(values):.{digits}f}")
             rows.append(row)
-    if len(sets) > 1:
-        for method in sets[0]["runs"]:
+    counted = _counted(sets)
+    if len(counted) > 1:
+        for method in counted[0]["runs"]:
             # The mean over the sets for each seed, then the spread over seeds.
-            row = [f"mean of {len(sets)}", f"**{method}**"]
+            row = [f"mean of {len(counted)}", f"**{method}**"]
             for name in figures:
-                values = zip(*([run[name] for run in s["runs"][method]] for s in sets), strict=True)
-                row.append(spread([statistics.mean(seed) for seed in values]))
+                row.append(spread(_means(counted, method, name)))
             rows.append([*row, "", ""])
     return grid(["data set", "method", *figures.values(), "fit s", "ms each"], rows)
 
