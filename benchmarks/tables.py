@@ -206,13 +206,13 @@ def is_faster(entry: dict) -> bool:
 
 def time_cell(entry: dict) -> str:
     if "p50" not in entry:
-        return _why(entry)
+        return why(entry)
     return f"{number(entry['p50'])} ({number(entry['p20'])}–{number(entry['p80'])})"
 
 
 def ratio_cell(entry: dict) -> str:
     if "ratio" not in entry:
-        return _why(entry) if "p50" not in entry else f"{number(entry['p50'])} ms"
+        return why(entry) if "p50" not in entry else f"{number(entry['p50'])} ms"
     ratio = entry["ratio"]
     value = f"{number(ratio['value'])}×"
     marks = {"slower": f"**{value}**", "even": f"*{value} even*", "faster": value}
@@ -285,7 +285,7 @@ def _details(rows: Sequence[dict]) -> list[str]:
                 cells += [number(entry["first_call_ms"]) if "first_call_ms" in entry else ""]
                 cells += [number(peak / 2**20), "" if calls is None else str(calls)]
             else:
-                cells += [_why(entry)] + [""] * 8
+                cells += [why(entry)] + [""] * 8
             cells += [settings["dtype"], settings["memory_format"], settings["compiled"]]
             cells += [_on_off(settings["graph"]), settings["note"]]
             table.append(cells)
@@ -298,7 +298,7 @@ def _details(rows: Sequence[dict]) -> list[str]:
     return [legend, "", *grid(head, table)]
 
 
-def _why(entry: dict) -> str:
+def why(entry: dict) -> str:
     for key in ("wrong", "failed", "left_out"):
         if key in entry:
             reason = entry[key]

@@ -20,7 +20,41 @@ def test_compare_tells_what_got_slower_beyond_noise(fake):
     assert not slower and "faster" in text
     assert compare.report(before, fake({OURS: 1.02, "peer": 3.0}))[1] == []
     # The whole machine is slower: what did not change shows it.
-    assert compare.report(before, fake({OURS: 1.3, "peer": 3.9}))[1] == []
+    text, slower = compare.report(before, fake({OURS: 1.3, "peer": 3.9}))
+    assert not slower and ", 0 changed by more than 5% beside the baselines, " in text
+    assert "which drifted by 0.77×" in text
+    # It is faster by an eighth, and ours by less: that is slower, whatever the clock says.
+    text, slower = compare.report(before, fake({OURS: 1.15 / 1.12, "peer": 3 / 1.12}))
+    assert slower == ["op case"] and "0.87×" in text
+    # One baseline that is another now does not move the others' median.
+    before = fake({OURS: 1.0, REFERENCE: 2.0, "peer": 3.0, "other": 4.0})
+    after = fake({OURS: 1.0, REFERENCE: 2.0, "peer": 3.0, "other": 40.0})
+    assert compare.report(before, after)[1] == []
+
+
+def test_what_has_no_time_any_more_is_slower(fake):
+    dtype = f"{OURS}, bfloat16"
+    before, after = (fake({OURS: 1.0, dtype: 0.5, "peer": 3.0}) for _ in range(2))
+    found = after["rows"][0]["contenders"]
+    del found[dtype], found["peer"]["ms"], found[OURS]["ms"]
+    found[OURS]["wrong"] = "off by 1"
+    text, slower = compare.report(before, after)
+    assert slower == ["op case"]
+    assert f"NO TIME any more: op case, {OURS}: WRONG: off by 1." in text
+    assert f"NO TIME any more: op case, {dtype}: gone." in text and "peer" not in text
+    # A case that was not run says nothing, nor does what had no time before.
+    assert compare.report(before, {**after, "rows": []})[1] == []
+    assert compare.report(after, after)[1] == []
+
+
+def test_other_vectors_and_another_torch_are_told(fake):
+    before, after = fake({OURS: 1.0}), fake({OURS: 1.0})
+    assert "WARNING" not in compare.report(before, after)[0]
+    before["machine"]["cpu_features"] = "AVX9"
+    before["machine"]["versions"] = {**before["machine"]["versions"], "torch": "1.0"}
+    text, _ = compare.report(before, after)
+    assert "WARNING: cpu_features differs (AVX9, " in text
+    assert "WARNING: torch differs (1.0, " in text and text.count("WARNING") == 2
 
 
 def test_whatever_is_ours_may_get_slower_and_shows_no_drift(fake):
