@@ -125,7 +125,8 @@ EXPLANATION = (
     "Neither is a hard ceiling: what only reads, or multiplies faster, may reach more than 100%. "
     "Whole networks have no share, as their work is not counted. Other columns: time of the other "
     "/ time of ours with the 95% bootstrap interval; more than 1 is a win for us, **bold** is a "
-    "loss, *even* is an interval that holds 1. All in float32, unless a name or the list of every "
+    "loss, to another backend, dtype or call of our own where the name begins with diffad_fast, "
+    "*even* is an interval that holds 1. All in float32, unless a name or the list of every "
     "contender says otherwise, with TF32 off, and checked against the float64 reference, unless a "
     "note tells of another function, generator or method."
 )
@@ -195,13 +196,17 @@ def summary(rows: Sequence[dict]) -> list[str]:
 
 
 def losses(rows: Iterable[dict]) -> list[dict]:
-    """The cases in which a contender is faster than ours."""
-    return [row for row in rows if any(map(is_faster, row["contenders"].values()))]
+    """The cases in which a contender that is not of our own code is faster than ours."""
+    return [row for row in rows if faster(row)]
 
 
-def is_faster(entry: dict) -> bool:
-    """Is this contender faster than ours?"""
-    return entry.get("ratio", {}).get("ours_is") == "slower"
+def faster(row: dict, own: bool = False) -> dict[str, dict]:
+    """The contenders that are faster than ours: those of others, or further ones of our own."""
+    return {
+        name: entry
+        for name, entry in row["contenders"].items()
+        if name.startswith(OURS) == own and entry.get("ratio", {}).get("ours_is") == "slower"
+    }
 
 
 def time_cell(entry: dict) -> str:

@@ -16,6 +16,23 @@ def test_readme_agrees_with_the_newest_results():
     assert readme.PAGE.read_text(encoding="utf-8") == readme.page()
 
 
+def test_our_own_backends_and_dtypes_are_no_peers(fake, tmp_path):
+    """Where one of them is faster that is told, apart from what others win."""
+    result = fake({OURS: 2.0, "peer": 3.0, f"{OURS}, Triton": 1.0})
+    both = fake({OURS: 2.0, "peer": 1.5, f"{OURS}, Triton": 1.0})["rows"][0]
+    result["rows"] += [{**both, "case": "op both"}]
+    (tmp_path / "a-cpu.json").write_text(json.dumps(result))
+    short = readme.headlines(tmp_path)
+    assert "| op case |  |  |  | 1.5× peer |" in short
+    assert "| op both |  |  |  | **0.75×** peer |" in short
+    told = f"In 1 more another backend, dtype or call of our own is faster: op case **0.5×** {OURS}"
+    assert f"faster than ours in 1; all of these are shown. {told}, Triton." in short
+    result["machine"] |= {"cpu_features": "NARROW"}
+    (tmp_path / "b-cpu.json").write_text(json.dumps(result))
+    other = readme.headlines(tmp_path).split("**The same suite on other vectors**: ")[1]
+    assert f"faster than ours in 1: op both **0.75×** peer. {told}, Triton." in other
+
+
 def test_readme_quotes_every_lost_case(fake, tmp_path):
     result = fake({OURS: 2.0, REFERENCE: 4.0})
     result["machine"]["cpu_features"] = "AVX512"

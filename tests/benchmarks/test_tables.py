@@ -20,6 +20,10 @@ def test_losses_stand_in_the_table(fake):
     assert "2× (2–2)" in line and "better peer **0.5×**" in line and "equal peer *1× even*" in line
     assert "50% of memory" in line
     assert report.losses(result["rows"]) == result["rows"]
+    own = fake({OURS: 2.0, REFERENCE: 4.0, f"{OURS}, bfloat16": 1.0})["rows"]
+    assert report.losses(own) == [] and list(report.faster(own[0], own=True)) == [
+        f"{OURS}, bfloat16"
+    ]
 
 
 def test_a_whole_network_has_no_share(fake):
