@@ -11,6 +11,8 @@ import torch
 OURS = "diffad_fast"
 """The contender that others are compared with. Names that start with it are of our code, too."""
 REFERENCE = "reference"
+ONE_THREAD = "one thread"
+"""The note of peers that never run on more, where ours do."""
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,31 @@ def _bf16_case(batch: int, side: int, gradients: bool) -> Case:
     return replace(case, exact=exact)
 
 
+def haar_by_product(q, k, v, logit_gain=None, value_gain=None, level=1, scale=None):
+    """The reference's function at level 1, as one writes it who is in a hurry: the Haar transform
+    of a block as one 4×4 product on each side of SDPA."""
+    from diffad_fast.reference.attention import _per_coefficient
+
+    if level != 1:
+        raise ValueError(f"level {level}: blocks of 2×2 alone")
+    n, heads, height, width, d = q.shape
+    signs = [[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]  # its own inverse
+    haar = torch.tensor(signs, dtype=q.dtype, device=q.device) / 2
+
+    def tokens(x):
+        x = x.reshape(n, heads, height // 2, 2, width // 2, 2, d).transpose(3, 4)
+        return (haar @ x.reshape(n, heads, -1, 4, d)).flatten(3)
+
+    q, k, v = tokens(q), tokens(k), tokens(v)
+    if logit_gain is not None:
+        q = q * _per_coefficient(logit_gain.to(q.dtype), 1, d)
+    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if value_gain is not None:
+        y = y * _per_coefficient(value_gain.to(q.dtype), 1, d)
+    y = (haar @ y.unflatten(3, (4, d))).reshape(n, heads, height // 2, width // 2, 2, 2, d)
+    return y.transpose(3, 4).reshape(n, heads, height, width, d)
+
+
 def _packed(q, k, v, logit_gain, value_gain):
     """The reference's function: sub-bands in memory, flash attention between them."""
     from diffad_fast.reference.attention import _per_coefficient, _pixels, _tokens

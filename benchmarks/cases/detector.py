@@ -7,14 +7,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, reduce
-from unittest.mock import patch
 
 import torch
 
-from diffad_fast import native
+from diffad_fast import native, use_backend
+from diffad_fast.diffusion.graphs import Graphed
+from diffad_fast.ops.dispatch import OPERATORS
 
 from ..case import OURS, REFERENCE, Case, Contender, random
 from ..machine import tf32
+from .attention import haar_by_product
 
 SIDE, STEPS = 128, 3
 CLIP_SECONDS, RATE = 4, 16000
@@ -77,6 +79,9 @@ def score_case(
         OURS: Contender(detector.score_batch, **last),
         REFERENCE: Contender(reference(detector, contiguous)),
         f"{REFERENCE}, channels_last": Contender(reference(detector), **last),
+        f"{REFERENCE}, channels_last, SDPA": Contender(
+            reference(detector, attention=haar_by_product), **last
+        ),
     }
     if compiled:
         contenders[f"{REFERENCE}, channels_last, denoiser by torch.compile"] = Contender(
@@ -115,9 +120,9 @@ def ours(detector, *changes: Callable) -> Callable:
     return lambda x: reduce(lambda one, change: change(one), changes, detector).score_batch(x)
 
 
-def reference(detector, *changes: Callable) -> Callable:
-    """The same eagerly and on the reference operators."""
-    return as_written()(ours(detector, *changes))
+def reference(detector, *changes: Callable, attention: Callable | None = None) -> Callable:
+    """The same eagerly and on the reference operators, or on ``attention`` in place of theirs."""
+    return as_written(attention)(ours(detector, *changes))
 
 
 def exact(detector) -> Callable:
@@ -194,13 +199,25 @@ def preset_case(device_type: str, kind: str, n: int, dtype: str = "float32") -> 
 
 
 @contextmanager
-def as_written():
-    """Eagerly and on the reference operators."""
-    from diffad_fast import use_backend
-    from diffad_fast.diffusion.graphs import Graphed
+def as_written(attention: Callable | None = None):
+    """Eagerly and on the reference operators, or on ``attention`` in place of theirs.
 
-    with use_backend("reference"), patch.object(Graphed, "_graph", lambda self, x: None):
-        yield
+    Entered in every call of a contender, within its time: nothing here may take longer than it
+    has to, as imports and what patches in tests do.
+    """
+    served = OPERATORS["wavelet_attention"].implementations
+    usual = Graphed._graph, served["reference"]
+    Graphed._graph = _no_graph
+    served["reference"] = attention or usual[1]
+    try:
+        with use_backend("reference"):
+            yield
+    finally:
+        Graphed._graph, served["reference"] = usual
+
+
+def _no_graph(self, x):
+    return None
 
 
 def _detector(device: torch.device, denoiser: str, side: int, steps: int, mode: str):

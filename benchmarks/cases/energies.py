@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import peers
-from ..case import Case, numpy_inputs, on, operator_case, random
+from ..case import ONE_THREAD, Case, numpy_inputs, on, operator_case, random
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -56,4 +56,4 @@ def _by_pywavelets(cell: int, levels: int):
         mean = x.reshape(*x.shape[:2], h // cell, cell, w // cell, cell).mean(axis=(3, 5))
         return torch.from_numpy(np.concatenate([*squares, *largest, mean], axis=1))
 
-    return {"PyWavelets": numpy_inputs(run)}
+    return {"PyWavelets": numpy_inputs(run, ONE_THREAD)}

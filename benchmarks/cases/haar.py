@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from .. import peers
-from ..case import Case, Contender, by_triton, numpy_inputs, on, operator_case, random
+from ..case import (
+    ONE_THREAD,
+    Case,
+    Contender,
+    by_triton,
+    numpy_inputs,
+    on,
+    operator_case,
+    random,
+)
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -112,7 +121,7 @@ def _peers(by_pywavelets, by_conv, by_product, level: int, bank) -> dict[str, Co
         )
     }  # fmt: skip
     if peers.get("pywt"):
-        result["PyWavelets"] = numpy_inputs(lambda x: by_pywavelets(x, level))
+        result["PyWavelets"] = numpy_inputs(lambda x: by_pywavelets(x, level), ONE_THREAD)
     return result
 
 

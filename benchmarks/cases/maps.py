@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import peers
-from ..case import Case, by_triton, numpy_inputs, on, operator_case, random
+from ..case import ONE_THREAD, Case, by_triton, numpy_inputs, on, operator_case, random
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -73,4 +73,4 @@ def _by_scipy():
         score = np.partition(flat, -count, axis=1)[:, -count:].mean(axis=1)
         return torch.from_numpy(maps), torch.from_numpy(score)
 
-    return {"SciPy": numpy_inputs(run)}
+    return {"SciPy": numpy_inputs(run, ONE_THREAD)}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from .. import peers
-from ..case import OURS, Case, Contender
+from ..case import ONE_THREAD, OURS, Case, Contender
 
 THRESHOLDS = 200
 BY_NORMALS = "NumPy, normals sorted alone"
@@ -26,9 +26,9 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
          lambda y, s: sklearn.roc_auc_score(y, s, max_fpr=0.1)),
         ("f1_max", metrics.f1_max, _f1_by_normals, lambda y, s: _f1_from_curve(sklearn, y, s)),
     ):  # fmt: skip
-        contenders = {OURS: Contender(ours), BY_NORMALS: Contender(by_numpy)}
+        contenders = {OURS: Contender(ours), BY_NORMALS: Contender(by_numpy, note=ONE_THREAD)}
         if sklearn:
-            contenders["scikit-learn"] = Contender(by_sklearn)
+            contenders["scikit-learn"] = Contender(by_sklearn, note=ONE_THREAD)
         yield _case(name, n, side, _pixels, _EXACT[name], contenders)
     for n in (100,) if quick else (100, 1000):
         yield _aupro_case(n, side)
@@ -39,20 +39,20 @@ def _aupro_case(n: int, side: int) -> Case:
 
     contenders = {OURS: Contender(metrics.aupro)}
     if n <= LARGEST:
-        contenders[BY_NORMALS] = Contender(_aupro_by_normals)
-        contenders["sort of all pixels"] = Contender(_aupro_by_sort)
-    others = {f"{THRESHOLDS} thresholds": _aupro_by_thresholds}
+        contenders[BY_NORMALS] = Contender(_aupro_by_normals, note=ONE_THREAD)
+        contenders["sort of all pixels"] = Contender(_aupro_by_sort, note=ONE_THREAD)
+    others = {f"{THRESHOLDS} thresholds": (_aupro_by_thresholds, f", {ONE_THREAD}")}
     if anomalib := peers.get("anomalib.metrics"):
-        others["anomalib"] = lambda *pair: _aupro_by_anomalib(anomalib, *pair)
+        others["anomalib"] = (lambda *pair: _aupro_by_anomalib(anomalib, *pair)), ""
     # Both go through all pixels once for every threshold: their time is as the number of maps.
     part = min(1.0, LARGEST / n)
     scaled = f", on {LARGEST} maps, its time times {n / LARGEST:g}" if part < 1 else ""
-    for name, run in others.items():
+    for name, (run, threads) in others.items():
         contenders[name] = Contender(
             lambda masks, maps, run=run: run(masks[:LARGEST], maps[:LARGEST]),
             tolerance=0.02,
             part=part,
-            note=f"approximate{scaled}",
+            note=f"approximate{scaled}{threads}",
         )
     return _case("aupro", n, side, _data, _aupro_by_sort, contenders)
 

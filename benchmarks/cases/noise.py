@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..case import Case, Contender, operator_case
+from ..case import ONE_THREAD, Case, Contender, operator_case
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -39,7 +39,10 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
                     note="another generator, whose numbers depend on what was drawn before",
                 ),
                 "NumPy Philox": Contender(
-                    by_numpy, cpu_only=True, check=_normal, note="another method (ziggurat)"
+                    by_numpy,
+                    cpu_only=True,
+                    check=_normal,
+                    note=f"another method (ziggurat), {ONE_THREAD}",
                 ),
             },
             bytes=4 * numel,

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import torch
 
 from .. import peers
-from ..case import Case, Contender, map_tensors, numpy_inputs, on, operator_case, random
+from ..case import (
+    ONE_THREAD,
+    Case,
+    Contender,
+    map_tensors,
+    numpy_inputs,
+    on,
+    operator_case,
+    random,
+)
 
 
 def cases(device_type: str, quick: bool) -> Iterator[Case]:
@@ -62,7 +71,7 @@ def _forward_peers(wavelet: str, mode: str) -> dict[str, Contender]:
             low, high = pywt.dwt2(x, wavelet, mode=mode)
             return tuple(torch.from_numpy(band) for band in (low, *high))
 
-        result["PyWavelets"] = numpy_inputs(by_pywavelets)
+        result["PyWavelets"] = numpy_inputs(by_pywavelets, ONE_THREAD)
     if ptwt := peers.get("ptwt"):
         # ptwt has no periodization; at even sizes Haar filters never reach over a border.
         border = "zero" if mode == "periodization" else mode
@@ -101,7 +110,7 @@ def _inverse_peers(wavelet: str, mode: str) -> dict[str, Contender]:
 
             return torch.from_numpy(pywt.idwt2((bands[0], bands[1:]), wavelet, mode=mode))
 
-        result["PyWavelets"] = numpy_inputs(by_pywavelets)
+        result["PyWavelets"] = numpy_inputs(by_pywavelets, ONE_THREAD)
     if ptwt := peers.get("ptwt"):
         result["ptwt"] = Contender(lambda low, *high: ptwt.waverec2((low, tuple(high)), wavelet))
     if pytorch_wavelets := peers.get("pytorch_wavelets"):

@@ -8,11 +8,11 @@ import torch
 
 from benchmarks import cases, peers
 from benchmarks.case import OURS, REFERENCE, random
+from benchmarks.cases import attention, training
 from benchmarks.cases import detector as detector_cases
 from benchmarks.cases import metrics as metric_cases
-from benchmarks.cases import training
 from benchmarks.verify import wrong
-from diffad_fast import native
+from diffad_fast import native, reference
 from diffad_fast.ops import dispatch
 
 CPU = torch.device("cpu")
@@ -148,6 +148,31 @@ def test_work_is_counted_of_operators_alone():
     for case in cases.load((*cases.OPERATORS, "training"), "cpu", quick=True):
         assert bool(case.bytes) == (case.operator in dispatch.OPERATORS), case.key
         assert case.bytes or not case.flops, case.key
+
+
+def test_a_unet_with_sdpa_computes_the_same(monkeypatch):
+    gains = [1 + 0.1 * random(2, 4, seed=seed).double() for seed in (1, 2)]
+    qkv = random(3, 2, 2, 8, 6, 4).double()
+    expected = reference.wavelet_attention(*qkv, *gains)
+    torch.testing.assert_close(attention.haar_by_product(*qkv, *gains), expected)
+    calls = []
+
+    def counted(*given):
+        calls.append(given)
+        return attention.haar_by_product(*given)
+
+    monkeypatch.setattr(detector_cases, "haar_by_product", counted)
+    served = dispatch.OPERATORS["wavelet_attention"].implementations
+    usual = dict(served)
+    case = detector_cases.score_case("cpu", "unet-tiny", 1, 32, 1, {})
+    inputs = case.inputs(CPU)
+    with torch.inference_mode():
+        exact = case.exact(inputs)
+        for name, contender in case.contenders.items():
+            calls.clear()
+            assert wrong(case, contender, exact, contender.run(*inputs)) is None, name
+            assert bool(calls) == name.endswith("SDPA"), name
+            assert served == usual
 
 
 def test_a_copy_in_float64_computes_in_float64():
