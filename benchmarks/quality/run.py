@@ -239,17 +239,22 @@ def _variants(
     data = results.data
     trained = {"{}": (detector, seconds)}
     for name, options in args.variant:
-        training = {k: v for k, v in options.items() if k not in SCORING}
+        scoring = {k: v for k, v in options.items() if _shares_training(k, v)}
+        training = {k: v for k, v in options.items() if k not in scoring}
         key = json.dumps(training, sort_keys=True)
         if key not in trained:
             trained[key] = _fit(data, args, seed, training)
         other, seconds = trained[key]
-        scoring = {k: v for k, v in options.items() if k in SCORING}
         with _scored_by(other, data, scoring):
             results.measure(name, other, seconds)
             if args.robustness:
                 found = _shifted(other, data, results.rows)
                 results.robustness.setdefault(name, []).append(found)
+
+
+def _shares_training(option: str, value: object) -> bool:
+    """Without the semantic distance a detector trains the same, and fits what weighs nothing."""
+    return option in SCORING or (option == "semantic_weight" and value == 0)
 
 
 def _score(distance: np.ndarray, maps: np.ndarray | None = None) -> Score:

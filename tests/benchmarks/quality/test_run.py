@@ -33,6 +33,25 @@ def test_a_variant_of_the_score_is_what_a_fit_with_it_gives():
     assert np.array_equal(detector.score(data.test).score, usual)
 
 
+def test_a_table_without_the_semantic_distance_trains_no_more(monkeypatch):
+    rows = np.random.default_rng(0).standard_normal((140, 3)).astype(np.float32)
+    # So many that eight give the statistics: of fewer, maps lend each other their deviations.
+    data = DataSet("rows", "vector", rows[:120], rows[120:], np.arange(20) % 2, np.full(20, "dev"))
+    without = {"semantic_weight": 0}
+    args = SimpleNamespace(
+        preset="fast", options={"train_steps": 2}, device="cpu", robustness=False,
+        variant=[("without", without)],
+    )  # fmt: skip
+    detector, seconds = quality._fit(data, args, 0, {})
+    expected = quality._fit(data, args, 0, without)[0].score(data.test).score
+    results = quality._Results(data, "dev")
+    monkeypatch.setattr(quality, "_fit", None)
+    quality._variants(results, detector, seconds, args, 0)
+    (found,) = results.scores["without"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(found, detector.score(data.test).score, atol=1e-2)
+
+
 def test_what_was_hidden_in_the_training_is_no_test(monkeypatch):
     # 60 training images and 60 test images of 20 objects, each of the value of its row; the test's
     # labels go round, so that an object has both kinds.
