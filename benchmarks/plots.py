@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -176,7 +177,8 @@ def quality(result: dict):
         edge = max(map(np.mean, aurocs.values())) - LOWEST
         for i, (method, values) in enumerate(aurocs.items()):
             time = float(np.median([cost["latency_ms"] for cost in one["costs"][method]]))
-            mean, spread = np.mean(values), np.std(values)
+            mean = statistics.mean(values)
+            spread = statistics.stdev(values) if len(values) > 1 else 0  # as in the tables
             below = mean < edge
             axes.errorbar(
                 time, max(mean, edge), 0 if below else spread, label=f"{method}: {mean:.1f}",
