@@ -88,10 +88,11 @@ def _speed(suite: str, result: dict) -> list[str]:
         )
     head = ["case", *tables.BASELINES.values(), "fastest peer"]
     quick = ", a quick run" if result["quick"] else ""
+    alone = f" {tables.ALONE}" if suite == "cpu" else ""
     text = (
         f"**{TITLES[suite]}**{quick}: time of the other / time of ours, in float32 unless a "
-        "case says otherwise. **Bold** is a loss, *italic* a difference within the noise. "
-        f"{tables.machine_line(result)}."
+        "case says otherwise. **Bold** is a loss, *italic* a difference within the noise."
+        f"{alone} {tables.machine_line(result)}."
     )
     return [text, "\n".join(grid(head, rows)), _losses(result)]
 

@@ -118,6 +118,8 @@ def _reached(goal: bool) -> str:
     return "reached" if goal else "missed"
 
 
+# Those whose contenders have the note ONE_THREAD: results from before it have none.
+ALONE = "PyWavelets, SciPy and NumPy run on one thread."
 EXPLANATION = (
     "Ours: median milliseconds (20th to 80th percentile). Share: of our time, what the machine "
     "takes in the same run to copy as many bytes (memory), or for as many FLOPs in torch's matrix "
@@ -128,7 +130,7 @@ EXPLANATION = (
     "loss, to another backend, dtype or call of our own where the name begins with diffad_fast, "
     "*even* is an interval that holds 1. All in float32, unless a name or the list of every "
     "contender says otherwise, with TF32 off, and checked against the float64 reference, unless a "
-    "note tells of another function, generator or method."
+    f"note tells of another function, generator or method. {ALONE}"
 )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from diffad_fast.scoring.semantic import LARGEST_SAMPLE
+
 from ..case import OURS
 from ..grid import grid
 from ..stats import compared
@@ -41,7 +43,7 @@ def summary(result: dict) -> str:
     title = "Robustness" if _robust(result) else "Ablation" if result["variants"] else "Detection"
     controls = (
         " Gaussian, PCA residual and kNN are closed forms on the same tokens, through the same "
-        "fusion and calibration."
+        f"fusion and calibration; kNN keeps at most {LARGEST_SAMPLE:,} of each source, at random."
     )
     if any(NEAREST in one["runs"] for one in result["sets"]):
         controls += (
