@@ -19,7 +19,8 @@ class Conformal:
     and p, in which that group counts whole, is at least this mean's tail.
 
     scores: (n,) of normals that neither the model nor the statistics have seen: then p is valid
-    for a sample of a new group, p <= u with a probability of at most u for u in [0, 1]. Or each by
+    for a sample of a new group like these, p <= u with a probability of at most u for u in [0, 1].
+    Groups too large for the held-out parts are not among them (``split_by_group``). Or each by
     a model that has not seen it while the one in use has seen all (after the cross-conformal
     predictors of Vovk 2015): then p is as good as the models are alike, without a guarantee.
     group: (n,) integers, the object of each score; None: each has its own. With fewer than 20
