@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import cases, peers
-from benchmarks.case import OURS, REFERENCE, random
+from benchmarks.case import ONE_THREAD, OURS, REFERENCE, random
 from benchmarks.cases import attention, training
 from benchmarks.cases import detector as detector_cases
 from benchmarks.cases import metrics as metric_cases
@@ -148,6 +148,18 @@ def test_work_is_counted_of_operators_alone():
     for case in cases.load((*cases.OPERATORS, "training"), "cpu", quick=True):
         assert bool(case.bytes) == (case.operator in dispatch.OPERATORS), case.key
         assert case.bytes or not case.flops, case.key
+
+
+def test_peers_on_one_thread_say_so():
+    alone = {"PyWavelets", "SciPy", "NumPy Philox", metric_cases.BY_NORMALS}
+    found = set()
+    families = ("haar", "wavelet", "noise", "energies", "maps", "metrics")
+    for case in cases.load(families, "cpu", quick=False):
+        for name in alone & set(case.contenders):
+            assert ONE_THREAD in case.contenders[name].note, (case.key, name)
+            found.add(name)
+    absent = {name.lower() for name in peers.absent()}
+    assert {name for name in alone - found if name.lower() not in absent} == set()
 
 
 def test_a_unet_with_sdpa_computes_the_same(monkeypatch):
