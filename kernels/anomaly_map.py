@@ -37,6 +37,7 @@ def _cosines(f, f_hat, result, pixels: tl.int64, CHANNELS_LAST: tl.constexpr,
              CHANNELS: tl.constexpr, EPS: tl.constexpr,
              BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """1 - cosine over channels of BLOCK_P pixels of a dense image -> (N, pixels)."""
+    pixels = tl.cast(pixels, tl.int64)
     program = tl.program_id(0)
     blocks = tl.cdiv(pixels, BLOCK_P)
     n = (program // blocks).to(tl.int64)
@@ -129,6 +130,9 @@ def _weighted(x, x_hat, cosines0, cosines1, cosines2, cosines3, mean0, mean1, me
               KIND1: tl.constexpr, KIND2: tl.constexpr,
               BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):  # fmt: skip
     """The weighted sum of the standardised maps, and of base, for one tile of an image."""
+    weight0, weight1 = tl.cast(weight0, tl.float32), tl.cast(weight1, tl.float32)
+    weight2 = tl.cast(weight2, tl.float32)
+    height, width = tl.cast(height, tl.int64), tl.cast(width, tl.int64)
     program = tl.program_id(0)
     across = tl.cdiv(width, BLOCK_W)
     tiles = tl.cdiv(height, BLOCK_H) * across
@@ -214,6 +218,9 @@ def _gaussian(distance, radius, minus_half_by_variance, norm):
 def _blur(x, result, height: tl.int64, width: tl.int64, radius, minus_half_by_variance, norm,
           ALONG_ROWS: tl.constexpr, SIDE: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """A tile of SIDE x SIDE outputs of the Gaussian along one axis."""
+    minus_half_by_variance = tl.cast(minus_half_by_variance, tl.float32)
+    norm = tl.cast(norm, tl.float32)
+    height, width = tl.cast(height, tl.int64), tl.cast(width, tl.int64)
     program = tl.program_id(0)
     across = tl.cdiv(width, SIDE)
     tiles = tl.cdiv(height, SIDE) * across

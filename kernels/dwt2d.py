@@ -101,6 +101,8 @@ def _analyse(x, filters, a, h, v, d, images: tl.int64, height, width, rows: tl.i
              columns: tl.int64, x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
              share: tl.int32, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
              LENGTH: tl.constexpr, BORDER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    images, x_w = tl.cast(images, tl.int64), tl.cast(x_w, tl.int64)
+    rows, columns = tl.cast(rows, tl.int64), tl.cast(columns, tl.int64)
     n, channel, column, real, first = _lanes(columns, images, share, CHANNELS, CHANNELS_LAST, BLOCK)
     BEFORE: tl.constexpr = LENGTH // 2 - 1 if BORDER == 5 or BORDER == 9 else LENGTH - 2
     x += n * x_n + channel * x_c
@@ -157,6 +159,8 @@ def _synthesise(a, h, v, d, filters, x, images: tl.int64, height: tl.int64, widt
                 LENGTH: tl.constexpr, BEFORE: tl.constexpr, WRAP: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     """x[e] for e = 0 .. height - 1, in the equation's terms with BEFORE for B. share is even."""
+    images, c_w = tl.cast(images, tl.int64), tl.cast(c_w, tl.int64)
+    height, width = tl.cast(height, tl.int64), tl.cast(width, tl.int64)
     n, channel, column, real, first = _lanes(width, images, share, CHANNELS, CHANNELS_LAST, BLOCK)
     HALF: tl.constexpr = LENGTH // 2
     # t = e + BEFORE - 2 o = parity + 2 j at the coefficient o = (e + BEFORE) // 2 - j.

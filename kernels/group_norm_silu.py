@@ -123,6 +123,7 @@ def _moments(x, partial, pixels: tl.int64, chunk: tl.int64,
              BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr,
              SPLITS: tl.constexpr):  # fmt: skip
     """Mean and M2 of each of BLOCK_G groups over a chunk of pixels."""
+    pixels, chunk = tl.cast(pixels, tl.int64), tl.cast(chunk, tl.int64)
     splits = tl.cdiv(pixels, chunk)
     n, split, first_group = _program(splits, NUM_GROUPS, BLOCK_G)
     x += n * pixels * (NUM_GROUPS * GROUP_SIZE)
@@ -161,6 +162,7 @@ def _normalise(x, y, partial, statistics, weight, bias, scale, shift,
                BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr,
                RESIDENT: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """One tile of y; mean and 1 / deviation of its groups -> statistics (N,2,G)."""
+    pixels, chunk = tl.cast(pixels, tl.int64), tl.cast(chunk, tl.int64)
     n, block, first_group = _program(tl.cdiv(pixels, BLOCK_P), NUM_GROUPS, BLOCK_G)
     image = n * pixels * (NUM_GROUPS * GROUP_SIZE)
     channel, exists, base, offset, mask = _tile(
@@ -223,6 +225,7 @@ def _gradient_sums(dy, x, statistics, sums, partial, weight, bias, scale, shift,
                    GROUP_SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
                    BLOCK_J: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """S0 and S1 over a chunk of pixels -> sums (N, splits, 2, C), and sum_c a S0, sum_c a S1."""
+    pixels, chunk = tl.cast(pixels, tl.int64), tl.cast(chunk, tl.int64)
     splits = tl.cdiv(pixels, chunk)
     n, split, first_group = _program(splits, NUM_GROUPS, BLOCK_G)
     CHANNELS: tl.constexpr = NUM_GROUPS * GROUP_SIZE
@@ -264,6 +267,7 @@ def _gradient(dy, x, dx, statistics, sums, partial, weight, bias, scale, shift,
               BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr,
               RESIDENT: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """One tile of dx; where a program holds the whole group, its S0 and S1 too."""
+    pixels, chunk = tl.cast(pixels, tl.int64), tl.cast(chunk, tl.int64)
     n, block, first_group = _program(tl.cdiv(pixels, BLOCK_P), NUM_GROUPS, BLOCK_G)
     CHANNELS: tl.constexpr = NUM_GROUPS * GROUP_SIZE
     image = n * pixels * CHANNELS
@@ -301,6 +305,7 @@ def _parameter_gradients(sums, weight, bias, scale, scale_n: tl.int64, dweight, 
                          SHIFT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
                          BLOCK_C: tl.constexpr):  # fmt: skip
     """Gradients of BLOCK_C channels' parameters from sums (N, splits, 2, C)."""
+    samples = tl.cast(samples, tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = c < CHANNELS
     s = tl.arange(0, BLOCK_S)[None, :, None]

@@ -51,6 +51,7 @@ def _square_sums(prediction, target, sums, samples: tl.int64, size: tl.int64, ch
 def _merge(sums, weight, errors, loss, samples: tl.int64, size: tl.int64, splits,
            SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Mean squared error of every sample and the weighted mean of these; one program."""
+    samples = tl.cast(samples, tl.int64)
     s = tl.arange(0, SPLITS)[None, :]
     total = tl.zeros((BLOCK_N,), sums.dtype.element_ty)
     for start in range(0, samples, BLOCK_N):

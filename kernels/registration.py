@@ -13,6 +13,10 @@ repeat bit for bit from process to process. Then Triton's autotuner tries all of
 set of constants and dtypes, not for every size H, W or N, and the times are kept in Triton's
 cache folder (``TRITON_CACHE_DIR``), a file for each kernel, its source, constants, dtypes,
 configurations, GPU architecture and version of Triton.
+
+**Scalars.** torch.compile declares numbers in its own way: a Python float as float64, where a plain
+launch makes it a float32, and an integer that fits into 32 bits as one of these, whatever a
+kernel annotates. Each kernel casts what it computes with (``tl.cast``: a 1 has no methods).
 """
 
 from __future__ import annotations

@@ -297,6 +297,7 @@ def _forward(
     D: tl.constexpr, DP: tl.constexpr, LEVEL: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    scale = tl.cast(scale, tl.float32)
     CHANNELS: tl.constexpr = DP << (2 * LEVEL)
     tokens = (H >> LEVEL) * (W >> LEVEL)
     tiles = tl.cdiv(tokens, BLOCK_M)
@@ -372,6 +373,7 @@ def _backward_queries(
 ):  # fmt: skip
     """dq, delta_i = <u_i, M_g do_i> for the other kernel, and the partial sums of the gradients
     of the gains, one for each position in a block."""
+    scale = tl.cast(scale, tl.float32)
     tokens = (H >> LEVEL) * (W >> LEVEL)
     tiles = tl.cdiv(tokens, BLOCK_M)
     image = tl.program_id(0) // tiles
@@ -443,6 +445,7 @@ def _backward_keys(
     WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, over all queries, BLOCK_M at a time."""
+    scale = tl.cast(scale, tl.float32)
     CHANNELS: tl.constexpr = DP << (2 * LEVEL)
     tokens = (H >> LEVEL) * (W >> LEVEL)
     tiles = tl.cdiv(tokens, BLOCK_N)

@@ -284,6 +284,52 @@ for module in pkgutil.iter_modules(diffad_fast.kernels.__path__):
     assert len(run(code).split()) > 10
 
 
+def test_numbers_as_torch_compile_declares_them_change_no_dtype():
+    """Floats of 64 bits and integers of 32, whatever a kernel annotates."""
+    code = """
+import importlib, pkgutil, re
+from collections import Counter
+import diffad_fast.kernels
+from triton.backends.compiler import GPUTarget
+from triton._C.libtriton import ir
+
+target = GPUTarget("cuda", 90, 32)
+backend = triton.compiler.compiler.make_backend(target)
+
+def ttir(source, options, types):
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source = triton.compiler.ASTSource(source.fn, types, source.constants, source.attrs)
+    options = backend.parse_options(options)
+    functions = backend.get_codegen_implementation(options), backend.get_module_map()
+    return str(source.make_ir(target, options, *functions, context))
+
+def products(text):
+    return Counter(re.findall(r"arith.muli .* : (\\S+)", text))
+
+variants = {}  # the last one for each set of a kernel's switches
+for module in pkgutil.iter_modules(diffad_fast.kernels.__path__):
+    module = importlib.import_module(f"diffad_fast.kernels.{module.name}")
+    for name, make in getattr(module, "COMPILE", {}).items():
+        source, options = make(90)
+        switches = (c for c in source.constants.values() if c is None or isinstance(c, bool))
+        variants[source.fn, *switches] = name, source, options
+for name, source, options in variants.values():
+    types = {k: "*fp32" if t == "*fp64" else t for k, t in source.signature.items()}
+    declared = {k: {"fp32": "fp64", "i64": "i32"}.get(t, t) for k, t in types.items()}
+    if declared == types:
+        continue
+    compiled = ttir(source, options, declared)
+    assert "xf64" not in compiled, name
+    if "i64" in types.values():
+        found, wanted = products(compiled), products(ttir(source, options, types))
+        assert found == wanted, (name, found, wanted)
+    print(source.fn.__name__)
+"""
+    assert len(run(code).split()) > 10
+
+
 def names_of(call) -> set[str]:
     """The operators that PyTorch's dispatcher sees during ``call``."""
     with torch.autograd.profiler.profile() as profile:
