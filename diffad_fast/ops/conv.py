@@ -76,7 +76,7 @@ def _served(x, given):
 def _is_mixed(x):
     """Is autocast on, where there is one?"""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in reference.modes.DEVICES and torch.is_autocast_enabled(device)
 
 
 def has_whole_blocks(weight):
