@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffad_fast.diffusion.graphs import recover
+from diffad_fast.diffusion.graphs import capturing
 
 from . import ceilings, counting, machine, stats
 from .case import OURS, REFERENCE, Case, Contender, map_tensors
@@ -233,16 +233,11 @@ def _captured(run: Callable) -> Callable:
         if not replays:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            # Also around the capture, which leaves its stream in use where it fails.
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.stream(stream):
                 run(*inputs)  # compiles and loads what a capture must not
-                graph = torch.cuda.CUDAGraph()
-                try:
-                    with torch.cuda.graph(graph, stream=stream):
-                        output = run(*inputs)
-                except Exception:
-                    recover(stream.device)
-                    raise
+            with capturing(graph, stream):
+                output = run(*inputs)
             torch.cuda.current_stream().wait_stream(stream)
             replays.append((graph, output))
         graph, output = replays[0]

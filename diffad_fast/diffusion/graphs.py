@@ -6,8 +6,8 @@ import statistics
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
@@ -19,6 +19,10 @@ from .. import ops
 # One capture at a time in a process: its beginning synchronises the device, which another one that
 # is under way does not survive. A signal's handler may begin one while its thread prepares another.
 CAPTURING = threading.RLock()
+
+# Does PyTorch keep the memory of a capture that failed? To give it back twice would be an error in
+# each later call that frees memory; AMD's builds of old versions give it back themselves.
+KEEPS_FAILED = torch.__version__ < "2.13.1" and torch.version.hip is None
 
 # Calls by which a graph has to be used again, or it makes room for another: a capture takes as long
 # as some nine of them.
@@ -150,7 +154,6 @@ class Graphed:
         try:
             captured = CapturedCall(self.function, x)
         except Exception as error:
-            recover(x.device)
             warnings.warn(
                 f"scoring runs without a CUDA graph, its capture failed: {error}",
                 RuntimeWarning,
@@ -187,9 +190,7 @@ class CapturedCall:
                     for _ in range(2):  # libraries load their kernels and choose among them
                         function(self._input)
                     self._graph = torch.cuda.CUDAGraph()
-                    mode = {"stream": side, "capture_error_mode": "thread_local"}
-                    # Other threads may use the device meanwhile.
-                    with torch.cuda.graph(self._graph, **mode):
+                    with capturing(self._graph, side):
                         self._output = function(self._input)
             finally:
                 current.wait_stream(side)  # before the memory of what failed is given away
@@ -208,16 +209,46 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def recover(device: torch.device) -> None:
-    """After a capture that failed: by its headers PyTorch 2.11 leaves its generator of random
-    numbers marked as under capture, where it refuses to draw, until another one has ended."""
-    with suppress(Exception), CAPTURING, torch.cuda.device(device):
-        side, graph = _side_stream(device), torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.stream(side),
-            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
-        ):
-            torch.zeros(1, device=device)
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Captures the block on ``stream`` into ``graph``; other threads may use the device meanwhile.
+    An error of the block or of the capture leaves PyTorch as it was before."""
+    pool = torch.cuda.graph_pool_handle()
+    mode = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+    try:
+        # A capture that fails leaves its stream the current one: the outer block does not.
+        with CAPTURING, torch.cuda.stream(stream), torch.cuda.graph(graph, **mode):
+            yield
+    except Exception:
+        _recover(graph, pool, stream.device)
+        raise
+
+
+def _recover(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: torch.device) -> None:
+    """After a capture that failed, do what PyTorch does not: until 2.13 it takes the capture to go
+    on, gives no cached memory back and, by its headers, draws no random numbers until another one
+    has ended; 2.13.0 still keeps the capture's memory."""
+    with CAPTURING, torch.cuda.device(device):
+        index = torch.cuda.current_device()
+        with suppress(Exception):  # if it has ended
+            torch._C._cuda_endAllocateToPool(index, pool)
+        if KEEPS_FAILED and not _ended(graph):
+            with suppress(Exception):  # if it never began
+                torch._C._cuda_releasePool(index, pool)
+        with suppress(Exception):
+            side, another = _side_stream(device), torch.cuda.CUDAGraph()
+            mode = {"stream": side, "capture_error_mode": "thread_local"}
+            with torch.cuda.stream(side), torch.cuda.graph(another, **mode):
+                torch.zeros(1, device=device)
+
+
+def _ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Was it captured, and only what came then failed? Such a graph gives back its own memory."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
 
 
 def elapsed(call: Callable, x: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from ..diffusion.graphs import CAPTURING, recover
+from ..diffusion.graphs import capturing
 
 WARM_UP = 3  # steps, which libraries use to load kernels and choose among them
 
@@ -53,14 +53,10 @@ class CapturedStep:
         """Computes nothing: the step itself is the first replay."""
         self._inputs = [t.to(self._device) for t in inputs]
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a loader that pins memory, may use the device meanwhile.
-        mode = {"stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            # A capture that fails leaves its stream the current one: the outer block does not.
-            with CAPTURING, torch.cuda.stream(self._stream), torch.cuda.graph(graph, **mode):
+            with capturing(graph, self._stream):
                 self._result = self._step(*self._inputs)
         except Exception as error:
-            recover(self._device)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             warnings.warn(

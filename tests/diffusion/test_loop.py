@@ -1,13 +1,16 @@
 """Analytic checks of the whole forward, reverse and inverse process: for Gaussian data the best
 denoiser is known in closed form, and deterministic DDIM is linear in its input."""
 
+import contextlib
 import copy
+import gc
 import math
 import pickle
 import signal
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -503,14 +506,64 @@ def test_a_failed_capture_says_so_once_and_runs_eagerly(captures, monkeypatch):
         assert graph_of(run, x) is None
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_pytorch_keeps_of_a_failed_capture_is_given_back_once(keeps, ended, monkeypatch):
+    """A graph that ended gives its memory back itself, as others do in later versions."""
+    calls = []
+
+    class Graph:
+        def pool(self):
+            if not ended:
+                raise RuntimeError("without a preceding successful capture")
+
+    @contextlib.contextmanager
+    def graph(recorded, **mode):
+        calls.append(("capture", mode.get("pool")))
+        yield
+
+    def end(*of):
+        calls.append(("end", of))
+        raise RuntimeError("not currently recording to mempool_id")  # as where it has ended
+
+    cuda = SimpleNamespace(
+        Stream=lambda device: SimpleNamespace(device=device),
+        stream=contextlib.nullcontext,
+        device=contextlib.nullcontext,
+        current_device=lambda: 2,
+        graph_pool_handle=lambda: (0, 7),
+        graph=graph,
+        CUDAGraph=Graph,
+    )
+    device = torch.device("cpu")
+    monkeypatch.setattr(graphs, "KEEPS_FAILED", keeps)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_releasePool", lambda *of: calls.append(("release", of)), raising=False
+    )
+    monkeypatch.setattr(graphs, "_side_stream", cuda.Stream)
+    with pytest.raises(ZeroDivisionError), graphs.capturing(Graph(), cuda.Stream(device)):
+        _ = 1 / 0
+    release = [("release", (2, (0, 7)))] if keeps and not ended else []
+    assert calls == [("capture", (0, 7)), ("end", (2, (0, 7))), *release, ("capture", None)]
+
+
 @pytest.mark.gpu
-def test_random_numbers_after_a_failed_capture():
-    x = torch.ones(4, device="cuda")
-    graphed = graphs.Graphed(lambda x: x + x.sum().item(), [])
-    graphed(x)
+def test_after_a_failed_capture():
+    """Random numbers are drawn, and what the capture took is given back."""
+    x = torch.ones(1 << 20, device="cuda")
+    graphed = graphs.Graphed(lambda x: x + x.repeat(64).sum().item(), [])
+    expected = graphed(x)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
     with pytest.warns(RuntimeWarning, match="capture failed"):
-        assert torch.equal(graphed(x), x + 4)
+        assert torch.equal(graphed(x), expected)
     assert torch.randn(9, device="cuda").isfinite().all()
+    gc.collect()
+    torch.cuda.empty_cache()
+    # Less than the 256 MiB that were repeated: what is kept are small blocks.
+    assert torch.cuda.memory_reserved() - before < 64 << 20
 
 
 @pytest.fixture

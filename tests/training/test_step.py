@@ -7,13 +7,14 @@ import pytest
 import torch
 import training_worker as worker
 
+from diffad_fast.diffusion import graphs
 from diffad_fast.training import step as step_module
 from diffad_fast.training.step import WARM_UP, CapturedStep
 
 
 class Stream:
     def __init__(self, device=None):
-        self.waited_for = []
+        self.device, self.waited_for = device, []
 
     def wait_stream(self, other):
         self.waited_for.append(other)
@@ -35,9 +36,9 @@ def test_runs_eagerly_then_replays_on_the_newest_inputs(monkeypatch):
             events.append(("replay", captured._inputs[0].tolist()))
 
     @contextmanager
-    def graph(recorded, stream, capture_error_mode):
+    def graph(recorded, pool, stream, capture_error_mode):
         assert isinstance(recorded, Graph) and stream is captured._stream
-        assert capture_error_mode == "thread_local"
+        assert capture_error_mode == "thread_local" and pool == (0, 1)
         events.append("capture")
         yield
 
@@ -50,7 +51,7 @@ def test_runs_eagerly_then_replays_on_the_newest_inputs(monkeypatch):
         step_module.torch, "cuda",
         SimpleNamespace(
             Stream=Stream, current_stream=lambda device: current, stream=on, graph=graph,
-            CUDAGraph=Graph,
+            CUDAGraph=Graph, graph_pool_handle=lambda: (0, 1),
         ),
     )  # fmt: skip
     captured = CapturedStep(lambda x: (events.append("step"), x)[1], torch.device("cpu"))
@@ -72,7 +73,7 @@ def test_a_capture_that_fails(error, monkeypatch):
     streams, recovered, captures = [], [], []
 
     @contextmanager
-    def graph(recorded, stream, capture_error_mode):
+    def graph(recorded, pool, stream, capture_error_mode):
         captures.append(list(streams))
         yield
         raise error
@@ -87,10 +88,10 @@ def test_a_capture_that_fails(error, monkeypatch):
         step_module.torch, "cuda",
         SimpleNamespace(
             Stream=Stream, current_stream=lambda device: Stream(), stream=on, graph=graph,
-            CUDAGraph=object,
+            CUDAGraph=object, graph_pool_handle=lambda: (0, 1),
         ),
     )  # fmt: skip
-    monkeypatch.setattr(step_module, "recover", recovered.append)
+    monkeypatch.setattr(graphs, "_recover", lambda graph, *of: recovered.append(of))
     captured = CapturedStep(lambda x: 2 * x, torch.device("cpu"))
     x = torch.ones(2)
     for _ in range(WARM_UP):
@@ -103,7 +104,7 @@ def test_a_capture_that_fails(error, monkeypatch):
             assert torch.equal(captured(x), 2 * x)
         assert torch.equal(captured(3 * x), 6 * x)
     # Within a block that puts the stream back, which a failed capture does not.
-    assert captures == [[captured._stream]] and recovered == [torch.device("cpu")]
+    assert captures == [[captured._stream]] and recovered == [((0, 1), torch.device("cpu"))]
 
 
 @pytest.mark.gpu
