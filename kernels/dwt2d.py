@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..ops.layout import empty_4d, is_channels_last
 from ..reference import wavelet as rules
+from ..reference.modes import in_own_dtypes
 from .registration import cdiv, launch, operator, source, wide, widened
 
 LONGEST = 16
@@ -318,6 +319,7 @@ def _like(y: Tensor, a: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+@in_own_dtypes
 def _fold(x: Tensor, axis: int, before: int, n: int, mode: str) -> Tensor:
     """Adjoint of extending ``n`` samples along ``axis`` by ``before`` and as many as there are."""
     after = x.shape[axis] - before - n
