@@ -1,5 +1,9 @@
 """The detector on a GPU, or with CUDA's operators on the CPU, agrees with the one on the CPU."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +52,28 @@ def test_scores_agree_with_the_cpu(fitted, cuda, monkeypatch, mode):
     scores, maps = (1e-3, 1e-2) if cuda == "cuda" else (1e-6, 1e-5)
     np.testing.assert_allclose(found.score, on_cpu[mode].score, rtol=scores)
     np.testing.assert_allclose(found.map, on_cpu[mode].map, rtol=maps, atol=maps)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_detectors_score_at_once(fitted, device):
+    """In threads, on a GPU on a stream each: what each gives alone."""
+    path, _ = fitted
+    given = images(9, 1), images(6, 2)
+    alone = [daf.load(path, device=device).score(x) for x in given]
+    together = threading.Barrier(2)
+
+    def score(x):
+        detector = daf.load(path, device=device)
+        on_gpu = device == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
+            together.wait(60)
+            return [detector.score(x) for _ in range(4)]  # the second captures a graph
+
+    with ThreadPoolExecutor(2) as pool:
+        for expected, found in zip(alone, pool.map(score, given), strict=True):
+            for again in found:
+                np.testing.assert_array_equal(again.score, expected.score)
+                np.testing.assert_array_equal(again.map, expected.map)
 
 
 @pytest.mark.gpu

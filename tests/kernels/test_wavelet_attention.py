@@ -311,15 +311,33 @@ def unet():
     return net, x, torch.linspace(-2, 1, 2, device="cuda")
 
 
+def everywhere(run):
+    """What ``run`` gives on the current stream, on another one and as a CUDA graph."""
+    first = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        beside = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    return first, beside, captured
+
+
 @pytest.mark.gpu
 def test_unet_compiles_and_agrees():
     net, x, sigma = unet()
     with torch.autocast("cuda", torch.bfloat16), daf.use_backend("auto"):
         eager = net(x, sigma)
-        compiled = torch.compile(net, fullgraph=True)(x, sigma)
+        run = torch.compile(net, fullgraph=True)
+        compiled, beside, captured = everywhere(lambda: run(x, sigma))
         with daf.use_backend("reference"):
             plain = net(x, sigma)
         compiled.float().square().sum().backward()
+    assert torch.equal(beside, compiled) and torch.equal(captured, compiled)
     torch.testing.assert_close(compiled, eager, rtol=0, atol=0.05 * eager.abs().max().item())
     torch.testing.assert_close(plain, eager, rtol=0, atol=0.05 * eager.abs().max().item())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
@@ -341,18 +359,7 @@ def test_side_stream_graph_and_repeats():
         out = ops.wavelet_attention(*inputs, gain, gain)
         return [out, *torch.autograd.grad(out, (*inputs, gain), out.detach())]
 
-    first = run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        beside = run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    graph.replay()
-    torch.cuda.synchronize()
-    for x, y, z in zip(first, beside, captured, strict=True):
+    for x, y, z in zip(*everywhere(run), strict=True):
         assert torch.equal(x, y) and torch.equal(x, z)
 
 
