@@ -16,7 +16,9 @@ configurations, GPU architecture and version of Triton.
 
 **Scalars.** torch.compile declares numbers in its own way: a Python float as float64, where a plain
 launch makes it a float32, and an integer that fits into 32 bits as one of these, whatever a
-kernel annotates. Each kernel casts what it computes with (``tl.cast``: a 1 has no methods).
+kernel annotates. Each kernel casts what it computes with (``tl.cast``: a 1 has no methods). Triton
+compiles a kernel anew where an integer that it does not name in ``do_not_specialize`` comes to be 1
+or a multiple of 16, or is one no longer.
 """
 
 from __future__ import annotations

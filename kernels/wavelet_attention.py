@@ -749,8 +749,9 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
     return wavelet_attention_forward(q, k, v, logit_gain, value_gain, level, float(scale), save)[0]
 
 
-def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool, whole: bool):
-    """A kernel of a training step as :func:`_launch` would have it compiled, for COMPILE."""
+def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains=True, whole=True, keeps=True):
+    """A kernel as :func:`_launch` would have it compiled, for COMPILE: of a training step or, where
+    nothing is kept for one, of inference."""
     of_dtype = ("q", "k", "v", "out", "mixed", "grad", "dq", "dk", "dv")
     of_gains = ("logit_gain", "value_gain", "logit_parts", "value_parts")
     types = dict.fromkeys(SIZES, "i32") | {"scale": "fp32"}
@@ -763,6 +764,8 @@ def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool, whole:
         constants |= dict.fromkeys(of_gains)
         if kernel is _forward:
             constants["mixed"] = None
+    if not keeps:
+        constants |= {"mixed": None, "lse": None}
     names = set(kernel.arg_names)
     types = {k: t for k, t in types.items() if k in names - set(constants)}
     constants = {k: c for k, c in constants.items() if k in names}
@@ -778,15 +781,19 @@ def _variant(kernel, d: int, level: int, dtype: torch.dtype, gains: bool, whole:
 
 COMPILE = {
     f"{kernel.__name__[1:]}, level {level}, d {d}, {DTYPES[dtype]}{note}": _variant(
-        kernel, d, level, dtype, "no gains" not in note, "cut tiles" not in note
+        kernel, d, level, dtype, "no gains" not in note, "cut tiles" not in note,
+        "inference" not in note,
     )
     for level, d, dtype, note in (
         (1, 64, torch.bfloat16, ""),
         (1, 64, torch.bfloat16, ", no gains"),
         (1, 64, torch.bfloat16, ", cut tiles"),
+        (1, 64, torch.bfloat16, ", inference"),
+        (1, 64, torch.float16, ""),
         (1, 32, torch.bfloat16, ""),
         (2, 32, torch.bfloat16, ""),
         (1, 32, torch.float32, ""),
     )
     for kernel in (_forward, _backward_queries, _backward_keys)
+    if kernel is _forward or (note != ", inference" and dtype != torch.float16)
 }

@@ -109,7 +109,8 @@ class ReverseLoop:
         levels = self.denoiser.conditioning(log_sigma) if apart else log_sigma
         denoise = self.denoiser.denoise if apart else self.denoiser
         guide = guide if self.guidance > 0 else None
-        # In one kernel a step: the state, the network's next input, and the counter moved on.
+        # In one kernel a step: the state, the network's next input, and the counter moved on, which
+        # kernels read without a check: its first number has to be that of a row of the table.
         # It writes in place, which autograd does not see.
         fused = table is not None and not torch.is_grad_enabled() and _is_state_of_the_kernels(x_t)
         counter = torch.zeros(2, dtype=torch.int32, device=x_t.device) if fused else None
