@@ -27,8 +27,8 @@ STABLE_TORCH_LIBRARY(diffad_fast, m) {
       "noise, Tensor? guide, float number_t, float number_s, int prediction, float eta, float "
       "guidance, float clip, float ratio, float largest, bool recompute_epsilon) -> Tensor");
   m.def(
-      "ddim_table(Tensor alphas, int prediction, float eta, float guidance, float clip) -> "
-      "Tensor");
+      "ddim_table(Tensor alphas, int prediction, float eta, float guidance, float clip, bool "
+      "recompute_epsilon) -> Tensor");
   m.def(
       "dwt2d(Tensor x, Tensor filters, int border, SymInt rows, SymInt columns) -> (Tensor, "
       "Tensor, Tensor, Tensor)");

@@ -177,7 +177,7 @@ class DetectorConfig:
     """T, the length of the schedule, at most a million."""
     prediction_type: str = "v_prediction"
     """What the denoiser says: `epsilon`, `sample` or `v_prediction`. The token MLP takes this one
-    alone, and its loop has neither `eta` nor `clip` nor `guidance`."""
+    alone, and its loop has no `eta`, `clip`, `dynamic_threshold` or `guidance`."""
 
     # Inference
     mode: str | None = None
@@ -198,6 +198,11 @@ class DetectorConfig:
     """0: deterministic DDIM; 1: as noisy as DDPM."""
     clip: float | None = None
     """Clamp the predicted clean representation to this many standard deviations."""
+    dynamic_threshold: tuple[float, float] | None = None
+    """(ratio, max), in place of `clip`: clamp it to its own quantile `ratio` of magnitudes, within
+    1 and `max`, and divide by that (Imagen's dynamic thresholding)."""
+    use_clipped_model_output: bool = False
+    """Compute the noise again from the clamped representation."""
     guidance: float = 0.0
     """Weight of the pull towards the input (DDAD)."""
     inference_dtype: str = "auto"
@@ -328,6 +333,8 @@ class DetectorConfig:
                 self._set(name, (getattr(self, name),))
         for name in _LISTS:
             value = getattr(self, name)
+            if value is None and _DEFAULTS[name] is None:
+                continue
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise InputError(f"{name} must be a list, not {value!r}")
             self._set(name, tuple(v.item() if isinstance(v, np.generic) else v for v in value))
@@ -398,6 +405,13 @@ class DetectorConfig:
                 continue
             for number in value if name in _LISTS else (value,):
                 _check_range(name, number, low, high)
+        if self.dynamic_threshold is not None:
+            if len(self.dynamic_threshold) != 2:
+                raise InputError(
+                    f"dynamic_threshold is (ratio, max), not {self.dynamic_threshold!r}"
+                )
+            _check_range("the ratio of dynamic_threshold", self.dynamic_threshold[0], 0, 1)
+            _check_range("the max of dynamic_threshold", self.dynamic_threshold[1], 1, math.inf)
         if self.cross_fit:
             _check_range("cross_fit", self.cross_fit, 2, math.inf)
         if len(self.map_weights) != 3 or max(self.map_weights) == 0:
@@ -445,6 +459,11 @@ class DetectorConfig:
         for name, why in _not_read(self.kind, self.denoiser).items():
             if getattr(self, name) != _DEFAULTS[name]:
                 raise InputError(f"{name} is for {why}")
+        if self.clip is not None and self.dynamic_threshold is not None:
+            raise InputError(
+                f"clip={self.clip!r} and dynamic_threshold={self.dynamic_threshold!r} limit the "
+                "same: choose one"
+            )
         if self.overlap is not None and not (images and on_tokens):
             instead = ", or choose denoiser='token-mlp'" if images else ""
             raise InputError(f"overlap is for images and the token MLP: leave it out{instead}")
@@ -674,7 +693,10 @@ def _json_object(text: str | bytes, name: str) -> dict[str, object]:
     return options
 
 
-_LISTS = ("image_size", "map_weights", "tokens", "sigmas", "inversion_sigmas", "augment")
+_LISTS = (
+    "image_size", "map_weights", "tokens", "sigmas", "inversion_sigmas", "augment",
+    "dynamic_threshold",
+)  # fmt: skip
 
 _CHOICES = {
     "mode": MODES,
@@ -745,8 +767,8 @@ _OF_ONE_KIND = {
 }  # fmt: skip
 # What the token MLP does not read.
 _OF_UNETS = (
-    "haar_level", "prediction_type", "eta", "clip", "guidance", "map_weights", "snr_limit",
-    "accumulate",
+    "haar_level", "prediction_type", "eta", "clip", "dynamic_threshold",
+    "use_clipped_model_output", "guidance", "map_weights", "snr_limit", "accumulate",
 )  # fmt: skip
 # What no other denoiser reads.
 _OF_TOKENS = (

@@ -794,7 +794,7 @@ class Detector:
         pipeline, ``Detector.from_diffusers(...).model.denoiser``.
 
         Raises InputError for a pipeline of another kind, and for a scheduler with dynamic
-        thresholding or another schedule of betas than DDIM's; ImportError without diffusers.
+        thresholds below 1 or another schedule of betas than DDIM's; ImportError without diffusers.
         """
         from .integrations.diffusers import detector_from_diffusers
 

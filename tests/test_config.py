@@ -29,6 +29,8 @@ def test_haar_level_follows_the_size(size, level, stride):
 def test_json_round_trip():
     config = DetectorConfig.create("fast", image_size=(128, 256), denoiser="unet-tiny", clip=3.0)
     assert DetectorConfig.from_json(config.to_json()) == config
+    config = config.replace(clip=None, dynamic_threshold=[0.9, 2])
+    assert DetectorConfig.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,11 @@ def test_frozen():
         ({"train_steps": -1}, "train_steps .*not -1"),
         ({"eta": 2.0}, "eta .*not 2.0"),
         ({"eta": float("nan")}, "eta"),
+        ({"denoiser": "unet-tiny", "dynamic_threshold": (0.9,)}, "is .ratio, max., not .0.9,"),
+        ({"denoiser": "unet-tiny", "dynamic_threshold": (2, 2)}, "the ratio of dyn.* 1, not 2"),
+        ({"denoiser": "unet-tiny", "dynamic_threshold": (1, 0.5)}, "the max of dyn.*not 0.5"),
+        ({"denoiser": "unet-tiny", "dynamic_threshold": (1, 2), "clip": 1.0}, "choose one"),
+        ({"dynamic_threshold": (0.9, 2.0)}, "dynamic_threshold is for U-Nets"),
         ({"snr_limit": 0}, "snr_limit .*not 0"),
         ({"trainsteps": 3}, "'trainsteps': did you mean 'train_steps'"),
         ({"map_weights": (0, 0, 0)}, "map_weights"),

@@ -240,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor> noised_velocity(const Tensor& x0, const Tenso
 
 // A row of coefficients for each pair of levels, for the kernels of a captured loop.
 Tensor ddim_table(const Tensor& alphas, int64_t prediction, double eta, double guidance,
-                  double clip) {
+                  double clip, bool recompute_epsilon) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(alphas.scalar_type() == ScalarType::Double && alphas.dim() == 2 &&
                       alphas.size(1) == 2 && alphas.is_contiguous(),
@@ -252,7 +252,7 @@ Tensor ddim_table(const Tensor& alphas, int64_t prediction, double eta, double g
   const auto* alpha = static_cast<const double*>(alphas.const_data_ptr());
   auto* rows = static_cast<DdimCoefficients<float>*>(table.mutable_data_ptr());
   const DdimOptions options{static_cast<Prediction>(prediction), guidance != 0, clip < INFINITY,
-                            false, guidance, eta};
+                            recompute_epsilon, guidance, eta};
   for (int64_t i = 0; i < steps; ++i) {
     DdimCoefficients<double> c = ddim_coefficients(alpha[2 * i], alpha[2 * i + 1], options);
     c.limit = clip;

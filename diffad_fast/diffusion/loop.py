@@ -21,8 +21,9 @@ class ReverseLoop:
     ``denoiser(x_t, log_sigma)`` with log_sigma (N,) float32 gives the prediction, of x_t's shape. A
     module that has ``conditioning(log_sigma)`` and ``denoise(x_t, conditioning)`` is conditioned on
     all the levels at once, in front of the loop. steps: as from :class:`NoiseSchedule`; with
-    alpha_s < alpha_t they are an inversion. prediction_type, eta, clip: as in ``ops.ddim_step``.
-    guidance: weight of the pull towards the input (DDAD, Mousakhan et al. 2023).
+    alpha_s < alpha_t they are an inversion. prediction_type, eta, clip, dynamic_threshold,
+    use_clipped_model_output: as in ``ops.ddim_step``. guidance: weight of the pull towards the
+    input (DDAD, Mousakhan et al. 2023).
     seed: of the noise, which is the same field for every sample, so that a sample's result does
     not depend on its neighbours.
 
@@ -31,10 +32,13 @@ class ReverseLoop:
     ``prepare`` x is x0 already, without ``conclude`` x_end is the result; results are tensors in
     tuples, lists or dicts. ``finish(x, x_t, model_output, alpha_t, prediction_type=, clip=,
     guidance=)``, as of a representation, takes the place of the last step, which must end at abar =
-    1, and gives x_end; ``run`` leaves it out.
+    1, and gives x_end; ``run`` leaves it out. It knows no dynamic threshold: with one, the last
+    step is taken before, and finish is given its end, as a prediction of itself.
 
     On a CUDA device the call is :class:`Graphed`, with the tensors of ``modules`` (the denoiser's,
     if not given). ``eager`` is the same without graphs, and alone can be differentiated.
+
+    Raises ValueError and TypeError as ``ops.ddim_step`` for options and levels.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class ReverseLoop:
         prediction_type: str = "v_prediction",
         eta: float = 0.0,
         clip: float | None = None,
+        dynamic_threshold: tuple[float, float] | None = None,
+        use_clipped_model_output: bool = False,
         guidance: float = 0.0,
         prepare: Callable | None = None,
         conclude: Callable | None = None,
@@ -57,7 +63,13 @@ class ReverseLoop:
         self._noise = NoiseFields(seed)
         self.inverts = self.steps[0].alpha_s < self.steps[0].alpha_t
         self.prediction_type, self.eta, self.clip = prediction_type, eta, clip
+        self.dynamic_threshold = dynamic_threshold
+        self.use_clipped_model_output = use_clipped_model_output
         self.guidance = guidance
+        ops.diffusion.check_loop(
+            self.steps, prediction_type, eta, clip, dynamic_threshold, use_clipped_model_output,
+            guidance,
+        )  # fmt: skip
         self.prepare, self.conclude, self.finish = prepare, conclude, finish
         if finish is not None and self.steps[-1].alpha_s != 1:
             raise ValueError(
@@ -108,20 +120,22 @@ class ReverseLoop:
         apart = isinstance(self.denoiser, ConditionedDenoiser)
         levels = self.denoiser.conditioning(log_sigma) if apart else log_sigma
         denoise = self.denoiser.denoise if apart else self.denoiser
-        guide = guide if self.guidance > 0 else None
+        guide = guide if self.guidance else None
+        pull = None if guide is None else (guide, self.guidance)
         # In one kernel a step: the state, the network's next input, and the counter moved on, which
         # kernels read without a check: its first number has to be that of a row of the table.
-        # It writes in place, which autograd does not see.
+        # It writes in place, which autograd does not see, and the guidance is in the table.
         fused = table is not None and not torch.is_grad_enabled() and _is_state_of_the_kernels(x_t)
+        fused = fused and (pull is not None or not self.guidance)
         counter = torch.zeros(2, dtype=torch.int32, device=x_t.device) if fused else None
-        x_in = x_t.to(dtype)
+        x_in, threshold = x_t.to(dtype), self.dynamic_threshold
+        finish = self.finish if x is not None else None
         for i, step in enumerate(self.steps):
             output = denoise(x_in, levels[i].expand(n, *levels.shape[1:]))
             if output.dtype == torch.float64:
                 output = output.to(x_t.dtype)
-            pull = None if guide is None else (guide, self.guidance)
-            if i + 1 == len(self.steps) and self.finish is not None and x is not None:
-                return self.finish(
+            if i + 1 == len(self.steps) and finish is not None and threshold is None:
+                return finish(
                     x, x_t, output, step.alpha_t,
                     prediction_type=self.prediction_type, clip=self.clip, guidance=pull,
                 )  # fmt: skip
@@ -129,8 +143,9 @@ class ReverseLoop:
                 # The kernel writes it in the dtype of the output.
                 next_input = None if x_in is x_t or x_in.dtype != output.dtype else x_in
                 torch.ops.diffad_fast.ddim_loop_step_(
-                    x_t, output, guide, table, counter, next_input, self.seed, 0, -1.0, 1.0
-                )
+                    x_t, output, guide, table, counter, next_input, self.seed, 0,
+                    *(threshold or (-1.0, 1.0)),
+                )  # fmt: skip
                 x_in = x_t.to(dtype) if next_input is None else next_input
                 continue
             x_t = ops.ddim_step(
@@ -142,9 +157,15 @@ class ReverseLoop:
                 eta=self.eta,
                 noise=self._field(x_t, i + 1) if self.eta > 0 else None,
                 clip=self.clip,
+                dynamic_threshold=threshold,
+                use_clipped_model_output=self.use_clipped_model_output,
                 guidance=pull,
             )
             x_in = x_t.to(dtype)
+        if finish is not None:
+            return finish(
+                x, x_t, x_t, step.alpha_t, prediction_type="sample", clip=None, guidance=None
+            )
         return x_t
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -165,8 +186,10 @@ class ReverseLoop:
         table = None
         if ops.diffusion.fused_steps(device):
             table = ops.diffusion.step_table(
-                self.steps, self.prediction_type, self.eta, self.clip, self.guidance
-            ).to(device)
+                self.steps, self.prediction_type, self.eta,
+                self.clip if self.dynamic_threshold is None else 1.0,
+                self.guidance, self.use_clipped_model_output,
+            ).to(device)  # fmt: skip
         return first, log_sigma, table
 
 

@@ -84,14 +84,9 @@ class FusedDDIMScheduler(DDIMScheduler):
         if sample.dtype != model_output.dtype:
             sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         alpha_t, alpha_s = self._levels(timestep)
-        clip = threshold = None
-        if config.thresholding:
-            threshold = config.dynamic_thresholding_ratio, config.sample_max_value
-        elif config.clip_sample:
-            clip = config.clip_sample_range
         previous, x0 = ddim_step_and_x0(
-            sample, model_output, alpha_t, alpha_s, config.prediction_type, eta, noise, clip,
-            threshold, use_clipped_model_output,
+            sample, model_output, alpha_t, alpha_s, config.prediction_type, eta, noise,
+            **_limit(config), use_clipped_model_output=use_clipped_model_output,
         )  # fmt: skip
         if not return_dict:
             return previous, x0
@@ -144,17 +139,19 @@ def fast_sampler(
     num_inference_steps: int | None = None,
     eta: float = 0.0,
     seed: int = 0,
+    use_clipped_model_output: bool = False,
 ) -> ReverseLoop:
     """The DDIM loop of ``unet`` (a ``UNet2DModel`` without classes) as a :class:`ReverseLoop`.
 
     scheduler: a ``DDIMScheduler``, ``DDPMScheduler`` or another whose configuration the former
-    can take over; its timesteps, clipping and kind of prediction are kept. num_inference_steps:
-    None takes what ``scheduler.set_timesteps`` was given. seed: of the noise that eta > 0 adds.
+    can take over; its timesteps, clipping, dynamic thresholding and kind of prediction are kept.
+    num_inference_steps: None takes what ``scheduler.set_timesteps`` was given. seed: of the noise
+    that eta > 0 adds. eta, use_clipped_model_output: as in ``DDIMScheduler.step``.
 
     ``fast_sampler(...).run(noise)`` turns noise (N,C,H,W) into samples, as the pipeline's loop
     does; ``fast_sampler(...)(x0)`` noises x0 to the first level and brings it back. On a CUDA
     device a shape that comes again is one CUDA graph. Raises InputError for what the loop does
-    not have: dynamic thresholding, predicted variances, classes.
+    not have: dynamic thresholds below 1, predicted variances, classes.
     """
     steps = num_inference_steps
     if steps is None:
@@ -179,7 +176,8 @@ def fast_sampler(
         seed=seed,
         prediction_type=config.prediction_type,
         eta=eta,
-        clip=config.clip_sample_range if config.clip_sample else None,
+        use_clipped_model_output=use_clipped_model_output,
+        **_limit(config),
     )
 
 
@@ -212,7 +210,7 @@ def detector_from_diffusers(pipeline, **options) -> Detector:
         "schedule": {"squaredcos_cap_v2": "cosine"}.get(config.beta_schedule, config.beta_schedule),
         "diffusion_steps": config.num_train_timesteps,
         "prediction_type": config.prediction_type,
-        "clip": config.clip_sample_range if config.clip_sample else None,
+        **_limit(config),
         # No sub-bands at level 0; and nothing is trained: the normals are there to calibrate.
         "map_weights": (1.0, 1.0, 0.0),
         "train_steps": 0,
@@ -231,12 +229,22 @@ def _fused(scheduler) -> FusedDDIMScheduler:
         raise InputError(
             f"a DDIM scheduler cannot take over this {type(scheduler).__name__}: {error}"
         ) from None
-    if fused.config.thresholding:
+    if fused.config.thresholding and fused.config.sample_max_value < 1:
         raise InputError(
-            "neither fast_sampler nor detectors have dynamic thresholding (thresholding=True): use "
-            "FusedDDIMScheduler in the pipeline's own loop"
+            f"sample_max_value={fused.config.sample_max_value} with thresholding=True is below 1, "
+            "which neither fast_sampler nor detectors have: use FusedDDIMScheduler in the "
+            "pipeline's own loop"
         )
     return fused
+
+
+def _limit(config) -> dict:
+    """``clip`` and ``dynamic_threshold`` of ``ops.ddim_step`` as a scheduler's options say."""
+    if config.thresholding:
+        threshold = config.dynamic_thresholding_ratio, config.sample_max_value
+        return {"clip": None, "dynamic_threshold": threshold}
+    clip = config.clip_sample_range if config.clip_sample else None
+    return {"clip": clip, "dynamic_threshold": None}
 
 
 def check_unet(unet: nn.Module) -> None:

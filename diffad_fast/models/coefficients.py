@@ -229,7 +229,8 @@ class CoefficientModel(Model):
         reconstruct there and back. denoiser: in place of that of scoring."""
         config, options = self.config, {}
         if mode == "reconstruct":
-            options = {"eta": config.eta, "clip": config.clip, "guidance": config.guidance}
+            names = "eta", "clip", "dynamic_threshold", "use_clipped_model_output", "guidance"
+            options = {name: getattr(config, name) for name in names}
         denoiser = self.scoring_denoiser if denoiser is None else denoiser
         return ReverseLoop(
             denoiser,

@@ -171,6 +171,28 @@ def _check_ddim_step(
     again, guidance,
 ):  # fmt: skip
     check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guidance)
+    _check_options(alpha_t, alpha_s, prediction_type, eta, clip, dynamic_threshold, again)
+    if noise is not None:
+        _check_noise(noise, x_t.shape, x_t.device, "x_t")
+    elif eta > 0:
+        raise ValueError(f"eta = {eta} needs noise: pass noise=, for example philox_normal")
+
+
+def check_loop(
+    steps, prediction_type, eta, clip, dynamic_threshold, use_clipped_model_output, guidance
+):
+    """Check the numbers of a whole loop; as of :func:`ddim_step`, guidance being the weight."""
+    checks.number("guidance", guidance, -float("inf"))
+    for alpha_t, alpha_s, *_ in steps:
+        _check_numbers(alpha_t, alpha_s, prediction_type, clip, guidance != 0)
+        _check_options(
+            alpha_t, alpha_s, prediction_type, eta, clip, dynamic_threshold,
+            use_clipped_model_output,
+        )  # fmt: skip
+
+
+def _check_options(alpha_t, alpha_s, prediction_type, eta, clip, dynamic_threshold, again):
+    """What a step has and its fused end has not."""
     checks.number("eta", eta, 0.0, 1.0)
     divides_by_noise = prediction_type == "sample" or again or eta > 0
     if divides_by_noise and not isinstance(alpha_t, torch.Tensor) and alpha_t == 1:
@@ -179,16 +201,12 @@ def _check_ddim_step(
             f"eta > 0, got {alpha_t}: no noise is left to divide by"
         )
     if eta > 0:
-        if noise is None:
-            raise ValueError(f"eta = {eta} needs noise: pass noise=, for example philox_normal")
         floats = not isinstance(alpha_t, torch.Tensor) and not isinstance(alpha_s, torch.Tensor)
         if floats and not alpha_t <= alpha_s:
             raise ValueError(
                 f"eta = {eta} with alpha_s = {alpha_s} below alpha_t = {alpha_t}: inversion is "
                 f"deterministic, use eta=0"
             )
-    if noise is not None:
-        _check_noise(noise, x_t.shape, x_t.device, "x_t")
     if dynamic_threshold is not None:
         if clip is not None:
             raise ValueError(f"choose one of clip = {clip} and dynamic_threshold, not both")
@@ -204,7 +222,6 @@ def check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guida
     if x_t.ndim == 0:
         raise ValueError("x_t must have a leading batch dimension, got a scalar")
     checks.shaped("model_output", model_output, x_t.shape, x_t.device)
-    divides_by_signal = prediction_type == "epsilon" or guidance is not None
     for name, alpha in (("alpha_t", alpha_t), ("alpha_s", alpha_s)):
         if isinstance(alpha, torch.Tensor):
             if alpha.ndim:
@@ -213,7 +230,19 @@ def check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guida
                 checks.tensor(name, alpha)
                 if not alpha.is_cpu:
                     checks.on_device(name, alpha, x_t.device)
-        else:
+    _check_numbers(alpha_t, alpha_s, prediction_type, clip, guidance is not None)
+    if guidance is not None:
+        if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
+            raise ValueError(f"guidance must be (y, w), got {type(guidance).__name__}")
+        checks.shaped("the y of guidance", guidance[0], x_t.shape, x_t.device)
+        checks.number("the w of guidance", guidance[1], -float("inf"))
+
+
+def _check_numbers(alpha_t, alpha_s, prediction_type, clip, guided):
+    """What a step and its fused end have in common beside tensors."""
+    divides_by_signal = prediction_type == "epsilon" or guided
+    for name, alpha in (("alpha_t", alpha_t), ("alpha_s", alpha_s)):
+        if not isinstance(alpha, torch.Tensor):
             checks.number(name, alpha, 0.0, 1.0)
             if alpha == 0 and (name == "alpha_s" or divides_by_signal):
                 raise ValueError(f"{name} must be above 0, got 0: nothing is left of the signal")
@@ -223,11 +252,6 @@ def check_step(x_t, model_output, alpha_t, alpha_s, prediction_type, clip, guida
         )
     if clip is not None:
         checks.number("clip", clip, 0.0)
-    if guidance is not None:
-        if not isinstance(guidance, (tuple, list)) or len(guidance) != 2:
-            raise ValueError(f"guidance must be (y, w), got {type(guidance).__name__}")
-        checks.shaped("the y of guidance", guidance[0], x_t.shape, x_t.device)
-        checks.number("the w of guidance", guidance[1], -float("inf"))
 
 
 def fused_steps(device):
@@ -235,11 +259,14 @@ def fused_steps(device):
     return _ddim_step.backend(device.type) == "cuda"
 
 
-def step_table(steps, prediction_type, eta=0.0, clip=None, guidance=0.0):
+def step_table(
+    steps, prediction_type, eta=0.0, clip=None, guidance=0.0, use_clipped_model_output=False
+):
     """The coefficients of a loop's steps for the CUDA kernels: (S, 9) float32, on the CPU.
 
     steps: (alpha_t, alpha_s, ...) each; the other arguments as in :func:`ddim_step`, guidance being
-    the weight alone. Columns: csrc/common/diffusion.h.
+    the weight alone. For steps with a dynamic threshold, which the kernel puts in the place of the
+    clip, any clip does. Columns: csrc/common/diffusion.h.
     """
     return torch.ops.diffad_fast.ddim_table(
         torch.tensor([step[:2] for step in steps], dtype=torch.float64, device="cpu"),
@@ -247,6 +274,7 @@ def step_table(steps, prediction_type, eta=0.0, clip=None, guidance=0.0):
         eta,
         guidance,
         float("inf") if clip is None else clip,
+        use_clipped_model_output,
     )
 
 

@@ -177,12 +177,15 @@ def test_prepare_and_conclude():
     assert torch.equal(result["error"][0], x / 2 - plain(x / 2))
 
 
-def test_finish_takes_the_place_of_the_last_step():
+@pytest.mark.parametrize("limit", [
+    {"clip": 1.5}, {"dynamic_threshold": (0.8, 2.0), "use_clipped_model_output": True},
+], ids=["clip", "threshold"])  # fmt: skip
+def test_finish_takes_the_place_of_the_last_step(limit):
     torch.manual_seed(0)
     representation = WaveletRepresentation(1, 2)
     representation.fit([torch.rand(4, 1, 16, 16)])
     images, table = torch.rand(3, 1, 16, 16), NoiseSchedule("linear").reverse_steps(400, 3)
-    options = {"clip": 1.5, "guidance": 0.1, "eta": 0.5, "prepare": representation.encode}
+    options = {"guidance": 0.1, "eta": 0.5, "prepare": representation.encode, **limit}
 
     def shrink(x_t, log_sigma):
         return 0.3 * x_t
@@ -205,6 +208,22 @@ def test_finish_takes_the_place_of_the_last_step():
     with pytest.raises(ValueError, match="finish ends at abar = 1, the last step at"):
         up = NoiseSchedule("linear").inversion_steps(0.1, 2.0, 2)
         ReverseLoop(shrink, up, finish=representation.finish)
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"eta": 1.5}, "eta must be in .*1.5"),
+    ({"clip": 1.0, "dynamic_threshold": (0.9, 1.5)}, "choose one of clip = 1.0 and dynamic_thresh"),
+    ({"dynamic_threshold": (0.9, 0.5)}, "the maximum of dynamic_threshold must be in .* got 0.5"),
+    ({"eta": 1.0, "inverts": True}, "inversion is deterministic"),
+    ({"prediction_type": "noise"}, "unknown prediction_type 'noise'"),
+    ({"guidance": float("nan")}, "guidance must be in .* got nan"),
+])  # fmt: skip
+def test_options_are_checked_at_once(options, words):
+    """The fused steps take what they are given."""
+    schedule, inverts = NoiseSchedule(), options.pop("inverts", False)
+    steps = schedule.inversion_steps(0.1, 1.0, 2) if inverts else schedule.reverse_steps(500, 3)
+    with pytest.raises(ValueError, match=words):
+        ReverseLoop(lambda x, level: x, steps, **options)
 
 
 def test_run_leaves_its_state_alone():
@@ -318,20 +337,28 @@ def test_fused_steps_of_a_network_that_answers_in_another_dtype(fused, answer):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("limit", [
+    {"clip": 1.0}, {"dynamic_threshold": (0.8, 2.0), "use_clipped_model_output": True},
+], ids=["clip", "threshold"])  # fmt: skip
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_loop_of_fused_steps_is_the_plain_one(fused, layout):
+def test_a_loop_of_fused_steps_is_the_plain_one(fused, layout, limit):
     """Noise, guidance and a limit; each call begins at the table's first step."""
     torch.manual_seed(0)
     calls, device = fused
     conv = nn.Conv2d(5, 5, 3, padding=1).to(device, memory_format=layout)
     run = ReverseLoop(
-        lambda x, level: conv(x), NoiseSchedule().reverse_steps(700, 4), eta=0.6, clip=1.0,
-        guidance=0.3,
+        lambda x, level: conv(x), NoiseSchedule().reverse_steps(700, 4), eta=0.6, guidance=0.3,
+        **limit,
     )  # fmt: skip
     with torch.inference_mode():
         for n in (2, 3):
             x = torch.randn(n, 5, 6, 6, device=device).to(memory_format=layout)
             torch.testing.assert_close(run.eager(x), in_plain_steps(run, x), rtol=1e-6, atol=1e-6)
+        assert len(calls) == 8
+        # Without anything to pull towards: the guidance is in the kernels' table.
+        with use_backend("reference"):
+            expected = run.run(x)
+        torch.testing.assert_close(run.run(x), expected, rtol=1e-6, atol=1e-6)
     assert len(calls) == 8
 
 
@@ -367,19 +394,22 @@ def test_a_unet_of_diffusers():
 
 @pytest.mark.skipif(not native.loaded(), reason="the native library is missing")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("clip, guidance", [(None, 0.0), (0.7, 0.0), (0.7, 0.3)])
-def test_the_table_of_the_kernels_is_the_step(kind, clip, guidance):
+@pytest.mark.parametrize(
+    "clip, guidance, again",
+    [(None, 0.0, False), (0.7, 0.0, False), (0.7, 0.3, False), (0.7, 0.3, True)],
+)
+def test_the_table_of_the_kernels_is_the_step(kind, clip, guidance, again):
     """x0 = c0 x + c1 m + c2 y, x_s = c3 x + c4 m + c5 y + c6 limited(x0) + c7 z, limit c8."""
     steps = NoiseSchedule("linear").reverse_steps(700, 4)
-    table = ops.diffusion.step_table(steps, kind, 0.6, clip, guidance)
+    table = ops.diffusion.step_table(steps, kind, 0.6, clip, guidance, again)
     assert table.shape == (4, 9) and table.dtype == torch.float32
     x, m, y, z = torch.randn(4, 2, 30, dtype=torch.float64)
     for c, step in zip(table.double(), steps, strict=True):
         x0 = (c[0] * x + c[1] * m + c[2] * y).clamp(-c[8], c[8])
         got = c[3] * x + c[4] * m + c[5] * y + c[6] * x0 + c[7] * z
         with use_backend("reference"):
-            expected = ops.ddim_step(x, m, step.alpha_t, step.alpha_s, kind, 0.6, z, clip,
-                                     guidance=(y, guidance))  # fmt: skip
+            expected = ops.ddim_step(x, m, step.alpha_t, step.alpha_s, kind, 0.6, z, clip, None,
+                                     again, (y, guidance))  # fmt: skip
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
@@ -671,7 +701,10 @@ def small_unet(dtype=torch.float32):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"clip": 2.0, "guidance": 0.2}])
+@pytest.mark.parametrize("options", [
+    {}, {"eta": 1.0}, {"clip": 2.0, "guidance": 0.2},
+    {"dynamic_threshold": (0.9, 2.0), "use_clipped_model_output": True},
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replays_are_the_eager_loop(options, dtype):
     run = ReverseLoop(small_unet(dtype), NoiseSchedule().reverse_steps(700, 4), **options)

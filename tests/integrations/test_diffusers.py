@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import diffad_fast as daf
-from diffad_fast import native, ops
+from diffad_fast import native, ops, reference
 from diffad_fast.denoisers.diffusers_unet import DiffusersUNet
 from diffad_fast.errors import InputError
 
@@ -333,6 +334,46 @@ def test_fast_sampler_with_noise_of_its_own_and_from_another_scheduler():
     torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("eta, recompute", [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize("first, options", [
+    (0, {"clip_sample_range": 0.5}),
+    (1, {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}),
+    (2, {"thresholding": True, "dynamic_thresholding_ratio": 0.7, "sample_max_value": 3.0}),
+], ids=["clip", "threshold", "other threshold"])  # fmt: skip
+def test_fast_sampler_limits_as_they_do(compiled, first, options, recompute, eta, monkeypatch):
+    """Their loop in float64, each kind of prediction with another spacing; in CUDA every step is a
+    fused one."""
+    step, fused = torch.ops.diffad_fast.ddim_loop_step_, []
+    monkeypatch.setattr(
+        torch.ops.diffad_fast, "ddim_loop_step_", lambda *args: fused.append(args) or step(*args)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    unet, noise = small_unet(), random((2, 3, 8, 8), 0)
+    unet.conv_out.weight.data *= 8  # so that the limits are met
+    exact = copy.deepcopy(unet).double()
+    unet.to(compiled)
+    given = {"eta": eta, "use_clipped_model_output": recompute}
+    for i, prediction in enumerate(PREDICTIONS):
+        stock = in_float64(diffusers.DDIMScheduler(
+            prediction_type=prediction, timestep_spacing=SPACINGS[(first + i) % 3], **options
+        ))  # fmt: skip
+        with torch.inference_mode():
+            got = fast_sampler(unet, stock, 4, seed=5, **given).run(noise.to(compiled))
+            stock.set_timesteps(4)
+            x, met = noise.double(), 0
+            for k, t in enumerate(stock.timesteps):
+                z = reference.philox_normal((1, 3, 8, 8), 5, step=k + 1).double().expand(x.shape)
+                output = exact(x, t).sample
+                unlimited = ops.ddim_step(
+                    x, output, float(stock.alphas_cumprod[t]), 1.0, prediction_type=prediction
+                )
+                x, x0 = stock.step(output, t, x, variance_noise=z, return_dict=False, **given)
+                met += float((x0 - unlimited).abs().max()) > 0.1
+        assert met >= 2
+        torch.testing.assert_close(got.cpu().double(), x, rtol=0, atol=1e-4 * float(x.abs().max()))
+    assert len(fused) == (0 if ops.dispatch.selected() == "cpu" else 12)
+
+
 @pytest.mark.parametrize("name", ["PNDM", "EulerDiscrete", "HeunDiscrete", "UniPCMultistep"])
 def test_fast_sampler_takes_over_other_schedulers(name):
     scheduler = getattr(diffusers, f"{name}Scheduler")(beta_end=0.03, prediction_type="epsilon")
@@ -372,8 +413,9 @@ def test_fast_sampler_refuses_what_it_would_get_wrong():
     for steps in (-1, 0, 2.5):
         with pytest.raises(InputError, match=f"num_inference_steps is .* at least 1, not {steps}"):
             fast_sampler(small_unet(), diffusers.DDIMScheduler(), steps)
-    with pytest.raises(InputError, match="thresholding"):
-        fast_sampler(small_unet(), diffusers.DDIMScheduler(thresholding=True), 3)
+    with pytest.raises(InputError, match="sample_max_value=0.5 with thresholding=True is below 1"):
+        below = diffusers.DDIMScheduler(thresholding=True, sample_max_value=0.5)
+        fast_sampler(small_unet(), below, 3)
     with pytest.raises(InputError, match="no signal"):
         fast_sampler(
             small_unet(),
@@ -452,6 +494,25 @@ def test_a_pipeline_as_a_detector(tmp_path):
     np.testing.assert_allclose(again.score(clean).score, detector.score(clean).score, rtol=1e-5)
 
 
+def test_a_pipeline_with_dynamic_thresholds_as_a_detector():
+    """A threshold between 1 and 1 is the usual clip, in reconstructions and in the fused end."""
+    x, found = torch.from_numpy(grey(2, 0)) - 0.5, {}
+    for most in (None, 1.0, 1.5):
+        limit = {} if most is None else {"thresholding": True, "sample_max_value": most}
+        scheduler = diffusers.DDIMScheduler(dynamic_thresholding_ratio=0.7, **limit)
+        model = daf.Detector.from_diffusers(
+            diffusers.DDIMPipeline(small_unet(sample_size=16), scheduler), device="cpu",
+            map_weights=(1.0, 0.0, 0.0), eta=0.5,
+        ).model  # fmt: skip
+        assert model.config.clip == (1.0 if most is None else None)
+        assert model.config.dynamic_threshold == (None if most is None else (0.7, most))
+        with torch.inference_mode():
+            found[most] = model.reconstruct(x), model.raw_maps(x)[0]
+        torch.testing.assert_close(found[most][1], (x - found[most][0]).abs().mean(dim=1))
+    torch.testing.assert_close(found[1.0], found[None])
+    assert not torch.allclose(found[1.5][0], found[None][0], atol=0.05)
+
+
 def test_a_saved_pipeline_as_a_detector(tmp_path):
     scheduler = diffusers.DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=False
@@ -468,7 +529,7 @@ def test_a_saved_pipeline_as_a_detector(tmp_path):
     with pytest.raises(InputError, match="object is not an unconditional pipeline"):
         daf.Detector.from_diffusers(object())
     for options, words in (
-        ({"thresholding": True}, "thresholding=True"),
+        ({"thresholding": True, "sample_max_value": 0.9}, "sample_max_value=0.9 .* below 1"),
         ({"beta_schedule": "sigmoid"}, "take over this DDPMScheduler: sigmoid"),
     ):
         pipeline = diffusers.DDPMPipeline(small_unet(), diffusers.DDPMScheduler(**options))

@@ -229,7 +229,7 @@ void diffusion() {
       call("weighted_mse_backward", {at::ones({}), x, target, w});
     }
   }
-  call("ddim_table", {at::rand({4, 2}, at::kDouble) * 0.5 + 0.1, int64_t{2}, 0.0, 0.5, 1.0});
+  call("ddim_table", {at::rand({4, 2}, at::kDouble) * 0.5 + 0.1, int64_t{2}, 0.0, 0.5, 1.0, true});
 }
 
 void finish() {
