@@ -10,8 +10,8 @@ from torch import nn
 
 from .. import native, ops
 from ..config import DetectorConfig
-from ..denoisers.token_mlp import TokenMLP
-from ..diffusion import Graphed, NoiseFields, ReverseStep
+from ..denoisers.token_mlp import TokenMLP, ddim_row, residual_row
+from ..diffusion import Graphed, NoiseFields
 from ..representations import WindowEmbedding, create_tokens
 from ..representations.logmel import time_map
 from ..representations.smoothing import GaussianSmoothing, Upsampling
@@ -473,26 +473,3 @@ def places(image: Sequence[int], size: tuple[int, int], overlap: float) -> list[
         steps = math.ceil(room / max(1, int(window * (1 - overlap) + 1e-9)))
         starts.append([room * i // steps for i in range(steps + 1)] if steps else [0])
     return [(top, left) for top in starts[0] for left in starts[1]]
-
-
-def residual_row(sigma: float) -> tuple[float, float, float, float, float]:
-    """The row (c_in, A, Bm, p, q) of ``ops.token_mlp_loop`` for the clean-input residual.
-
-    D(x, sigma) is the clean estimate for the network input c x, c = 1/sqrt(1 + sigma^2): with the
-    prediction v it is c (c x) - sigma c v, so D - x = (c^2 - 1) x - sigma c v. x itself stays.
-    """
-    c = (1 + sigma**2) ** -0.5
-    return c, 1.0, 0.0, c * c - 1, -sigma * c
-
-
-def ddim_row(step: ReverseStep) -> tuple[float, float, float, float, float]:
-    """The row of a deterministic DDIM step, whose statistic is the length of the way it goes.
-
-    With a = sqrt(alpha), b = sqrt(1 - alpha) at t and s, the estimates are x0 = a_t x - b_t v and
-    eps = b_t x + a_t v, so x_s = (a_s a_t + b_s b_t) x + (b_s a_t - a_s b_t) v. The way is that of
-    x / a, the state of the variance-exploding process.
-    """
-    a_t, b_t = step.alpha_t**0.5, (1 - step.alpha_t) ** 0.5
-    a_s, b_s = step.alpha_s**0.5, (1 - step.alpha_s) ** 0.5
-    scale, shift = a_s * a_t + b_s * b_t, b_s * a_t - a_s * b_t
-    return 1.0, scale, shift, scale / a_s - 1 / a_t, shift / a_s

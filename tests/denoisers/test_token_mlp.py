@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from diffad_fast import ops, reference
-from diffad_fast.denoisers.token_mlp import TokenMLP
+from diffad_fast.denoisers.token_mlp import TokenMLP, ddim_row, residual_row
 from diffad_fast.diffusion import NoiseSchedule
-from diffad_fast.models.tokens import ddim_row, residual_row
 
 
 def filled(dim=7, width=32, blocks=2, dtype=torch.float64):
