@@ -31,6 +31,10 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
         for sizes in ON_CPU[: 1 if quick else None]:
             yield _loop_case(sizes, torch.bfloat16, 3e-2, wide_too=True)
 
+    if not gpu and not quick:
+        for sizes in ON_CPU[-2:]:
+            yield _stream_case(sizes)
+
     for tokens in (1024,) if quick else (1024, 8192):
         yield _loss_case(tokens, 64, 256, 3, 32, dtype, tolerance)
 
@@ -68,6 +72,27 @@ def _loop_case(sizes, dtype, tolerance, wide_too=False) -> Case:
     )
     ours = replace(case.contenders[OURS], prepare=prepared)
     return replace(case, contenders=case.contenders | {OURS: ours})
+
+
+def _stream_case(sizes) -> Case:
+    """Single rows one after the other, as a program scores them: the weights are no inputs, of
+    which the harness rotates copies, and stay in the caches, which the same case above empties."""
+    whole = _loop_case(sizes, torch.float32, 1e-4)
+    inputs = whole.inputs(torch.device("cpu"))
+    tokens, d, *_, steps = sizes
+
+    def of_rows(contender: Contender) -> Contender:
+        weights = contender.prepare(inputs)[1:]
+        return replace(contender, prepare=lambda rows: (*rows, *weights))
+
+    return replace(
+        whole,
+        name=f"{whole.name}, weights stay in the caches",
+        inputs=lambda device: on(device, inputs[0]),
+        exact=lambda rows: whole.exact((*rows, *inputs[1:])),
+        contenders={name: of_rows(one) for name, one in whole.contenders.items()},
+        bytes=4 * tokens * (2 * d + steps),
+    )
 
 
 def _loss_case(tokens, d, width, blocks, levels, dtype, tolerance) -> Case:

@@ -86,6 +86,19 @@ def test_bfloat16_stands_in_names_and_settings(monkeypatch):
     }
 
 
+def test_a_stream_of_rows_keeps_its_weights():
+    found = cases.load(("token_mlp",), "cpu", quick=False)
+    found = [case for case in found if case.name.endswith("weights stay in the caches")]
+    assert [case.batch for case in found] == [1, 1]
+    inputs = found[1].inputs(CPU)
+    exact = found[1].exact(inputs)
+    for name, contender in found[1].contenders.items():
+        x, weights, *_ = prepared = contender.prepare(inputs)
+        assert x is inputs[0] and contender.prepare(inputs)[1] is weights
+        if not contender.compiled:
+            assert wrong(found[1], contender, exact, contender.run(*prepared)) is None, name
+
+
 def test_every_operator_has_a_case():
     here = {case.operator for case in cases.load(cases.OPERATORS[:-1], "cpu", quick=True)}
     assert set(dispatch.OPERATORS) == here
