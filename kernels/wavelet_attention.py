@@ -598,7 +598,7 @@ def _launch(kernel, block: str, level: int, strided: dict[str, torch.Tensor], *a
         ALIGN=align,
         WIDE=max(*spans, tokens * (width >> level)) >= WIDE_FROM,
         WHOLE=all(are_whole(size, tokens, width >> level) for size in streamed),
-        PRECISION="ieee",
+        PRECISION="ieee",  # of float32's products, whatever torch.backends says of TF32
     )
 
 

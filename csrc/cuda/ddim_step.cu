@@ -222,7 +222,9 @@ Tensor q_sample(const Tensor& x0, const Tensor& t, const Tensor& noise, const Te
   return out;
 }
 
-// x_t becomes x_s; `next_input` gets the same numbers in the network's dtype.
+// x_t becomes x_s; `next_input` gets the same numbers in the network's dtype. It has x_t's layout,
+// as has the loop's first input, x_t in that dtype: one index serves both, and the network meets
+// one layout at all steps.
 void ddim_loop_step(Tensor x, const Tensor& model_output, std::optional<Tensor> guide,
                     const Tensor& table, Tensor counter, std::optional<Tensor> next_input,
                     int64_t seed, int64_t draw, double ratio, double largest) {

@@ -1,5 +1,6 @@
 // The matrix units by inline PTX: bf16 products with float sums (sm_80 on), what feeds them, and the
-// function of the activation.
+// function of the activation. By mma.sync, which all architectures have that setup.py compiles for:
+// wgmma is sm_90's alone.
 //
 // Lane l of a warp is (g, t) = (l / 4, l % 4). A 16 x 8 result: c0, c1 are row g, columns 2t and
 // 2t + 1; c2, c3 the same of row g + 8. The left factor, 16 x 16: a0 is row g, columns 2t, 2t + 1

@@ -16,6 +16,10 @@
 //   out       rows [N i, N i + N) of W_out
 // Both lie as (outputs, inputs), as the weights themselves do. The 16-byte units of a row are
 // permuted so that the eight rows that load_matrices reads at once hit different banks.
+//
+// The weights are never kept in shared memory instead: at width 128 a block's two matrices are
+// 64 KiB, and from four blocks on exceed the 227 KiB that sm_90 has for a thread block (sm_80: 163).
+// One way serves any number of blocks.
 #pragma once
 
 #include <cstdint>

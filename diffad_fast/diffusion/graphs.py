@@ -35,7 +35,8 @@ class Graphed:
     """``function(x)``, in inference mode; on a CUDA device by one launch.
 
     There a shape that comes a second time is captured as one CUDA graph, which then replays: no
-    Python, no synchronisation, no allocation. At most ``graphs`` of them are kept, one for each
+    Python, no synchronisation, no allocation but of the results, which are copies, as the next
+    replay writes over the graph's own. At most ``graphs`` of them are kept, one for each
     shape, dtype and layout; a further one waits until one of them has not been used for a while.
     All are forgotten when a tensor of ``modules`` changes; these modules' parts, and whatever the
     function reads beside them, have to stay the same. Where capture is impossible the function runs

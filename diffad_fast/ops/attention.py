@@ -50,7 +50,8 @@ def wavelet_attention(q, k, v, logit_gain=None, value_gain=None, level=1, scale=
 
     S_ij = scale * sum_b w_b <Q_b[i], K_b[j]>, A = softmax_j(S), O_b[i] = g_b sum_j A_ij V_b[j],
     output = inverse Haar of O. With all gains 1 this is attention between blocks of raw pixels,
-    since the transform is orthonormal. Differentiable in the tensors, once.
+    since the transform is orthonormal. The GPU's kernel multiplies float32 in full, never in TF32.
+    Differentiable in the tensors, once.
 
     Raises TypeError for dtypes, ValueError for shapes, devices, level and scale.
     """
