@@ -29,7 +29,7 @@ PITCH = {"siren": 900.0, "drilling": 300.0, "street_music": 2200.0}
 CLIPS = 2  # of a class in a fold, cut from one recording
 TINY = {
     "sample_rate": RATE, "n_fft": 256, "hop": 128, "n_mels": 16, "window_frames": 16,
-    "window_step": 8, "train_steps": 3, "token_width": 16, "token_blocks": 1,
+    "window_step": 8, "train_steps": 3, "token_width": 16, "token_blocks": 1, "cross_fit": 0,
 }  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def test_ten_folds_as_their_authors_made_them(root, tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "Detector", Spy)
     monkeypatch.setattr(audio, "evaluate_audio", evaluated)
     monkeypatch.setattr(Spy, "seen", [])
+    monkeypatch.setattr(stats, "GROUP_RESAMPLES", 20)  # of intervals, which another test looks at
     names = ["siren", "drilling"]
     options = ["--normal", *names, "--ten-fold", "--seeds", "0", "--name", "ten"]
     assert audio.main(["--data", str(root), *options]) == 0
