@@ -105,6 +105,7 @@ def _cuda(folder: Path) -> list[tuple[Path, list[str]]]:
     units = []
     # As nvcc does, which includes its header by itself.
     header = [f"-I{HERE}", "-include", "cuda_runtime.h"]
+    header += ["-U_FORTIFY_SOURCE"]  # it forbids a longjmp to another stack
     for path in (CSRC / "ops.cpp", *sorted((CSRC / "cuda").glob("*.cu"))):
         unit = folder / ("cuda" if path.suffix == ".cu" else "") / f"{path.stem}.cpp"
         unit.write_text(translated(path.read_text()))
