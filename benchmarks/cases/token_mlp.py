@@ -7,7 +7,7 @@ import torch
 
 from diffad_fast import native
 
-from ..case import OURS, Case, Contender, map_tensors, on, operator_case, random
+from ..case import OURS, REFERENCE, Case, Contender, map_tensors, on, operator_case, random
 
 # Tokens, token size, width, blocks, steps.
 ON_CPU = (
@@ -32,8 +32,9 @@ def cases(device_type: str, quick: bool) -> Iterator[Case]:
             yield _loop_case(sizes, torch.bfloat16, 3e-2, wide_too=True)
 
     if not gpu and not quick:
-        for sizes in ON_CPU[-2:]:
-            yield _stream_case(sizes)
+        for tokens, *sizes in ON_CPU:
+            if tokens == 1:
+                yield _stream_case(*sizes)
 
     for tokens in (1024,) if quick else (1024, 8192):
         yield _loss_case(tokens, 64, 256, 3, 32, dtype, tolerance)
@@ -74,24 +75,34 @@ def _loop_case(sizes, dtype, tolerance, wide_too=False) -> Case:
     return replace(case, contenders=case.contenders | {OURS: ours})
 
 
-def _stream_case(sizes) -> Case:
-    """Single rows one after the other, as a program scores them: the weights are no inputs, of
-    which the harness rotates copies, and stay in the caches, which the same case above empties."""
-    whole = _loop_case(sizes, torch.float32, 1e-4)
-    inputs = whole.inputs(torch.device("cpu"))
-    tokens, d, *_, steps = sizes
+def _stream_case(d, width, blocks, steps, rows=32) -> Case:
+    """Single rows one after the other, a call each, as a program scores them: the weights are no
+    inputs, of which the harness rotates copies, and stay in the caches. Without torch.compile,
+    which would make one program of all calls."""
+    from diffad_fast.ops.token_mlp import laid_out
 
-    def of_rows(contender: Contender) -> Contender:
-        weights = contender.prepare(inputs)[1:]
-        return replace(contender, prepare=lambda rows: (*rows, *weights))
+    whole = _loop_case((rows, d, width, blocks, steps), torch.float32, 1e-4)
+    x, weights, *rest = whole.inputs(torch.device("cpu"))
 
+    def of_rows(contender: Contender, weights) -> Contender:
+        def run(rows):
+            found = [contender.run(row, weights, *rest) for row in rows]
+            return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+        return replace(contender, run=run, prepare=lambda inputs: (inputs[0].split(1),))
+
+    ours, reference = whole.contenders[OURS], whole.contenders[REFERENCE]
     return replace(
         whole,
-        name=f"{whole.name}, weights stay in the caches",
-        inputs=lambda device: on(device, inputs[0]),
-        exact=lambda rows: whole.exact((*rows, *inputs[1:])),
-        contenders={name: of_rows(one) for name, one in whole.contenders.items()},
-        bytes=4 * tokens * (2 * d + steps),
+        name=f"{rows} single tokens of {d} in a row, width {width}, {blocks} blocks, {steps} "
+        "steps, weights stay in the caches",
+        inputs=lambda device: on(device, x),
+        exact=lambda inputs: whole.exact((*inputs, weights, *rest)),
+        contenders={
+            OURS: of_rows(ours, laid_out(weights)),
+            REFERENCE: of_rows(reference, weights),
+        },
+        bytes=4 * rows * (2 * d + steps),
     )
 
 

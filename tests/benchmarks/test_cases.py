@@ -86,17 +86,27 @@ def test_bfloat16_stands_in_names_and_settings(monkeypatch):
     }
 
 
-def test_a_stream_of_rows_keeps_its_weights():
+def test_a_stream_of_rows_is_calls_of_one_row_each(monkeypatch):
+    from diffad_fast import ops, reference
+
     found = cases.load(("token_mlp",), "cpu", quick=False)
     found = [case for case in found if case.name.endswith("weights stay in the caches")]
-    assert [case.batch for case in found] == [1, 1]
-    inputs = found[1].inputs(CPU)
-    exact = found[1].exact(inputs)
-    for name, contender in found[1].contenders.items():
-        x, weights, *_ = prepared = contender.prepare(inputs)
-        assert x is inputs[0] and contender.prepare(inputs)[1] is weights
-        if not contender.compiled:
-            assert wrong(found[1], contender, exact, contender.run(*prepared)) is None, name
+    assert len(found) == 2
+    case, seen = found[1], []
+    for functions in (ops, reference):
+        loop = functions.token_mlp_loop
+        monkeypatch.setattr(
+            functions, "token_mlp_loop", lambda *a, loop=loop: seen.append(a[:2]) or loop(*a)
+        )
+    inputs = case.inputs(CPU)
+    assert [tuple(x.shape) for x in inputs] == [(case.batch, 64)]  # of which copies are rotated
+    exact = case.exact(inputs)
+    for name, contender in case.contenders.items():
+        del seen[:]
+        output = contender.run(*contender.prepare(inputs))
+        assert wrong(case, contender, exact, output) is None, name
+        assert {len(x) for x, _ in seen} == {1} and len(seen) == case.batch
+        assert len({id(weights) for _, weights in seen}) == 1
 
 
 def test_every_operator_has_a_case():
