@@ -119,7 +119,7 @@ def _reached(goal: bool) -> str:
 
 
 # Those whose contenders have the note ONE_THREAD: results from before it have none.
-ALONE = "PyWavelets, SciPy and NumPy run on one thread."
+ALONE = "PyWavelets, SciPy, NumPy and scikit-learn's metrics run on one thread."
 EXPLANATION = (
     "Ours: median milliseconds (20th to 80th percentile). Share: of our time, what the machine "
     "takes in the same run to copy as many bytes (memory), or for as many FLOPs in torch's matrix "

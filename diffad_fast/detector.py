@@ -529,18 +529,20 @@ class Detector:
         _check_same(samples, everything, values)
         # Maps that one of them wants, the others compute; their shares are of one batch size.
         asked = maps
-        told = together.gathered((maps, batch_size))
-        maps, batch_size = any(each for each, _ in told), told[0][1]
+        told = together.gathered((maps, batch_size, samples.skipped))
+        maps, batch_size = any(each for each, _, _ in told), told[0][1]
         round_size, found = batch_size * together.count, False
-        # What was left out before, at loading, all of them know, and one tells.
-        reported = 0 if together.first else len(samples.skipped)
+        # What was left out before, whoever met it, one of them tells.
+        before = dict.fromkeys(pair for _, _, skipped in told for pair in skipped)
+        left_out = list(before) if together.first else []
+        reported = len(samples.skipped)
         for first in range(0, samples.length, round_size):
             start = min(first + together.rank * batch_size, samples.length)
             mine = range(start, min(start + batch_size, samples.length))
             batches = list(samples.batches(batch_size, indices=mine))
             scores = [self._scored(batch, maps, []) for batch in batches]
-            scores.append(_nothing(samples.skipped[reported:]))
-            reported = len(samples.skipped)
+            scores.append(_nothing(left_out + samples.skipped[reported:]))
+            left_out, reported = [], len(samples.skipped)
             for rank, part in enumerate(together.gathered(scores)):
                 own = batches if rank == together.rank else []
                 for batch, score in zip_longest(own, part):
@@ -731,7 +733,9 @@ class Detector:
 
     def __deepcopy__(self, memo: dict) -> Detector:
         content, modules = self._parts_of_copies()
-        return _made(content, copy.deepcopy(modules, memo) | {"device": self.device})
+        made = _made(content, copy.deepcopy(modules, memo) | {"device": self.device})
+        made._given["device"] = self._given["device"]  # what its pickles ask for
+        return made
 
     def __copy__(self) -> Detector:
         # A shallow copy would share the denoiser that was handed over, and a fit trains that.

@@ -743,8 +743,10 @@ def test_a_pickle_goes_to_the_device_that_was_asked_for(asked, monkeypatch):
     for fitted in (detector, daf.Detector("vector", device=asked)):
         pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(fitted))))
         assert found[-2:] == [asked, asked]
-        copy.deepcopy(fitted)
+        copied = copy.deepcopy(fitted)
         assert found[-1] == fitted.device
+        pickle.loads(pickle.dumps(copied))
+        assert found[-1] == asked
 
 
 class Plain(torch.nn.Module):

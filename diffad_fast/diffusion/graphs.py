@@ -220,7 +220,7 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterato
         # A capture that fails leaves its stream the current one: the outer block does not.
         with CAPTURING, torch.cuda.stream(stream), torch.cuda.graph(graph, **mode):
             yield
-    except Exception:
+    except BaseException:  # an interruption, too
         _recover(graph, pool, stream.device)
         raise
 

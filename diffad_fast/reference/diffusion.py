@@ -106,7 +106,8 @@ def _column(alpha, ndim):
 
 def _threshold(x0, ratio, largest):
     """Dynamic thresholding (Imagen, Saharia et al. 2022, section 2.3), s at most ``largest``."""
-    magnitude = x0.reshape(len(x0), math.prod(x0.shape[1:])).abs().sort(dim=1).values
+    # By its shape: len is a number to torch.export, which traces batches of any length.
+    magnitude = x0.reshape(x0.shape[0], math.prod(x0.shape[1:])).abs().sort(dim=1).values
     # The quantile with linear interpolation; torch.quantile refuses large tensors.
     position = ratio * (magnitude.shape[1] - 1)
     below = int(position)

@@ -203,7 +203,8 @@ def test_a_unet_with_sdpa_computes_the_same(monkeypatch):
     inputs = case.inputs(CPU)
     with torch.inference_mode():
         exact = case.exact(inputs)
-        for name, contender in case.contenders.items():
+        for name in ("reference, channels_last", "reference, channels_last, SDPA"):
+            contender = case.contenders[name]
             calls.clear()
             assert wrong(case, contender, exact, contender.run(*inputs)) is None, name
             assert bool(calls) == name.endswith("SDPA"), name

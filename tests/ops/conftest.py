@@ -14,7 +14,7 @@ LATER = (
 )
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _traced_by_the_rules_of_the_oldest_torch():
     with pytest.MonkeyPatch.context() as patch:
         for rules in trace_rules.torch_name_rule_map:

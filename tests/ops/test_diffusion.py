@@ -614,3 +614,17 @@ def test_the_bare_operators_guard_their_memory():
     ):
         with pytest.raises(RuntimeError):
             q_sample(x_, t_, z_, table)
+
+
+def test_dynamic_thresholds_are_exported_for_batches_of_any_length():
+    class Step(torch.nn.Module):
+        def forward(self, x_t, output):
+            with use_backend("reference"):
+                return ops.ddim_step(x_t, output, 0.3, 0.5, dynamic_threshold=(0.9, 3.0))
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(3 * torch.randn(5, 2, 4, 4, generator=generator) for _ in range(2))
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(Step(), inputs, dynamic_shapes=({0: batch}, {0: batch}))
+    fewer = tuple(x[:3] for x in inputs)
+    torch.testing.assert_close(program.module()(*fewer), Step()(*fewer))
