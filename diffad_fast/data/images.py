@@ -13,6 +13,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate, default_convert
 
 from ..arrays import check_unmasked, to_numpy
 from ..errors import InputError
@@ -225,8 +226,10 @@ class _LoaderItems:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         number = 0
+        # These make lists of the tuples of a dataset, as of an image and its mask.
+        known = getattr(self._loader, "collate_fn", None) in (default_collate, default_convert)
         for batch in self._loader:
-            images = _images_of(batch, self._how[1])
+            images = _images_of(batch, self._how[1], may_be_images=not known)
             if images.ndim == 2 or (images.ndim == 3 and self._how[1] > 1):
                 images = images[None]
             items = _ArrayItems(images, *self._how, first=number)
@@ -237,7 +240,7 @@ class _LoaderItems:
             number += len(items)
 
 
-def _images_of(batch, channels: int) -> np.ndarray | torch.Tensor:
+def _images_of(batch, channels: int, may_be_images: bool) -> np.ndarray | torch.Tensor:
     images = batch
     if isinstance(batch, Mapping):
         images = batch.get("image")
@@ -249,7 +252,7 @@ def _images_of(batch, channels: int) -> np.ndarray | torch.Tensor:
             f"the loader gave a {getattr(kind, '__name__', kind)}: a batch is a tensor, a tuple or "
             'list that begins with one, or a dict whose "image" is one.'
         )
-    if isinstance(batch, list) and _are_images(batch, channels):
+    if may_be_images and isinstance(batch, list) and _are_images(batch, channels):
         raise InputError(
             f"the loader gave a list of {len(batch)} images: stack a batch to one array "
             "(N, C, H, W), or yield its images one by one; what is no image, as a mask, may stand "

@@ -219,6 +219,15 @@ def test_loader(kind):
     assert torch.equal(found, array[[9, 2, 5]]) and index == [9, 2, 5]
 
 
+@pytest.mark.parametrize(("shape", "batch_size"), [((8, 8), 4), ((8, 8), None), ((1, 8, 8), None)])
+def test_a_loader_of_images_and_masks(shape, batch_size):
+    """PyTorch makes lists of its tuples; the last batch has one image."""
+    images = torch.rand(5, *shape)
+    loader = DataLoader(TensorDataset(images, torch.zeros(5, *shape)), batch_size=batch_size)
+    found, index = everything(open_images(loader, (8, 8), 1))
+    assert torch.equal(found, images.view(5, 1, 8, 8)) and index == list(range(5))
+
+
 def test_a_loader_may_fill_its_batch_anew():
     array = np.random.default_rng(0).random((8, 1, 6, 6), dtype=np.float32)
 
