@@ -209,7 +209,7 @@ def _cut_normals(
         groups = groups_by_regex(paths, args.group_regex)
     groups = groups or paths
     clips, recordings = cut_recordings(
-        source, config.sample_rate, args.clip_seconds, strict=args.strict
+        source, config.sample_rate, args.clip_seconds, highest=config.fmax, strict=args.strict
     )
     return detector.open(clips, strict=args.strict), [groups[i] for i in recordings]
 
@@ -371,8 +371,6 @@ def _by_windows(
                         )
                     )  # fmt: skip
                     bar.update(len(part.score))
-                if not sum(map(len, scores)):
-                    raise InputError(f"{path} is shorter than one sample: remove it.")
             except InputError as error:
                 if strict:
                     raise

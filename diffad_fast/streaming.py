@@ -115,7 +115,7 @@ class Stream:
         parts = [self._complete()]
         size = len(self._buffer)
         if self._scored == 0 and size:
-            repeated = size / self._rate if size < self._window else None
+            repeated = size / self._rate
             self._buffer = extended(self._buffer, self._window, self._step)
         elif size > self._window - self._step:
             end = np.concatenate([self._past, self._buffer])

@@ -672,6 +672,7 @@ def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch, capsys):
     assert found == [
         list("0011223344"), list("01" * 5), list("00001111222233334444"), list("0011" * 5)
     ]  # fmt: skip
+    assert "was sampled 8000 times" in capsys.readouterr().err
     single = ["fit", str(file), "--kind", "audio", "--out", "m.diffad", "--clip-seconds", "0.04"]
     with pytest.raises(Stop):
         cli.main(single)

@@ -107,15 +107,18 @@ def open_audio(
 
 
 def cut_recordings(
-    source, rate: int, seconds: float, *, strict: bool = False
+    source, rate: int, seconds: float, *, highest: float = 0.0, strict: bool = False
 ) -> tuple[list[np.ndarray], list[int]]:
     """Cut recordings of any length into clips, to fit on them.
 
     Args:
-        source: a folder (searched as in `open_audio`), a file, or a list of files.
+        source: a folder (searched as in `open_audio`), a file, or a list of files; in place of a
+            path there may be an open binary file, as in `open_audio`.
         rate: of the result, samples a second: the detector's `sample_rate`.
         seconds: of every clip. What a recording has beyond whole clips is left out; of one that is
             shorter the whole is a clip.
+        highest: a warning names a recording whose own rate leaves out frequencies of this
+            many Hz: the detector's `fmax`.
         strict: raise `InputError` at the first unusable file instead of leaving it out with a
             `SkippedInput` warning. A single file is always needed.
 
@@ -132,25 +135,34 @@ def cut_recordings(
             f"clips of {seconds:g} s cannot be cut: give some seconds, at most {LONGEST_SECONDS:g}."
         )
     size, strict = round(rate * seconds), strict or (is_path(source) and os.path.isfile(source))
-    paths = audio_files(os.fsdecode(source)) if is_path(source) else list(source)
+    if is_path(source):
+        files = audio_files(os.fsdecode(source))
+    else:
+        files = [source] if is_open_file(source) else list(source)
     clips: list[np.ndarray] = []
     recordings: list[int] = []
-    for number, path in enumerate(paths):
+    rates: list[int] = []
+    told = False
+    for number, file in enumerate(files):
+        name = os.fsdecode(file) if is_path(file) else f"recording {number}"
         try:
-            wave = np.concatenate([np.empty(0, np.float32), *read_blocks(path, rate)])
-            if not len(wave):
-                raise InputError(f"{path} is shorter than one sample: remove it.")
+            blocks = read_blocks(file, rate, heard=lambda own, _: rates.append(own), name=name)
+            wave = np.concatenate(list(blocks))
         except InputError as error:
-            if strict:
+            if strict or not is_path(file):
                 raise
             warnings.warn(f"left out: {error}", SkippedInput, stacklevel=2)
             continue
+        missing = what_is_missing(rates[-1], highest, name)
+        if missing and not told:
+            told = True
+            warnings.warn(missing, stacklevel=2)
         count = len(wave) // size
         found = [wave] if count == 0 else list(wave[: count * size].reshape(count, size))
         clips += found
         recordings += [number] * len(found)
     if not clips:
-        raise InputError(f"none of the {len(paths)} files is a usable recording: give others.")
+        raise InputError(f"none of the {len(files)} files is a usable recording: give others.")
     return clips, recordings
 
 
@@ -259,8 +271,6 @@ class _FileItems(_ClipItems):
 
         with self._turns.get(id(file)) or nullcontext():
             wave = read_audio(file, self._rate, heard, name)
-        if not len(wave):
-            raise InputError(f"{name} is shorter than one sample: remove it.")
         if len(values) == 1:
             self.constant.add(index)
         return self._extended(wave, name)

@@ -92,6 +92,8 @@ def read_blocks(
             pipe = _uncounted_mp3(file, source, path)
             if is_open_file(source):
                 file.seek(0)
+    except InputError:
+        raise
     except ValueError as error:  # of an open file: closed, or of what comes once
         raise InputError(
             f"{path} is a file that cannot be read again ({error}): give io.BytesIO of its content."
@@ -109,7 +111,7 @@ def read_blocks(
         with soundfile.SoundFile(opened) as file:
             fault = "is damaged or cut off"
             own, channels, frames = file.samplerate, file.channels, file.frames
-            counted, read = frames < _UNCOUNTED, 0
+            counted, read, given = frames < _UNCOUNTED, 0, 0
             if not counted and pipe is None:
                 raise _uncounted(path)
             longest = math.inf if longest_seconds is None else longest_seconds * own
@@ -129,7 +131,9 @@ def read_blocks(
                 wave = mono(block, path)
                 if heard is not None:
                     heard(own, wave)
-                yield resampler.push(wave)
+                wave = resampler.push(wave)
+                given += len(wave)
+                yield wave
             if not read:
                 raise InputError(f"{path} holds no samples: replace or remove it.")
             if counted and read < frames:
@@ -137,7 +141,10 @@ def read_blocks(
                     f"{path} is cut off after {read / own:.3g} of {frames / own:.3g} s: "
                     "replace or remove it."
                 )
-            yield resampler.finish()
+            wave = resampler.finish()
+            if not given + len(wave):
+                raise InputError(f"{path} is shorter than one sample: remove it.")
+            yield wave
     except soundfile.LibsndfileError as error:
         why = error.error_string
         if "does not exist" in why:  # libsndfile's reason for what no decoder of MP3 knows

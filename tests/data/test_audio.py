@@ -177,6 +177,29 @@ def test_recordings_are_cut_into_clips(tmp_path, monkeypatch):
         module.cut_recordings(paths[2:3], RATE, 1)
 
 
+def test_open_files_are_cut_into_clips(tmp_path):
+    path = save(tmp_path / "a.wav", tone())
+    content = Path(path).read_bytes()
+    expected, _ = module.cut_recordings(path, RATE, 0.4)
+    for source in (io.BytesIO(content), [io.BytesIO(content)]):
+        clips, recordings = module.cut_recordings(source, RATE, 0.4)
+        assert recordings == [0, 0] and np.array_equal(clips, expected)
+    for source in (io.BytesIO(b"no sound"), [io.BytesIO(b"no sound")]):
+        with pytest.raises(InputError, match="recording 0 is not a recording"):
+            module.cut_recordings(source, RATE, 0.4)
+
+
+def test_cut_recordings_tell_missing_frequencies_once(tmp_path):
+    for i in range(2):
+        save(tmp_path / f"{i}.wav", tone(rate=RATE // 2), RATE // 2)
+    with pytest.warns(UserWarning, match="0.wav was sampled 8000 times.*up to 8000 Hz") as caught:
+        module.cut_recordings(tmp_path, RATE, 0.4, highest=8000.0)
+    assert [Path(each.filename).name for each in caught] == [Path(__file__).name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.cut_recordings(tmp_path, RATE, 0.4, highest=4000.0)
+
+
 def test_names_may_be_bytes(tmp_path):
     path = save(tmp_path / "a.wav", tone())
     for source in (os.fsencode(tmp_path), os.fsencode(path), [os.fsencode(path)]):

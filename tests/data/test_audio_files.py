@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import threading
 import tracemalloc
 from pathlib import Path
@@ -34,8 +35,16 @@ def test_a_wav_file_that_was_cut_off(tmp_path):
     assert len(read_audio(str(tmp_path / "unpadded.wav"), RATE)) >= RATE - 1
     for length in (44, len(whole) // 2, len(whole) - 2):
         (tmp_path / "cut.wav").write_bytes(whole[:length])
-        with pytest.raises(InputError, match=f"cut off: it has {length} of {len(whole)} bytes"):
+        with pytest.raises(InputError, match=f"cut off: it has {length} of {len(whole)}") as caught:
             read_audio(str(tmp_path / "cut.wav"), RATE)
+        assert "read again" not in str(caught.value)
+
+
+def test_a_recording_of_less_than_a_sample(tmp_path):
+    path = save(tmp_path / "a.wav", np.zeros(1), 768_000)
+    for source, name in ((path, None), (io.BytesIO(Path(path).read_bytes()), "clip 3")):
+        with pytest.raises(InputError, match=f"{name or path} is shorter than one sample"):
+            read_audio(source, 1000, name=name)
 
 
 def test_the_chunk_of_the_sound_says_how_long_a_wav_file_is(tmp_path):
