@@ -34,7 +34,7 @@ class Calibration(NamedTuple):
     statistics: list[MapStatistics | None]
     conformal: Conformal
     most_windows: int = 0
-    """Of an image among the normals behind the p-values."""
+    """Of an image or a recording among the normals behind the p-values."""
     of_windows: Conformal | None = None
     """Of recordings, each window by itself, as a stream scores them."""
 
@@ -152,14 +152,15 @@ class _HeldOut:
         config = self.config
         if config.kind == "audio":
             curve = model.window_scores(x)
+            count = curve.shape[1]
             score = top_mean(curve, config.top_fraction)
             if not config.remove_level:  # which a stream does not do
                 self._of_windows += curve.cpu().double().unbind()
         else:
-            score = model.score(x)[1]
+            score, count = model.score(x)[1], windows(config, x)
         self._scores.append(score.cpu().double())
         self._groups += groups
-        self.most_windows = max(self.most_windows, windows(config, x))
+        self.most_windows = max(self.most_windows, count)
 
     def calibration(self, statistics: list[MapStatistics | None]) -> Calibration:
         rate = self.config.false_positive_rate

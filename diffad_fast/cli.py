@@ -296,6 +296,10 @@ def _score(args: argparse.Namespace) -> None:
     detector = _loaded(args)
     if args.windows and detector.config.kind != "audio":
         raise InputError(f"--windows is for recordings: leave it out for {detector.config.kind}s")
+    if args.windows and (args.batch_size is not None or not args.maps):
+        raise InputError(
+            "--windows scores window by window and draws no maps: leave out --batch-size, --no-maps"
+        )
     if not processes().first:
         if args.windows:
             return
@@ -350,6 +354,9 @@ def _by_windows(
     strict = strict or os.path.isfile(data)
     seconds = detector.stream(detector.config.sample_rate).window  # or raise, before all are opened
     conformal, hertz = detector.conformal, detector.frequencies
+    # Files of before have no number.
+    known = detector.calibrations[detector.mode].most_windows
+    fraction = detector.config.top_fraction
     if conformal.threshold is None:
         warnings.warn(f"label is None: {conformal.why_no_label()}", stacklevel=2)
     with open(table, "w", **_CSV) as file, progress(None, None, "scoring", "window") as bar:
@@ -380,7 +387,16 @@ def _by_windows(
                 skipped.append((path, str(error)))
                 continue
             curve = torch.from_numpy(np.concatenate(scores))[None]
-            score = top_mean(curve, detector.config.top_fraction).numpy()
+            score = top_mean(curve, fraction).numpy()
+            if fraction < 1 and curve.shape[1] > known > 0 and "windows" not in told:
+                told.add("windows")
+                warnings.warn(
+                    f"{path} has {curve.shape[1]} windows and the normals behind the p-values had "
+                    f"at most {known}: of more scores those that top_fraction={fraction:g} takes "
+                    "may be higher, and the recording's p too small; go by those of the windows, "
+                    "or fit on recordings as long as those that are scored",
+                    stacklevel=2,
+                )
             yield None, Score(
                 score=score, map=None, p_value=conformal.p_value(score),
                 label=conformal.label(score), paths=[path], index=np.array([number]),
@@ -552,7 +568,7 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--windows", action="store_true",
         help="of recordings, also those of hours: windows.csv in place of heatmaps, a row for each "
-        "window with its time, score and most anomalous frequency",
+        "window with its time, score and most anomalous frequency; of processes one does it",
     )  # fmt: skip
 
     calibrate = command(

@@ -591,6 +591,7 @@ def test_windows_of_recordings_that_are_too_long(detector, tmp_path, monkeypatch
     told = capsys.readouterr().err
     assert told.count("is repeated to fill it") == told.count("was sampled 4000 times") == 1
     assert told.count("left out: ") == 1
+    assert told.count("windows and the normals behind the p-values had") == (fraction < 1)
     left_out, *found = read_rows(out / "scores.csv")
     assert left_out["path"] == str(data / "cut.flac") and "damaged" in left_out["left_out"]
     assert [row["path"] for row in found] == offline.paths
@@ -639,6 +640,15 @@ def test_windows_are_of_recordings(tmp_path, capsys):
     argv = ["score", str(tmp_path / "v.diffad"), str(tmp_path / "x.npy"), "--out", str(tmp_path)]
     assert cli.main([*argv, "--windows"]) == 2
     assert "--windows is for recordings: leave it out for vectors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--batch-size", "3"], ["--no-maps"]])
+def test_windows_are_scored_one_way(detector, tmp_path, capsys, more):
+    detector.save(tmp_path / "m.diffad")
+    soundfile.write(tmp_path / "a.wav", hum(1), RATE)
+    argv = ["score", str(tmp_path / "m.diffad"), str(tmp_path / "a.wav"), "--out", str(tmp_path)]
+    assert cli.main([*argv, "--windows", *more]) == 2
+    assert "draws no maps: leave out --batch-size, --no-maps" in capsys.readouterr().err
 
 
 def test_the_command_holds_out_whole_recordings(tmp_path, monkeypatch, capsys):
