@@ -62,7 +62,7 @@ def test_a_gpu_is_chosen_once(monkeypatch):
     options = {"image_size": 32, "train_steps": 1}
     made = daf.Detector(**options, device="cpu")
     monkeypatch.setattr(models, "create", lambda *_: made.model)
-    for asked, kept in ((None, "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+    for asked, kept in ((None, None), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
         detector = daf.Detector(**options, device=asked)
         # Where it goes next, a number that nobody asked for may not be there.
         assert str(detector.device) == "cuda:1" and detector._parts_of_copies()[1]["device"] == kept
