@@ -154,7 +154,7 @@ def test_a_report_of_clips_is_written_by_the_first(hums, tmp_path):
     page = (tmp_path / "report" / "index.html").read_text()
     assert "1 unusable clip" in page and page.count("<figure>") == 7
     for _, scores, index, skipped, _ in (first, second):
-        np.testing.assert_allclose(scores, score.score, rtol=1e-4)
+        np.testing.assert_allclose(scores, score.score, rtol=1e-5)
         assert index == score.index.tolist() and skipped == score.skipped
     assert first[-1] is None and second[-1] == score.map.shape
 

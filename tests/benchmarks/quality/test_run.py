@@ -50,6 +50,8 @@ def test_a_table_without_the_semantic_distance_trains_no_more(monkeypatch):
     (found,) = results.scores["without"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert not np.allclose(found, detector.score(data.test).score, atol=1e-2)
+    # Another weight may be of what the preset's detector has not fitted.
+    assert not quality._shares_training("semantic_weight", 0.5)
 
 
 def test_what_was_hidden_in_the_training_is_no_test(monkeypatch):
