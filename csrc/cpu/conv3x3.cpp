@@ -178,7 +178,8 @@ Tensor conv3x3_weight_gradient(const Tensor& gradient, const Tensor& input) {
   huge_pages(space);
   a.x_points = data(space);
   a.grad_points = a.x_points + points(inputs);
-  const Tensor packed = torch::stable::new_zeros(x, {kPoints * outputs * inputs});
+  const Tensor packed = empty_dense(x, {kPoints * (outputs * inputs + kPointGap)});
+  huge_pages(packed);
   a.packed = data(packed);
   const int64_t groups = (outputs + kGroup - 1) / kGroup;
   for (a.first = 0; a.first < tiles; a.first += a.tiles) {

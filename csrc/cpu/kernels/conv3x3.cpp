@@ -24,6 +24,8 @@
 // it: the bits do not depend on threads, nor on the rest of the batch.
 #include "conv3x3.h"
 
+#include <cstring>
+
 #include "gemm.h"
 
 namespace diffad::DIFFAD_ISA {
@@ -233,10 +235,11 @@ void finish(const ConvForward& a, int64_t tile, const float* m, int64_t next_poi
 
 // --------------------------------------------------------- gradient for the weights
 
-// du (R, 16 each of N vectors) += sum over tiles of the transposed x times g.
+// du (R, 16 each of N vectors) = sum over tiles of the transposed x times g, added to what is
+// there but for the first chunk.
 template <int R, int N>
-void add_product(const float* x, const float* g, int64_t g_vector, int64_t tiles, float* du,
-                 int64_t du_vector) {
+void add_product(const float* x, const float* g, int64_t g_vector, int64_t tiles, bool first,
+                 float* du, int64_t du_vector) {
   V sum[R][N] = {};
   multiply_add<float, R, N>(x, 1, kBlock, g, g_vector, kBlock, tiles, sum);
 #pragma GCC unroll 16
@@ -244,7 +247,7 @@ void add_product(const float* x, const float* g, int64_t g_vector, int64_t tiles
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
       float* to = du + r * kBlock + n * du_vector;
-      store(to, load(to) + sum[r][n]);
+      store(to, first ? sum[r][n] : load(to) + sum[r][n]);
     }
   }
 }
@@ -252,23 +255,36 @@ void add_product(const float* x, const float* g, int64_t g_vector, int64_t tiles
 }  // namespace
 
 void conv3x3_pack(const ConvPack& a, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t block = item / a.inputs, input = item % a.inputs;
-    const float* from = a.weight + block * kBlock * a.output + input * a.input;
-    float filters[3][3][kBlock];
+  // The points of an input lie a power of two apart, all in one set of the cache: those of a few
+  // inputs are gathered first, and a run of lines is written at once.
+  constexpr int64_t kRun = 8;
+  float filters[3][3][kRun][kBlock], points[kPoints][kRun * kBlock + kPointGap];
+  for (int64_t item = begin; item < end;) {
+    const int64_t block = item / a.inputs, first = item % a.inputs;
+    const int64_t left = end - item < a.inputs - first ? end - item : a.inputs - first;
+    const int64_t count = left < kRun ? left : kRun;
+    const float* from = a.weight + block * kBlock * a.output + first * a.input;
     for (int64_t o = 0; o < kBlock; ++o) {
       for (int64_t r = 0; r < 3; ++r) {
         for (int64_t c = 0; c < 3; ++c) {
-          filters[r][c][o] = from[o * a.output + r * a.row + c * a.column];
+          for (int64_t i = 0; i < count; ++i) {
+            filters[r][c][i][o] = from[o * a.output + i * a.input + r * a.row + c * a.column];
+          }
         }
       }
     }
-    float* to = a.packed + (block * kPoints * a.inputs + input) * kBlock;
-    for (int64_t o = 0; o < kBlock; o += L) {
-      transform<FilterToPoints>(
-          [&](int r, int c) { return load(&filters[r][c][o]); },
-          [&](int r, int c, V v) { store(to + (r * 6 + c) * a.inputs * kBlock + o, v); });
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t o = 0; o < kBlock; o += L) {
+        transform<FilterToPoints>(
+            [&](int r, int c) { return load(&filters[r][c][i][o]); },
+            [&](int r, int c, V v) { store(&points[r * 6 + c][i * kBlock + o], v); });
+      }
     }
+    float* to = a.packed + (block * kPoints * a.inputs + first) * kBlock;
+    for (int64_t point = 0; point < kPoints; ++point, to += a.inputs * kBlock) {
+      std::memcpy(to, points[point], count * kBlock * sizeof(float));
+    }
+    item += count;
   }
 }
 
@@ -309,7 +325,7 @@ void conv3x3_products(const ConvGradient& a, int64_t begin, int64_t end) {
     const int64_t g_block = a.tiles * kBlock, du_block = a.inputs * kBlock;
     const float* x = a.x_points + point * (a.tiles * a.inputs + kPointGap);
     const float* g = a.grad_points + point * (a.tiles * a.outputs + kPointGap);
-    float* du = a.packed + point * a.outputs * a.inputs;
+    float* du = a.packed + point * (a.outputs * a.inputs + kPointGap);
     for (int64_t c = first; c < first + width; c += 2 * L) {
       const float* panel = g + c / kBlock * g_block + c % kBlock;
       for (int64_t input = 0; input < a.inputs; input += kBlock) {
@@ -318,11 +334,11 @@ void conv3x3_products(const ConvGradient& a, int64_t begin, int64_t end) {
             const float* rows = x + input * a.tiles + i;
             float* to = du + c / kBlock * du_block + (input + i) * kBlock + c % kBlock;
             if constexpr (2 * L <= kBlock) {
-              add_product<r, 2>(rows, panel, L, a.tiles, to, L);
+              add_product<r, 2>(rows, panel, L, a.tiles, a.first == 0, to, L);
             } else if (width == kGroup) {
-              add_product<r, 2>(rows, panel, g_block, a.tiles, to, du_block);
+              add_product<r, 2>(rows, panel, g_block, a.tiles, a.first == 0, to, du_block);
             } else {
-              add_product<r, 1>(rows, panel, 0, a.tiles, to, 0);
+              add_product<r, 1>(rows, panel, 0, a.tiles, a.first == 0, to, 0);
             }
           });
         });
@@ -332,7 +348,7 @@ void conv3x3_products(const ConvGradient& a, int64_t begin, int64_t end) {
 }
 
 void conv3x3_unpack(const ConvUnpack& a, int64_t begin, int64_t end) {
-  const int64_t next_point = a.outputs * a.inputs;
+  const int64_t next_point = a.outputs * a.inputs + kPointGap;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t block = item / a.inputs, input = item % a.inputs;
     const float* from = a.packed + item * kBlock;

@@ -63,7 +63,8 @@ struct ConvGradient {
   int64_t first, tiles;  // the chunk
   float* x_points;       // (kPoints, inputs / 16, tiles, 16) with gaps
   float* grad_points;    // (kPoints, outputs / 16, tiles, 16) with gaps
-  float* packed;         // (kPoints, outputs / 16, inputs, 16): the sum over all chunks so far
+  float* packed;         // (kPoints, outputs / 16, inputs, 16) with gaps between the points: the sum
+                         // over all chunks so far
 };
 // Transforms tiles [begin, end) of the chunk.
 DIFFAD_KERNEL(conv3x3_transform, const ConvGradient& args, int64_t begin, int64_t end)
@@ -71,7 +72,7 @@ DIFFAD_KERNEL(conv3x3_transform, const ConvGradient& args, int64_t begin, int64_
 constexpr int64_t kGroup = 2 * kChannelBlock;
 DIFFAD_KERNEL(conv3x3_products, const ConvGradient& args, int64_t begin, int64_t end)
 
-// (kPoints, outputs / 16, inputs, 16) to dense weights (outputs, inputs, 3, 3); items as above.
+// (kPoints, outputs / 16, inputs, 16) with gaps to dense weights (outputs, inputs, 3, 3); items as above.
 struct ConvUnpack {
   const float* packed;
   int64_t inputs, outputs;
