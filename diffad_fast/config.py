@@ -243,7 +243,9 @@ class DetectorConfig:
 
     contamination: float = 0.0
     """Share of anomalies that the training data hides, at most 0.49: that share of the highest
-    scores of held-out samples is dropped before p-values and the threshold are computed."""
+    scores of held-out samples is dropped before p-values and the threshold are computed. These hold
+    where the hidden anomalies score above all normals; otherwise normals are dropped in their
+    place, and of new ones up to about `false_positive_rate` + `contamination` are labelled."""
 
     cross_fit: int | None = None
     """0: parts of the normals are held out, by the shares below. 2 and more, for the token MLP: it
