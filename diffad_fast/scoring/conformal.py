@@ -35,7 +35,7 @@ class Conformal:
         self.false_positive_rate = false_positive_rate
         _, number, sizes = np.unique(self.group, return_inverse=True, return_counts=True)
         self.groups = len(sizes)
-        # tail[i]: groups of which scores[i:] consist, in shares. Rounded, for sums of shares such as
+        # tail[i]: groups of which scores[i:] consist, in shares. Rounded, for sums of shares like
         # 1/10 miss whole groups by some 1e-15, and p the rate, or 1, that it equals.
         tail = np.cumsum((1 / sizes)[number][::-1])[::-1]
         self.tail = np.append(tail.round(9), 0.0)
