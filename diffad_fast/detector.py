@@ -45,7 +45,7 @@ from .scoring import Conformal, MapStatistics, Score, Split
 from .streaming import Stream
 from .surroundings import evaluating, resolve_device, undisturbed
 from .training import checkpoint
-from .training.distributed import Processes, processes
+from .training.distributed import Processes, processes, unjoined
 from .training.history import History
 from .training.state import TrainingCheckpoint
 
@@ -256,7 +256,7 @@ class Detector:
         steps: training steps, or budget: the time that the training may take, in seconds or as
         "5min"; they replace the configuration's, for later fits too. training_checkpoint: keep the
         state of the training on disk, and continue from it. Processes that torchrun started train
-        together.
+        together, once joined by :func:`diffad_fast.training.distributed.torchrun_group`.
 
         Begins anew whatever was fitted before, in this process or before a checkpoint was written,
         and settles anew what was left to it; only a denoiser that was handed over goes on from its
@@ -283,6 +283,8 @@ class Detector:
             config = config.replace(train_steps=steps, train_budget=None)
         if budget is not None:
             config = config.replace(train_budget=budget)
+        if (text := unjoined()) is not None:
+            _warn_caller(text)
         part = layout, normal, None if folds is None else tuple(folds)
         source, told = training_part(self.config.kind, source, *part)
         groups = told if groups is None else groups
@@ -463,9 +465,10 @@ class Detector:
 
         source: as in :meth:`fit`, but of a folder all that is in it, whatever its layout, without
         the masks in folders named ground_truth. maps=False keeps no maps: memory then does not grow
-        with the number of samples, but for a few numbers each. Processes that torchrun started
-        score together, in batches of the first one's size, and all have the whole answer. Raises
-        InputError for unusable data, where processes have different samples, or before ``fit``.
+        with the number of samples, but for a few numbers each. Processes that torchrun started and
+        ``torchrun_group`` joined score together, in batches of the first one's size, and all have
+        the whole answer. Raises InputError for unusable data, where processes have different
+        samples, or before ``fit``.
         """
         return Score.join(self.score_iter(source, maps=maps, batch_size=batch_size, strict=strict))
 

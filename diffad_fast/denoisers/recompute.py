@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..reference.modes import in_transform
+
 
 def _check_unchanged(tensors: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
     """As autograd does for what it saves without hooks."""
@@ -24,10 +26,11 @@ def recomputed(consumer: Callable, function: Callable, *inputs: torch.Tensor) ->
     A convolution keeps its input for the gradient of its weights. Where that is the output of a
     normalisation, which keeps its own input, both lie in memory all the way between the passes,
     and the second takes a fraction of the convolution's time to make again from the first. The
-    gradients are the same, bit for bit. torch.compile makes this choice by itself.
+    gradients are the same, bit for bit. torch.compile makes this choice by itself; in transforms of
+    torch.func, whose tensors have no place in memory, everything is kept.
     """
     y = function(*inputs)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or in_transform():
         return consumer(y)
     place, size = y.data_ptr(), (y.numel(), y.dtype)
     inputs = tuple(t.detach() for t in inputs)

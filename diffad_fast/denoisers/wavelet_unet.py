@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
+from ..reference.modes import in_transform
 from . import whole
 from .recompute import recomputed
 
@@ -241,8 +242,9 @@ class Conv1x1(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # A program that is traced takes batches of any length.
         by_product = x.is_cuda or (not torch.compiler.is_compiling() and len(x) == 1)
-        if by_product and x.is_contiguous(memory_format=torch.channels_last):
-            return self.product(x)
+        if by_product and not in_transform():  # where tensors have no memory format
+            if x.is_contiguous(memory_format=torch.channels_last):
+                return self.product(x)
         return super().forward(x)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

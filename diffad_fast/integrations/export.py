@@ -137,11 +137,12 @@ def _traced(program: ScoringProgram, example: torch.Tensor) -> torch.export.Expo
         shapes = ({0: batch},)
         try:
             return torch.export.export(program, (example,), dynamic_shapes=shapes, strict=False)
-        except torch._dynamo.exc.UserError:  # its text is of guards and symbols
+        except torch._dynamo.exc.UserError as error:  # its text is of guards and symbols
             raise InputError(
-                "this denoiser cannot be traced for batches of any length: export a detector whose "
-                "denoiser does nothing that depends on how many samples it is given"
-            ) from None
+                "this denoiser, or these features, cannot be traced for batches of any length: "
+                "export a detector whose modules do nothing that depends on how many samples they "
+                "are given"
+            ) from error
 
 
 def _torch(program, example, facts, folder) -> bytes:

@@ -326,17 +326,20 @@ class HaarPatches(nn.Module):
 def feature_maps(backbone: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """What a backbone, a :class:`diffad_fast.protocols.FeatureExtractor`, says of images (N,C,H,W).
 
-    Raises InputError for an answer of another shape.
+    Raises InputError for an answer of another kind or shape.
     """
     found = backbone(images)
-    maps = [found] if isinstance(found, torch.Tensor) else list(found)
+    maps = found if isinstance(found, (list, tuple)) else [found]
     for map_ in maps:
-        if map_.ndim != 4 or len(map_) != len(images):
+        is_tensor = isinstance(map_, torch.Tensor)
+        # Not by len(), which would tie a traced program to one size of batch.
+        if not is_tensor or map_.ndim != 4 or map_.shape[0] != images.shape[0]:
             raise InputError(
-                f"the backbone answered {len(images)} images with {tuple(map_.shape)}: it must "
-                "give a feature map (N,c,h,w), or a list of them"
+                f"the backbone answered {images.shape[0]} images with "
+                f"{tuple(map_.shape) if is_tensor else type(map_).__name__}: it must give a "
+                "feature map (N,c,h,w), or a list of them"
             )
-    return maps
+    return list(maps)
 
 
 class BackboneFeatures(nn.Module):

@@ -76,6 +76,17 @@ class Processes(NamedTuple):
         return values
 
 
+def unjoined() -> str | None:
+    """What to tell one of several processes that have not joined, and each train for themselves."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1" or processes().count > 1:
+        return None
+    return (
+        f"WORLD_SIZE is {count}, but the processes have not joined: each trains a model of its "
+        "own. Call fit within diffad_fast.training.distributed.torchrun_group()"
+    )
+
+
 def processes() -> Processes:
     """This process among those joined; one of one where none are."""
     if dist.is_available() and dist.is_initialized():
@@ -89,7 +100,13 @@ def torchrun_group(device: str | None = None, timeout: float = 600.0) -> Iterato
 
     device: as for :class:`diffad_fast.Detector`; a GPU becomes the one of this process's number on
     its machine. ``nccl`` exchanges between GPUs, ``gloo`` between CPUs. timeout: seconds to wait
-    for another process. Without torchrun nothing happens and ``device`` comes back.
+    for another process. Without torchrun nothing happens and ``device`` comes back. A detector made
+    with that device trains and scores together with those of the other processes:
+
+        with torchrun_group() as device:
+            detector = Detector(device=device).fit("tiles")
+            if processes().rank == 0:
+                detector.save("tiles.diffad")
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield device

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 from diffad_fast.denoisers import UNET_SIZES, create
-from diffad_fast.denoisers.wavelet_unet import Conv1x1, WaveletAttention
+from diffad_fast.denoisers.wavelet_unet import Conv1x1, WaveletAttention, WaveletUNet
 from diffad_fast.errors import InputError
 
 
@@ -119,6 +120,38 @@ def test_a_single_image_is_a_product_on_a_cpu_but_not_while_a_program_is_traced(
     program = torch.export.export(layer, (x,), dynamic_shapes=dynamic).module()
     assert len(products) == 1
     torch.testing.assert_close(program(x[:1]), batch[:1])
+
+
+def test_transforms_of_torch_func():
+    """Per-sample gradients, tangents and ensembles, against a loop and finite differences."""
+    torch.manual_seed(0)
+    net = WaveletUNet(4, (32, 48, 48), 1)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, level = torch.randn(3, 4, 16, 16), torch.zeros(3)
+    weights = dict(net.named_parameters())
+
+    def of_one(weights, x, level):
+        return functional_call(net, weights, (x[None], level[None]))[0]
+
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(of_one, (None, 0, 0))(weights, x, level), net(x, level))
+        both, _ = stack_module_state([net, net])
+        stacked = vmap(lambda w: functional_call(net, w, (x, level)))(both)
+        torch.testing.assert_close(stacked[1], net(x, level))
+    each = vmap(grad(lambda *a: of_one(*a).square().sum()), (None, 0, 0))(weights, x, level)
+    net(x, level).square().sum().backward()
+    for name, p in net.named_parameters():
+        difference = (each[name].sum(0) - p.grad).abs().max()
+        assert difference <= 1e-5 * (1 + p.grad.abs().max()), name
+
+    net.double().zero_grad()
+    x, level, tangent = x.double(), level.double(), torch.randn(3, 4, 16, 16, dtype=torch.float64)
+    _, along = jvp(lambda x: net(x, level), (x,), (tangent,))
+    with torch.no_grad():
+        step = 1e-5 * tangent
+        expected = (net(x + step, level) - net(x - step, level)) / 2e-5
+    torch.testing.assert_close(along, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_one_product_conditions_all_blocks():

@@ -226,6 +226,15 @@ def test_options_are_checked_at_once(options, words):
         ReverseLoop(lambda x, level: x, steps, **options)
 
 
+def test_steps_follow_each_other():
+    schedule = NoiseSchedule()
+    steps = schedule.reverse_steps(500, 4)
+    with pytest.raises(ValueError, match=r"steps\[0\] ends at abar = .*steps\[1\] begins at"):
+        ReverseLoop(lambda x, level: x, [steps[0], *steps[2:]])
+    with pytest.raises(ValueError, match="at least one ReverseStep"):
+        ReverseLoop(lambda x, level: x, [])
+
+
 def test_run_leaves_its_state_alone():
     x = gaussian(2)
     before = x.clone()

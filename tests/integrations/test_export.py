@@ -244,6 +244,24 @@ def test_errors(fitted, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_features_of_a_module(tmp_path):
+    class Backbone(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(1, 4, 3, stride=4, padding=1)
+
+        def forward(self, x):
+            return self.convolution(x)
+
+    options = {"image_size": 32, "train_steps": 1, "tokens": ("features",), "device": "cpu"}
+    detector = daf.Detector(**options, features=Backbone()).fit(images(140, 1, 0))
+    detector.export(tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for n in (1, 5):
+        x = images(n, 1, n)
+        compare(program(torch.from_numpy(x)), detector.score(x), maps=True)
+
+
 def test_a_denoiser_for_batches_of_one_length(tmp_path):
     class Fixed(torch.nn.Module):
         def __init__(self):

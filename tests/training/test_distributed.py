@@ -179,6 +179,15 @@ def test_shares():
         assert device == "cpu"
 
 
+def test_processes_that_have_not_joined_are_told(monkeypatch):
+    detector = daf.Detector(kind="vector", train_steps=1, device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="WORLD_SIZE is 2, .*torchrun_group") as caught:
+        detector.fit(np.random.default_rng(0).normal(size=(200, 3)))
+    (told,) = [w for w in caught if "WORLD_SIZE" in str(w.message)]
+    assert told.filename == __file__
+
+
 def test_a_batch_that_cannot_be_shared(monkeypatch):
     monkeypatch.setattr("diffad_fast.training.loop.processes", lambda: Processes(0, 3))
     with pytest.raises(InputError, match="64 tokens.*multiple of 1 parts in each of 3"):
