@@ -56,6 +56,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] += ["-mprefer-vector-width=512"]
+elif platform.machine() == "aarch64":
+    # GCC's default on x86-64: scheduling before the registers are allocated spills the sums of
+    # matrix products, and processors schedule themselves.
+    ISA_FLAGS["default_"] = ["-fno-schedule-insns"]
 # And those of its files named *_bf16.cpp, see csrc/cpu/kernels/isa.h.
 BF16_ISA_FLAGS = {}
 if "avx512" in ISA_FLAGS:

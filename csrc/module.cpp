@@ -30,6 +30,8 @@ std::vector<std::string> cpu_features() {
   for (const auto& [name, here] : known) {
     if (here) found.emplace_back(name);
   }
+#elif defined(__aarch64__)
+  found.emplace_back("neon");  // a part of the architecture
 #endif
   return found;
 }
@@ -40,6 +42,6 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info,
         "What was built: a dict with sources, compiler, flags, torch, cuda, cuda_archs and nvcc.");
   m.def("cpu_features", &cpu_features,
-        "Names of the x86-64 instruction sets that this processor has, of those worth knowing.");
+        "Names of the vector instruction sets that this processor has, of those worth knowing.");
   diffad::register_metrics(m);
 }

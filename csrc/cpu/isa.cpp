@@ -3,7 +3,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -14,21 +14,19 @@
 namespace diffad {
 namespace {
 
+#if defined(__x86_64__)
 // Has the processor AMX with bfloat16, and may we use it? Tiles are 8 KiB of state a thread, which
 // Linux saves for processes that have asked for it: for all of their threads, and more than once does
 // no harm.
 bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
   // Not every compiler that has the instructions knows their names in __builtin_cpu_supports.
   constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTile) || !(d & kBf16)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, since Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
+#endif
 
 Isa best_isa() {
 #if defined(__x86_64__)

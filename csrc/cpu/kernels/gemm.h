@@ -7,7 +7,7 @@ namespace diffad::DIFFAD_ISA {
 
 // The block of outputs is chosen by the registers: R rows times V vectors need R V accumulators,
 // V vectors of the one operand and one broadcast number of the other.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kPairRows = 12;  // 24 of 32 registers
 #else
 constexpr int kPairRows = 6;  // 12 of 16, enough to keep two units of latency 4 busy

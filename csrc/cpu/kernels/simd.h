@@ -15,6 +15,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "dtype.h"
@@ -67,9 +69,8 @@ DIFFAD_SIMD Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
-#elif defined(__ARM_FEATURE_FMA)
-  for (int i = 0; i < kLanes<float>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
 #endif
@@ -80,9 +81,8 @@ DIFFAD_SIMD Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return _mm512_fmadd_pd(a, b, c);
 #elif defined(__AVX2__)
   return _mm256_fmadd_pd(a, b, c);
-#elif defined(__ARM_FEATURE_FMA)
-  for (int i = 0; i < kLanes<double>; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
-  return c;
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
 #else
   return a * b + c;
 #endif
@@ -90,7 +90,7 @@ DIFFAD_SIMD Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 
 // The same for one number, so that the tail of a loop has the bits of its vectors.
 DIFFAD_SIMD float fma(float a, float b, float c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
@@ -98,7 +98,7 @@ DIFFAD_SIMD float fma(float a, float b, float c) {
 }
 
 DIFFAD_SIMD double fma(double a, double b, double c) {
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;
@@ -163,6 +163,8 @@ DIFFAD_SIMD bool any_below(V a, V b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(a[0]) == 4) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) != 0;
   return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32(bits<VecU32>(a < b)) != 0;
 #else
   const auto below = a < b;
   lane_t<std::remove_const_t<decltype(below)>> found = 0;
@@ -197,6 +199,8 @@ DIFFAD_SIMD VecU64 multiply_words(VecU64 a, uint32_t b) {
   return bits<VecU64>(_mm256_mul_epu32(bits<__m256i>(a), _mm256_set1_epi64x(b)));
 #elif defined(__SSE2__)
   return bits<VecU64>(_mm_mul_epu32(bits<__m128i>(a), _mm_set1_epi64x(b)));
+#elif defined(__aarch64__)
+  return vmull_n_u32(vmovn_u64(a), b);
 #else
   return (a & 0xffffffffu) * static_cast<uint64_t>(b);
 #endif
@@ -228,7 +232,11 @@ typedef uint16_t VecU16 __attribute__((vector_size(kVectorBytes / 2)));
 DIFFAD_SIMD Vec<float> load(const bf16* p) {
   VecU16 raw;
   std::memcpy(&raw, p, sizeof(raw));
+#if defined(__aarch64__)
+  return bits<Vec<float>>(vmovl_u16(raw) << 16);
+#else
   return bits<Vec<float>>(__builtin_convertvector(raw, VecU32) << 16);
+#endif
 }
 
 DIFFAD_SIMD void store(bf16* p, Vec<float> v) {
@@ -256,6 +264,16 @@ DIFFAD_SIMD Vec<float> load(const half* p) {
 DIFFAD_SIMD void store(half* p, Vec<float> v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__aarch64__)
+DIFFAD_SIMD Vec<float> load(const half* p) {
+  float16x4_t raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  return vcvt_f32_f16(raw);
+}
+DIFFAD_SIMD void store(half* p, Vec<float> v) {
+  const float16x4_t raw = vcvt_f16_f32(v);
+  std::memcpy(p, &raw, sizeof(raw));
 }
 #else
 // Selects and integer arithmetic that agree with IEEE 754.
@@ -346,14 +364,16 @@ DIFFAD_SIMD void finish_streams() {
 #endif
 }
 
-// One element, by the same conversions. Where there is none, without a vector: compilers take it
-// through memory in pieces of other sizes, which costs more than all that is done with a number.
+// One element, by the same conversions. Where there is none, without a vector, and never by way of
+// load_partial: compilers take it through memory in pieces of other sizes, which costs more than all
+// that is done with a number.
 template <class T>
 DIFFAD_SIMD compute_t<T> load_one(const T* p) {
   if constexpr (std::is_same_v<T, compute_t<T>>) {
     return *p;
   } else {
-    return load_partial(p, 1)[0];
+    const VecU16 raw = {p->x};
+    return load(reinterpret_cast<const T*>(&raw))[0];
   }
 }
 template <class T>
@@ -453,6 +473,15 @@ DIFFAD_SIMD void transpose(V (&v)[N]) {
 }
 
 // Half 0 or 1 of the lanes as doubles, and back from both.
+#if defined(__aarch64__)
+template <int Half>
+DIFFAD_SIMD Vec<double> widen(Vec<float> v) {
+  return Half == 0 ? vcvt_f64_f32(vget_low_f32(v)) : vcvt_high_f64_f32(v);
+}
+DIFFAD_SIMD Vec<float> narrow(Vec<double> low, Vec<double> high) {
+  return vcvt_high_f32_f64(vcvt_f32_f64(low), high);
+}
+#else
 template <int Half, int... I>
 DIFFAD_SIMD Vec<double> widen(Vec<float> v, std::integer_sequence<int, I...>) {
   constexpr int lanes = sizeof...(I);
@@ -472,6 +501,7 @@ DIFFAD_SIMD Vec<float> narrow(Vec<double> low, Vec<double> high,
 DIFFAD_SIMD Vec<float> narrow(Vec<double> low, Vec<double> high) {
   return narrow(low, high, std::make_integer_sequence<int, kLanes<float>>{});
 }
+#endif
 
 // ------------------------------------------------------------------- functions
 
