@@ -115,6 +115,14 @@ def test_a_state_belongs_to_its_options_data_and_network(kind, tmp_path):
             other.run(TrainingCheckpoint(state, resume=True))
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """The parts of the state of a training that was not interrupted."""
+    state = tmp_path_factory.mktemp("complete") / "m.training"
+    worker.image_trainer().run(TrainingCheckpoint(state))
+    return checkpoint.load(state, KIND)
+
+
 @pytest.mark.parametrize(
     ("name", "junk"),
     [
@@ -126,11 +134,9 @@ def test_a_state_belongs_to_its_options_data_and_network(kind, tmp_path):
         ("best_buffer.layers.1.running_var", torch.zeros(3)),
     ],
 )
-def test_junk_in_a_state_is_told(name, junk, tmp_path):
+def test_junk_in_a_state_is_told(name, junk, complete, tmp_path):
     """Though its checksum is right."""
-    state = tmp_path / "m.training"
-    worker.image_trainer().run(TrainingCheckpoint(state, seconds=0.0))
-    parts = [dict(part) for part in checkpoint.load(state, KIND)]
+    state, parts = tmp_path / "m.training", [dict(part) for part in complete]
     assert any(name in part for part in parts)
     for part in parts:
         if name in part:
