@@ -6,8 +6,6 @@ import importlib.util
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import diffad_fast as daf
 from diffad_fast import ops, reference
@@ -95,9 +93,9 @@ def compare(inputs, grad, level=1, scale=None):
     [
         (2, (10, 14), 1, 8, "channels_last"),
         (1, (2, 74), 1, 16, "contiguous"),
-        (1, (74, 2), 1, 3, "sliced"),
+        (1, (74, 2), 1, 1, "sliced"),
         (2, (2, 2), 1, 5, "transposed"),
-        (1, (4, 4), 2, 8, "channels_last"),
+        (1, (4, 4), 2, 9, "channels_last"),
         (2, (12, 12), 2, 3, "sliced"),
         (1, (20, 28), 2, 2, "transposed"),
     ],
@@ -122,14 +120,6 @@ def test_without_gains(w, g, level):
 @pytest.mark.parametrize("scale", [0.7, 0.0, -0.5])
 def test_scale(scale):
     check((1, 1, 2, 6, 4), 1, scale=scale)
-
-
-@settings(max_examples=4, deadline=None, derandomize=True)
-@given(
-    st.integers(1, 2), st.integers(1, 2), st.integers(1, 7), st.integers(1, 5), st.integers(1, 9)
-)
-def test_shapes(level, heads, rows, columns, d):
-    check((1, heads, rows << level, columns << level, d), level)
 
 
 @interpreted
