@@ -5,81 +5,35 @@ from __future__ import annotations
 import torch
 
 from .. import native, reference
-from ..errors import BackendError
 from ..reference import PackedTokenMLP
 from . import checks
-from .dispatch import Operator, selected
+from .dispatch import Operator, takes_cpp
 
 __all__ = ["PackedTokenMLP", "token_mlp_loop"]
 
 
-def _flat(operator):
-    """The operator with its weights as one argument."""
-
-    def loop(x, weights, step_bias, table):
-        return operator(x, *weights, step_bias, table)
-
-    return loop
-
-
-def _cpu(operator):
-    """The C++ operator, which checks its arguments itself: for one token, doing so here would take
-    half of the time. What is wrong is found out afterwards."""
-    kernel = _flat(operator)
-
-    def loop(x, weights, step_bias, table):
-        if type(x) is not torch.Tensor or torch.compiler.is_compiling():
-            _check(x, weights, step_bias, table)  # while tracing, the operator sees no data
-            return kernel(x, weights, step_bias, table)
-        if type(weights) is PackedTokenMLP:
-            try:
-                return kernel(x, weights, step_bias, table)
-            except (RuntimeError, TypeError):
-                _check(x, weights, step_bias, table)
-                raise
-        return _check(x, weights, step_bias, table)
-
-    return loop
-
-
-def _checked(implementation):
-    def loop(x, weights, step_bias, table):
-        _check(x, weights, step_bias, table)
-        return implementation(x, weights, step_bias, table)
-
-    return loop
-
-
-def _cuda(operator):
-    """The CUDA kernel where it serves the weights; elsewhere the reference, unless the kernel was
-    asked for by name."""
-    kernel = _flat(operator)
-
-    def loop(x, weights, step_bias, table):
-        if (
-            weights.W_in.dtype == torch.bfloat16
-            and weights.W_in.shape[0] in CUDA_WIDTHS
-            and x.dtype != torch.float64
-        ):
-            return kernel(x, weights, step_bias, table)
-        if selected() != "auto":
-            raise BackendError(
-                "the CUDA kernel of token_mlp_loop serves bfloat16 weights of width "
-                f"{' and '.join(map(str, CUDA_WIDTHS))} and x up to float32, got "
-                f"{weights.W_in.dtype} weights of width {weights.W_in.shape[0]} and {x.dtype} x: "
-                "pack the weights in bfloat16, or use_backend('auto') to have the reference"
-            )
-        return reference.token_mlp_loop(x, weights, step_bias, table)
-
-    return loop
-
-
 CUDA_WIDTHS = (128, 256)
-_ADAPTED = {"cpu": _cpu, "cuda": lambda operator: _checked(_cuda(operator))}
+
+
+def _native(operator):
+    """The operator with its weights as one argument."""
+    return lambda x, weights, step_bias, table: operator(x, *weights, step_bias, table)
+
+
+def _cuda_refuses(x, weights, *_):
+    if weights.W_in.dtype != torch.bfloat16 or weights.W_in.shape[0] not in CUDA_WIDTHS:
+        return (
+            f"the CUDA kernel takes bfloat16 weights of width {' and '.join(map(str, CUDA_WIDTHS))}"
+            f", not {weights.W_in.dtype} of width {weights.W_in.shape[0]}"
+        )
+    return "the CUDA kernel computes in float32, not float64" if x.dtype == torch.float64 else None
+
+
 _token_mlp_loop = Operator(
     "token_mlp_loop",
-    _checked(reference.token_mlp_loop),
-    **{k: _ADAPTED[k](f) for k, f in native.implementations("token_mlp_loop").items()},
+    reference.token_mlp_loop,
+    **{k: _native(f) for k, f in native.implementations("token_mlp_loop").items()},
+    refuses={"cuda": _cuda_refuses},
 )
 
 
@@ -111,6 +65,16 @@ def token_mlp_loop(x, weights, step_bias, table):
     backend asked for by name does not serve.
     """
     checks.tensor("x", x, 2)
+    cpp = _token_mlp_loop.implementations.get("cpu")
+    if cpp and takes_cpp(x) and type(x) is torch.Tensor and type(weights) is PackedTokenMLP:
+        # It checks its arguments itself: for one token, doing so here would take half of the time.
+        # What is wrong is found out afterwards.
+        try:
+            return cpp(x, weights, step_bias, table)
+        except (RuntimeError, TypeError):
+            _check(x, weights, step_bias, table)
+            raise
+    _check(x, weights, step_bias, table)
     return _token_mlp_loop(x, weights, step_bias, table)
 
 

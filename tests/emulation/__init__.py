@@ -157,7 +157,7 @@ def install_amx(monkeypatch) -> None:
     """Let the CPU's token_mlp_loop be the one that reads and multiplies as for AMX."""
     _load(amx_library)
     operator = dispatch.OPERATORS["token_mlp_loop"]
-    implementation = token_mlp._ADAPTED["cpu"](torch.ops.diffad_fast_amx.token_mlp_loop.default)
+    implementation = token_mlp._native(torch.ops.diffad_fast_amx.token_mlp_loop.default)
     monkeypatch.setitem(operator.implementations, "cpu", implementation)
 
 
@@ -182,7 +182,7 @@ def install(monkeypatch) -> None:
         "haar_unpack": emulated.haar_unpack.default,
         "philox_normal": noise._native_philox_normal,
         "q_sample": emulated.q_sample.default,
-        "token_mlp_loop": token_mlp._ADAPTED["cuda"](emulated.token_mlp_loop.default),
+        "token_mlp_loop": token_mlp._native(emulated.token_mlp_loop.default),
     }
     for name, implementation in implementations.items():
         operator = dispatch.OPERATORS[name]

@@ -10,8 +10,9 @@ from torch import nn
 
 from diffad_fast import native, ops, reference, use_backend
 from diffad_fast.errors import BackendError
-from diffad_fast.ops import token_mlp
+from diffad_fast.ops import dispatch, token_mlp
 
+OPERATOR = dispatch.OPERATORS["token_mlp_loop"]
 D, WIDTH, BLOCKS, STEPS = 6, 10, 3, 4
 
 
@@ -179,7 +180,10 @@ def test_no_steps_and_no_tokens(model):
         (lambda a: a.update(table=a["table"][:2]), ValueError, r"step_bias.*\(2, 3, 10\)"),
     ],
 )
-def test_bad_arguments(model, change, error, message):
+@pytest.mark.parametrize("library", [True, False])
+def test_bad_arguments(model, change, error, message, library, monkeypatch):
+    if not library:
+        monkeypatch.delitem(OPERATOR.implementations, "cpu", raising=False)
     weights, bias = model.packed()
     arguments = {"x": tokens(), "weights": weights, "step_bias": bias, "table": torch.zeros(4, 5)}
     change(arguments)
@@ -569,22 +573,22 @@ def test_cuda_is_the_reference(cuda, width, m, d, blocks, steps, dtype):
 
 
 @pytest.mark.parametrize(
-    "width, dtype, x_dtype, served",
+    "width, dtype, x_dtype, why",
     [
-        (128, torch.bfloat16, torch.float32, True),
-        (256, torch.bfloat16, torch.float16, True),
-        (64, torch.bfloat16, torch.float32, False),
-        (128, torch.float32, torch.float32, False),
-        (128, torch.bfloat16, torch.float64, False),
+        (128, torch.bfloat16, torch.float32, None),
+        (256, torch.bfloat16, torch.float16, None),
+        (64, torch.bfloat16, torch.float32, "of width 128 and 256, not torch.bfloat16 of width 64"),
+        (128, torch.float32, torch.float32, "bfloat16 weights .*, not torch.float32 of width 128"),
+        (128, torch.bfloat16, torch.float64, "in float32, not float64"),
     ],
 )
-def test_which_weights_the_cuda_kernel_serves(monkeypatch, width, dtype, x_dtype, served):
+def test_which_weights_the_cuda_kernel_serves(monkeypatch, width, dtype, x_dtype, why):
     arguments = problem(3, 4, width, 1, 1, x_dtype, dtype)
-    loop = token_mlp._cuda(lambda *_: "kernel")
-    assert (loop(*arguments) == "kernel") is served  # auto
-    monkeypatch.setattr(token_mlp, "selected", lambda: "cuda")
-    if served:
-        assert loop(*arguments) == "kernel"
+    monkeypatch.setitem(OPERATOR.implementations, "cuda", None)
+    assert OPERATOR.backend("cuda", *arguments) == ("reference" if why else "cuda")  # auto
+    monkeypatch.setattr(dispatch, "selected", lambda: "cuda")
+    if why:
+        with pytest.raises(BackendError, match=why):
+            OPERATOR.backend("cuda", *arguments)
     else:
-        with pytest.raises(BackendError, match="bfloat16 weights of width 128 and 256"):
-            loop(*arguments)
+        assert OPERATOR.backend("cuda", *arguments) == "cuda"
