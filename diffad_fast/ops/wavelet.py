@@ -21,13 +21,12 @@ from .layout import empty_4d
 # A border is a mode's index, or the one after: the inverse of periodization.
 _BORDERS = {mode: index for index, mode in enumerate(rules.MODES)}
 _CROPPED = len(rules.MODES)
-
-# A plain dictionary, which torch.compile can read.
-_named_banks: dict[tuple, tuple[torch.Tensor, torch.Tensor, int]] = {}
+CPU = torch.device("cpu")
 
 
-def _native_dwt2d(x, wavelet, mode, operator=None, device="cpu"):
-    filters, _, length = _filters(wavelet, device)
+def _native_dwt2d(x, wavelet, mode, operator=None, device=CPU):
+    filters, _, _ = rules.filters(wavelet, torch.float64, device)
+    length = filters.shape[1]
     border = _border(mode)
     _, _, height, width = x.shape
     if mode == "periodization":
@@ -40,8 +39,9 @@ def _native_dwt2d(x, wavelet, mode, operator=None, device="cpu"):
     return _call(operator, (x,), filters, border, rows, columns)
 
 
-def _native_idwt2d(coeffs, wavelet, mode, output_size=None, operator=None, device="cpu"):
-    _, filters, length = _filters(wavelet, device)
+def _native_idwt2d(coeffs, wavelet, mode, output_size=None, operator=None, device=CPU):
+    _, _, filters = rules.filters(wavelet, torch.float64, device)
+    length = filters.shape[1]
     border = _border(mode)
     a, h, v, d = coeffs
     if a is None or h is None or v is None or d is None:
@@ -93,34 +93,8 @@ def _triton_refuses(tensors, wavelet, mode, output_size=None):
     """Left to the reference: long filters, and borders that are no index rule."""
     if mode in ("smooth", "antireflect"):
         return f"the Triton kernels do not have the mode {mode!r}"
-    length = _filters(wavelet, "cpu")[2]
+    length = rules.filters(wavelet, torch.float64, CPU)[0].shape[1]
     return f"the Triton kernels take filters up to 16, not {length}" if length > 16 else None
-
-
-def _filters(wavelet, device):
-    """Filters of decomposition and, reversed, of reconstruction, float64 (2,F); F."""
-    if not isinstance(wavelet, str):
-        return _bank(wavelet, device)
-    key = (wavelet, device)
-    known = _named_banks.get(key)
-    if known is None:
-        known = _bank(wavelet, device)
-        if rules.is_kept(known[0]):
-            _named_banks[key] = known
-    return known
-
-
-def _bank(wavelet, device):
-    dec_lo, dec_hi, rec_lo, rec_hi = rules.as_wavelet(wavelet).filter_bank
-    with torch.inference_mode(False):  # the cached filters must serve autograd later
-        return (
-            torch.tensor([dec_lo, dec_hi], dtype=torch.float64, device=device),
-            torch.tensor([rec_lo[::-1], rec_hi[::-1]], dtype=torch.float64, device=device),
-            len(dec_lo),
-        )
-
-
-rules.traced_as_constant(_bank)
 
 
 _dwt2d = Operator(

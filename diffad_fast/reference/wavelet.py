@@ -39,7 +39,7 @@ MODES = (
 def dwt2d(x, wavelet="haar", mode="periodization"):
     """(N,C,H,W) -> (cA, cH, cV, cD), each (N,C,H',W'); the equations are in the module's head."""
     check_mode(mode)
-    dec, _ = _filters(wavelet, _compute_dtype(x.dtype), x.device)
+    dec, _, _ = filters(wavelet, _compute_dtype(x.dtype), x.device)
     n, c = x.shape[:2]
     y = x.to(dec.dtype).reshape(n * c, 1, *x.shape[2:])
     y = _analyse(y, dec, 2, mode)  # (N C, 2, H', W)
@@ -59,7 +59,7 @@ def idwt2d(coeffs, wavelet="haar", mode="periodization", output_size=None):
     given = next((band for band in coeffs if band is not None), None)
     if given is None:
         raise ValueError("all of cA, cH, cV and cD are None: give at least one band")
-    _, rec = _filters(wavelet, _compute_dtype(given.dtype), given.device)
+    _, rec, _ = filters(wavelet, _compute_dtype(given.dtype), given.device)
     n, c, h, w = given.shape
     a, horizontal, vertical, diagonal = (
         torch.zeros_like(given, dtype=rec.dtype) if band is None else band.to(rec.dtype)
@@ -92,7 +92,7 @@ def waverec2(coeffs, wavelet="haar", mode="periodization"):
 def decompose(dwt2d, x, wavelet, level, mode):
     """:func:`wavedec2` by the given one-level transform."""
     check_mode(mode)
-    length = _filters(wavelet, torch.float64, torch.device("cpu"))[0].shape[1]
+    length = filters(wavelet, torch.float64, torch.device("cpu"))[0].shape[1]
     # As pywt.dwtn_max_level: the low band is not shorter than the filter.
     most = min(max(0, (int(n) // (length - 1)).bit_length() - 1) for n in x.shape[2:])
     if level is None:
@@ -271,25 +271,22 @@ def as_wavelet(wavelet):
 
 
 # A plain dictionary, which torch.compile can read.
-_named_filters: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+_named_filters: dict[tuple, tuple[torch.Tensor, ...]] = {}
 
 
-def _filters(wavelet, dtype, device):
-    """((2,F), (2,F)): low and high filters of decomposition and of reconstruction."""
+def filters(wavelet, dtype, device):
+    """Low and high filters, each pair (2,F): of decomposition, of reconstruction, and the latter
+    reversed."""
     if not isinstance(wavelet, str):
         return _bank(wavelet, dtype, device)
     key = (wavelet, dtype, device)
     known = _named_filters.get(key)
     if known is None:
         known = _bank(wavelet, dtype, device)
-        if is_kept(known[0]):
+        # Not what a trace has in a tensor's place.
+        if type(known[0]) is torch.Tensor and not torch.compiler.is_compiling():
             _named_filters[key] = known
     return known
-
-
-def is_kept(filters):
-    """May a tensor that was made now serve later calls? Not what a trace has in its place."""
-    return type(filters) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _bank(wavelet, dtype, device):
@@ -297,7 +294,8 @@ def _bank(wavelet, dtype, device):
     with torch.inference_mode(False):  # the cached filters must serve autograd later
         banks = [[dec_lo, dec_hi], [rec_lo, rec_hi]]
         banks = torch.tensor(banks, dtype=torch.float64, device="cpu")
-        return tuple(banks.to(device=device, dtype=dtype).unbind())
+        dec, rec = banks.to(device=device, dtype=dtype).unbind()
+        return dec, rec, rec.flip(1)
 
 
 def traced_as_constant(function):
