@@ -259,7 +259,7 @@ def test_features_of_a_module(tmp_path):
     program = torch.export.load(tmp_path / "model.pt2").module()
     for n in (1, 5):
         x = images(n, 1, n)
-        compare(program(torch.from_numpy(x)), detector.score(x), maps=True)
+        compare(program(torch.from_numpy(x).float() / 255), detector.score(x), maps=True)
 
 
 def test_a_denoiser_for_batches_of_one_length(tmp_path):
