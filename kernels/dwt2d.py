@@ -33,7 +33,6 @@ from ..reference import wavelet as rules
 from ..reference.modes import in_own_dtypes
 from .registration import cdiv, launch, operator, source, wide, widened
 
-LONGEST = 16
 # Borders are numbers, see _extended: a mode's index and, for the inverse of periodization, the one
 # after: period 2 rows, of which some may have been cropped.
 ZERO, SYMMETRIC, PERIODIZATION = map(rules.MODES.index, ("zero", "symmetric", "periodization"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..config import SCHEDULES
 from ..errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class NoiseSchedule:
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
-            raise InputError(f"unknown schedule {name!r}: choose linear, cosine, scaled_linear")
+            raise InputError(f"unknown schedule {name!r}: choose {', '.join(SCHEDULES)}")
         self.name = name
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         """(T,) float64, on the CPU."""

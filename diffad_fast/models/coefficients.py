@@ -13,8 +13,9 @@ from ..denoisers import inference
 from ..diffusion import Graphed, ReverseLoop
 from ..diffusion.loop import network_dtype
 from ..errors import InputError
+from ..ops.maps import MAPS
 from ..representations import WaveletRepresentation, feature_maps
-from ..scoring import MAPS, FeatureDistance, MapStatistics, Split
+from ..scoring import FeatureDistance, MapStatistics, Split
 from ..training import batch
 from ..training.distributed import processes
 from ..training.history import History

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 
 from .. import native, reference
+from ..reference.diffusion import PREDICTION_TYPES
 from . import checks
 from .dispatch import Operator, kernel
-
-# In the order of the C++ enumeration Prediction.
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 def _native_ddim_step(

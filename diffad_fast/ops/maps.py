@@ -12,6 +12,7 @@ from . import checks
 from .dispatch import Operator, kernel
 
 MAPS = ("pixel", "feature", "sub-band")
+"""In the order of :func:`anomaly_map`'s arguments and of all that is by map."""
 
 
 def _native(operator, x, x_hat, features, features_hat, weights, levels, stats, sigma, top,

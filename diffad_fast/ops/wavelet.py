@@ -22,6 +22,7 @@ from .layout import empty_4d
 _BORDERS = {mode: index for index, mode in enumerate(rules.MODES)}
 _CROPPED = len(rules.MODES)
 CPU = torch.device("cpu")
+LONGEST = 16  # of the filters that the Triton kernels keep in registers
 
 
 def _native_dwt2d(x, wavelet, mode, operator=None, device=CPU):
@@ -94,7 +95,9 @@ def _triton_refuses(tensors, wavelet, mode, output_size=None):
     if mode in ("smooth", "antireflect"):
         return f"the Triton kernels do not have the mode {mode!r}"
     length = rules.filters(wavelet, torch.float64, CPU)[0].shape[1]
-    return f"the Triton kernels take filters up to 16, not {length}" if length > 16 else None
+    if length > LONGEST:
+        return f"the Triton kernels take filters up to {LONGEST}, not {length}"
+    return None
 
 
 _dwt2d = Operator(

@@ -6,6 +6,9 @@ import math
 
 import torch
 
+# In the order of the C++ enumeration Prediction.
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
 
 def q_sample(x0, t, noise, alphas_cumprod):
     """``sqrt(abar[t]) x0 + sqrt(1 - abar[t]) noise`` for t (N,); Ho et al. 2020, eq. 4.
@@ -68,7 +71,7 @@ def ddim_step(
         epsilon = signal * m + spread * x
     else:
         raise ValueError(
-            f"unknown prediction_type {prediction_type!r}: choose epsilon, sample, v_prediction"
+            f"unknown prediction_type {prediction_type!r}: choose {', '.join(PREDICTION_TYPES)}"
         )
 
     if guidance is not None:

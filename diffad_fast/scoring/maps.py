@@ -10,9 +10,6 @@ import torch
 
 from ..representations.moments import Moments
 
-MAPS = ("pixel", "feature", "sub-band")
-"""The maps of ``ops.anomaly_map``, in its order."""
-
 # A share of the map's mean deviation below which no position's deviation may fall: where normals
 # never differ (a constant border), any rounding error would otherwise be an infinite anomaly.
 SMALLEST_SHARE = 1e-3
@@ -61,8 +58,8 @@ def fit_statistics(
 ) -> list[MapStatistics | None]:
     """Statistics of each map from batches of maps (n,H,W) of held-out normals.
 
-    A batch has one entry a map, None where a map of :data:`MAPS` has no weight, and the object of
-    each of its n normals, by a number.
+    A batch has one entry a map, None where a map of :data:`ops.maps.MAPS` has no weight, and the
+    object of each of its n normals, by a number.
     ``kind`` is "position", "scalar" or "auto": then each map takes what predicts better, by the
     Gaussian log-likelihood, one half of the objects from the other and the other way round.
     ``smoothing`` is the deviation in pixels of the Gaussian over positions. ``alike``: the maps
