@@ -63,13 +63,12 @@ def is_history(found) -> bool:
         "loss": curve,
         "validation_loss": curve,
         "seconds": number,
-        "best_step": lambda step: step is None
-        or step in [k for k, _ in found.get("validation_loss", [])],
+        "best_step": lambda step: step is None or step in [k for k, _ in found["validation_loss"]],
         "compiled": lambda flag: isinstance(flag, bool),
         "notes": lambda notes: isinstance(notes, list) and all(isinstance(n, str) for n in notes),
     }
     return (
         isinstance(found, dict)
-        and found.keys() <= checks.keys()  # an older file has fewer
-        and all(check(found[name]) for name, check in checks.items() if name in found)
+        and found.keys() == checks.keys()
+        and all(check(found[name]) for name, check in checks.items())
     )

@@ -127,7 +127,7 @@ def complete(tmp_path_factory):
     ("name", "junk"),
     [
         *((name, None) for name in ("fingerprint", "config", "step", "history", "first")),
-        *(("history", junk) for junk in ("no JSON", "[7]", '{"losses": []}')),
+        *(("history", junk) for junk in ("no JSON", "[7]", '{"losses": []}', '{"loss": []}')),
         *((name, junk) for name in ("step", "total", "validations") for junk in ("x", "-1", "1.5")),
         *((name, torch.zeros(1)) for name in ("values", "best", "buffer.layers.1.running_var")),
         ("average", torch.zeros(3, dtype=torch.float64)),
