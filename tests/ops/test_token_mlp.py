@@ -149,6 +149,17 @@ def test_gradients(model):
     assert torch.autograd.gradcheck(loop, leaves)
 
 
+def test_weights_of_a_subclass(model):
+    class Named(ops.PackedTokenMLP):
+        pass
+
+    weights, bias = model.packed()
+    table = torch.ones(STEPS, 5)
+    expected = ops.token_mlp_loop(tokens(), weights, bias, table)
+    found = ops.token_mlp_loop(tokens(), Named(*weights), bias, table)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_no_steps_and_no_tokens(model):
     weights, bias = model.packed()
     x_end, stats = ops.token_mlp_loop(tokens(), weights, bias[:0], torch.zeros(0, 5))
