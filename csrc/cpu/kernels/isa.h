@@ -2,9 +2,9 @@
 //
 // setup.py compiles every file of this folder once for each instruction set, with DIFFAD_ISA
 // defined as the namespace that its kernels go to: default_ (any processor of the architecture,
-// which on aarch64 has NEON), and on x86-64 avx2 and avx512 too. The files include neither torch's headers nor library code
-// that would be emitted out of line: such functions have one name for all copies, and the linker
-// might keep the copy with instructions that the machine does not have.
+// which on aarch64 has NEON), and on x86-64 avx2 and avx512 too. The files include neither torch's
+// headers nor library code that would be emitted out of line: such functions have one name for all
+// copies, and the linker might keep the copy with instructions that the machine does not have.
 //
 // A kernel is declared once, in the header that it shares with its operator,
 //   DIFFAD_KERNEL(name, const Args&, int64_t begin, int64_t end)
