@@ -226,11 +226,7 @@ def test_options_are_checked_at_once(options, words):
         ReverseLoop(lambda x, level: x, steps, **options)
 
 
-def test_steps_follow_each_other():
-    schedule = NoiseSchedule()
-    steps = schedule.reverse_steps(500, 4)
-    with pytest.raises(ValueError, match=r"steps\[0\] ends at abar = .*steps\[1\] begins at"):
-        ReverseLoop(lambda x, level: x, [steps[0], *steps[2:]])
+def test_no_steps():
     with pytest.raises(ValueError, match="at least one ReverseStep"):
         ReverseLoop(lambda x, level: x, [])
 
