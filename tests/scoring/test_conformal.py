@@ -70,10 +70,11 @@ def test_groups_count_once(sizes):
         shares = [
             sum((calibration[group == g] >= s).mean() for g in np.unique(group)) for s in scores
         ]
-        expected = (1 + np.array(shares)) / (len(sizes) + 1)
+        # Shares are told apart from 1e-9 on.
+        expected = (1 + np.round(shares, 9)) / (len(sizes) + 1)
         assert conformal.groups == len(sizes)
-        np.testing.assert_allclose(conformal.p_value(scores), expected, rtol=1e-9)
-        np.testing.assert_array_equal(conformal.label(scores), expected <= rate + 1e-12)
+        np.testing.assert_allclose(conformal.p_value(scores), expected, rtol=1e-13)
+        np.testing.assert_array_equal(conformal.label(scores), expected <= rate)
         # Without ties, and at the calibration scores themselves: the threshold is the right one.
         distinct = Conformal(rng.normal(size=len(group)), group, rate)
         p = distinct.p_value(distinct.scores)
