@@ -27,15 +27,16 @@ inline Tensor with_dense_rows(const Tensor& x, bool last) {
 //
 // The C library takes large blocks from the system and gives them back at once, so that each new
 // tensor of some MiB arrives without pages. Faulting them in 4 KiB at a time costs several times
-// what copying them does; 2 MiB at a time it is a fraction. Where the system has none to give, or
-// the memory was in use before, nothing changes.
+// what copying them does; 2 MiB at a time it is a fraction, unless it is one page, within a heap that
+// grows and shrinks by it. Where the system has none to give, or the memory was in use before,
+// nothing changes.
 inline void huge_pages(const Tensor& x) {
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t{1} << 21;
   const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t end = (begin + x.numel() * x.element_size()) / page * page;
   const uintptr_t first = (begin + page - 1) / page * page;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+  if (first + page < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
 
